@@ -1,0 +1,40 @@
+"""The offline batch job: a file of prompts in, a file of answers out.
+
+A row of the input is a JSON object on a line of its own, with `prompt` (text, or a list of token ids) or
+`messages` (a list of {"role": ..., "content": ...}, rendered by the model's chat template), and, if wanted,
+with
+
+    id              text or a whole number, its own; else the line's number
+    kv_precision    the KV format of this row
+    ...             every field of `SamplingParams`
+
+An answer is
+
+    id, text, finish_reason, prompt_tokens, output_tokens, kv_precision
+
+and, where the row asked for them, `logprobs`: for each output token {"token", "text", "logprob"}, with "top",
+a list of such, for the most likely tokens. A row with `n` above 1 has `samples` instead of `text`,
+`finish_reason` and `logprobs`: a list of objects with those and `output_tokens`. A row that cannot be
+answered gives {"id", "line", "error"}.
+
+Answers are written as they are complete, in no order; the ids tie them to their rows.
+"""
+
+from fineserve_jax.batch.answers import AnswerFile
+from fineserve_jax.batch.job import BatchJob
+from fineserve_jax.batch.prompts import PromptFile
+from fineserve_jax.batch.rows import BadRow, Row, read_rows
+from fineserve_jax.batch.run import run_batch
+from fineserve_jax.batch.summary import BatchSummary, FormatSummary
+
+__all__ = [
+    "AnswerFile",
+    "BadRow",
+    "BatchJob",
+    "BatchSummary",
+    "FormatSummary",
+    "PromptFile",
+    "Row",
+    "read_rows",
+    "run_batch",
+]

@@ -1,0 +1,108 @@
+"""What a user may set of an engine, in Python, on the command line and in YAML files alike."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
+from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.validation import Validated
+
+
+class EngineConfig(Validated):
+    """Settings of an engine. Each is honoured or refused with a `ConfigError`; none is ignored.
+
+    Attributes:
+        weights: precision of the weights: fp32, bf16, int8 (8-bit activations too) or int4 (weights only). None:
+            bf16, or what a converted checkpoint holds.
+        kv_precision: KV format of requests that do not name one.
+        kv_formats: KV formats that requests may name; None: all that are registered. Baseline slab policies divide
+            memory by this list.
+        kv_memory: size of the KV arena: bytes, a string such as "256MiB", or a fraction of the device's memory such
+            as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU.
+        max_batch_size: most requests that are computed together.
+        max_seq_len: most tokens of a request, prompt and output. None: 2048, or the model's limit if that is less.
+        page_size: tokens of a KV page.
+        max_chunk_tokens: most prefill tokens of a step; longer prompts are computed in chunks.
+        chunked_prefill: False computes every prompt in one piece.
+        slab_policy: "elastic" moves slabs between precisions; "partitioned" fixes each one's share; "uniform" gives
+            every page the length of the widest.
+        slab_shares: with "partitioned", KV format -> share of the memory; equal if None.
+        policy: order of admission: fineserve, fcfs, sjf or edf.
+        ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later.
+        seed: of requests that name none.
+    """
+
+    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    kv_precision: str = "bf16"
+    kv_formats: tuple[str, ...] | None = None
+    kv_memory: int | float | str | None = None
+    max_batch_size: int = Field(default=32, ge=1, le=1024)
+    max_seq_len: int | None = Field(default=None, ge=2)
+    page_size: Literal[16, 32, 64, 128] = 16
+    max_chunk_tokens: int = Field(default=256, ge=16)
+    chunked_prefill: bool = True
+    slab_policy: Literal["elastic", "partitioned", "uniform"] = "elastic"
+    slab_shares: dict[str, float] | None = None
+    policy: str = "fineserve"
+    ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+
+    @field_validator("kv_precision")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        return get_format(value).name
+
+    @field_validator("kv_formats")
+    @classmethod
+    def _known_formats(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return value if value is None else tuple(dict.fromkeys(get_format(name).name for name in value))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kv_formats is not None and self.kv_precision not in self.kv_formats:
+            raise ValueError(
+                f"kv_precision={self.kv_precision!r} is not among kv_formats={list(self.kv_formats)}; add it there"
+            )
+        if self.slab_shares is not None and self.slab_policy != "partitioned":
+            raise ValueError(
+                f"slab_shares has no meaning with slab_policy={self.slab_policy!r}; use slab_policy='partitioned'"
+            )
+        self.scheduler()  # raises for what the scheduler refuses
+        return self
+
+    def scheduler(self) -> SchedulerConfig:
+        """The scheduler's part of the settings."""
+        return SchedulerConfig(
+            policy=self.policy,
+            max_batch_size=self.max_batch_size,
+            max_chunk_tokens=self.max_chunk_tokens,
+            chunked_prefill=self.chunked_prefill,
+            page_size=self.page_size,
+            ageing_s=self.ageing_s,
+        )
+
+    @property
+    def served_formats(self) -> tuple[str, ...]:
+        """KV formats that requests may name."""
+        return tuple(FORMATS) if self.kv_formats is None else self.kv_formats
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked.
+
+    Raises:
+        ConfigError: a file that cannot be read, or that holds no mapping.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings such as `kv_precision: int8`, one a line")
+    return settings

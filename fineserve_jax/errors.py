@@ -1,0 +1,17 @@
+"""The errors a user can cause. Each message names the value, the limit and the remedy."""
+
+
+class FineServeError(Exception):
+    """Base of every error that is the caller's to mend; the command line prints it without a traceback."""
+
+
+class ConfigError(FineServeError, ValueError):
+    """An engine option that cannot be honoured."""
+
+
+class ModelLoadError(FineServeError):
+    """A model, tokenizer or checkpoint that cannot be found, read or used."""
+
+
+class RequestError(FineServeError, ValueError):
+    """A request that can never be served: bad sampling values, an empty or too long prompt."""

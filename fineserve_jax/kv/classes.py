@@ -1,0 +1,68 @@
+"""The kinds of page an arena holds: what a page takes, and how many a request needs.
+
+A *unit* is a fixed-size row of the arena; a page is a run of whole units and is named by its first one.
+"""
+
+from dataclasses import dataclass
+
+from fineserve_jax.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class PageClass:
+    """Pages of one model in one KV format, all of one length.
+
+    Attributes:
+        model: name of the model.
+        kv_format: name of the KV format.
+        page_units: units that a page of all layers takes.
+        page_size: tokens a page holds.
+        page_bytes: exact bytes of a full page's values and scales, at most `page_units` units.
+        tail: class of the newest, unfilled page, for a format that can only encode whole pages; None for a
+            format that encodes token by token.
+
+    Raises:
+        ConfigError: a length below 1, or a tail that does not fit its class.
+    """
+
+    model: str
+    kv_format: str
+    page_units: int
+    page_size: int
+    page_bytes: int
+    tail: "PageClass | None" = None
+
+    def __post_init__(self) -> None:
+        for name in ("page_units", "page_size", "page_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} of {self}: a page needs at least 1")
+        if self.tail is None:
+            return
+        if self.tail.tail is not None:
+            raise ConfigError(f"the tail of {self} is {self.tail}, which has a tail itself; use a token-wise format")
+        if (self.tail.model, self.tail.page_size) != (self.model, self.page_size):
+            raise ConfigError(
+                f"the tail of {self} holds {self.tail.page_size} tokens of {self.tail.model!r}; "
+                f"it must hold {self.page_size} of {self.model!r}"
+            )
+
+    # The generated hash would walk the tail on each look-up; a model and format have one class in an arena.
+    def __hash__(self) -> int:
+        return hash((self.model, self.kv_format))
+
+    def __str__(self) -> str:
+        return f"{self.model}/{self.kv_format}"
+
+    def num_pages(self, num_tokens: int) -> int:
+        """Pages of this class, the tail aside, that the first `num_tokens` tokens of a request need."""
+        if self.tail is None:
+            return -(-num_tokens // self.page_size)
+        return num_tokens // self.page_size
+
+    def demand(self, num_tokens: int) -> "dict[PageClass, int]":
+        """Pages by class that give the first `num_tokens` tokens of a request a home; no zero entries."""
+        if num_tokens <= 0:
+            return {}
+        pages = self.num_pages(num_tokens)
+        demand = {self: pages} if pages else {}
+        return demand if self.tail is None else demand | {self.tail: 1}

@@ -1,0 +1,95 @@
+"""Who owns each page: one byte a page, whatever the number of slabs and the lengths of their pages.
+
+The byte of a slab's n-th page is at `slab * slots + n`, its *place*; `slots` is how many of the shortest
+pages a slab takes, so slabs of longer pages leave the end of their row at 0. A byte is the tag of the class
+that owns the page, 0 while the page is free.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from fineserve_jax.kv.errors import PageError
+from fineserve_jax.kv.pool import Member
+
+
+class PageTags:
+    """The owners of all pages of `num_slabs` slabs of `slab_units` units."""
+
+    def __init__(self, num_slabs: int, slab_units: int) -> None:
+        self.num_slabs = num_slabs
+        self.slab_units = slab_units
+        self.slots = 1
+        self.data = bytearray(num_slabs)
+
+    @property
+    def flat(self) -> np.ndarray:
+        """The tags as u8[num_slabs * slots], a view."""
+        return np.frombuffer(self.data, np.uint8)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The tags as u8[num_slabs, slots], a view."""
+        return self.flat.reshape(self.num_slabs, self.slots)
+
+    def widen(self, slots: int) -> None:
+        """Make room for at least `slots` pages a slab."""
+        if slots <= self.slots:
+            return
+        wider = bytearray(self.num_slabs * slots)
+        np.frombuffer(wider, np.uint8).reshape(-1, slots)[:, : self.slots] = self.rows
+        self.data, self.slots = wider, slots
+
+    def take(self, member: Member, slab: int, free: int, count: int) -> Iterable[int]:
+        """Tag the first `count` free pages of a slab that has `free`; their first units."""
+        data, tag, length = self.data, member.tag, member.pool.page_units
+        base, first_unit = slab * self.slots, slab * self.slab_units
+        if free == member.pool.capacity:
+            data[base : base + count] = bytes([tag]) * count
+            return range(first_unit, first_unit + count * length, length)
+        pages, place = [], base
+        for _ in range(count):
+            place = data.find(0, place)
+            data[place] = tag
+            pages.append(first_unit + (place - base) * length)
+        return pages
+
+    def take_whole(self, member: Member, slabs: np.ndarray) -> list[int]:
+        """Tag all pages of the free slabs i64[slabs]; their first units."""
+        pool = member.pool
+        self.rows[slabs, : pool.capacity] = member.tag
+        pages = slabs[:, None] * self.slab_units + np.arange(pool.capacity) * pool.page_units
+        return pages.ravel().tolist()
+
+    def release(self, member: Member, pages: Sequence[int]) -> Counter[int]:
+        """Mark pages that the class owns as free; how many of them lie in each slab.
+
+        Raises:
+            PageError: a page that the class does not own, or one named twice; then nothing has changed.
+        """
+        data, tag, pool = self.data, member.tag, member.pool
+        slab_units, slots, length, capacity = self.slab_units, self.slots, pool.page_units, pool.capacity
+        places = []
+        for page in pages:
+            slab, offset = divmod(page, slab_units)
+            slot, within = divmod(offset, length)
+            place = slab * slots + slot
+            # Whether the slab is the pool's need not be asked: the tag occurs in no other slab.
+            if within or slot >= capacity or not 0 < slab < self.num_slabs or data[place] != tag:
+                raise PageError(
+                    f"page {page} is not owned by {member.page_class}: it was freed already, belongs to "
+                    "another class, or no page begins there; free a page once, as what it was allocated for"
+                )
+            places.append(place)
+        if len(set(places)) < len(places):
+            page = Counter(pages).most_common(1)[0][0]
+            raise PageError(f"page {page} of {member.page_class} is freed twice in one call; name each page once")
+        for place in places:
+            data[place] = 0
+        return Counter([place // slots for place in places])
+
+    def pages_of(self, member: Member) -> np.ndarray:
+        """First units of the pages that the class owns, i64[pages], ascending."""
+        slabs, slots = np.nonzero(self.rows == member.tag)
+        return slabs * self.slab_units + slots * member.pool.page_units

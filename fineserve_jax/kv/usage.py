@@ -1,0 +1,88 @@
+"""Bytes that cached tokens need, and bytes that are reserved for them."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.stats import AllocatorStats
+
+if TYPE_CHECKING:
+    from fineserve_jax.kv.manager import KVManager
+
+
+@dataclass(frozen=True, slots=True)
+class FormatUsage:
+    """The pages of one KV format, over all models; tail pages count under their own format.
+
+    Attributes:
+        needed_bytes: exact bytes of the cached tokens' values and scales.
+        reserved_bytes: bytes of the slabs that serve the format, tails and free pages included.
+        free_bytes: bytes it could still take; a free slab counts for every format that may take it.
+        cached_tokens: tokens whose K and V lie in pages of the format.
+        owned_pages: pages that requests hold.
+    """
+
+    needed_bytes: int
+    reserved_bytes: int
+    free_bytes: int
+    cached_tokens: int
+    owned_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """The cache as a whole; `free_bytes` counts every free slab once."""
+
+    formats: dict[str, FormatUsage]
+    needed_bytes: int
+    reserved_bytes: int
+    free_bytes: int
+    usable_bytes: int
+    cached_tokens: int
+
+
+def measure_usage(manager: "KVManager") -> KVUsage:
+    stats = manager.allocator.stats()
+    tokens = _cached_tokens(manager)
+    formats = {
+        kv_format: _format_usage(manager, kv_format, stats, tokens)
+        for kv_format in dict.fromkeys(page_class.kv_format for page_class in stats.classes)
+    }
+    return KVUsage(
+        formats=formats,
+        needed_bytes=sum(usage.needed_bytes for usage in formats.values()),
+        reserved_bytes=stats.reserved_bytes,
+        free_bytes=stats.free_bytes,
+        usable_bytes=stats.usable_slabs * stats.slab_bytes,
+        cached_tokens=sum(tokens.values()),
+    )
+
+
+def _cached_tokens(manager: "KVManager") -> dict[PageClass, int]:
+    """Tokens in the cache, by the class of page that each lies in."""
+    tokens: defaultdict[PageClass, int] = defaultdict(int)
+    for request, held in manager.held.items():
+        page_class, cached = held.page_class, request.num_computed_tokens
+        in_tail = 0 if page_class.tail is None else cached % page_class.page_size
+        tokens[page_class] += cached - in_tail
+        if page_class.tail is not None:
+            tokens[page_class.tail] += in_tail
+    return tokens
+
+
+def _format_usage(
+    manager: "KVManager", kv_format: str, stats: AllocatorStats, tokens: dict[PageClass, int]
+) -> FormatUsage:
+    allocator = manager.allocator
+    classes = [page_class for page_class in stats.classes if page_class.kv_format == kv_format]
+    pools = {allocator.members[page_class].pool for page_class in classes}
+    free_slabs = max(allocator.available_slabs(pool) for pool in pools)
+    free_units = sum(pool.free_pages * pool.page_units for pool in pools)
+    return FormatUsage(
+        needed_bytes=sum(-(-tokens[c] * c.page_bytes // c.page_size) for c in classes),
+        reserved_bytes=sum(stats.classes[c].reserved_bytes for c in classes),
+        free_bytes=free_units * allocator.unit_bytes + free_slabs * stats.slab_bytes,
+        cached_tokens=sum(tokens[c] for c in classes),
+        owned_pages=sum(stats.classes[c].owned_pages for c in classes),
+    )

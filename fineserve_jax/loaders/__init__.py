@@ -1,0 +1,17 @@
+"""Models from disk: GGUF files, Hugging Face and converted (Orbax) directories, and aliases that fetch."""
+
+from fineserve_jax.loaders.chat import render_chat
+from fineserve_jax.loaders.fetch import ALIASES, fetch
+from fineserve_jax.loaders.load import LoadedModel, convert, load_model
+from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = [
+    "ALIASES",
+    "LoadedModel",
+    "StreamDecoder",
+    "Tokenizer",
+    "convert",
+    "fetch",
+    "load_model",
+    "render_chat",
+]

@@ -1,0 +1,124 @@
+"""Converted checkpoints: parameters already fused and quantised, in a directory that needs nothing else.
+
+DIRECTORY/fineserve.json         format version, name, weights, model configuration
+DIRECTORY/params/                Orbax: the parameter tree
+DIRECTORY/tokenizer.json, tokenizer_config.json, generation_config.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+from absl import logging as absl_logging
+
+from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.hf_model import read_json
+from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
+from fineserve_jax.loaders.tokenizer import Tokenizer
+from fineserve_jax.models.config import ModelConfig
+from fineserve_jax.models.params import Params, abstract_params
+
+if TYPE_CHECKING:
+    from fineserve_jax.loaders.load import LoadedModel
+
+MANIFEST = "fineserve.json"
+_FORMAT_VERSION = 1
+
+
+def check_target(directory: Path) -> None:
+    """Raises ModelLoadError unless `directory` is absent or empty: nothing is ever overwritten."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ModelLoadError(f"{directory} exists and is not an empty directory; choose another or remove it")
+
+
+def save_checkpoint(model: LoadedModel, directory: Path) -> None:
+    """Write `model` to `directory`, which appears complete or not at all. Raises ModelLoadError."""
+    check_target(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            _write(model, scratch)
+            scratch.chmod(0o755)  # mkdtemp keeps others out
+            scratch.replace(directory)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise ModelLoadError(f"cannot write {directory}: {error.strerror or error}") from error
+
+
+def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, Params, Tokenizer, str]:
+    """Configuration, parameters, tokenizer and weight precision of a converted directory.
+
+    weights: what the caller asked for; another precision than the stored one raises ModelLoadError, None
+        takes
+    what is stored.
+    """
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format_version") != _FORMAT_VERSION:
+        raise ModelLoadError(
+            f"{directory} is in checkpoint format {manifest.get('format_version')!r}, this version reads "
+            f"{_FORMAT_VERSION}; convert the model again"
+        )
+    stored = manifest["weights"]
+    if weights not in (None, stored):
+        raise ModelLoadError(
+            f"{directory} holds {stored} weights, {weights} was asked for; use weights={stored!r}, "
+            f"or convert the "
+            f"original model again with {weights}"
+        )
+    config = ModelConfig.from_dict(manifest["config"])
+    tokenizer = hf_tokenizer(directory)
+    params = _read_params(directory / "params", abstract_params(config, stored))
+    return config, params, tokenizer, stored
+
+
+def _write(model: LoadedModel, directory: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    save_tokenizer(model.tokenizer, directory)
+    # Uncompressed: quantised weights shrink by a tenth at most, and start-up would pay for it.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save((directory / "params").resolve(), args=ocp.args.PyTreeSave(model.params))
+    manifest = {
+        "format_version": _FORMAT_VERSION,
+        "name": model.name,
+        "weights": model.weights,
+        "config": model.config.to_dict(),
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_params(directory: Path, shapes: Params) -> Params:
+    # Orbax takes a second to import: only those who use it pay.
+    import orbax.checkpoint as ocp
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            wanted = ocp.args.PyTreeRestore(
+                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+            )
+            return checkpointer.restore(directory.resolve(), args=wanted)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"{directory} cannot be restored: {error}; convert the model again") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax reports every phase through absl's logger; what goes wrong still comes as an exception."""
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(before)

@@ -1,0 +1,178 @@
+"""Tokenizers rebuilt from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+
+from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.gguf_file import GGUFFile
+from fineserve_jax.loaders.tokenizer import Tokenizer, end_of_turn_ids
+
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+_QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+
+
+def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
+    """The tokenizer of a GGUF file; raises ModelLoadError when it has none or one of an unsupported kind."""
+    meta = file.metadata
+    kind = meta.get("tokenizer.ggml.model")
+    if kind is None or not meta.get("tokenizer.ggml.tokens"):
+        raise ModelLoadError(
+            f"{file.path} holds no tokenizer (metadata tokenizer.ggml.model and tokenizer.ggml.tokens); "
+            "use a GGUF file converted together with its tokenizer"
+        )
+    if kind not in _BUILDERS:
+        raise ModelLoadError(
+            f"{file.path} has a tokenizer of kind {kind!r}, which is not supported; supported: {', '.join(_BUILDERS)}"
+        )
+    backend = _BUILDERS[kind](file)
+    _add_special_tokens(backend, meta)
+    _add_sequence_ends(backend, meta, kind)
+    return Tokenizer(
+        backend=backend,
+        eos_token_ids=_eos_token_ids(backend, meta),
+        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        chat_template=meta.get("tokenizer.chat_template"),
+        special_tokens=_named_tokens(meta),
+    )
+
+
+def _byte_level_bpe(file: GGUFFile) -> Backend:
+    meta = file.metadata
+    pre = meta.get("tokenizer.ggml.pre", "default")
+    if pre not in _PRE_TOKENIZERS:
+        raise ModelLoadError(
+            f"{file.path} has the pre-tokenizer {pre!r}, which is not supported; "
+            f"supported: {', '.join(_PRE_TOKENIZERS)}"
+        )
+    if "tokenizer.ggml.merges" not in meta:
+        raise ModelLoadError(f"{file.path} holds no tokenizer merges (metadata tokenizer.ggml.merges)")
+    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    model = BPE(vocab=_vocabulary(meta), merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
+    backend = Backend(model)
+    if pre in _QWEN2_NAMES:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece_bpe(file: GGUFFile) -> Backend:
+    meta = file.metadata
+    vocab = _vocabulary(meta)
+    unknown = meta["tokenizer.ggml.tokens"][meta.get("tokenizer.ggml.unknown_token_id", 0)]
+    scores = meta.get("tokenizer.ggml.scores")
+    if scores is None:
+        raise ModelLoadError(f"{file.path} holds no tokenizer scores (metadata tokenizer.ggml.scores)")
+    model = BPE(
+        vocab=vocab,
+        merges=_merges_from_scores(vocab, scores, meta.get("tokenizer.ggml.token_type")),
+        byte_fallback=True,
+        fuse_unk=True,
+        unk_token=unknown,
+    )
+    backend = Backend(model)
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    strip = []
+    if meta.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend("▁"))
+        strip = [decoders.Strip(" ", 1, 0)]
+    backend.normalizer = normalizers.Sequence(spaces)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _merges_from_scores(vocab: dict[str, int], scores: list[float], types: list[int] | None) -> list[tuple[str, str]]:
+    """SentencePiece merges whichever pair makes the best-scored piece; BPE wants the pairs in that order."""
+    ranked = []
+    for piece, index in vocab.items():
+        if types is not None and types[index] != 1:  # only normal pieces take part in merging
+            continue
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocab and right in vocab:
+                ranked.append((-scores[index], vocab[left], vocab[right], left, right))
+    ranked.sort()
+    return [(left, right) for *_, left, right in ranked]
+
+
+def _vocabulary(meta: dict[str, Any]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(meta["tokenizer.ggml.tokens"])}
+
+
+def _gpt2_pre() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _digits_pre() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_pre()])
+
+
+def _split_pre(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
+_PRE_TOKENIZERS = {
+    "smollm": _digits_pre,
+    "default": _gpt2_pre,
+    "gpt-2": _gpt2_pre,
+    **dict.fromkeys(_LLAMA3_NAMES, lambda: _split_pre(_LLAMA3_SPLIT)),
+    **dict.fromkeys(_QWEN2_NAMES, lambda: _split_pre(_QWEN2_SPLIT)),
+}
+_BUILDERS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
+
+
+def _add_special_tokens(backend: Backend, meta: dict[str, Any]) -> None:
+    """Control tokens are matched in text and skipped in output; user-defined ones are only matched."""
+    types = meta.get("tokenizer.ggml.token_type") or []
+    tokens = meta["tokenizer.ggml.tokens"]
+    control = [tokens[i] for i, kind in enumerate(types) if kind == _CONTROL]
+    defined = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in defined])
+
+
+def _add_sequence_ends(backend: Backend, meta: dict[str, Any], kind: str) -> None:
+    """What `add_special_tokens` adds. Where the file does not say, llama.cpp's defaults hold."""
+    bos_by_default = kind == "llama" or meta.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    ends = {
+        "bos": meta.get("tokenizer.ggml.add_bos_token", bos_by_default),
+        "eos": meta.get("tokenizer.ggml.add_eos_token", False),
+    }
+    names = {end: meta.get(f"tokenizer.ggml.{end}_token_id") for end, wanted in ends.items() if wanted}
+    added = {end: (meta["tokenizer.ggml.tokens"][index], index) for end, index in names.items() if index is not None}
+    if not added:
+        return
+    before = [added["bos"][0]] if "bos" in added else []
+    after = [added["eos"][0]] if "eos" in added else []
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after], special_tokens=list(added.values())
+    )
+
+
+def _eos_token_ids(backend: Backend, meta: dict[str, Any]) -> tuple[int, ...]:
+    stated = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return tuple(dict.fromkeys([*(i for i in stated if i is not None), *end_of_turn_ids(backend)]))
+
+
+def _named_tokens(meta: dict[str, Any]) -> dict[str, str]:
+    ids = {
+        "bos_token": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token": meta.get("tokenizer.ggml.eos_token_id"),
+        "unk_token": meta.get("tokenizer.ggml.unknown_token_id"),
+        "pad_token": meta.get("tokenizer.ggml.padding_token_id"),
+    }
+    tokens = meta["tokenizer.ggml.tokens"]
+    return {name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}

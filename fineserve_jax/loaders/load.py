@@ -1,0 +1,113 @@
+"""`load_model`: from whatever names a model to its configuration, parameters and tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.checkpoint import MANIFEST, check_target, load_checkpoint, save_checkpoint
+from fineserve_jax.loaders.fetch import ALIASES, fetch
+from fineserve_jax.loaders.gguf_file import GGUFFile
+from fineserve_jax.loaders.gguf_model import GGUFModel
+from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
+from fineserve_jax.loaders.hf_model import HFModel
+from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer
+from fineserve_jax.loaders.tokenizer import Tokenizer
+from fineserve_jax.models.config import ModelConfig
+from fineserve_jax.models.formats import weight_recipe
+from fineserve_jax.models.params import pack_params
+
+DEFAULT_WEIGHTS = "bf16"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    name: what the source calls it (alias, file stem or directory name).
+    params: nested dict of jax arrays, the tree of `models.abstract_params(config, weights)`.
+    weights: how matrices are stored: fp32, bf16, int8 or int4.
+    """
+
+    name: str
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    weights: str
+
+
+def load_model(source: str | Path, weights: str | None = "bf16") -> LoadedModel:
+    """Load a model from an alias, a `.gguf` file, a Hugging Face directory, or a converted (Orbax) directory.
+
+    weights: fp32, bf16, int8 or int4. A converted directory loads only in the precision it was made in; None
+        takes that one, and bf16 for every other source.
+
+    An alias is fetched into the cache when it is not there yet. Configuration, tokenizer, and the presence,
+    shapes and extents of tensors are checked before tensors are read. Raises ModelLoadError.
+    """
+    weight_recipe(weights or DEFAULT_WEIGHTS)
+    path = resolve_source(source)
+    name = _name(source, path)
+    if path.is_file():
+        return _load_gguf(path, weights or DEFAULT_WEIGHTS, name)
+    if (path / MANIFEST).exists():
+        return LoadedModel(name, *load_checkpoint(path, weights))
+    if (path / "config.json").exists():
+        return _load_hf(path, weights or DEFAULT_WEIGHTS, name)
+    raise ModelLoadError(
+        f"{path} is a directory without config.json or {MANIFEST}; "
+        "give a Hugging Face directory (config.json and *.safetensors), one made by `fineserve-jax convert`, "
+        "or the path of a .gguf file"
+    )
+
+
+def convert(source: str | Path, directory: str | Path, weights: str = "int8") -> LoadedModel:
+    """Write `source`, its matrices stored as `weights`, to `directory` as a checkpoint that starts quickly.
+
+    `load_model(directory, weights)` then needs nothing else. Returns the model written. Raises
+    ModelLoadError, also when `directory` exists and is not empty.
+    """
+    check_target(Path(directory))
+    model = load_model(source, weights)
+    save_checkpoint(model, Path(directory))
+    return model
+
+
+def resolve_source(source: str | Path) -> Path:
+    """The file or directory `source` names; raises ModelLoadError when there is none."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if str(source) in ALIASES:
+        return fetch(str(source))
+    raise _unknown(source)
+
+
+def _name(source: str | Path, path: Path) -> str:
+    return str(source) if str(source) in ALIASES else path.stem if path.is_file() else path.resolve().name
+
+
+def _load_gguf(path: Path, weights: str, name: str) -> LoadedModel:
+    file = GGUFFile(path)
+    model = GGUFModel(file)
+    tokenizer = gguf_tokenizer(file)
+    params = pack_params(model.config, weights, model)
+    return LoadedModel(name, model.config, params, tokenizer, weights)
+
+
+def _load_hf(path: Path, weights: str, name: str) -> LoadedModel:
+    model = HFModel(path)
+    tokenizer = hf_tokenizer(path)
+    params = pack_params(model.config, weights, model)
+    return LoadedModel(name, model.config, params, tokenizer, weights)
+
+
+def _unknown(source: str | Path) -> ModelLoadError:
+    return ModelLoadError(
+        f"model {str(source)!r} is neither a path that exists nor a known alias "
+        f"({', '.join(ALIASES)}); give an alias, "
+        "a .gguf file, a Hugging Face directory (config.json and *.safetensors), or a directory made by "
+        "`fineserve-jax convert`"
+    )

@@ -1,0 +1,75 @@
+"""How many bytes the KV arena gets, and whether the device has them."""
+
+import os
+from pathlib import Path
+
+import jax
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from fineserve_jax.errors import ConfigError
+
+DEFAULT_ON_CPU = 512 * 2**20
+DEFAULT_FRACTION = 0.5
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def kv_memory_bytes(setting: int | float | str | None, device: jax.Device) -> int:
+    """Bytes that `kv_memory` asks for on this device.
+
+    Args:
+        setting: bytes, a fraction in (0, 1), either as a string, a string with a unit ("256MiB"), or None.
+
+    Raises:
+        ConfigError: a setting that is no size, not positive, or more than the device's memory.
+    """
+    capacity = device_memory_bytes(device)
+    if setting is None:
+        return DEFAULT_ON_CPU if device.platform == "cpu" else int(DEFAULT_FRACTION * free_memory_bytes(device))
+    size = _parse(setting, capacity)
+    if size <= 0:
+        raise ConfigError(f"kv_memory={setting!r} is no memory at all; give a size such as '256MiB' or 0.25")
+    if size > capacity:
+        raise ConfigError(
+            f"kv_memory={setting!r} is {format_bytes(size)}, more than the {format_bytes(capacity)} of {device}; "
+            "give less, or a fraction such as 0.5"
+        )
+    return size
+
+
+def _parse(setting: int | float | str, capacity: int) -> int:
+    try:
+        number = float(setting)
+    except ValueError:
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(setting))
+        except ValidationError:
+            raise ConfigError(
+                f"kv_memory={setting!r} is not a size; give bytes, a size such as '256MiB' or '2GB', "
+                "or a fraction of the device's memory such as 0.25"
+            ) from None
+    # 1 is a byte, as every whole number; the whole memory could not be had anyway.
+    return int(number * capacity) if 0 < number < 1 else int(number)
+
+
+def device_memory_bytes(device: jax.Device) -> int:
+    """Memory of the device; for a CPU the machine's, or what this process's control group may use."""
+    if device.platform != "cpu":
+        return int(device.memory_stats()["bytes_limit"])
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    return total if limit == "max" else min(total, int(limit))
+
+
+def free_memory_bytes(device: jax.Device) -> int:
+    """Memory of an accelerator that is not in use."""
+    stats = device.memory_stats()
+    return int(stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def format_bytes(size: float) -> str:
+    """Bytes for people: "1.5 GiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

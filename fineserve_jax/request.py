@@ -1,0 +1,127 @@
+"""A request, its life, and what a step computes of it: the nouns that the engine, the scheduler and kv/ share.
+
+    WAITING --admitted (level 1: it holds the pages of its known tokens)--> READY
+    READY   --picked for a step (level 2)--> RUNNING --stop, length, abort--> FINISHED
+    READY or RUNNING --preempted (its pages are freed, its tokens kept)--> WAITING
+
+READY and RUNNING both hold memory; RUNNING has had at least one step since it was admitted.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from fineserve_jax.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    READY = "ready"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """When things happened, in seconds of the engine's clock; None: not yet."""
+
+    arrival_s: float
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence on its way through the engine. `eq=False`: identity is what makes a request itself.
+
+    Attributes:
+        request_id: unique in the engine.
+        model: name of the model that serves it.
+        kv_precision: name of the KV format its pages are kept in.
+        token_ids: prompt and output, in order.
+        num_prompt_tokens: how many of them are the prompt.
+        max_total_tokens: length at which it ends: the lesser of prompt plus `max_tokens` and `max_seq_len`.
+        num_computed_tokens: leading tokens whose K and V are in the cache; preemption sets it back to 0.
+        sequence: order of arrival, a strictly increasing number.
+        seed: of its random numbers.
+        stop_ids: tokens that end it: the model's end-of-sequence tokens unless ignored, and `stop_token_ids`.
+        tag: tenant or other label, for weighted policies and for learning expected lengths.
+        ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
+    """
+
+    request_id: str
+    model: str
+    kv_precision: str
+    sampling: SamplingParams
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_total_tokens: int
+    sequence: int
+    times: RequestTimes
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    tag: str = ""
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    logprobs: list = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still to go through the model before the next one can be sampled; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step computes of one request: its tokens `[start, start + count)`.
+
+    `count == 1` goes through the step's decode rows, anything longer is a prefill chunk. A chunk starts at a
+    multiple of the page size.
+    """
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the request's last known token, so that a next one is sampled."""
+        return self.start + self.count == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The work of one step, decided on the host. `decodes` all have `count == 1`, `chunks` have more."""
+
+    decodes: tuple[Work, ...]
+    chunks: tuple[Work, ...]
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        return self.decodes + self.chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(work.count for work in self.works)

@@ -1,0 +1,200 @@
+"""What a step is given: numpy arrays built from the scheduler's plan, of shapes that the step's spec fixes."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.pallas_kernels.formats import get_format
+from fineserve_jax.pallas_kernels.xla.tiles import BatchSegment, Tiles, plan_tiles
+from fineserve_jax.request import Request, StepPlan, Work
+from fineserve_jax.runner.shapes import StepSpec
+
+Array = Any  # numpy on the host, jax.Array in the step
+NOWHERE = 2**30  # beyond any arena, all layers counted: what is written there is dropped
+
+
+class DecodeInputs(NamedTuple):
+    """The decode rows; padding rows have position 0, are written nowhere and see only themselves.
+
+    Attributes:
+        tokens, positions: i32[rows].
+        pages: i32[rows], the page each token's K and V are written to.
+        format_ids: i32[rows], the token-wise format of that page.
+        tiles: the rows' cached tokens.
+    """
+
+    tokens: Array
+    positions: Array
+    pages: Array
+    format_ids: Array
+    tiles: Tiles
+
+
+class ChunkInputs(NamedTuple):
+    """The prefill chunks, each from a page boundary on; slots past a chunk's end repeat position 0.
+
+    Attributes:
+        tokens, positions: i32[chunk_tokens].
+        targets: i32[chunk_tokens], the token after each; only read by steps that score.
+        chunk_of_page: i32[chunk_pages], which chunk a page of slots belongs to; -1: none.
+        pages: i32[chunk_pages], where that page is written.
+        written_format_ids: i32[chunk_pages], the format it is written in.
+        newest_format_ids: i32[chunk_pages], the token-wise format of its request's newest tokens.
+        full_format_ids: i32[chunk_pages], the format of its request's full pages.
+        tiles: the chunks' cached tokens; rows are chunks.
+    """
+
+    tokens: Array
+    positions: Array
+    targets: Array
+    chunk_of_page: Array
+    pages: Array
+    written_format_ids: Array
+    newest_format_ids: Array
+    full_format_ids: Array
+    tiles: Tiles
+
+
+class ClosingInputs(NamedTuple):
+    """Tail pages that the step fills, to be encoded into pages of their own, by page-wise format.
+
+    Attributes:
+        sources, targets: i32[page-wise formats, rows], first units.
+        counts: i32[page-wise formats], how many of them count.
+    """
+
+    sources: Array
+    targets: Array
+    counts: Array
+
+
+class StepInputs(NamedTuple):
+    """Everything about a step's tokens, but how to sample.
+
+    Attributes:
+        sample_slots: i32[rows], the slot (decode rows first, then chunk slots) each sampled token follows.
+    """
+
+    decode: DecodeInputs
+    chunk: ChunkInputs | None
+    closing: ClosingInputs
+    sample_slots: Array
+
+
+def build_inputs(spec: StepSpec, plan: StepPlan, kv: KVManager) -> tuple[StepInputs, list[Request]]:
+    """Lays a plan out for the device.
+
+    Returns:
+        the inputs, and the requests whose next tokens are sampled, in the order of `sample_slots`.
+    """
+    builder = _Builder(spec, kv)
+    for work in plan.decodes:
+        builder.add_decode(work)
+    for work in plan.chunks:
+        builder.add_chunk(work)
+    return builder.finish(), builder.sampled
+
+
+class _Builder:
+    """Fills the arrays of one step, work by work."""
+
+    def __init__(self, spec: StepSpec, kv: KVManager) -> None:
+        self.spec, self.kv = spec, kv
+        self.page_size = spec.geometry.page_size
+        self.format_ids = {name: i for i, name in enumerate(spec.format_names)}
+        self.sampled: list[Request] = []
+        self.sample_slots = np.zeros(spec.shape.rows, np.int32)
+        self.num_decodes = self.num_chunks = self.next_page = 0
+        self.decode_segments: list[BatchSegment] = []
+        self.chunk_segments: list[BatchSegment] = []
+        self.closing: list[list[tuple[int, int]]] = [[] for _ in spec.paged_formats]
+
+        rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
+        self.tokens, self.positions = np.zeros(rows + slots, np.int32), np.zeros(rows + slots, np.int32)
+        self.targets = np.zeros(slots, np.int32)
+        self.row_pages, self.row_formats = np.full(rows, NOWHERE, np.int32), np.zeros(rows, np.int32)
+        self.chunk_of_page, self.chunk_pages = np.full(pages, -1, np.int32), np.full(pages, NOWHERE, np.int32)
+        self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
+
+    def add_decode(self, work: Work) -> None:
+        row, position, request = self.num_decodes, work.start, work.request
+        self.num_decodes += 1
+        self.tokens[row], self.positions[row] = request.token_ids[position], position
+        held, page = self.kv.holds(request), position // self.page_size
+        if held.tail is None:
+            self.row_pages[row] = held.pages[page]
+        else:
+            self.row_pages[row] = held.tail
+            if position % self.page_size == self.page_size - 1:
+                self._close(request.kv_precision, held.tail, held.pages[page])
+        tail = get_format(request.kv_precision).tail
+        self.row_formats[row] = self.format_ids[tail or request.kv_precision]
+        self._add_segments(self.decode_segments, row, work)
+        self._sample(work, row)
+
+    def add_chunk(self, work: Work) -> None:
+        chunk, request, first = self.num_chunks, work.request, self.next_page
+        self.num_chunks += 1
+        num_pages = -(-work.count // self.page_size)
+        self.next_page += num_pages
+        slot = first * self.page_size
+        where = slice(self.spec.shape.rows + slot, self.spec.shape.rows + slot + work.count)
+        self.tokens[where] = request.token_ids[work.start : work.start + work.count]
+        self.positions[where] = np.arange(work.start, work.start + work.count)
+        successors = request.token_ids[work.start + 1 : work.start + work.count + 1]
+        self.targets[slot : slot + len(successors)] = successors
+
+        own = slice(first, first + num_pages)
+        held, page = self.kv.holds(request), work.start // self.page_size
+        full = self.format_ids[request.kv_precision]
+        newest = self.format_ids[get_format(request.kv_precision).tail or request.kv_precision]
+        self.chunk_of_page[own] = chunk
+        self.full[own], self.written[own], self.newest[own] = full, full, newest
+        pages = list(held.pages[page : page + num_pages])
+        if held.tail is not None and work.count % self.page_size:
+            pages = [*pages[: num_pages - 1], held.tail]
+            self.written[first + num_pages - 1] = newest
+        self.chunk_pages[own] = pages
+        self._add_segments(self.chunk_segments, chunk, work)
+        self._sample(work, where.stop - 1)
+
+    def _add_segments(self, segments: list[BatchSegment], row: int, work: Work) -> None:
+        for part in self.kv.segments(work.request, work.start):
+            segments.append(BatchSegment(row, self.format_ids[part.kv_format], part.pages, part.num_tokens))
+
+    def _close(self, kv_format: str, source: int, target: int) -> None:
+        self.closing[list(self.spec.paged_formats).index(self.format_ids[kv_format])].append((source, target))
+
+    def _sample(self, work: Work, slot: int) -> None:
+        if work.samples:
+            self.sample_slots[len(self.sampled)] = slot
+            self.sampled.append(work.request)
+
+    def finish(self) -> StepInputs:
+        spec, rows = self.spec, self.spec.shape.rows
+        decode = DecodeInputs(
+            tokens=self.tokens[:rows],
+            positions=self.positions[:rows],
+            pages=self.row_pages,
+            format_ids=self.row_formats,
+            tiles=plan_tiles(self.decode_segments, spec.decode_tiles, self.page_size),
+        )
+        chunk = ChunkInputs(
+            tokens=self.tokens[rows:],
+            positions=self.positions[rows:],
+            targets=self.targets,
+            chunk_of_page=self.chunk_of_page,
+            pages=self.chunk_pages,
+            written_format_ids=self.written,
+            newest_format_ids=self.newest,
+            full_format_ids=self.full,
+            tiles=plan_tiles(self.chunk_segments, spec.chunk_tiles, self.page_size),
+        )
+        return StepInputs(decode, chunk if spec.chunk_pages else None, self._closing_inputs(), self.sample_slots)
+
+    def _closing_inputs(self) -> ClosingInputs:
+        pages = np.zeros((2, len(self.closing), self.spec.shape.rows), np.int32)
+        for i, pairs in enumerate(self.closing):
+            pages[:, i, : len(pairs)] = np.array(pairs, np.int32).reshape(-1, 2).T
+        return ClosingInputs(pages[0], pages[1], np.array([len(pairs) for pairs in self.closing], np.int32))

@@ -1,0 +1,192 @@
+"""Runs plans on the device: the only holder of the arena and of compiled programs."""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.models import CausalLM
+from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.request import Request, StepPlan
+from fineserve_jax.runner import step as stages
+from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.sampler import Sampled, build_sampling
+from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities, natural, at one position.
+
+    Attributes:
+        logprob: of the token that was sampled.
+        top: token id -> log-probability of the most likely tokens, likeliest first.
+    """
+
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A request's next token; `logprobs` only if it asked for them."""
+
+    request: Request
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave.
+
+    Attributes:
+        tokens: the sampled tokens.
+        scores: f32, the log-probability of each chunk token's successor, chunk slots in order; None if not asked for.
+        seconds: how long the device step took, compilation left out.
+        compiled: whether it had to be compiled first.
+    """
+
+    tokens: list[SampledToken]
+    scores: np.ndarray | None
+    seconds: float
+    compiled: bool
+
+
+class ModelRunner:
+    """One model on the device, its arena, and a compiled program for each shape that has occurred.
+
+    Args:
+        model, params: the model and its weights.
+        geometry: of its pages.
+        num_units: units of the arena.
+        kv: the host's half of the cache.
+        max_rows: most requests in a step.
+        max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
+        max_seq_len: most tokens of a request.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        params: dict[str, Any],
+        geometry: PageGeometry,
+        num_units: int,
+        kv: KVManager,
+        *,
+        max_rows: int,
+        max_chunk_tokens: int,
+        max_seq_len: int,
+    ) -> None:
+        self.model, self.params, self.geometry, self.kv = model, params, geometry, kv
+        self.arena = jnp.zeros((num_units, geometry.unit_words), jnp.uint16)
+        self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
+        self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
+        self.max_seq_len = max_seq_len
+        self.row_buckets = row_buckets(max_rows)
+        self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
+        self.format_names: tuple[str, ...] = ()
+        self.num_compilations = 0
+
+    def use_formats(self, names: Iterable[str]) -> None:
+        """Makes the steps from now on serve these KV formats too, and the tails they need.
+
+        Programs read and write just the formats that the engine has met: each adds a loop to every layer.
+        """
+        wanted = {*self.format_names, *names}
+        wanted |= {tail for name in wanted if (tail := get_format(name).tail)}
+        self.format_names = tuple(name for name in FORMATS if name in wanted)
+
+    def warm_up(self) -> int:
+        """Compiles all shapes that steps of the formats in use can take; returns how many programs that took."""
+        before = self.num_compilations
+        shapes = [StepShape(rows, 0) for rows in self.row_buckets]
+        shapes += [StepShape(self.row_buckets[-1], chunk) for chunk in self.chunk_buckets]
+        empty = StepPlan((), ())
+        for shape in shapes:
+            self._run(self._spec(shape), empty)
+        return self.num_compilations - before
+
+    def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
+        """Computes a step; its keys and values are in the arena when this returns."""
+        return self._run(self._spec(self._shape(plan, scores)), plan)
+
+    def _shape(self, plan: StepPlan, scores: bool) -> StepShape:
+        page_size = self.geometry.page_size
+        slots = sum(-(-work.count // page_size) * page_size for work in plan.chunks)
+        if not slots:
+            return StepShape(pick(self.row_buckets, len(plan.decodes)), 0)
+        return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots), scores)
+
+    def _spec(self, shape: StepShape) -> StepSpec:
+        max_pages = -(-self.max_seq_len // self.geometry.page_size)
+        return StepSpec(self.model, self.geometry, self.format_names, shape, max_pages)
+
+    def _run(self, spec: StepSpec, plan: StepPlan) -> StepResult:
+        host_inputs, requests = build_inputs(spec, plan, self.kv)
+        programs = _programs(spec)
+        compiled_before = programs.num_compiled
+        inputs, sampling = jax.device_put((host_inputs, build_sampling(requests, spec.shape.rows, self.max_seq_len)))
+        start = time.perf_counter()
+        stream = programs.embed(self.params, inputs)
+        words = []
+        for index, params in enumerate(self.layer_params):
+            stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena, inputs)
+            words.append(encoded)
+        outputs = programs.head(self.params, stream, inputs, sampling)
+        self.arena = programs.commit(self.arena, words, inputs)
+        sampled, scores = jax.device_get(outputs)
+        seconds = time.perf_counter() - start
+        compilations = programs.num_compiled - compiled_before
+        self.num_compilations += compilations
+        if compilations:
+            log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
+        return StepResult(_collect(requests, sampled), scores, seconds, bool(compilations))
+
+
+@functools.cache
+def _programs(spec: StepSpec) -> "_Programs":
+    """The programs of a spec; engines of one model share them."""
+    return _Programs(spec)
+
+
+class _Programs:
+    """The jitted stages of steps of one spec.
+
+    Attributes:
+        num_compiled: how many programs were compiled, or loaded from JAX's compilation cache.
+    """
+
+    def __init__(self, spec: StepSpec) -> None:
+        self.num_compiled = 0
+
+        def jitted(stage: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+            def traced(*arguments: Any) -> Any:
+                self.num_compiled += 1  # runs while jax traces, so once for each program
+                return stage(spec, *arguments)
+
+            return jax.jit(traced, **options)
+
+        self.embed, self.layer, self.head = jitted(stages.embed), jitted(stages.layer), jitted(stages.head)
+        self.commit = jitted(stages.commit, donate_argnums=0)
+
+
+def _collect(requests: Sequence[Request], sampled: Sampled) -> list[SampledToken]:
+    tokens = []
+    for i, request in enumerate(requests):
+        logprobs, wanted = None, request.sampling.logprobs
+        if wanted is not None:
+            ids, values = sampled.top_ids[i, :wanted].tolist(), sampled.top_logprobs[i, :wanted].tolist()
+            logprobs = TokenLogprobs(float(sampled.logprobs[i]), dict(zip(ids, values, strict=True)))
+        tokens.append(SampledToken(request, int(sampled.tokens[i]), logprobs))
+    return tokens

@@ -1,0 +1,95 @@
+"""A step as pure functions: embed, layer by layer, head, commit.
+
+    tokens --embed--> x --layer 0..L-1--> x, encoded K and V of each layer --head--> next tokens
+                                          arena --commit(encoded K and V)--> arena
+
+`layer` is one program for all layers, since the layer's number is data: a model of any depth compiles in the time of
+one layer, and the calls are queued ahead of the device. `commit` is a program of its own, because XLA copies a donated
+array that is read and written in one program unless it can prove the order; the arena is far too large for that.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fineserve_jax.models.transformer import RopeTables
+from fineserve_jax.pallas_kernels.formats import PageWords
+from fineserve_jax.pallas_kernels.xla.write import requantise, write_pages, write_tokens
+from fineserve_jax.runner.attention import LayerAttention, LayerWords
+from fineserve_jax.runner.inputs import NOWHERE, StepInputs
+from fineserve_jax.runner.sampler import Sampled, SamplingInputs, sample
+from fineserve_jax.runner.shapes import StepSpec
+
+Params = dict[str, Any]
+
+
+class Stream(NamedTuple):
+    """What flows from layer to layer: the residual f32[N, hidden] and the rotations of the N positions."""
+
+    x: jax.Array
+    rope: RopeTables
+
+
+def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
+    """The step's tokens, decode rows first and then chunk slots, as the first layer's input."""
+    tokens, positions = inputs.decode.tokens, inputs.decode.positions
+    if inputs.chunk is not None:
+        tokens = jnp.concatenate([tokens, inputs.chunk.tokens])
+        positions = jnp.concatenate([positions, inputs.chunk.positions])
+    return Stream(*_apply(spec.model, params, tokens, positions, method="embed_tokens"))
+
+
+def layer(
+    spec: StepSpec, params: Params, stream: Stream, index: jax.Array, arena: jax.Array, inputs: StepInputs
+) -> tuple[Stream, LayerWords]:
+    """One layer. `params`: of that layer alone; `index`: i32[], its number."""
+    attention = LayerAttention(spec, index, arena, inputs)
+    x = _apply(spec.model.block, params, stream.x, stream.rope, attention)
+    return stream._replace(x=x), attention.words
+
+
+def head(
+    spec: StepSpec, params: Params, stream: Stream, inputs: StepInputs, sampling: SamplingInputs
+) -> tuple[Sampled, jax.Array | None]:
+    """The sampled tokens and, for a step that scores, f32[chunk_tokens]: log-probabilities of the chunks' targets."""
+    logits = _apply(spec.model, params, stream.x[inputs.sample_slots], method="head")
+    scores = None
+    if spec.shape.scores and inputs.chunk is not None:
+        chunk_logits = _apply(spec.model, params, stream.x[spec.shape.rows :], method="head")
+        logprobs = jax.nn.log_softmax(chunk_logits, axis=-1)
+        scores = jnp.take_along_axis(logprobs, inputs.chunk.targets[:, None], axis=-1)[:, 0]
+    return sample(logits, sampling), scores
+
+
+def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: StepInputs) -> jax.Array:
+    """Writes what the layers encoded: decoded tokens, chunks' pages, and then tail pages that became full.
+
+    Donate the arena. Everything else reads it before this writes it.
+    """
+    for i, kv_format in spec.token_formats.items():
+        words = _stack([words.tokens[i] for words in layers])
+        pages = jnp.where(inputs.decode.format_ids == i, inputs.decode.pages, NOWHERE)
+        offsets = inputs.decode.positions % spec.geometry.page_size
+        arena = write_tokens(arena, words, pages, offsets, kv_format, spec.geometry)
+    if inputs.chunk is not None:
+        for i, page_format in enumerate(spec.formats):
+            words = _stack([words.pages[i] for words in layers])
+            pages = jnp.where(inputs.chunk.written_format_ids == i, inputs.chunk.pages, NOWHERE)
+            arena = write_pages(arena, words, pages, page_format, spec.geometry)
+    closing = inputs.closing
+    for i, page_format in enumerate(spec.paged_formats.values()):
+        tail = spec.tail_of(page_format)
+        arena = requantise(
+            arena, closing.sources[i], closing.targets[i], closing.counts[i], tail, page_format, spec.geometry
+        )
+    return arena
+
+
+def _apply(module: nn.Module, params: Params, *arguments: Any, **options: Any) -> Any:
+    return module.apply({"params": params}, *arguments, **options)
+
+
+def _stack(layers: list[PageWords]) -> PageWords:
+    return PageWords(*(jnp.stack(parts) for parts in zip(*layers, strict=True)))

@@ -1,0 +1,85 @@
+"""What a request asks of the sampler."""
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fineserve_jax.errors import FineServeError, RequestError
+from fineserve_jax.validation import Validated
+
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 256
+MAX_SEED = 2**32 - 1
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class SamplingParams(Validated):
+    """How the tokens of one request are chosen, and when it ends.
+
+    Every field is checked on construction; a bad one raises `RequestError`. The order of application is the usual
+    one: penalties and `logit_bias` on the raw logits, then `temperature`, then `top_k`, `top_p` and `min_p`.
+
+    Attributes:
+        max_tokens: most tokens to generate; None means up to the engine's `max_seq_len`.
+        min_tokens: end-of-sequence and `stop_token_ids` cannot be sampled before this many tokens.
+        temperature: 0 is greedy (argmax); otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 keeps all. Tokens tied with the k-th are kept.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
+        min_p: drop tokens less likely than this fraction of the most likely one; 0 drops none.
+        repetition_penalty: divide positive and multiply negative logits of tokens already in prompt or output
+            (CTRL, arXiv 1909.05858); 1 is off.
+        presence_penalty: subtract this from the logits of tokens already in the output.
+        frequency_penalty: subtract this times the count of the token in the output.
+        logit_bias: token id -> value added to its logit; at most 256 tokens.
+        seed: seed of this request's random numbers; None takes one from the engine's seed and the request's order.
+        n: how many samples of the prompt to return; sample i uses `seed + i`.
+        stop: strings that end the text (they are not part of it).
+        stop_token_ids: tokens that end the output, besides the model's end-of-sequence tokens.
+        ignore_eos: keep generating past the model's end-of-sequence tokens.
+        logprobs: None for none; 0 for the sampled token's log-probability; k for the k most likely tokens' too.
+            They are those of the model, before penalties, bias and temperature.
+    """
+
+    error_class: ClassVar[type[FineServeError]] = RequestError
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[TokenId, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    n: int = Field(default=1, ge=1, le=128)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_string_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop_string(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("a stop string must not be empty: it would end every text at once")
+        return value
+
+    @model_validator(mode="after")
+    def _min_under_max(self) -> Self:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower min_tokens"
+            )
+        return self
+
+    @property
+    def uses_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

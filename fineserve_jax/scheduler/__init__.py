@@ -1,0 +1,25 @@
+"""The two-level scheduler: host code only, no jax.
+
+add -> WaitingQueue -level 1, admission (memory)-> rows -level 2, execution (compute)-> StepPlan -> commit
+             ^                                      |
+             +--------- preempted, to recompute ----+
+"""
+
+from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost, StepCost
+from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
+from fineserve_jax.scheduler.profile import StepProfile
+from fineserve_jax.scheduler.scheduler import Scheduler
+
+__all__ = [
+    "POLICIES",
+    "DeviceRoofline",
+    "FormatCost",
+    "ModelCost",
+    "Policy",
+    "PolicyContext",
+    "Scheduler",
+    "SchedulerConfig",
+    "StepCost",
+    "StepProfile",
+]

@@ -1,0 +1,90 @@
+"""Level 1: which waiting requests get memory.
+
+A walk goes through the waiting requests in the policy's order. One that finds no memory stays WAITING and
+closes its own group (model and KV format) for the rest of the walk, since whoever comes later in the group
+shall not overtake it; other groups go on, for their pool may have room.
+
+Overtaking has an end. Where pools share memory, cheap requests that keep coming could take each freed slab
+before a request that needs more of them ever sees enough. So once the oldest waiting request of a closed
+group has waited `ageing_s`, the walk closes every group that competes for the same memory, too: memory then
+drains until the old request fits. Hence, under `fineserve` and `fcfs`:
+
+    no request is admitted ahead of one that came more than `ageing_s` earlier and competes for its memory.
+
+(At that moment the older one has waited over `ageing_s`, and has the smaller key. In the same group it is
+tried first; in another its group's head is, and the walk goes on only if nothing in that group was closed
+before it.)
+"""
+
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.scheduler.rows import GrowthReserve, Row, shares_of
+from fineserve_jax.scheduler.waiting import Entry, Group, WaitingQueue, group_of
+
+
+class Admission:
+    """Walks the waiting queue and grows what fits.
+
+    Args:
+        config: batch size, reserve and ageing.
+        kv: gives the pages.
+        queue: the waiting requests; admitted ones are removed from it.
+        reserve: what the admitted rows may still want; new rows are added to it.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv: KVManager, queue: WaitingQueue, reserve: GrowthReserve) -> None:
+        self._config = config
+        self._reserve = reserve
+        self._kv = kv
+        self._queue = queue
+        self._num_walks = 0
+
+    def walk(self, places: int, now: float) -> list[Row]:
+        """Admit up to `places` requests, as memory allows.
+
+        Returns:
+            The new rows in the order of admission, each holding the pages of all its known tokens. Every row
+            that competes with a new one can still grow by the reserve.
+        """
+        self._num_walks += 1
+        open_groups = self._queue.groups()
+        admitted: list[Row] = []
+        while len(admitted) < places and (entry := self._first(open_groups)):
+            row = self._row(entry)
+            if self._grow(row):
+                self._queue.remove(row.request)
+                row.note_growth()
+                self._reserve.add(row)
+                admitted.append(row)
+            else:
+                open_groups = self._close(row, open_groups, now)
+        return admitted
+
+    def _first(self, groups: list[Group]) -> Entry | None:
+        heads = (self._queue.head(group) for group in groups)
+        return min((head for head in heads if head is not None), default=None)
+
+    def _row(self, entry: Entry) -> Row:
+        key, _, request = entry
+        page_class = self._kv.class_of(request.model, request.kv_precision)
+        return Row(request, page_class, shares_of(self._kv, page_class), self._num_walks, key)
+
+    def _grow(self, row: Row) -> bool:
+        """Give the row its pages if that leaves the reserve; a row alone in its memory needs none."""
+        request = row.request
+        demand = self._reserve.beside(row)
+        if demand is not None:
+            for page_class, pages in self._kv.demand(request, request.num_tokens).items():
+                demand[page_class] = demand.get(page_class, 0) + pages
+            if not self._kv.allocator.can_allocate(demand):
+                return False
+        return self._kv.grow(request, request.num_tokens)
+
+    def _close(self, row: Row, groups: list[Group], now: float) -> list[Group]:
+        """Groups that stay open after `row` found no memory."""
+        own = group_of(row.request)
+        groups = [group for group in groups if group != own]
+        oldest = self._queue.oldest(own)
+        if oldest is None or now - oldest.times.arrival_s < self._config.ageing_s:
+            return groups
+        return [group for group in groups if row.shares.isdisjoint(shares_of(self._kv, self._kv.class_of(*group)))]

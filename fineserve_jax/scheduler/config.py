@@ -1,0 +1,53 @@
+"""What a user may set of the scheduler."""
+
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fineserve_jax.scheduler.policies import POLICIES
+from fineserve_jax.validation import Validated
+
+
+class SchedulerConfig(Validated):
+    """Settings of both levels.
+
+    Attributes:
+        policy: name of the order of the waiting queue, a key of `policies.POLICIES`.
+        max_batch_size: most requests that hold memory at once (READY and RUNNING), hence most rows of a step.
+        max_chunk_tokens: most prefill tokens of a step, each chunk counted in whole pages; a multiple of
+            `page_size`.
+        chunked_prefill: off, a prompt is always computed in one chunk, however long it is.
+        page_size: tokens of a KV page; chunks begin at multiples of it. At least 2, since a chunk of one
+            token is a decode row.
+        ageing_s: no request is overtaken by one that arrived more than this many seconds after it; see
+            `policies.fineserve` and `admission`.
+        growth_reserve_pages: free pages that admission leaves for each admitted request that can still grow.
+
+    Raises:
+        ConfigError: a value out of range, an unknown policy, or a chunk that is not a whole number of pages.
+    """
+
+    policy: str = "fineserve"
+    max_batch_size: int = Field(default=32, ge=1)
+    max_chunk_tokens: int = Field(default=512, ge=1)
+    chunked_prefill: bool = True
+    page_size: int = Field(default=16, ge=2)
+    ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
+    growth_reserve_pages: int = Field(default=1, ge=0)
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"unknown policy; the policies are: {', '.join(POLICIES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_pages(self) -> Self:
+        if self.max_chunk_tokens % self.page_size:
+            nearest = -(-self.max_chunk_tokens // self.page_size) * self.page_size
+            raise ValueError(
+                f"max_chunk_tokens={self.max_chunk_tokens} is not a multiple of page_size={self.page_size}; "
+                f"use {nearest}"
+            )
+        return self

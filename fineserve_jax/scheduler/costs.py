@@ -1,0 +1,93 @@
+"""What a step costs in operations and bytes, counted from its works; no seconds here (see `profile`)."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.request import Work
+
+
+@dataclass(frozen=True, slots=True)
+class FormatCost:
+    """A KV format of a model.
+
+    Attributes:
+        bits: average bits of a cached value, scales counted; orders formats in the `fineserve` policy.
+        bytes_per_token: bytes that one cached token takes, K and V of all layers, scales counted.
+    """
+
+    bits: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """A model, as the scheduler sees it.
+
+    Attributes:
+        flops_per_token: operations of all matrix products for one token, about twice the active parameters.
+        flops_per_pair: operations of attention for one pair of query and key token: 4 * layers * query heads
+            * head_dim (a multiply and an add for the logit, and the same for the value).
+        weight_bytes: bytes of weights that a step reads.
+        formats: cost of each KV format that requests of this model may name.
+    """
+
+    flops_per_token: float
+    flops_per_pair: float
+    weight_bytes: float
+    formats: Mapping[str, FormatCost]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRoofline:
+    """A device's peaks: `flops` operations/s, `bandwidth` bytes/s, `overhead_s` seconds a step takes besides.
+
+    Raises:
+        ConfigError: a rate that is not positive, or a negative overhead.
+    """
+
+    flops: float
+    bandwidth: float
+    overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "bandwidth"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name}={value!r} of the device roofline; give a positive rate per second")
+        if not (self.overhead_s >= 0 and math.isfinite(self.overhead_s)):
+            raise ConfigError(f"overhead_s={self.overhead_s!r} of the device roofline; give 0 or more seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step does.
+
+    Attributes:
+        tokens: tokens that go through the model.
+        chunk_pairs: pairs of a prefill token and a token it attends to.
+        kv_bytes: bytes of cached K and V read.
+    """
+
+    tokens: int
+    chunk_pairs: int
+    kv_bytes: float
+
+    def __add__(self, other: "StepCost") -> "StepCost":
+        return StepCost(
+            self.tokens + other.tokens, self.chunk_pairs + other.chunk_pairs, self.kv_bytes + other.kv_bytes
+        )
+
+
+def step_cost(works: Iterable[Work], formats: Mapping[str, FormatCost]) -> StepCost:
+    """Cost of computing `works` together. A decode row's attention is counted by the bytes it reads only,
+    since reading them is what takes its time."""
+    tokens, pairs, kv_bytes = 0, 0, 0.0
+    for work in works:
+        start, count = work.start, work.count
+        tokens += count
+        kv_bytes += start * formats[work.request.kv_precision].bytes_per_token
+        if count > 1:
+            pairs += count * start + count * (count + 1) // 2
+    return StepCost(tokens, pairs, kv_bytes)

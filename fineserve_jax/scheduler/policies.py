@@ -1,0 +1,105 @@
+"""Orders of the waiting queue. A policy maps a request to a sort key; the smallest key is admitted first.
+
+A key is computed once, when the request begins to wait, so it must not depend on the time of asking. Ageing
+fits in
+nevertheless: if each request's key fell by the same amount per second waited, then any two keys would keep
+their order, so the fall can be replaced by a constant, the arrival time: `cost - (now - arrival) ~ cost +
+arrival`. Hence a heap does, and adding or admitting one of n waiting requests costs O(log n).
+
+A researcher's own policy is one function and one line:
+
+    POLICIES["longest_first"] = lambda request, context: -request.num_prompt_tokens
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from fineserve_jax.request import Request
+from fineserve_jax.scheduler.costs import ModelCost
+
+SortKey: TypeAlias = Any
+"""Whatever compares: a number or a tuple; of one type within a policy. Ties go to the earlier arrival."""
+
+HALF_WEIGHT_TOKENS = 1024
+"""Work at which a request is half as far back among those of its format as endless work would put it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy may know besides the request.
+
+    Attributes:
+        ageing_s: `SchedulerConfig.ageing_s`.
+        bit_levels: (model, KV format) -> its place among all formats when ordered by bits, 0 for the fewest.
+        num_levels: how many such places there are.
+        expected_output_tokens: estimate of a request's output length.
+    """
+
+    ageing_s: float
+    bit_levels: Mapping[tuple[str, str], int]
+    num_levels: int
+    expected_output_tokens: Callable[[Request], float]
+
+
+Policy: TypeAlias = Callable[[Request, PolicyContext], SortKey]
+
+
+def fineserve(request: Request, context: PolicyContext) -> SortKey:
+    """Fewer KV bits first, then less expected work, with ageing.
+
+    The key is `arrival_s + ageing_s * penalty`, in seconds. `penalty` lies in [0, 1): level by bits first,
+    and within a level it grows with the work, w / (w + 1024), so that among requests that arrived together
+    the order is exactly (bits, work).
+
+    Bound on waiting: since 0 <= penalty < 1, a request that arrives `ageing_s` or more after this one has a
+    larger key. So only requests that arrived before `arrival_s + ageing_s` can ever precede this one, and it
+    waits at most `ageing_s` plus the time in which the engine serves those. `admission` keeps the bound when
+    memory is short.
+    """
+    work = expected_work(request, context)
+    level = context.bit_levels[request.model, request.kv_precision]
+    penalty = (level + work / (work + HALF_WEIGHT_TOKENS)) / context.num_levels
+    return request.times.arrival_s + context.ageing_s * penalty
+
+
+def fcfs(request: Request, context: PolicyContext) -> SortKey:
+    """First come, first served."""
+    return request.times.arrival_s
+
+
+def sjf(request: Request, context: PolicyContext) -> SortKey:
+    """Least expected work first; a long request may wait for ever while shorter ones keep coming."""
+    return expected_work(request, context)
+
+
+def edf(request: Request, context: PolicyContext) -> SortKey:
+    """Earliest deadline for the first token first; without a target the deadline is `ageing_s` after
+    arrival."""
+    slo_s = context.ageing_s if request.ttft_slo_s is None else request.ttft_slo_s
+    return request.times.arrival_s + slo_s
+
+
+def expected_work(request: Request, context: PolicyContext) -> float:
+    """Tokens of prompt and expected output."""
+    return request.num_prompt_tokens + context.expected_output_tokens(request)
+
+
+def longest_output(request: Request) -> float:
+    """Most output tokens a request may have: the estimate that needs no history."""
+    return request.max_total_tokens - request.num_prompt_tokens
+
+
+def policy_context(
+    ageing_s: float,
+    models: Mapping[str, ModelCost],
+    expected_output_tokens: Callable[[Request], float] = longest_output,
+) -> PolicyContext:
+    bits = {(model, name): cost.bits for model, costs in models.items() for name, cost in costs.formats.items()}
+    levels = {value: level for level, value in enumerate(sorted(set(bits.values())))}
+    return PolicyContext(
+        ageing_s, {pair: levels[value] for pair, value in bits.items()}, len(levels), expected_output_tokens
+    )
+
+
+POLICIES: dict[str, Policy] = {"fineserve": fineserve, "fcfs": fcfs, "sjf": sjf, "edf": edf}

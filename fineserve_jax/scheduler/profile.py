@@ -1,0 +1,119 @@
+"""Level 2's model of the device: how long a step takes, learnt while serving.
+
+    seconds = c0 fixed + c1 tokens + c2 max(0, tokens - knee) + c3 chunk_pairs + c4 kv_bytes,    all c >= 0
+
+`fixed` is the step's overhead and the reading of the weights. Up to the `knee` (the ridge point of the
+roofline, where the matrix products take as long as reading the weights) further tokens are nearly free;
+beyond it each costs its operations. Attention adds the operations of chunks and the bytes of cached K and V.
+It starts as the device's roofline (Williams et al., CACM 2009: time is the greater of operations/peak and
+bytes/bandwidth), taken for the matrix products and for attention apart: c = (1, 0, 1, 1, 1) in units of the
+roofline's own seconds.
+"""
+
+import numpy as np
+
+from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost
+
+FORGETTING = 0.995
+"""Weight of an observation falls by this factor with each later one: a memory of some 200 steps."""
+
+STICKINESS = 1e-3
+"""Weight of the present coefficients against the observations; what no step shows (say, prefill while all
+decode) stays as it was."""
+
+ERROR_MEMORY = 0.05
+"""Weight of the newest relative error in the running one."""
+
+
+class StepProfile:
+    """Predicts a model's step time and refines the prediction from steps that were timed.
+
+    Args:
+        model: operations and bytes of the model.
+        roofline: the device's peaks, where it starts from.
+
+    Attributes:
+        coefficients: f64[5], the c of the formula above, in units of the roofline's seconds.
+        error: running mean of |predicted - observed| / observed, each capped at 1; None before the first
+            observation.
+        num_observed: steps observed.
+    """
+
+    def __init__(self, model: ModelCost, roofline: DeviceRoofline) -> None:
+        token_s = model.flops_per_token / roofline.flops
+        weights_s = model.weight_bytes / roofline.bandwidth
+        self.model = model
+        self.knee_tokens = weights_s / token_s
+        self.coefficients = np.array([1.0, 0.0, 1.0, 1.0, 1.0])
+        self.error: float | None = None
+        self.num_observed = 0
+        pair_s, byte_s = model.flops_per_pair / roofline.flops, 1.0 / roofline.bandwidth
+        self._fixed_s = weights_s + roofline.overhead_s
+        self._token_s, self._pair_s, self._byte_s = token_s, pair_s, byte_s
+        self._gram = np.zeros((5, 5))
+        self._moment = np.zeros(5)
+        self._publish()
+
+    def predict(self, cost: StepCost) -> float:
+        """Seconds that a step of that cost takes; grows with each part of the cost."""
+        c0, c1, c2, c3, c4 = self._seconds
+        beyond = max(0.0, cost.tokens - self.knee_tokens)
+        return c0 + c1 * cost.tokens + c2 * beyond + c3 * cost.chunk_pairs + c4 * cost.kv_bytes
+
+    def observe(self, cost: StepCost, seconds: float) -> None:
+        """Learn from a step; not to be called for one that compiled.
+
+        Least squares of relative errors with exponential forgetting, coefficients kept at or above zero.
+        Taking errors relative to the time observed also makes an outlier harmless: a step k times too slow
+        weighs 1/k.
+        """
+        if not seconds > 0.0:
+            raise ValueError(f"a step of {seconds!r} seconds: the time must be positive")
+        error = min(1.0, abs(self.predict(cost) - seconds) / seconds)
+        features = self._features(cost) / seconds
+        self._gram = FORGETTING * self._gram + np.outer(features, features)
+        self._moment = FORGETTING * self._moment + features
+        self.coefficients = _nonnegative_least_squares(
+            self._gram + STICKINESS * np.eye(5), self._moment + STICKINESS * self.coefficients
+        )
+        self._publish()
+        self.error = error if self.error is None else self.error + ERROR_MEMORY * (error - self.error)
+        self.num_observed += 1
+
+    def _features(self, cost: StepCost) -> np.ndarray:
+        """The five terms in the roofline's seconds, so that coefficients are about 1."""
+        beyond = max(0.0, cost.tokens - self.knee_tokens)
+        return np.array(
+            [
+                self._fixed_s,
+                self._token_s * cost.tokens,
+                self._token_s * beyond,
+                self._pair_s * cost.chunk_pairs,
+                self._byte_s * cost.kv_bytes,
+            ]
+        )
+
+    def _publish(self) -> None:
+        """Coefficients as plain floats in seconds: `predict` is called many times a step."""
+        units = (self._fixed_s, self._token_s, self._token_s, self._pair_s, self._byte_s)
+        self._seconds = tuple(c * unit for c, unit in zip(self.coefficients.tolist(), units, strict=True))
+
+
+def _nonnegative_least_squares(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """The x >= 0 that minimises x'Gx - 2m'x for a positive definite G, by an active set: what comes out
+    negative is held at 0, and let go again while its gradient says that raising it would help (Lawson and
+    Hanson, 1974, ch. 23)."""
+    size = len(moment)
+    free = np.ones(size, bool)
+    for _ in range(3 * size):
+        x = np.zeros(size)
+        x[free] = np.linalg.solve(gram[np.ix_(free, free)], moment[free])
+        if (x < 0).any():
+            free &= x > 0
+            continue
+        gain = np.where(free, 0.0, moment - gram @ x)
+        best = int(gain.argmax())
+        if gain[best] <= 1e-9 * np.abs(moment).max():
+            return x
+        free[best] = True
+    return np.maximum(x, 0.0)

@@ -1,0 +1,254 @@
+"""The scheduler: what the engine asks for its next step, and tells the outcome.
+
+    plan = scheduler.schedule(now)               # room for the decoding rows, level 1, level 2
+    sampled = runner.execute(plan)
+    for request in scheduler.commit(plan, sampled, now):
+        if it is done: scheduler.finish(request, reason, now)
+
+It decides when a token is computed, never which token comes out.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.request import FinishReason, Request, RequestStatus, StepPlan
+from fineserve_jax.scheduler.admission import Admission
+from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, step_cost
+from fineserve_jax.scheduler.execution import plan_step
+from fineserve_jax.scheduler.policies import POLICIES, policy_context
+from fineserve_jax.scheduler.profile import StepProfile
+from fineserve_jax.scheduler.rows import GrowthReserve, Row
+from fineserve_jax.scheduler.waiting import WaitingQueue
+
+
+class Scheduler:
+    """Both levels over one arena. Deterministic: the same calls give the same plans.
+
+    Args:
+        config: settings of both levels.
+        kv: host half of the KV cache; the scheduler alone grows and releases requests in it.
+        models: cost of each model served, by name.
+        roofline: the device, where step times are predicted from at first.
+
+    Attributes:
+        profiles: each model's step-time profile.
+        num_preemptions: how often a request lost its pages since the start.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVManager,
+        models: Mapping[str, ModelCost],
+        roofline: DeviceRoofline,
+    ) -> None:
+        policy, context = POLICIES[config.policy], policy_context(config.ageing_s, models)
+        self.config = config
+        self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
+        self.num_preemptions = 0
+        self._kv = kv
+        self._requests: dict[str, Request] = {}
+        self._rows: dict[Request, Row] = {}  # in the order of admission
+        self._queue = WaitingQueue(lambda request: policy(request, context))
+        self._reserve = GrowthReserve(config.growth_reserve_pages)
+        self._admission = Admission(config, kv, self._queue, self._reserve)
+        self._walk_may_help = False  # a request arrived, or memory or a place was freed, since the last walk
+        self._last_turns: dict[str, int] = dict.fromkeys(models, 0)
+        self._num_steps = 0
+
+    # -- requests come and go --------------------------------------------------------------------------------
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold memory, READY or RUNNING."""
+        return len(self._rows)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait. The engine has made sure that it fits alone at `max_total_tokens`.
+
+        Raises:
+            RequestError: an id that is in use.
+            ConfigError: a model or KV format that is not served.
+        """
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id={request.request_id!r} is in use; give each request its own")
+        if request.kv_precision not in self._profile(request.model).model.formats:
+            known = ", ".join(self._profile(request.model).model.formats)
+            raise ConfigError(f"kv_precision={request.kv_precision!r} is not served by {request.model}; use {known}")
+        self._requests[request.request_id] = request
+        self._wait(request)
+
+    def abort(self, request_id: str, now: float | None = None) -> Request | None:
+        """End a request wherever it is; None if it is not known (any more)."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.finish(request, FinishReason.ABORT, now)
+        return request
+
+    def finish(self, request: Request, reason: FinishReason, now: float | None) -> None:
+        """End a request and free what it holds."""
+        del self._requests[request.request_id]
+        if (row := self._rows.get(request)) is not None:
+            self._leave(row)
+        else:
+            self._queue.remove(request)
+        request.status, request.finish_reason = RequestStatus.FINISHED, reason
+        request.times.finished_s = now
+        self._walk_may_help = True
+
+    def _profile(self, model: str) -> StepProfile:
+        try:
+            return self.profiles[model]
+        except KeyError:
+            raise ConfigError(f"model={model!r} is not served; the models are: {', '.join(self.profiles)}") from None
+
+    def _wait(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        self._queue.push(request)
+        self._walk_may_help = True
+
+    # -- a step ----------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, of one model; None when there is no request to compute.
+
+        When decoding rows have to be preempted to make room, nothing is admitted in the same call.
+        """
+        preempted = self._make_room()
+        if self._walk_may_help and not preempted:
+            self._admit(now)
+        if not self._rows:
+            return None
+        return self._plan(self._next_model())
+
+    def commit(self, plan: StepPlan, sampled: Sequence[int], now: float) -> list[Request]:
+        """Enter the outcome of a step.
+
+        Args:
+            plan: as `schedule` returned it.
+            sampled: token for each of `plan.works`, in that order; the value is ignored where the work
+                samples none, and where the request was aborted meanwhile.
+            now: end of the step, engine clock.
+
+        Returns:
+            Requests that got a token, in the order of `plan.works`.
+        """
+        works = plan.works
+        if len(sampled) != len(works):
+            raise ValueError(f"{len(sampled)} sampled tokens for a plan of {len(works)} works")
+        advanced = []
+        for work, token in zip(works, sampled, strict=True):
+            request = work.request
+            if request.status is RequestStatus.FINISHED:
+                continue
+            request.num_computed_tokens = work.start + work.count
+            if request.num_computed_tokens == len(request.token_ids):
+                request.token_ids.append(int(token))
+                if request.times.first_token_s is None:
+                    request.times.first_token_s = now
+                advanced.append(request)
+        return advanced
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from how long a step took on the device; leave out steps that compiled."""
+        profile = self._profile(plan.works[0].request.model)
+        profile.observe(step_cost(plan.works, profile.model.formats), seconds)
+
+    def _admit(self, now: float) -> None:
+        self._walk_may_help = False
+        places = self.config.max_batch_size - len(self._rows)
+        if not places or not self._queue:
+            return
+        for row in self._admission.walk(places, now):
+            self._rows[row.request] = row
+            row.request.status = RequestStatus.READY
+            if row.request.times.admitted_s is None:
+                row.request.times.admitted_s = now
+        if not self._rows:
+            raise RuntimeError(
+                f"none of {len(self._queue)} waiting requests fits although no other holds memory; the "
+                "engine must refuse requests that do not fit alone (KVManager.fits_alone)"
+            )
+
+    def _next_model(self) -> str:
+        """The model with rows whose last step is longest ago."""
+        if len(self.profiles) == 1:
+            return next(iter(self.profiles))
+        return min({row.request.model: None for row in self._rows.values()}, key=self._last_turns.__getitem__)
+
+    def _plan(self, model: str) -> StepPlan:
+        rows: Iterable[Row] = self._rows.values()
+        if len(self.profiles) > 1:
+            rows = [row for row in rows if row.request.model == model]
+        plan = plan_step(rows, self.config, self.profiles[model])
+        self._num_steps += 1
+        self._last_turns[model] = self._num_steps
+        for work in plan.works:
+            work.request.status = RequestStatus.RUNNING
+        return plan
+
+    # -- memory for the decoding rows ------------------------------------------------------------------------
+
+    def _make_room(self) -> bool:
+        """Grow every row whose tokens have outgrown its pages, oldest admission first; whether any row was
+        preempted for it."""
+        before = self.num_preemptions
+        for row in [row for row in self._rows.values() if len(row.request.token_ids) > row.covered_tokens]:
+            if row.request in self._rows:
+                self._grow(row)
+        return self.num_preemptions > before
+
+    def _grow(self, row: Row) -> None:
+        """Grow a row to hold its known tokens, or preempt it when nobody can give way to it."""
+        request = row.request
+        while not self._kv.grow(request, request.num_tokens):
+            victim = self._victim(row)
+            self._preempt(victim)
+            if victim is row:
+                return
+        row.note_growth()
+        self._reserve.update(row)
+
+    def _victim(self, row: Row) -> Row:
+        """Who gives up its pages so that `row` can grow: the latest admitted after it, of its own page class
+        if there is one, since those pages are of use at once; `row` itself when all that compete were
+        admitted before it."""
+        other: Row | None = None
+        for candidate in reversed(self._rows.values()):
+            if candidate is row:
+                break
+            if candidate.page_class is row.page_class:
+                return candidate
+            if other is None and candidate.competes_with(row):
+                other = candidate
+        if other is None and not any(r.competes_with(row) for r in self._rows.values() if r is not row):
+            raise RuntimeError(
+                f"request {row.request.request_id} cannot grow to {row.request.num_tokens} tokens although "
+                "no other competes for its memory; the engine must refuse requests that do not fit alone "
+                "(KVManager.fits_alone)"
+            )
+        return other or row
+
+    def _preempt(self, row: Row) -> None:
+        """Take a row's pages; its tokens stay, to be computed again."""
+        request = row.request
+        self._leave(row)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(request)
+
+    def _leave(self, row: Row) -> None:
+        del self._rows[row.request]
+        self._reserve.remove(row)
+        self._kv.release(row.request)

@@ -1,0 +1,25 @@
+"""Flax definitions of the supported model families: pure functions of a parameter pytree.
+
+`build_model(config, weights)` gives the module, `abstract_params(config, weights)` the shapes of its
+parameters, `pack_params` and `random_params` the parameters themselves.
+"""
+
+from fineserve_jax.models.config import ModelConfig, RopeScaling
+from fineserve_jax.models.formats import WEIGHT_RECIPES
+from fineserve_jax.models.params import abstract_params, pack_params, random_params
+from fineserve_jax.models.registry import build_model, get_family, register_family
+from fineserve_jax.models.transformer import Attend, CausalLM
+
+__all__ = [
+    "WEIGHT_RECIPES",
+    "Attend",
+    "CausalLM",
+    "ModelConfig",
+    "RopeScaling",
+    "abstract_params",
+    "build_model",
+    "get_family",
+    "pack_params",
+    "random_params",
+    "register_family",
+]

@@ -1,0 +1,121 @@
+"""What a decoder-only model looks like: frozen, hashable, and static for `jit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from fineserve_jax.errors import ModelLoadError
+
+RopeKind = Literal["linear", "llama3", "yarn", "factors"]
+ROPE_KINDS: tuple[str, ...] = ("linear", "llama3", "yarn", "factors")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context a model was trained on.
+
+    kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones and blends between
+        (Llama 3.1, section "long context"); `yarn` is arXiv 2309.00071; `factors` divides frequency i by
+        `factors[i]`, which is how GGUF files spell out `llama3`.
+    factor: the stretch, >= 1.
+    original_max_position: context length in tokens before stretching (llama3, yarn).
+    low_freq_factor, high_freq_factor: llama3's band, in turns per original context.
+    beta_fast, beta_slow: yarn's band, in turns per original context.
+    attention_factor: yarn's multiplier of cos and sin; None derives 0.1 ln(factor) + 1.
+    truncate: whether yarn rounds its band to whole dimensions.
+    factors: one divisor per frequency, `head_dim / 2` of them.
+    """
+
+    kind: RopeKind
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise ModelLoadError(f"RoPE scaling {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+        if self.kind in ("llama3", "yarn") and self.original_max_position <= 0:
+            raise ModelLoadError(
+                f"RoPE scaling {self.kind!r} needs the original context length, got "
+                f"{self.original_max_position}; set original_max_position_embeddings in config.json"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of one decoder-only transformer.
+
+    family: name in the registry (`llama`, `mistral`, `qwen2`, `qwen3`).
+    head_dim: values per head; need not be hidden_size / num_heads.
+    qkv_bias, o_bias: whether the attention projections carry biases.
+    qk_norm: RMSNorm over head_dim on q and k before RoPE (Qwen3).
+    max_position: context length in tokens the checkpoint declares.
+    sliding_window: attend only to that many newest tokens, in every layer; None attends to all.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    max_position: int = 2048
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) <= 0:
+                raise ModelLoadError(f"model config: {name} is {getattr(self, name)}, must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelLoadError(
+                f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"
+            )
+        if self.head_dim % 2:
+            raise ModelLoadError(f"model config: head_dim is {self.head_dim}, RoPE needs an even number")
+        factors = self.rope_scaling.factors if self.rope_scaling else ()
+        if factors and len(factors) != self.head_dim // 2:
+            raise ModelLoadError(
+                f"model config: {len(factors)} RoPE factors for head_dim {self.head_dim}, expected {self.head_dim // 2}"
+            )
+
+    @property
+    def attention_scale(self) -> float:
+        """What the logits of attention are multiplied by: 1 / sqrt(head_dim)."""
+        return float(self.head_dim) ** -0.5
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Output widths of q, k and v in the fused projection."""
+        return (self.num_heads * self.head_dim, *(2 * (self.num_kv_heads * self.head_dim,)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Rebuild from `to_dict`; raises ModelLoadError when a field is unknown or missing."""
+        values = dict(values)
+        try:
+            if scaling := values.get("rope_scaling"):
+                scaling = {**scaling, "factors": tuple(scaling.get("factors", ()))}
+                values["rope_scaling"] = RopeScaling(**scaling)
+            return cls(**values)
+        except TypeError as error:
+            raise ModelLoadError(f"stored model config does not fit this version: {error}") from error

@@ -1,0 +1,34 @@
+"""What a model family declares about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fineserve_jax.models.transformer import CausalLM
+
+HFConfig = Mapping[str, Any]
+"""A parsed Hugging Face `config.json`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A group of checkpoints that share tensor names and one definition.
+
+    name: what `ModelConfig.family` holds.
+    hf_architectures: values of `architectures` in config.json.
+    gguf_architectures: values of `general.architecture` in a GGUF file.
+    hf_defaults: what this family's config.json means by a key it leaves out.
+    traits: fields of `ModelConfig` that follow from config.json in this family's own way.
+    gguf_permuted_qk: whether its GGUF files reorder q and k rows for interleaved RoPE.
+    module: the Flax module, built as `module(config, weights)`.
+    """
+
+    name: str
+    hf_architectures: tuple[str, ...]
+    gguf_architectures: tuple[str, ...]
+    hf_defaults: Mapping[str, Any]
+    traits: Callable[[HFConfig], dict[str, Any]]
+    gguf_permuted_qk: bool = False
+    module: type[CausalLM] = CausalLM

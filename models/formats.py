@@ -1,0 +1,188 @@
+"""Weight formats: how a matrix `[out, in]` is stored and multiplied.
+
+A new one is a class and an entry of `WEIGHT_RECIPES`. Every product contracts the last axis of both
+operands, which XLA's CPU backend multiplies without repacking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fineserve_jax.errors import ModelLoadError
+
+INT4_GROUP = 32  # values along `in` that share a scale and a minimum
+_CONTRACT_LAST = (((1,), (1,)), ((), ()))
+
+Arrays = Mapping[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class WeightFormat(Protocol):
+    """One way to store a matrix. Instances are hashable: they are fields of Flax modules."""
+
+    def declare(self, out: int, inner: int) -> Shapes:
+        """Names, shapes and dtypes of the stored arrays of a matrix `[out, inner]`."""
+
+    def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
+        """Encode f32[out, in] on the host."""
+
+    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+        """x f32[N, in] times the matrix transposed, f32[N, out]."""
+
+    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+        """Rows `ids` i32[N] of the matrix, f32[N, in]: the embedding look-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Float32:
+    """`kernel` f32[out, in]; products in full float32, also where TensorFloat-32 would be the default."""
+
+    def declare(self, out: int, inner: int) -> Shapes:
+        return {"kernel": jax.ShapeDtypeStruct((out, inner), jnp.float32)}
+
+    def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
+        return {"kernel": np.ascontiguousarray(matrix, np.float32)}
+
+    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+        return lax.dot_general(x, stored["kernel"], _CONTRACT_LAST, precision=lax.Precision.HIGHEST)
+
+    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+        return jnp.take(stored["kernel"], ids, axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BFloat16:
+    """`kernel` bf16[out, in]; activations rounded to bf16, sums in f32."""
+
+    def declare(self, out: int, inner: int) -> Shapes:
+        return {"kernel": jax.ShapeDtypeStruct((out, inner), jnp.bfloat16)}
+
+    def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
+        return {"kernel": matrix.astype(jnp.bfloat16)}
+
+    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+        return _bf16_dot(x.astype(jnp.bfloat16), stored["kernel"])
+
+    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+        return jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """W8A8: `kernel` i8[out, in], `scale` f32[out]; activations quantised per token, products in i32."""
+
+    def declare(self, out: int, inner: int) -> Shapes:
+        return {
+            "kernel": jax.ShapeDtypeStruct((out, inner), jnp.int8),
+            "scale": jax.ShapeDtypeStruct((out,), jnp.float32),
+        }
+
+    def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
+        top = np.maximum(np.abs(matrix).max(axis=1), np.finfo(np.float32).tiny * 127)
+        kernel = np.rint(matrix * (127.0 / top)[:, None]).clip(-127, 127).astype(np.int8)
+        return {"kernel": kernel, "scale": (top / 127.0).astype(np.float32)}
+
+    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+        top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30)
+        codes = jnp.clip(jnp.round(x * (127.0 / top)), -127, 127).astype(jnp.int8)
+        sums = lax.dot_general(codes, stored["kernel"], _CONTRACT_LAST, preferred_element_type=jnp.int32)
+        return sums.astype(jnp.float32) * (top / 127.0) * stored["scale"]
+
+    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+        codes = jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
+        return codes * jnp.take(stored["scale"], ids)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4:
+    """Weight-only, 5 bits a value: `value = code * scale + minimum` with 4-bit codes, f16 scale and minimum.
+
+    Codes are planar, so that each plane is one product and nothing is interleaved:
+
+        kernel u8[out, in / 2]      byte w = code[w] | code[w + in / 2] << 4
+        scale, minimum f16[out, in / 32]      one per group of 32 consecutive inputs
+    """
+
+    def declare(self, out: int, inner: int) -> Shapes:
+        if inner % (2 * INT4_GROUP):
+            raise ModelLoadError(
+                f"weights='int4' needs input widths divisible by {2 * INT4_GROUP}, "
+                f"this model has one of {inner}; use weights='int8'"
+            )
+        groups = jax.ShapeDtypeStruct((out, inner // INT4_GROUP), jnp.float16)
+        return {
+            "kernel": jax.ShapeDtypeStruct((out, inner // 2), jnp.uint8),
+            "scale": groups,
+            "minimum": groups,
+        }
+
+    def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
+        out, inner = matrix.shape
+        self.declare(out, inner)
+        groups = matrix.reshape(out, -1, INT4_GROUP)
+        minimum = groups.min(axis=2).astype(np.float16)
+        scale = ((groups.max(axis=2) - minimum.astype(np.float32)) / 15.0).astype(np.float16)
+        # A constant group has scale 0; any divisor gives its codes as 0, which decode to the minimum.
+        divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
+        codes = np.rint((groups - minimum.astype(np.float32)[:, :, None]) / divisor[:, :, None])
+        low, high = np.split(codes.clip(0, 15).astype(np.uint8).reshape(out, inner), 2, axis=1)
+        return {"kernel": low | high << 4, "scale": scale, "minimum": minimum}
+
+    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+        halves = jnp.split(x.astype(jnp.bfloat16), 2, axis=-1)
+        products = [_bf16_dot(half, plane) for half, plane in zip(halves, self._planes(stored), strict=True)]
+        return products[0] + products[1]
+
+    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+        taken = {name: jnp.take(array, ids, axis=0) for name, array in stored.items()}
+        return jnp.concatenate(self._planes(taken), axis=-1).astype(jnp.float32)
+
+    def _planes(self, stored: Arrays) -> list[jax.Array]:
+        """The left and the right half of the matrix, bf16[out, in / 2] each."""
+        codes = (stored["kernel"] & 0xF, stored["kernel"] >> 4)
+        scales = jnp.split(stored["scale"].astype(jnp.float32), 2, axis=1)
+        minima = jnp.split(stored["minimum"].astype(jnp.float32), 2, axis=1)
+        planes = []
+        for code, scale, minimum in zip(codes, scales, minima, strict=True):
+            groups = code.reshape(code.shape[0], -1, INT4_GROUP).astype(jnp.float32)
+            values = groups * scale[:, :, None] + minimum[:, :, None]
+            planes.append(values.astype(jnp.bfloat16).reshape(code.shape))
+        return planes
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRecipe:
+    """Which format each kind of matrix takes; a tied table is stored once, in the head's format."""
+
+    linear: WeightFormat
+    embedding: WeightFormat
+    head: WeightFormat
+
+
+WEIGHT_RECIPES: dict[str, WeightRecipe] = {
+    "fp32": WeightRecipe(Float32(), Float32(), Float32()),
+    "bf16": WeightRecipe(BFloat16(), BFloat16(), BFloat16()),
+    "int8": WeightRecipe(Int8(), BFloat16(), Int8()),
+    # The output head decides every token and 4 bits cost it most: keep it at 8.
+    "int4": WeightRecipe(Int4(), BFloat16(), Int8()),
+}
+
+
+def weight_recipe(weights: str) -> WeightRecipe:
+    """The recipe called `weights`; raises ModelLoadError naming the known ones."""
+    if weights not in WEIGHT_RECIPES:
+        raise ModelLoadError(
+            f"weights={weights!r} is not a known weight precision; choose one of {', '.join(WEIGHT_RECIPES)}"
+        )
+    return WEIGHT_RECIPES[weights]
+
+
+def _bf16_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.dot_general(x, kernel, _CONTRACT_LAST, preferred_element_type=jnp.float32)

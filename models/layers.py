@@ -1,0 +1,62 @@
+"""The layers all families share. Activations are f32 `[N, width]` over a flat token axis."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fineserve_jax.models.formats import Arrays, WeightFormat
+
+
+class Matrix(nn.Module):
+    """A stored matrix `[out_features, in_features]`: products, and row look-up as an embedding table."""
+
+    in_features: int
+    out_features: int
+    format: WeightFormat
+
+    def setup(self) -> None:
+        shapes = self.format.declare(self.out_features, self.in_features)
+        self.stored: Arrays = {name: self.param(name, _zeros, shape) for name, shape in shapes.items()}
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """f32[N, in] -> f32[N, out]."""
+        return self.format.dot(self.stored, x)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """i32[N] -> f32[N, in]."""
+        return self.format.rows(self.stored, ids)
+
+
+class Linear(Matrix):
+    """f32[N, in_features] -> f32[N, out_features], with a f32 bias when `use_bias`."""
+
+    use_bias: bool = False
+
+    def setup(self) -> None:
+        super().setup()
+        if self.use_bias:
+            self.bias = self.param("bias", _zeros, jax.ShapeDtypeStruct((self.out_features,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.dot(x)
+        return y + self.bias if self.use_bias else y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467), all in f32."""
+
+    width: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (self.width,), jnp.float32)
+        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+
+
+def _zeros(_: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Real values always come from `pack_params`; Flax only needs the declaration."""
+    return jnp.zeros(shape.shape, shape.dtype)

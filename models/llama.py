@@ -1,0 +1,22 @@
+"""Llama 2 and 3, SmolLM2 and everything else that calls itself LlamaForCausalLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fineserve_jax.models.family import Family, HFConfig
+
+
+def _traits(config: HFConfig) -> dict[str, Any]:
+    biased = bool(config.get("attention_bias", False))
+    return {"qkv_bias": biased, "o_bias": biased}
+
+
+FAMILY = Family(
+    name="llama",
+    hf_architectures=("LlamaForCausalLM",),
+    gguf_architectures=("llama",),
+    hf_defaults={"max_position_embeddings": 2048},
+    traits=_traits,
+    gguf_permuted_qk=True,
+)

@@ -1,0 +1,70 @@
+"""Rotary position embedding, half-rotation layout: value i turns together with value i + head_dim / 2."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fineserve_jax.models.config import ModelConfig, RopeScaling
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Radians per position of each pair, f32[head_dim / 2], and the factor applied to cos and sin."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    base = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    attention_factor = 1.0
+    if scaling is None:
+        freqs = base
+    elif scaling.kind == "linear":
+        freqs = base / scaling.factor
+    elif scaling.kind == "factors":
+        freqs = base / np.asarray(scaling.factors, np.float64)
+    elif scaling.kind == "llama3":
+        freqs = _llama3(base, scaling)
+    else:
+        freqs = _yarn(base, config.rope_theta, config.head_dim, scaling)
+        attention_factor = scaling.attention_factor or _yarn_attention_factor(scaling.factor)
+    return freqs.astype(np.float32), attention_factor
+
+
+def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each f32[N, 1, head_dim / 2], for positions i32[N]."""
+    freqs, factor = rope_frequencies(config)
+    angles = positions.astype(jnp.float32)[:, None, None] * freqs
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate heads f32[N, heads, head_dim] by the tables of `rope_tables`."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Frequencies slower than the low band are stretched, faster than the high band kept, blended between."""
+    turns = scaling.original_max_position * base / (2 * math.pi)
+    band = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = np.clip((turns - scaling.low_freq_factor) / band, 0.0, 1.0)
+    return base * keep + base / scaling.factor * (1.0 - keep)
+
+
+def _yarn(base: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
+    """arXiv 2309.00071, eq. 17 to 23: a linear ramp over dimensions between interpolation and none."""
+
+    def dimension_of(turns: float) -> float:
+        return head_dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return base * (1.0 - ramp) + base / scaling.factor * ramp
+
+
+def _yarn_attention_factor(factor: float) -> float:
+    return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0

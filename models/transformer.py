@@ -1,0 +1,146 @@
+"""The decoder every family here is an instance of; `ModelConfig` says what differs.
+
+    tokens i32[N] -> embed -> num_layers x (norm, attention, +, norm, gated MLP, +) -> norm -> hidden f32[N,
+    hidden]
+
+N is a flat, ragged token axis: tokens of many requests side by side, told apart only by `attend`. Layers are
+unrolled, because a scan over stacked weights makes XLA copy each layer's weights in every step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fineserve_jax.models.config import ModelConfig
+from fineserve_jax.models.formats import weight_recipe
+from fineserve_jax.models.layers import Linear, Matrix, RMSNorm
+from fineserve_jax.models.rope import apply_rope, rope_tables
+
+
+class Attend(Protocol):
+    """What the caller supplies: attention of layer `layer`, scale and mask included.
+
+    q f32[N, num_heads, head_dim], k and v f32[N, num_kv_heads, head_dim], q and k after RoPE;
+    returns f32[N, num_heads, head_dim].
+    """
+
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, /) -> jax.Array: ...
+
+
+AttendLayer = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `Attend` of one layer
+RopeTables = tuple[jax.Array, jax.Array]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention around the caller's `attend`; q, k and v come from one fused product."""
+
+    config: ModelConfig
+    weights: str
+
+    def setup(self) -> None:
+        cfg, fmt = self.config, weight_recipe(self.weights).linear
+        q_size = cfg.qkv_sizes[0]
+        self.qkv = Linear(cfg.hidden_size, sum(cfg.qkv_sizes), fmt, use_bias=cfg.qkv_bias)
+        self.o = Linear(q_size, cfg.hidden_size, fmt, use_bias=cfg.o_bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+
+    def __call__(self, x: jax.Array, rope: RopeTables, attend: AttendLayer) -> jax.Array:
+        cfg = self.config
+        q_size, k_size, _ = cfg.qkv_sizes
+        parts = jnp.split(self.qkv(x), (q_size, q_size + k_size), axis=-1)
+        q, k, v = (part.reshape(x.shape[0], -1, cfg.head_dim) for part in parts)
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        return self.o(mixed.reshape(x.shape[0], q_size))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one fused product."""
+
+    config: ModelConfig
+    weights: str
+
+    def setup(self) -> None:
+        cfg, fmt = self.config, weight_recipe(self.weights).linear
+        self.gate_up = Linear(cfg.hidden_size, 2 * cfg.intermediate_size, fmt)
+        self.down = Linear(cfg.intermediate_size, cfg.hidden_size, fmt)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: pre-norm attention and pre-norm MLP on a f32 residual stream."""
+
+    config: ModelConfig
+    weights: str
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.attn = Attention(cfg, self.weights)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.mlp = GatedMLP(cfg, self.weights)
+
+    def __call__(self, x: jax.Array, rope: RopeTables, attend: AttendLayer) -> jax.Array:
+        x = x + self.attn(self.attn_norm(x), rope, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model.
+
+    `model.apply({"params": params}, tokens, positions, attend)` gives hidden states,
+    `model.apply({"params": params}, hidden, method="logits")` the logits of those rows that need them.
+    """
+
+    config: ModelConfig
+    weights: str = "fp32"
+
+    def setup(self) -> None:
+        cfg, recipe = self.config, weight_recipe(self.weights)
+        table = recipe.head if cfg.tie_embeddings else recipe.embedding
+        self.embed = Matrix(cfg.hidden_size, cfg.vocab_size, table)
+        self.layers = [Block(cfg, self.weights) for _ in range(cfg.num_layers)]
+        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        if not cfg.tie_embeddings:
+            self.lm_head = Matrix(cfg.hidden_size, cfg.vocab_size, recipe.head)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """tokens i32[N] at positions i32[N] -> hidden f32[N, hidden_size], after the final norm."""
+        x, rope = self.embed_tokens(tokens, positions)
+        for index, block in enumerate(self.layers):
+            x = block(x, rope, functools.partial(attend, index))
+        return self.norm(x)
+
+    def embed_tokens(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, RopeTables]:
+        """The residual stream f32[N, hidden_size] before the first layer, and the rotations of the positions."""
+        return self.embed.rows(tokens), rope_tables(self.config, positions)
+
+    @property
+    def block(self) -> Block:
+        """One layer by itself, for callers that run them one by one: its params are `params["layers_<i>"]`."""
+        return Block(self.config, self.weights)
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """The residual stream after the last layer, f32[M, hidden_size] -> logits f32[M, vocab_size]."""
+        return self.logits(self.norm(x))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden f32[M, hidden_size] -> f32[M, vocab_size]."""
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        return head.dot(hidden)
+
+    def declare(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""
+        return self.logits(self(tokens, positions, lambda layer, q, k, v: q))

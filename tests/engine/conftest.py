@@ -1,0 +1,27 @@
+"""Fixtures of the engine tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_cases import random_model
+
+from fineserve_jax.config import EngineConfig
+from fineserve_jax.engine import Engine
+from fineserve_jax.loaders import LoadedModel
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> LoadedModel:
+    return random_model()
+
+
+@pytest.fixture
+def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
+    def make(**settings: Any) -> Engine:
+        defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
+        engine = Engine(tiny_model, EngineConfig(**(defaults | settings)))
+        engine.runner.use_formats(engine.config.served_formats)  # so that all tests share compiled programs
+        return engine
+
+    return make

@@ -1,0 +1,52 @@
+"""A tiny random model whose tokens are the printable characters, and a loop that serves requests."""
+
+import string
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from fineserve_jax.engine import Engine
+from fineserve_jax.loaders import LoadedModel, Tokenizer
+from fineserve_jax.models import ModelConfig, random_params
+from fineserve_jax.request import Request
+from fineserve_jax.sampling_params import SamplingParams
+
+CHARACTERS = ["<end>", *string.printable[:95]]
+EOS = 0
+
+
+def character_tokenizer() -> Tokenizer:
+    vocabulary = {text: i for i, text in enumerate(CHARACTERS)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend, eos_token_ids=(EOS,))
+
+
+def random_model() -> LoadedModel:
+    config = ModelConfig(
+        family="llama",
+        vocab_size=len(CHARACTERS),
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        intermediate_size=96,
+        rope_theta=10000.0,
+        norm_eps=1e-5,
+        tie_embeddings=False,
+        max_position=512,
+    )
+    return LoadedModel("tiny", config, random_params(config, "fp32", seed=7, scale=0.2), character_tokenizer(), "fp32")
+
+
+def serve(engine: Engine, prompts: list[list[int]], formats: list[str], sampling: SamplingParams) -> list[Request]:
+    """Serves prompts to the end, checking the books after every step."""
+    requests = [
+        engine.add_request(prompt, sampling, kv_precision=name) for prompt, name in zip(prompts, formats, strict=True)
+    ]
+    while engine.has_unfinished:
+        engine.step()
+        engine.kv.check_integrity()
+    return requests

@@ -1,0 +1,85 @@
+"""What would fit alone, what is refused, and what the manager's own audit finds."""
+
+import pytest
+from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena
+
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.kv.errors import IntegrityError
+from fineserve_jax.kv.manager import KVManager, Segment
+from fineserve_jax.request import Request, RequestTimes
+from fineserve_jax.sampling_params import SamplingParams
+
+CLASSES = {("m", "bf16"): BF16, ("m", "int8"): INT8, ("m", "int4"): INT4}
+
+
+def manager(num_slabs: int, policy: str = "elastic", **options) -> KVManager:
+    return KVManager(arena(num_slabs, policy=policy, **options), CLASSES)
+
+
+def request(kv_precision: str) -> Request:
+    return Request("r", "m", kv_precision, SamplingParams(), [], 0, 10_000, 0, RequestTimes(arrival_s=0.0))
+
+
+@pytest.mark.parametrize("policy", ["elastic", "partitioned", "uniform"])
+@pytest.mark.parametrize("num_slabs", [1, 2, 3, 5])
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
+def test_what_fits_alone_is_what_an_empty_arena_grants(policy, num_slabs, kv_format):
+    most = manager(num_slabs, policy).max_tokens_alone("m", kv_format)
+    for num_tokens in range(most + 2 * PAGE_SIZE):
+        empty = manager(num_slabs, policy)
+        assert empty.fits_alone("m", kv_format, num_tokens) == (num_tokens <= most)
+        assert empty.grow(request(kv_precision=kv_format), num_tokens) == (num_tokens <= most)
+
+
+def test_what_fits_alone_does_not_depend_on_what_is_cached():
+    kv = manager(4)
+    before = kv.max_tokens_alone("m", "int4")
+    assert kv.grow(request("bf16"), 20)
+    assert kv.max_tokens_alone("m", "int4") == before
+    assert not kv.can_grow(request("int4"), before)
+
+
+def test_the_tail_is_kept_while_pages_close_behind_it():
+    kv, row = manager(6), request("int4")
+    assert kv.grow(row, 1)
+    tail = kv.holds(row).tail
+    assert tail is not None
+    assert kv.segments(row, 1) == [Segment("bf16", [tail], 0, 1)]
+    assert kv.grow(row, 2 * PAGE_SIZE + 3)
+    pages = kv.holds(row).pages
+    assert kv.holds(row).tail == tail
+    assert kv.segments(row, 2 * PAGE_SIZE + 3) == [
+        Segment("int4", pages, 0, 2 * PAGE_SIZE),
+        Segment("bf16", [tail], 2 * PAGE_SIZE, 3),
+    ]
+    assert kv.segments(row, PAGE_SIZE) == [Segment("int4", pages[:1], 0, PAGE_SIZE)]
+    assert kv.segments(row, 0) == []
+
+
+def test_an_unknown_precision_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match="no KV cache for m/fp32; this engine has: m/bf16, m/int8, m/int4"):
+        manager(2).grow(request("fp32"), 1)
+
+
+def test_a_class_can_be_added_later():
+    kv = manager(2)
+    kv.register(FP32)
+    assert kv.grow(request("fp32"), 1)
+    kv.check_integrity()
+
+
+def test_the_integrity_check_finds_pages_held_twice_lost_or_made_up():
+    kv, first, second = manager(6), request("int8"), request("int8")
+    assert kv.grow(first, 9)
+    assert kv.grow(second, 9)
+    kv.check_integrity()
+    lost = kv.holds(first).pages.pop()
+    with pytest.raises(IntegrityError, match=f"page {lost} of m/int8 is allocated but held by nobody"):
+        kv.check_integrity()
+    kv.holds(first).pages.append(kv.holds(second).pages[0])
+    with pytest.raises(IntegrityError, match=f"page {kv.holds(second).pages[0]} of m/int8 is held twice"):
+        kv.check_integrity()
+    kv.holds(first).pages[-1] = lost
+    kv.holds(first).pages.append(1)
+    with pytest.raises(IntegrityError, match="page 1 of m/int8 is held by a request but not allocated"):
+        kv.check_integrity()

@@ -1,0 +1,154 @@
+"""Models out of GGUF files compute what the checkpoint they were converted from computes."""
+
+import dataclasses
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf_files import ARCHITECTURES, add_byte_tokenizer, add_tensor, finish, permuted, write_gguf
+from hypothesis import given
+from hypothesis import strategies as st
+from model_oracle import case_config, case_expected, case_tensors, flax_logits, float64_logits
+
+from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders import load_model
+from fineserve_jax.loaders.gguf_file import GGUFFile
+from fineserve_jax.loaders.gguf_model import gguf_config, unpermute_heads
+from fineserve_jax.loaders.hf_model import hf_config
+from fineserve_jax.models import RopeScaling, build_model
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_unquantised_files_give_the_logits_of_the_checkpoint(tmp_path, case):
+    """The q/k permutation, spelled-out RoPE factors, biases, q/k norms and tied heads all matter here."""
+    model = load_model(write_gguf(tmp_path / "m.gguf", case), "fp32")
+    tokens, expected = case_expected(case)
+    found = flax_logits(build_model(model.config, "fp32"), model.params, tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("quant", ["BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_quantised_files_give_the_logits_of_their_dequantised_tensors(tmp_path, quant):
+    model = load_model(write_gguf(tmp_path / "m.gguf", "qwen3", Type[quant]), "fp32")
+    tensors = {
+        name: gguf.dequantize(gguf.quantize(t.astype(np.float32), Type[quant]), Type[quant]) if t.ndim > 1 else t
+        for name, t in case_tensors("qwen3").items()
+    }
+    tokens, _ = case_expected("qwen3")
+    expected = float64_logits(model.config, tensors, tokens)
+    found = flax_logits(build_model(model.config, "fp32"), model.params, tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@given(heads=st.integers(1, 5), half=st.integers(1, 8), trailing=st.sampled_from([(), (3,)]))
+def test_unpermuting_undoes_the_converters_permutation(heads, half, trailing):
+    rows = heads * 2 * half
+    tensor = np.arange(rows * int(np.prod(trailing))).reshape(rows, *trailing)
+    np.testing.assert_array_equal(unpermute_heads(permuted(tensor, heads), heads), tensor)
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_the_configuration_equals_that_of_config_json(tmp_path, case):
+    found = gguf_config(GGUFFile(write_gguf(tmp_path / "m.gguf", case)))
+    expected = hf_config(case_config(case))
+    scaling = found.rope_scaling
+    assert dataclasses.replace(found, rope_scaling=None) == dataclasses.replace(expected, rope_scaling=None)
+    assert (scaling is None) == (expected.rope_scaling is None)
+    assert scaling is None or scaling.kind == "factors"
+
+
+def _bare(path, **extra):
+    """A file with metadata of a llama and only an embedding."""
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = {
+        "context_length": 128,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 64,
+        "attention.head_count": 4,
+    }
+    for key, number in numbers.items():
+        writer.add_uint32(f"llama.{key}", number)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    for key, value in extra.items():
+        name = "llama." + key.replace("__", ".")
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
+    add_byte_tokenizer(writer)
+    add_tensor(writer, "token_embd.weight", np.zeros((96, 64), np.float32))
+    return GGUFFile(finish(writer, path))
+
+
+def test_optional_metadata_have_the_formats_defaults(tmp_path):
+    config = gguf_config(_bare(tmp_path / "m.gguf"))
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 16, 10000.0)
+    assert (config.norm_eps, config.vocab_size, config.tie_embeddings) == (1e-5, 96, True)
+    assert config.rope_scaling is None
+
+
+def test_rope_scaling_metadata_are_read(tmp_path):
+    linear = _bare(tmp_path / "a.gguf", rope__scaling__type="linear", rope__scaling__factor=4.0)
+    assert gguf_config(linear).rope_scaling == RopeScaling("linear", 4.0, 128)
+    old = _bare(tmp_path / "b.gguf", rope__scale_linear=2.0)
+    assert gguf_config(old).rope_scaling == RopeScaling("linear", 2.0, 128)
+    yarn = _bare(
+        tmp_path / "c.gguf",
+        rope__scaling__type="yarn",
+        rope__scaling__factor=8.0,
+        rope__scaling__original_context_length=32,
+    )
+    assert gguf_config(yarn).rope_scaling == RopeScaling("yarn", 8.0, 32)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"expert_count": 8}, r"mixture of experts"),
+        ({"rope__dimension_count": 8}, r"rotates 8 of 16 values"),
+        ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, r"'longrope' is not supported"),
+    ],
+)
+def test_features_that_would_change_results_silently_are_refused(tmp_path, extra, message):
+    with pytest.raises(ModelLoadError, match=message):
+        gguf_config(_bare(tmp_path / "m.gguf", **extra))
+
+
+def test_parts_of_a_split_file_are_refused_with_the_remedy(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    with pytest.raises(ModelLoadError, match=r"one of 3 parts; merge them"):
+        gguf_config(GGUFFile(finish(writer, tmp_path / "m.gguf")))
+
+
+def test_an_unsupported_architecture_is_refused_with_the_supported_ones(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+    with pytest.raises(ModelLoadError, match=r"'mamba' is not supported; supported: llama, qwen2, qwen3"):
+        load_model(finish(writer, tmp_path / "m.gguf"))
+
+
+def test_missing_metadata_tensors_and_tokenizers_are_named(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", "qwen2", leave_out=("block_count",))
+    with pytest.raises(ModelLoadError, match=r"no metadata 'qwen2\.block_count'"):
+        load_model(path)
+    path = write_gguf(tmp_path / "b.gguf", "qwen2", leave_out=("blk.1.ffn_up.weight",))
+    with pytest.raises(ModelLoadError, match=r"lacks 1 of 26 tensors, first model\.layers\.1\.mlp\.up_proj"):
+        load_model(path)
+    path = write_gguf(tmp_path / "c.gguf", "qwen2", tokenizer=False)
+    with pytest.raises(ModelLoadError, match=r"c\.gguf holds no tokenizer"):
+        load_model(path)
+
+
+def test_a_tensor_of_another_shape_than_configured_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", "qwen2", leave_out=("feed_forward_length",))
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "qwen2")
+    whole = GGUFFile(path)
+    for key, number in whole.metadata.items():
+        if key.startswith("qwen2.") and isinstance(number, int):
+            writer.add_uint32(key, number)
+    writer.add_uint32("qwen2.feed_forward_length", 32)
+    writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
+    add_byte_tokenizer(writer)
+    for name in whole.tensors:
+        add_tensor(writer, name, whole.read(name))
+    with pytest.raises(ModelLoadError, match=r"gate_proj\.weight has shape \[64, 64\].*implies \[32, 64\]"):
+        load_model(finish(writer, tmp_path / "b.gguf"))

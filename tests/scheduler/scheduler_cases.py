@@ -1,0 +1,152 @@
+"""A small world to schedule in: four KV formats, a real KVManager, and an engine that fakes only the
+model."""
+
+from collections.abc import Mapping
+
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.slabs import SlabAllocator
+from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, StepPlan
+from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
+
+PAGE_SIZE = 4
+MODEL = "m"
+PAGE_UNITS = {"fp32": 8, "bf16": 4, "int8": 2, "int4": 1}
+FORMATS = {name: FormatCost(bits=4.0 * units, bytes_per_token=1000.0 * units) for name, units in PAGE_UNITS.items()}
+COST = ModelCost(flops_per_token=2e8, flops_per_pair=1e5, weight_bytes=2e8, formats=FORMATS)
+ROOFLINE = DeviceRoofline(flops=1e12, bandwidth=1e10, overhead_s=1e-3)
+
+
+def make_kv(
+    num_slabs: int,
+    policy: str = "elastic",
+    models=(MODEL,),
+    slab_units: int = 8,
+    page_size=PAGE_SIZE,
+    **options,
+):
+    classes = {}
+    for model in models:
+        tail = PageClass(model, "bf16", PAGE_UNITS["bf16"], page_size, 16)
+        for name, units in PAGE_UNITS.items():
+            own_tail = tail if name == "int4" else None
+            classes[model, name] = tail if name == "bf16" else PageClass(model, name, units, page_size, 16, own_tail)
+    allocator = SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, classes.values(), **options)
+    return KVManager(allocator, classes)
+
+
+def make_request(number: int, prompt=8, output=4, kv="bf16", arrival=0.0, model=MODEL, **fields) -> Request:
+    return Request(
+        request_id=f"r{number}",
+        model=model,
+        kv_precision=kv,
+        sampling=SamplingParams(max_tokens=output),
+        token_ids=[token(number, i) for i in range(prompt)],
+        num_prompt_tokens=prompt,
+        max_total_tokens=prompt + output,
+        sequence=number,
+        times=RequestTimes(arrival_s=arrival),
+        **fields,
+    )
+
+
+def token(number: int, position: int) -> int:
+    """The one right token of a request at a position."""
+    return (number * 7919 + position * 104729) % 49152
+
+
+def make_scheduler(kv: KVManager, models: Mapping[str, ModelCost] | None = None, **settings) -> Scheduler:
+    return Scheduler(
+        SchedulerConfig(**{"page_size": PAGE_SIZE, "max_chunk_tokens": 16} | settings),
+        kv,
+        models or {MODEL: COST},
+        ROOFLINE,
+    )
+
+
+class FakeEngine:
+    """The engine's loop around a real scheduler and a real KVManager, checking every plan."""
+
+    def __init__(self, kv: KVManager, models: Mapping[str, ModelCost] | None = None, **settings) -> None:
+        self.kv = kv
+        self.scheduler = make_scheduler(kv, models, **settings)
+        self.requests: list[Request] = []
+        self.now = 0.0
+
+    def add(self, request: Request) -> Request:
+        assert self.kv.fits_alone(request.model, request.kv_precision, request.max_total_tokens)
+        self.requests.append(request)
+        self.scheduler.add(request)
+        return request
+
+    def step(self, seconds: float = 1.0) -> StepPlan | None:
+        plan = self.scheduler.schedule(self.now)
+        self.kv.check_integrity()
+        self.check_counts()
+        if plan is None:
+            return None
+        check_plan(plan, self.kv, self.scheduler.config)
+        self.now += seconds
+        sampled = [token(work.request.sequence, work.start + work.count) for work in plan.works]
+        advanced = self.scheduler.commit(plan, sampled, self.now)
+        for request in advanced:
+            check_tokens(request)
+            if request.num_tokens == request.max_total_tokens:
+                self.scheduler.finish(request, FinishReason.LENGTH, self.now)
+        return plan
+
+    def drain(self, most_steps: int = 50_000) -> int:
+        """Step until nothing is left; the number of steps."""
+        steps = 0
+        while self.scheduler.has_unfinished:
+            assert self.step() is not None, "unfinished requests, and nothing to run"
+            steps += 1
+            assert steps <= most_steps, "livelock"
+        assert self.step() is None
+        return steps
+
+    def check_counts(self) -> None:
+        holding = [r for r in self.requests if r.status in (RequestStatus.READY, RequestStatus.RUNNING)]
+        waiting = [r for r in self.requests if r.status is RequestStatus.WAITING]
+        assert set(self.kv.held) == set(holding)
+        assert self.scheduler.num_running == len(holding) <= self.scheduler.config.max_batch_size
+        assert self.scheduler.num_waiting == len(waiting)
+        assert self.scheduler.has_unfinished == bool(holding or waiting)
+        assert all(request.num_computed_tokens == 0 for request in waiting)
+        self.check_rows(holding)
+
+    def check_rows(self, holding: list[Request]) -> None:
+        """What the scheduler noted of each row, against the KVManager and against counting anew."""
+        rows, reserved = self.scheduler._rows, dict.fromkeys(self.kv.classes.values(), 0)
+        assert set(rows) == set(holding)
+        for request, row in rows.items():
+            assert self.kv.demand(request, row.covered_tokens) == {} != self.kv.demand(request, row.covered_tokens + 1)
+            to_come = self.kv.demand(request, request.max_total_tokens - 1).get(row.page_class, 0)
+            reserved[row.page_class] += min(self.scheduler.config.growth_reserve_pages, to_come)
+        assert reserved == dict.fromkeys(reserved, 0) | self.scheduler._reserve._pages
+
+
+def check_tokens(request: Request) -> None:
+    assert request.token_ids == [token(request.sequence, i) for i in range(request.num_tokens)]
+
+
+def check_plan(plan: StepPlan, kv: KVManager, config: SchedulerConfig) -> None:
+    works, page_size = plan.works, config.page_size
+    assert works
+    assert len({work.request for work in works}) == len(works) <= config.max_batch_size
+    assert len({work.request.model for work in works}) == 1
+    for work in works:
+        request = work.request
+        assert request.status is RequestStatus.RUNNING
+        assert work.start == request.num_computed_tokens
+        assert work.start + work.count <= request.num_tokens
+        assert kv.demand(request, work.start + work.count) == {}
+    assert all(work.count == 1 and work.samples for work in plan.decodes)
+    for chunk in plan.chunks:
+        assert chunk.count > 1
+        assert chunk.start % page_size == 0
+        assert chunk.count % page_size == 0 or chunk.samples
+        assert chunk.samples or config.chunked_prefill
+    rounded = sum(-(-chunk.count // page_size) * page_size for chunk in plan.chunks)
+    assert rounded <= config.max_chunk_tokens or (not config.chunked_prefill and len(plan.chunks) == 1)

@@ -1,0 +1,77 @@
+"""Whatever comes in whatever order, plans keep the rules, nothing is lost, and everything ends."""
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduler_cases import COST, PAGE_UNITS, FakeEngine, check_tokens, make_kv, make_request
+
+from fineserve_jax.request import FinishReason, RequestStatus
+
+MODELS = ("m", "n")
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        slab_policy=st.sampled_from(["elastic", "elastic", "partitioned", "uniform"]),
+        num_slabs=st.integers(4, 16),
+        policy=st.sampled_from(["fineserve", "fcfs", "sjf", "edf"]),
+        max_batch_size=st.integers(1, 6),
+        max_chunk_tokens=st.sampled_from([4, 8, 20]),
+        chunked_prefill=st.booleans(),
+        ageing_s=st.sampled_from([0.0, 5.0, 1000.0]),
+        growth_reserve_pages=st.sampled_from([0, 0, 1, 2]),
+    )
+    def start(self, slab_policy, num_slabs, **options):
+        self.kv = make_kv(num_slabs, slab_policy, MODELS)
+        self.engine = FakeEngine(self.kv, dict.fromkeys(MODELS, COST), **options)
+
+    @rule(
+        model=st.sampled_from(MODELS),
+        kv=st.sampled_from(list(PAGE_UNITS)),
+        prompt=st.integers(1, 40),
+        output=st.integers(1, 20),
+        ttft=st.sampled_from([None, 1.0, 50.0]),
+        tpot=st.sampled_from([None, None, 1e-6, 0.05]),
+    )
+    def add(self, model, kv, prompt, output, ttft, tpot):
+        most = self.kv.max_tokens_alone(model, kv)
+        if most < 2:
+            return
+        prompt = min(prompt, most - 1)
+        output = min(output, most - prompt)
+        number, now = len(self.engine.requests), self.engine.now
+        fields = {"ttft_slo_s": ttft, "tpot_slo_s": tpot}
+        self.engine.add(make_request(number, prompt, output, kv, now, model, **fields))
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps):
+        for _ in range(steps):
+            self.engine.step()
+
+    @precondition(lambda self: self.engine.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        request = data.draw(st.sampled_from(self.engine.requests))
+        unfinished = request.status is not RequestStatus.FINISHED
+        assert self.engine.scheduler.abort(request.request_id, self.engine.now) is (request if unfinished else None)
+        assert request.status is RequestStatus.FINISHED
+
+    @invariant()
+    def tokens_are_kept(self):
+        for request in self.engine.requests if hasattr(self, "engine") else ():
+            check_tokens(request)
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        self.engine.drain()
+        for request in self.engine.requests:
+            check_tokens(request)
+            whole = request.num_tokens == request.max_total_tokens
+            assert whole == (request.finish_reason is FinishReason.LENGTH)
+        assert not self.kv.held
+        assert len(self.kv.allocator.free_slabs) == self.kv.allocator.usable_slabs
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+test_scheduler_machine = SchedulerMachine.TestCase

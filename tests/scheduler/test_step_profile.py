@@ -1,0 +1,138 @@
+"""The profile of step times learns the machine it is on."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from scheduler_cases import COST, ROOFLINE
+from scipy.optimize import nnls
+
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.scheduler import DeviceRoofline, StepCost, StepProfile
+from fineserve_jax.scheduler.profile import _nonnegative_least_squares
+
+MACHINES = {
+    "as the roofline says": [1.0, 0.0, 1.0, 1.0, 1.0],
+    "three to six times slower": [3.0, 0.5, 4.0, 6.0, 2.0],
+    "faster than told": [0.5, 0.0, 0.3, 0.2, 0.7],
+}
+
+
+def random_steps(rng, number):
+    """Steps of 1 to 64 decode rows and, half of them, a chunk of up to 512 tokens."""
+    for _ in range(number):
+        rows, context = rng.integers(1, 65), rng.integers(16, 2048)
+        chunk = int(rng.integers(2, 513)) if rng.random() < 0.5 else 0
+        start = int(rng.integers(0, 1024))
+        pairs = chunk * start + chunk * (chunk + 1) // 2
+        yield StepCost(int(rows) + chunk, pairs, float(rows * context * 4000 + start * 4000 * (chunk > 0)))
+
+
+def machine(coefficients):
+    truth = StepProfile(COST, ROOFLINE)
+    truth.coefficients = np.array(coefficients)
+    truth._publish()
+    return truth
+
+
+@pytest.mark.parametrize("coefficients", MACHINES.values(), ids=MACHINES)
+def test_it_comes_within_a_tenth_of_the_truth_under_noise_and_outliers(coefficients):
+    """8 % noise, and one step in ten takes three times as long."""
+    rng, truth, profile = np.random.default_rng(0), machine(coefficients), StepProfile(COST, ROOFLINE)
+    for cost in random_steps(rng, 300):
+        outlier = 3.0 if rng.random() < 1 / 10 else 1.0
+        profile.observe(cost, truth.predict(cost) * rng.lognormal(0.0, 0.08) * outlier)
+    for cost in random_steps(rng, 500):
+        assert profile.predict(cost) == pytest.approx(truth.predict(cost), rel=0.1)
+    assert 0.0 < profile.error < 0.25
+
+
+def test_its_error_is_reported_and_falls():
+    rng, truth, profile = (
+        np.random.default_rng(1),
+        machine([3.0, 0.5, 4.0, 6.0, 2.0]),
+        StepProfile(COST, ROOFLINE),
+    )
+    assert profile.error is None
+    steps = list(random_steps(rng, 200))
+    profile.observe(steps[0], truth.predict(steps[0]))
+    at_first = profile.error
+    for cost in steps[1:]:
+        profile.observe(cost, truth.predict(cost))
+    assert at_first > 0.5
+    assert profile.error < 0.01
+    assert profile.num_observed == 200
+
+
+def test_it_follows_a_machine_that_changes():
+    rng, profile = np.random.default_rng(2), StepProfile(COST, ROOFLINE)
+    for coefficients in ([1.0, 0.0, 1.0, 1.0, 1.0], [2.5, 0.2, 2.0, 2.0, 3.0]):
+        truth = machine(coefficients)
+        for cost in random_steps(rng, 1000):
+            profile.observe(cost, truth.predict(cost) * rng.lognormal(0.0, 0.05))
+    for cost in random_steps(rng, 100):
+        assert profile.predict(cost) == pytest.approx(truth.predict(cost), rel=0.15)
+
+
+def test_a_step_a_hundred_times_too_long_moves_it_by_little():
+    rng, truth, profile = (
+        np.random.default_rng(3),
+        machine([2.0, 0.1, 2.0, 2.0, 2.0]),
+        StepProfile(COST, ROOFLINE),
+    )
+    for cost in random_steps(rng, 100):
+        profile.observe(cost, truth.predict(cost))
+    for cost in list(random_steps(rng, 3)):
+        profile.observe(cost, 100.0 * truth.predict(cost))
+    for cost in random_steps(rng, 100):
+        assert profile.predict(cost) == pytest.approx(truth.predict(cost), rel=0.05)
+
+
+def test_what_no_step_shows_is_not_forgotten():
+    """Thousands of decode steps leave what was learnt of prefill."""
+    rng, truth, profile = (
+        np.random.default_rng(4),
+        machine([3.0, 0.5, 4.0, 6.0, 2.0]),
+        StepProfile(COST, ROOFLINE),
+    )
+    for cost in random_steps(rng, 300):
+        profile.observe(cost, truth.predict(cost))
+    chunk = StepCost(528, 512 * 513 // 2, 1e6)
+    for _ in range(4000):
+        rows = int(rng.integers(1, 65))
+        cost = StepCost(rows, 0, rows * 4e6)
+        profile.observe(cost, truth.predict(cost) * rng.lognormal(0.0, 0.05))
+    assert profile.predict(chunk) == pytest.approx(truth.predict(chunk), rel=0.1)
+
+
+amounts = st.tuples(st.integers(1, 600), st.integers(0, 10**6), st.floats(0, 1e9), st.floats(1e-6, 10.0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(amounts, max_size=20), amounts, amounts)
+def test_more_work_is_never_predicted_to_take_less_time(observed, cost, more):
+    """Whatever was observed: coefficients stay at or above zero."""
+    profile = StepProfile(COST, ROOFLINE)
+    for *amount, seconds in observed:
+        profile.observe(StepCost(*amount), seconds)
+    assert (profile.coefficients >= 0).all()
+    cost, more = StepCost(*cost[:3]), StepCost(*more[:3])
+    assert 0.0 <= profile.predict(cost) <= profile.predict(cost + more)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(3, 12))
+def test_the_fit_is_that_of_lawson_and_hanson(seed, rows):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(rows, 5)) @ np.diag([1.0, 3.0, 0.3, 1.0, 1.0]), rng.normal(size=rows)
+    ridge = np.sqrt(1e-3) * np.eye(5)
+    expected, _ = nnls(np.vstack([a, ridge]), np.concatenate([b, np.zeros(5)]))
+    gram, moment = a.T @ a + 1e-3 * np.eye(5), a.T @ b
+    np.testing.assert_allclose(_nonnegative_least_squares(gram, moment), expected, atol=1e-6)
+
+
+def test_bad_rates_and_times_are_refused():
+    with pytest.raises(ConfigError, match=r"flops=0\.0 of the device roofline; give a positive rate"):
+        DeviceRoofline(0.0, 1e9)
+    with pytest.raises(ValueError, match=r"a step of 0\.0 seconds"):
+        StepProfile(COST, ROOFLINE).observe(StepCost(1, 0, 0.0), 0.0)
