@@ -1,7 +1,7 @@
 """JAX's persistent compilation cache: programs compiled once are loaded at the next start."""
 
-import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,9 +16,10 @@ def use_compilation_cache() -> Path | None:
     Returns:
         where programs are kept; None if the user has switched the cache off (JAX_ENABLE_COMPILATION_CACHE=false).
     """
-    if not jax.config.read("jax_enable_compilation_cache"):
+    settings: Any = jax.config  # its flags are not declared to type checkers
+    if not settings.jax_enable_compilation_cache:
         return None
-    if jax.config.read("jax_compilation_cache_dir") is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
-    return Path(jax.config.read("jax_compilation_cache_dir"))
+    if settings.jax_compilation_cache_dir is None:
+        settings.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+        settings.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S)
+    return Path(settings.jax_compilation_cache_dir)

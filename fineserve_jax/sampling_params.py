@@ -1,5 +1,6 @@
 """What a request asks of the sampler."""
 
+import math
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -59,6 +60,14 @@ class SamplingParams(Validated):
     stop_token_ids: tuple[TokenId, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _no_infinite_bias(cls, value: dict[int, float]) -> dict[int, float]:
+        for token, bias in value.items():
+            if math.isnan(bias) or bias == math.inf:
+                raise ValueError(f"the bias of token {token} is {bias}; use a number, or -inf to ban the token")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod

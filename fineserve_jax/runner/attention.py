@@ -97,7 +97,7 @@ def _round_trips(
     stored = {}
     for i, kv_format in formats.items():
         k_read, v_read = kv_format.decode(geometry, words[i])
-        stored[i] = (k_read, kv_format.restore(v_read))
+        stored[i] = (kv_format.from_basis(k_read), kv_format.from_basis(v_read))
     return words, stored
 
 

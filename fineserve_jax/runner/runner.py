@@ -118,21 +118,25 @@ class ModelRunner:
         return self.num_compilations - before
 
     def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
-        """Computes a step; its keys and values are in the arena when this returns."""
-        return self._run(self._spec(self._shape(plan, scores)), plan)
+        """Computes a step; its keys and values are in the arena when this returns.
 
-    def _shape(self, plan: StepPlan, scores: bool) -> StepShape:
+        Args:
+            scores: also give the log-probability of each chunk token's successor, as perplexity needs it.
+        """
+        return self._run(self._spec(self._shape(plan)), plan, scores)
+
+    def _shape(self, plan: StepPlan) -> StepShape:
         page_size = self.geometry.page_size
         slots = sum(-(-work.count // page_size) * page_size for work in plan.chunks)
         if not slots:
             return StepShape(pick(self.row_buckets, len(plan.decodes)), 0)
-        return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots), scores)
+        return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots))
 
     def _spec(self, shape: StepShape) -> StepSpec:
         max_pages = -(-self.max_seq_len // self.geometry.page_size)
         return StepSpec(self.model, self.geometry, self.format_names, shape, max_pages)
 
-    def _run(self, spec: StepSpec, plan: StepPlan) -> StepResult:
+    def _run(self, spec: StepSpec, plan: StepPlan, scores: bool = False) -> StepResult:
         host_inputs, requests = build_inputs(spec, plan, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
@@ -144,14 +148,15 @@ class ModelRunner:
             stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena, inputs)
             words.append(encoded)
         outputs = programs.head(self.params, stream, inputs, sampling)
+        scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
         self.arena = programs.commit(self.arena, words, inputs)
-        sampled, scores = jax.device_get(outputs)
+        sampled, scored = jax.device_get((outputs, scored))
         seconds = time.perf_counter() - start
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
         if compilations:
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
-        return StepResult(_collect(requests, sampled), scores, seconds, bool(compilations))
+        return StepResult(_collect(requests, sampled), scored, seconds, bool(compilations))
 
 
 @functools.cache
@@ -178,7 +183,7 @@ class _Programs:
             return jax.jit(traced, **options)
 
         self.embed, self.layer, self.head = jitted(stages.embed), jitted(stages.layer), jitted(stages.head)
-        self.commit = jitted(stages.commit, donate_argnums=0)
+        self.score, self.commit = jitted(stages.score), jitted(stages.commit, donate_argnums=0)
 
 
 def _collect(requests: Sequence[Request], sampled: Sampled) -> list[SampledToken]:

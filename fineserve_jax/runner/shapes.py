@@ -9,8 +9,8 @@ from fineserve_jax.pallas_kernels.xla.tiles import TileShape
 
 # XLA's CPU products of bf16 and int8 are several times slower with fewer rows than this.
 MIN_ROWS = 8
-# A tile's keys and values should stay in a core's cache: 8 rows of 128 tokens, or one row of 256.
-DECODE_TILE = (8, 8)
+# A tile's keys and values should stay in a core's cache: 16 rows of 64 tokens, or one row of 256.
+DECODE_TILE = (16, 4)
 CHUNK_TILE = (1, 16)
 
 
@@ -21,12 +21,10 @@ class StepShape:
     Attributes:
         rows: slots for tokens that are decoded, and for tokens that are sampled.
         chunk_tokens: slots for prefill chunks, a multiple of the page size; 0 for a step that only decodes.
-        scores: whether the log-probability of each chunk token's successor is wanted, as for perplexity.
     """
 
     rows: int
     chunk_tokens: int
-    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ class StepSpec:
 
     @property
     def decode_tiles(self) -> TileShape:
-        return self._tiles(self.shape.rows, *DECODE_TILE)
+        rows, pages = DECODE_TILE
+        return self._tiles(self.shape.rows, min(rows, self.shape.rows), pages)
 
     @property
     def chunk_tiles(self) -> TileShape:

@@ -50,17 +50,16 @@ def layer(
     return stream._replace(x=x), attention.words
 
 
-def head(
-    spec: StepSpec, params: Params, stream: Stream, inputs: StepInputs, sampling: SamplingInputs
-) -> tuple[Sampled, jax.Array | None]:
-    """The sampled tokens and, for a step that scores, f32[chunk_tokens]: log-probabilities of the chunks' targets."""
+def head(spec: StepSpec, params: Params, stream: Stream, inputs: StepInputs, sampling: SamplingInputs) -> Sampled:
+    """The sampled tokens."""
     logits = _apply(spec.model, params, stream.x[inputs.sample_slots], method="head")
-    scores = None
-    if spec.shape.scores and inputs.chunk is not None:
-        chunk_logits = _apply(spec.model, params, stream.x[spec.shape.rows :], method="head")
-        logprobs = jax.nn.log_softmax(chunk_logits, axis=-1)
-        scores = jnp.take_along_axis(logprobs, inputs.chunk.targets[:, None], axis=-1)[:, 0]
-    return sample(logits, sampling), scores
+    return sample(logits, sampling)
+
+
+def score(spec: StepSpec, params: Params, stream: Stream, targets: jax.Array) -> jax.Array:
+    """The log-probability of `targets` i32[chunk_tokens], each after its chunk token, f32[chunk_tokens]."""
+    logits = _apply(spec.model, params, stream.x[spec.shape.rows :], method="head")
+    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[:, None], axis=-1)[:, 0]
 
 
 def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: StepInputs) -> jax.Array:

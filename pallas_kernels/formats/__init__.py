@@ -4,12 +4,12 @@ To add one: subclass `TokenFormat` (each token encoded by itself) or `KVFormat` 
 instance. Pools, scheduler, kernels and command line take it from here.
 """
 
-from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageWords, TokenFormat
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, TokenFormat
 from fineserve_jax.pallas_kernels.formats.int4 import Int4
 from fineserve_jax.pallas_kernels.formats.int8 import Int8
 from fineserve_jax.pallas_kernels.formats.wide import BFloat16, Float16, Float32
 
-__all__ = ["FORMATS", "KVFormat", "PageWords", "TokenFormat", "get_format", "register"]
+__all__ = ["FORMATS", "KVFormat", "PageVectors", "PageWords", "TokenFormat", "get_format", "register"]
 
 FORMATS: dict[str, KVFormat] = {}
 

@@ -23,6 +23,34 @@ class PageWords(NamedTuple):
     aux: jax.Array
 
 
+class PageVectors(NamedTuple):
+    """Keys and values as far as reading needs to undo their encoding. Axes as in `PageWords`.
+
+    A vector lies in planes, contiguous slices of it. Where one scale covers a whole vector it stays a factor, because
+    it can multiply a logit or a weight instead of every value: key = concat(k) * k_scale, value = concat(v) * v_scale +
+    v_offset. None: no such factor.
+
+    Attributes:
+        k, v: f32[..., kv_heads, pages, T, head_dim / planes] each; of `v`, integers if there is a scale.
+        k_scale, v_scale, v_offset: f32[..., kv_heads, pages, T].
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+    v_offset: jax.Array | None = None
+
+    def join(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values, f32[..., kv_heads, pages, T, head_dim]."""
+        k, v = jnp.concatenate(self.k, axis=-1), jnp.concatenate(self.v, axis=-1)
+        if self.k_scale is not None:
+            k = k * self.k_scale[..., None]
+        if self.v_scale is not None:
+            v = v * self.v_scale[..., None]
+        return k, v if self.v_offset is None else v + self.v_offset[..., None]
+
+
 class KVFormat(ABC):
     """A KV precision as a codec. Stateless; one instance is registered under `name`.
 
@@ -59,17 +87,24 @@ class KVFormat(ABC):
         """
 
     @abstractmethod
+    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
+        """What `words` stand for, in the format's own basis (see `to_basis`), scales left as factors."""
+
     def decode(self, geometry: PageGeometry, words: PageWords) -> tuple[jax.Array, jax.Array]:
-        """The f32[..., kv_heads, pages, T, head_dim] keys and values that `words` stand for, the values in the
-        format's own basis (see `restore`)."""
+        """The f32[..., kv_heads, pages, T, head_dim] keys and values that `words` stand for, in the format's basis."""
+        return self.unpack(geometry, words).join()
 
-    def restore(self, output: jax.Array) -> jax.Array:
-        """Maps an attention output f32[..., head_dim] over this format's values back to the model's basis.
+    def to_basis(self, vectors: jax.Array) -> jax.Array:
+        """Maps f32[..., head_dim] from the model's basis to the one this format keeps keys and values in.
 
-        A format may keep values in another basis, for a smaller quantisation error. Attention is linear in them, so
-        the way back is taken once per query and not once per token.
+        A format may keep them rotated, for a smaller quantisation error. Logits need only the query in the same basis,
+        and attention is linear in the values, so both ways are taken once per query and not once per token.
         """
-        return output
+        return vectors
+
+    def from_basis(self, vectors: jax.Array) -> jax.Array:
+        """The inverse of `to_basis`, which is orthogonal."""
+        return vectors
 
     def units_per_layer(self, geometry: PageGeometry) -> int:
         """Arena units of one layer of a page."""

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats.base import PageWords, TokenFormat
+from fineserve_jax.pallas_kernels.formats.base import PageVectors, PageWords, TokenFormat
 from fineserve_jax.pallas_kernels.formats.packing import (
     bf16_to_words,
     pack_planar,
+    settled,
     unpack_signed,
     words_to_f32,
 )
@@ -29,15 +30,12 @@ class Int8(TokenFormat):
         v_words, v_scale = self._quantise(v)
         return PageWords(k_words, v_words, self.join_aux([k_scale, v_scale], k))
 
-    def decode(self, geometry: PageGeometry, words: PageWords) -> tuple[jax.Array, jax.Array]:
-        k_scale, v_scale = self.split_aux(geometry, words.aux)
-        return self._dequantise(words.k, k_scale), self._dequantise(words.v, v_scale)
+    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
+        k_scale, v_scale = settled(*(words_to_f32(scale) for scale in self.split_aux(geometry, words.aux)))
+        return PageVectors(unpack_signed(words.k, 8), unpack_signed(words.v, 8), k_scale, v_scale)
 
     def _quantise(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         scale = jnp.maximum(jnp.max(jnp.abs(values), axis=-1) / LARGEST, SMALLEST_SCALE)
         scale_words = bf16_to_words(scale)
         quantised = jnp.round(values / words_to_f32(scale_words)[..., None])
         return pack_planar(jnp.clip(quantised, -LARGEST, LARGEST).astype(jnp.int32), 8), scale_words
-
-    def _dequantise(self, words: jax.Array, scale_words: jax.Array) -> jax.Array:
-        return unpack_signed(words, 8).astype(jnp.float32) * words_to_f32(scale_words)[..., None]

@@ -20,17 +20,22 @@ def pack_planar(values: jax.Array, bits: int) -> jax.Array:
     return word
 
 
-def unpack_unsigned(words: jax.Array, bits: int) -> jax.Array:
-    """u16[..., W] -> i32[..., W * 16 / bits], each in [0, 2**bits)."""
+def unpack_unsigned(words: jax.Array, bits: int) -> tuple[jax.Array, ...]:
+    """u16[..., W] -> the planes, f32[..., W] each, of integers in [0, 2**bits)."""
     wide = words.astype(jnp.int32)
-    mask = (1 << bits) - 1
-    return jnp.concatenate([(wide >> shift) & mask for shift in range(0, 16, bits)], axis=-1)
+    return tuple((wide >> shift & (1 << bits) - 1).astype(jnp.float32) for shift in range(0, 16, bits))
 
 
-def unpack_signed(words: jax.Array, bits: int) -> jax.Array:
-    """u16[..., W] -> i32[..., W * 16 / bits], each in [-2**(bits-1), 2**(bits-1)), sign extended."""
+def unpack_signed(words: jax.Array, bits: int) -> tuple[jax.Array, ...]:
+    """u16[..., W] -> the planes, f32[..., W] each, of integers in [-2**(bits-1), 2**(bits-1))."""
     wide = words.astype(jnp.int32)
-    return jnp.concatenate([(wide << (32 - bits - shift)) >> (32 - bits) for shift in range(0, 16, bits)], axis=-1)
+    shifts = range(0, 16, bits)
+    return tuple((wide << (32 - bits - shift) >> (32 - bits)).astype(jnp.float32) for shift in shifts)
+
+
+def settled(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays, computed once. XLA would fuse them into their use, and compute a scale again for each value."""
+    return lax.optimization_barrier(arrays)
 
 
 def bf16_to_words(values: jax.Array) -> jax.Array:

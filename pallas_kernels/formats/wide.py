@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import PageWords, TokenFormat
+from fineserve_jax.pallas_kernels.formats.base import PageVectors, PageWords, TokenFormat
 from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, words_to_f32
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
@@ -17,8 +17,8 @@ class WideFormat(TokenFormat):
     def encode(self, geometry: PageGeometry, k: jax.Array, v: jax.Array) -> PageWords:
         return PageWords(self.to_words(k), self.to_words(v), self.join_aux([], k))
 
-    def decode(self, geometry: PageGeometry, words: PageWords) -> tuple[jax.Array, jax.Array]:
-        return self.to_f32(words.k), self.to_f32(words.v)
+    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
+        return PageVectors((self.to_f32(words.k),), (self.to_f32(words.v),))
 
     def to_words(self, values: jax.Array) -> jax.Array:
         raise NotImplementedError

@@ -4,17 +4,18 @@ A step's chunks lie side by side on one token axis of C slots, each starting at 
 slot's page is `slot // page_size`. Queries are kept heads first, f32[kv_heads, C, group, head_dim].
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import KVFormat
+from fineserve_jax.pallas_kernels.formats import KVFormat, PageVectors
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
+from fineserve_jax.pallas_kernels.softmax import PartialAttention
+from fineserve_jax.pallas_kernels.xla.attend import attend, flatten_pages
 from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
 from fineserve_jax.pallas_kernels.xla.tiles import Tiles
-
-EXACT = lax.Precision.HIGHEST
 
 
 def attend_within(
@@ -34,15 +35,18 @@ def attend_within(
         earlier_pages: k and v, the same shape.
         chunk_of_page: i32[pages], the chunk that each page of slots belongs to; any two unused pages may share -1.
     """
-    kv_heads, pages, page_size, _ = own_page[0].shape
-    own = _attend_pages(q, *own_page)
+    kv_heads, pages, page_size, head_dim = own_page[0].shape
+    group = q.shape[2]
+    causal = jnp.repeat(jnp.arange(page_size)[:, None] >= jnp.arange(page_size), group, axis=0)
+    paged = q.reshape(kv_heads, pages, page_size * group, head_dim)
+    own = _regroup(attend(paged, _exact(*own_page), causal), q)
     if pages == 1:
         return own
     same_chunk = chunk_of_page[:, None] == chunk_of_page
-    earlier = jnp.arange(pages)[:, None] < jnp.arange(pages)
-    visible = jnp.repeat(jnp.repeat(same_chunk & earlier, page_size, axis=0), page_size, axis=1)
-    k, v = (part.reshape(kv_heads, pages * page_size, -1) for part in earlier_pages)
-    return own.merge(_attend(q, k, v, visible[:, :, None]))
+    earlier = jnp.arange(pages)[:, None] > jnp.arange(pages)
+    visible = jnp.repeat(jnp.repeat(same_chunk & earlier, page_size * group, axis=0), page_size, axis=1)
+    k, v = (part.reshape(kv_heads, pages * page_size, head_dim) for part in earlier_pages)
+    return own.merge(_regroup(attend(_ungroup(q), _exact(k, v), visible), q))
 
 
 def extend_over_pages(
@@ -65,41 +69,52 @@ def extend_over_pages(
         arena, layer, formats, geometry: as for `decode.extend_over_pages`.
     """
     for format_id, kv_format in enumerate(formats):
-
-        def attend_tile(index: jax.Array, carry: PartialAttention, kv_format: KVFormat = kv_format) -> PartialAttention:
-            words = gather_page_layers(arena, tiles.pages[index, 0], layer, kv_format, geometry)
-            k, v = (
-                part.reshape(geometry.kv_heads, -1, geometry.head_dim) for part in kv_format.decode(geometry, words)
-            )
-            counts = jnp.arange(k.shape[1]) < tiles.num_tokens[index, 0]
-            v = jnp.where(counts[:, None], v, 0.0)  # what lies behind the last token may be NaN
-            visible = counts[:, None, None] & (chunk_of_slot == tiles.rows[index, 0])[:, None]
-            part = _attend(q, k, v, visible)
-            return carry.merge(part._replace(total=kv_format.restore(part.total)))
-
-        so_far = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], attend_tile, so_far)
+        add = functools.partial(
+            _add_tile,
+            q=kv_format.to_basis(q),
+            chunk_of_slot=chunk_of_slot,
+            arena=arena,
+            tiles=tiles,
+            layer=layer,
+            kv_format=kv_format,
+            geometry=geometry,
+        )
+        so_far = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], add, so_far)
     return so_far
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> PartialAttention:
-    """q: f32[kv_heads, C, group, D]; k, v: f32[kv_heads, keys, D]; visible: bool, broadcasts to [keys, C, group]."""
-    logits = jnp.einsum("ktd,kcgd->ktcg", k, q, precision=EXACT)
-    logits = jnp.where(visible, logits, NEGATIVE)
-    peak = jnp.max(logits, axis=1)
-    weights = jnp.where(visible, jnp.exp(logits - peak[:, None]), 0.0)
-    total = jnp.einsum("ktcg,ktd->kcgd", weights, v, precision=EXACT)
-    return PartialAttention(peak, weights.sum(axis=1), total)
+def _add_tile(
+    index: jax.Array,
+    so_far: PartialAttention,
+    *,
+    q: jax.Array,
+    chunk_of_slot: jax.Array,
+    arena: jax.Array,
+    tiles: Tiles,
+    layer: int | jax.Array,
+    kv_format: KVFormat,
+    geometry: PageGeometry,
+) -> PartialAttention:
+    """Adds one tile's tokens to the attention of its chunk. `q` is in the format's basis."""
+    words = gather_page_layers(arena, tiles.pages[index, 0], layer, kv_format, geometry)
+    tile_tokens = tiles.pages.shape[-1] * geometry.page_size
+    counts = (jnp.arange(tile_tokens) < tiles.num_tokens[index, 0])[None]
+    own = jnp.repeat(chunk_of_slot == tiles.rows[index, 0], q.shape[2])
+    visible = own[:, None] & counts
+    part = attend(_ungroup(q), flatten_pages(kv_format.unpack(geometry, words), counts), visible)
+    return so_far.merge(_regroup(part._replace(total=kv_format.from_basis(part.total)), q))
 
 
-def _attend_pages(q: jax.Array, k: jax.Array, v: jax.Array) -> PartialAttention:
-    """Causal attention inside each page. q: f32[kv_heads, C, group, D]; k, v: f32[kv_heads, pages, T, D]."""
-    kv_heads, pages, page_size, head_dim = k.shape
-    paged = q.reshape(kv_heads, pages, page_size, -1, head_dim)
-    logits = jnp.einsum("kptd,kpcgd->kptcg", k, paged, precision=EXACT)
-    causal = (jnp.arange(page_size)[:, None] <= jnp.arange(page_size))[:, :, None]
-    logits = jnp.where(causal, logits, NEGATIVE)
-    peak = jnp.max(logits, axis=2)
-    weights = jnp.exp(logits - peak[:, :, None])
-    total = jnp.einsum("kptcg,kptd->kpcgd", weights, v, precision=EXACT)
-    parts = PartialAttention(peak, weights.sum(axis=2), total)
-    return PartialAttention(*(part.reshape(kv_heads, pages * page_size, *part.shape[3:]) for part in parts))
+def _exact(k: jax.Array, v: jax.Array) -> PageVectors:
+    return PageVectors((k,), (v,))
+
+
+def _ungroup(q: jax.Array) -> jax.Array:
+    """f32[kv_heads, C, group, head_dim] -> f32[kv_heads, C * group, head_dim]."""
+    return q.reshape(q.shape[0], -1, q.shape[-1])
+
+
+def _regroup(part: PartialAttention, q: jax.Array) -> PartialAttention:
+    """The attention of `q` f32[kv_heads, C, group, head_dim] from that of its queries in any other arrangement."""
+    heads = q.shape[:3]
+    return PartialAttention(part.peak.reshape(heads), part.weight.reshape(heads), part.total.reshape(q.shape))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
+from fineserve_jax.pallas_kernels.formats.packing import settled
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
 
@@ -35,7 +36,8 @@ def gather_page_layers(
     aux_units = kv_format.units_per_layer(geometry) - aux_start
     units = first[..., None] + aux_start + jnp.arange(aux_units, dtype=jnp.int32)
     aux = _take(arena, units).reshape(*pages.shape, aux_units * geometry.unit_words)
-    return PageWords(values(0), values(kv_heads * head_units), aux[..., : kv_format.aux_words(geometry)])
+    aux = aux[..., : kv_format.aux_words(geometry)]
+    return PageWords(*settled(values(0), values(kv_heads * head_units), aux))
 
 
 def _take(arena: jax.Array, units: jax.Array) -> jax.Array:

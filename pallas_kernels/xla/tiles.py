@@ -75,7 +75,11 @@ class TileShape:
 
 
 def plan_tiles(segments: Sequence[BatchSegment], shape: TileShape, page_size: int) -> Tiles:
-    """Cuts the segments of a batch; those without tokens need no tile."""
+    """Cuts the segments of a batch; those without tokens need no tile.
+
+    Raises:
+        ValueError: two segments of one row in one format, whose results would overwrite each other.
+    """
     tiles = Tiles(
         rows=np.full((shape.max_tiles, shape.rows), shape.num_rows, np.int32),
         pages=np.zeros((shape.max_tiles, shape.rows, shape.pages), np.int32),
@@ -88,6 +92,8 @@ def plan_tiles(segments: Sequence[BatchSegment], shape: TileShape, page_size: in
             by_format[segment.format_id].append(segment)
     count = 0
     for format_id, same in enumerate(by_format):
+        if len({segment.row for segment in same}) < len(same):
+            raise ValueError(f"a row has two segments in format {format_id}; join their pages into one segment")
         same.sort(key=lambda segment: -segment.num_tokens)
         for first in range(0, len(same), shape.rows):
             count = _cut_group(tiles, count, same[first : first + shape.rows], shape, page_size)

@@ -108,7 +108,8 @@ def requantise(
         target = jnp.where(start + jnp.arange(PAGES_AT_A_TIME) < count, target, arena.shape[0])
         source = jnp.broadcast_to(source, (geometry.num_layers, PAGES_AT_A_TIME))
         words = gather_page_layers(arena, source, layers, source_format, geometry)
-        encoded = target_format.encode(geometry, *source_format.decode(geometry, words))
+        vectors = [source_format.from_basis(part) for part in source_format.decode(geometry, words)]
+        encoded = target_format.encode(geometry, *vectors)
         return write_pages(arena, encoded, target, target_format, geometry)
 
     return lax.fori_loop(0, -(-count // PAGES_AT_A_TIME), convert, arena)

@@ -1,0 +1,145 @@
+"""Decode throughput of one engine, by the KV precision of its rows.
+
+    python benchmarks/throughput.py --rows 32 --prompt-tokens 128 --new-tokens 64
+
+The cases (all rows in one precision, and a mix) take turns, so that a busy machine slows all of them alike. Printed are
+the medians over the rounds, their ratios to the first case, and a line of JSON. Decode tokens per second count the
+steps after every row has its first token, prefill tokens per second the steps before. The limit that the matrix
+products set stands beside them: every weight's multiply and add for each row, at the rate that plain products of the
+same shapes reach on this machine.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fineserve_jax.compilation_cache import use_compilation_cache
+from fineserve_jax.config import EngineConfig
+from fineserve_jax.engine import Engine
+from fineserve_jax.loaders import load_model
+from fineserve_jax.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    model: str = "smollm2-135m"
+    weights: str = "bf16"
+    rows: int = 32
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    rounds: int = 5
+    cases: tuple[str, ...] = ("bf16", "int8", "int4", "bf16+int8+int4")
+    """KV precisions of the rows; several joined by + are dealt out in turn."""
+    kv_memory: str = "512MiB"
+    max_chunk_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    use_compilation_cache()
+    model = load_model(arguments.model, arguments.weights)
+    config = EngineConfig(
+        kv_memory=arguments.kv_memory,
+        max_batch_size=arguments.rows,
+        max_seq_len=arguments.prompt_tokens + arguments.new_tokens,
+        max_chunk_tokens=arguments.max_chunk_tokens,
+    )
+    # An engine each: programs of one case do not carry the loops that only another needs.
+    engines = {case: Engine(model, config) for case in arguments.cases}
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1000, 20000, (arguments.rows, arguments.prompt_tokens)).tolist()
+    for case, engine in engines.items():
+        run(engine, prompts, case.split("+"), arguments.new_tokens)  # compiles
+    compiled = sum(engine.stats().num_compilations for engine in engines.values())
+    speeds: dict[str, list[Speed]] = {case: [] for case in engines}
+    for _ in range(arguments.rounds):
+        for case, engine in engines.items():
+            speeds[case].append(run(engine, prompts, case.split("+"), arguments.new_tokens))
+    limit = arguments.rows / product_seconds(model.config.hidden_size, engines, arguments)
+    report(arguments, speeds, limit, sum(e.stats().num_compilations for e in engines.values()) - compiled)
+
+
+def run(engine: Engine, prompts: list[list[int]], formats: list[str], new_tokens: int) -> Speed:
+    """Serves all prompts once."""
+    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    requests = [
+        engine.add_request(prompt, sampling, kv_precision=formats[i % len(formats)]) for i, prompt in enumerate(prompts)
+    ]
+    start = time.perf_counter()
+    while any(request.num_output_tokens == 0 for request in requests):
+        engine.step()
+    prefilled, early = time.perf_counter(), sum(request.num_output_tokens for request in requests)
+    while engine.has_unfinished:
+        engine.step()
+    decoded = sum(request.num_output_tokens for request in requests) - early
+    for request in requests:
+        engine.release(request)
+    prefill = sum(map(len, prompts)) / (prefilled - start)
+    return Speed(prefill, decoded / (time.perf_counter() - prefilled))
+
+
+def product_seconds(hidden: int, engines: dict[str, Engine], arguments: Arguments) -> float:
+    """Seconds that a step's matrix products take on their own, all layers and the output head."""
+    engine = next(iter(engines.values()))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((max(arguments.rows, 8), hidden)), jnp.float32)
+    matrices = [leaf for leaf in jax.tree.leaves(engine.runner.params) if leaf.ndim == 2]
+
+    @jax.jit
+    def products(x: jax.Array, matrices: list[jax.Array]) -> list[jax.Array]:
+        outputs = []
+        for matrix in matrices:
+            wide = jnp.tile(x, (1, -(-matrix.shape[1] // hidden)))[:, : matrix.shape[1]].astype(matrix.dtype)
+            contract_last = (((1,), (1,)), ((), ()))
+            kind = jnp.int32 if matrix.dtype == jnp.int8 else jnp.float32
+            product = jax.lax.dot_general(wide, matrix, contract_last, preferred_element_type=kind)
+            outputs.append(product.max())  # keep the product, drop its size
+        return outputs
+
+    jax.block_until_ready(products(x, matrices))
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(products(x, matrices))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def report(arguments: Arguments, speeds: dict[str, list[Speed]], limit: float, compilations: int) -> None:
+    decode = {case: statistics.median(s.decode_tokens_per_s for s in runs) for case, runs in speeds.items()}
+    prefill = {case: statistics.median(s.prefill_tokens_per_s for s in runs) for case, runs in speeds.items()}
+    first = next(iter(decode.values()))
+    table = Table("KV precision", "prefill tokens/s", "decode tokens/s", "ratio", "of the products' limit")
+    for case in decode:
+        share = f"{decode[case] / limit:.0%}"
+        table.add_row(case, f"{prefill[case]:.0f}", f"{decode[case]:.0f}", f"{decode[case] / first:.2f}", share)
+    Console().print(table)
+    print(
+        json.dumps(
+            {
+                **dataclasses.asdict(arguments),
+                "decode_tokens_per_s": {case: round(value, 1) for case, value in decode.items()},
+                "prefill_tokens_per_s": {case: round(value, 1) for case, value in prefill.items()},
+                "product_limit_tokens_per_s": round(limit, 1),
+                "compilations_after_warm_up": compilations,
+                "device": jax.devices()[0].device_kind,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

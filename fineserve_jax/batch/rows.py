@@ -1,0 +1,132 @@
+"""Rows of a file of prompts: read one by one, checked, and turned into what the engine takes."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fineserve_jax.errors import RequestError
+from fineserve_jax.loaders import Tokenizer, render_chat
+from fineserve_jax.sampling_params import SamplingParams
+
+ROW_FIELDS = ("id", "prompt", "messages", "kv_precision")
+RowId = str | int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as it was written, its shape checked.
+
+    Attributes:
+        line: where it stands, from 1 on.
+        id: its own, or the line.
+        prompt: text or token ids; None if there are messages.
+        messages: a conversation; None if there is a prompt.
+        kv_precision: KV format; None for the engine's.
+        sampling: the sampling fields it sets, unchecked.
+    """
+
+    line: int
+    id: RowId
+    prompt: str | list[int] | None
+    messages: list[Any] | None
+    kv_precision: str | None
+    sampling: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be answered, and why. `id` is the line where the row has no usable one."""
+
+    line: int
+    id: RowId
+    error: str
+
+
+def read_rows(lines: Iterable[bytes]) -> Iterator[Row | BadRow]:
+    """The rows of JSON lines; empty lines are passed over but count."""
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield parse_row(line, number)
+
+
+def parse_row(line: bytes, number: int) -> Row | BadRow:
+    """One line as a row; never raises for what the line holds."""
+    try:
+        content = json.loads(line.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        return BadRow(number, number, f"line {number} is not UTF-8: {error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        return BadRow(number, number, f"line {number} is not JSON: {error}")
+    if not isinstance(content, dict):
+        return BadRow(number, number, f"line {number} holds a JSON {_kind(content)}, not an object with a prompt")
+    row_id = content.get("id")
+    if row_id is None:
+        row_id = number
+    elif isinstance(row_id, bool) or not isinstance(row_id, RowId):
+        return BadRow(number, number, f"id is a JSON {_kind(row_id)}; give text or a whole number, or none")
+    if wrong := _what_is_wrong(content):
+        return BadRow(number, row_id, wrong)
+    return Row(
+        line=number,
+        id=row_id,
+        prompt=content.get("prompt"),
+        messages=content.get("messages"),
+        kv_precision=content.get("kv_precision"),
+        sampling={name: value for name, value in content.items() if name not in ROW_FIELDS},
+    )
+
+
+def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
+    """The row's prompt as token ids. Raises `RequestError`."""
+    try:
+        if row.messages is not None:
+            return tokenizer.encode(render_chat(tokenizer, row.messages), add_special_tokens=False)
+        if isinstance(row.prompt, str):
+            if not row.prompt:
+                raise RequestError("the prompt is empty; give some text")
+            return tokenizer.encode(row.prompt)
+    except (TypeError, UnicodeError) as error:  # how the tokenizer refuses half a surrogate pair
+        raise RequestError(f"the text cannot be encoded, it is not valid Unicode: {error}") from None
+    return list(row.prompt or ())
+
+
+def row_sampling(row: Row, defaults: Mapping[str, Any]) -> SamplingParams:
+    """How to sample the row: its own fields over `defaults`. Raises `RequestError`."""
+    return SamplingParams(**{**defaults, **row.sampling})
+
+
+def _what_is_wrong(content: dict[str, Any]) -> str | None:
+    known = (*ROW_FIELDS, *SamplingParams.model_fields)
+    if unknown := [name for name in content if name not in known]:
+        return f"unknown field {', '.join(map(repr, unknown))}; a row may have: {', '.join(known)}"
+    prompt, messages = content.get("prompt"), content.get("messages")
+    if (prompt is None) == (messages is None):
+        have = "neither prompt nor messages" if prompt is None else "both prompt and messages"
+        return f"the row has {have}; give one of them"
+    if messages is None and not isinstance(prompt, str) and not _is_token_list(prompt):
+        return f"prompt is a JSON {_kind(prompt)}; give text, or a list of token ids"
+    if messages is not None and not isinstance(messages, list):
+        return f"messages is a JSON {_kind(messages)}; give a list of objects with role and content"
+    kv_precision = content.get("kv_precision")
+    if kv_precision is not None and not isinstance(kv_precision, str):
+        return f'kv_precision={kv_precision!r} is a JSON {_kind(kv_precision)}; give text such as "int8"'
+    return None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _is_token_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None:
+        return "null"
+    names = {bool: "boolean", int: "number", float: "number", str: "string", dict: "object"}
+    return names.get(type(value), "list of more than whole numbers" if value else "list")

@@ -1,0 +1,46 @@
+"""The command line: `fineserve-jax batch | generate | perplexity | convert | fetch`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from fineserve_jax.errors import FineServeError
+
+# As shells report a program that was interrupted, and one whose reader went away.
+EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is returned.
+
+    Args:
+        arguments: those after the program's name; the process's own if None.
+
+    Returns:
+        0 if the command did what it is for (rows of a batch that could not be answered are reported in its
+        output), 2 for a mistake of the user's, of which one line `error: ...` tells on stderr, 130 after
+        Ctrl-C, 141 if whoever read stdout stopped.
+
+    Raises:
+        SystemExit: for `--help`, and for flags that cannot be parsed (status 2).
+    """
+    try:
+        from fineserve_jax.cli.commands import app  # here, so that Ctrl-C is quiet while jax is imported, too
+
+        app().cli(
+            prog="fineserve-jax",
+            description="LLM inference with KV caches of different precisions in one batch.",
+            args=arguments,
+        )
+        sys.stdout.flush()
+    except FineServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered has nowhere to go; without this the interpreter would complain about it as it
+        # exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return 0

@@ -1,0 +1,7 @@
+"""`python -m fineserve_jax.cli`."""
+
+import sys
+
+from fineserve_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,62 @@
+"""`fineserve-jax generate`: one prompt, answered as it is written."""
+
+import sys
+import time
+from typing import Annotated, Any
+
+import tyro
+
+from fineserve_jax.cli.options import ConfigFlag, EngineFlags, GenerateFlags, ModelFlag, Switch, settle
+from fineserve_jax.errors import RequestError
+from fineserve_jax.llm import LLM
+from fineserve_jax.sampling_params import SamplingParams
+
+
+def generate(
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
+    /,
+    *,
+    model: ModelFlag = None,
+    config: ConfigFlag = None,
+    raw: Switch = False,
+    engine: EngineFlags,
+    sampling: GenerateFlags,
+) -> None:
+    """Answer one prompt, printing the answer as it comes.
+
+    The prompt is what the user says in a chat, if the model has a chat template; with --raw, or without a
+    template, it is a text to be continued. --max-batch-size is 1 here unless given.
+
+    Args:
+        prompt: the text, or - to read it from stdin.
+        model: alias, .gguf file, Hugging Face directory or converted directory.
+        config: YAML file with `model` and defaults for the options below.
+        raw: continue the prompt as it stands, without the chat template.
+    """
+    settings = settle(config, model, engine, sampling)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise RequestError("the prompt is empty; give some text, or - to read it from stdin")
+    llm = LLM(settings.model, **{"max_batch_size": 1, **settings.engine})
+    as_chat = not raw and llm.tokenizer.chat_template is not None
+    asked: Any = [{"role": "user", "content": text}] if as_chat else text
+    start = time.perf_counter()
+    first = None
+    try:
+        for piece in llm.stream(asked, SamplingParams(**settings.sampling)):
+            first = first or time.perf_counter()
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+        _report(llm, start, first or time.perf_counter())
+
+
+def _report(llm: LLM, start: float, first: float) -> None:
+    stats, now = llm.stats(), time.perf_counter()
+    tokens = f"{stats.num_prompt_tokens} prompt and {stats.num_output_tokens} output tokens"
+    rate = (stats.num_output_tokens - 1) / (now - first) if stats.num_output_tokens > 1 else 0.0
+    print(
+        f"[{tokens}; first text after {first - start:.2f} s, then {rate:.1f} tokens/s; "
+        f"{llm.engine.config.kv_precision} KV, {llm.engine.model.weights} weights]",
+        file=sys.stderr,
+    )

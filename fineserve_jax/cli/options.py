@@ -1,0 +1,150 @@
+"""The options that commands share, taken from the settings classes, and a YAML file's part in them.
+
+`fineserve-jax` gives each field of `EngineConfig` and `SamplingParams` a flag of the same name, with its
+docstring as help. A flag that is given beats the file named by `--config`, which beats the default.
+"""
+
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NotRequired,
+    TypeAlias,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import tyro
+from pydantic import BaseModel
+
+from fineserve_jax.config import EngineConfig, read_settings
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.sampling_params import SamplingParams
+
+DEFAULT_MODEL = "smollm2-135m"
+
+ModelFlag = Annotated[str | None, tyro.conf.arg(help_behavior_hint=f"(default: {DEFAULT_MODEL})")]
+ConfigFlag = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
+
+
+def flags_of(settings: type[BaseModel], leave_out: Iterable[str] = ()) -> Any:
+    """A TypedDict with a flag for each field of `settings`; tyro gives it the flags that were given only."""
+    hints = get_type_hints(settings)
+    fields = {
+        name: _flag_type(hints[name], field.get_default(call_default_factory=True))
+        for name, field in settings.model_fields.items()
+        if name not in leave_out
+    }
+    # A type checker wants literal fields here; these are known at run time only.
+    flags: Any = TypedDict(settings.__name__, fields)  # type: ignore[misc]
+    flags.__doc__ = settings.__doc__
+    return flags
+
+
+def _flag_type(hint: Any, default: Any) -> Any:
+    """The type of a flag. None is had by not giving it; lists and tables are made by repeating it."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = Union[tuple(kind for kind in get_args(hint) if kind is not types.NoneType)]  # noqa: UP007
+    shown = "" if default in (None, (), {}) else f"(default: {default})"
+    if get_origin(hint) is dict:
+        hint = tuple[tuple[get_args(hint)], ...]  # type: ignore[misc]
+    if get_origin(hint) is tuple:
+        repeated = tyro.conf.arg(default=(), help_behavior_hint="(repeatable)")
+        return Annotated[hint, tyro.conf.UseAppendAction, repeated]
+    return NotRequired[Annotated[hint, tyro.conf.arg(help_behavior_hint=shown)]]
+
+
+if TYPE_CHECKING:
+    EngineFlags: TypeAlias = Mapping[str, Any]
+    SamplingFlags: TypeAlias = Mapping[str, Any]
+    GenerateFlags: TypeAlias = Mapping[str, Any]
+    PerplexityFlags: TypeAlias = Mapping[str, Any]
+else:
+    # The engine's and a request's seed would be one flag. It is the engine's, from which requests' seeds are
+    # drawn.
+    EngineFlags = flags_of(EngineConfig)
+    SamplingFlags = flags_of(SamplingParams, leave_out=["seed"])
+    # One answer is streamed, as text.
+    GenerateFlags = flags_of(SamplingParams, leave_out=["seed", "n", "logprobs"])
+    # One window at a time is scored, and nothing is sampled.
+    PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "policy", "ageing_s", "seed"])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command works with.
+
+    Attributes:
+        model: alias or path.
+        engine: fields of `EngineConfig` that the file or a flag sets.
+        sampling: fields of `SamplingParams` that the file or a flag sets, checked.
+    """
+
+    model: str
+    engine: dict[str, Any]
+    sampling: dict[str, Any]
+
+    def config(self, **overrides: Any) -> EngineConfig:
+        """The engine's settings. Raises `ConfigError`."""
+        return EngineConfig(**{**self.engine, **overrides})
+
+
+def settle(
+    config: Path | None,
+    model: str | None,
+    engine: Mapping[str, Any],
+    sampling: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Puts a YAML file and flags together.
+
+    Args:
+        config: the file, if any. It may hold `model` and the fields of both settings classes; a command takes
+            from it what concerns it.
+        model: the flag.
+        engine, sampling: flags, as tyro returns them for `flags_of`.
+
+    Raises:
+        ConfigError: an unreadable file, a key that nothing is called, or a bad setting of the engine.
+        RequestError: a bad sampling value.
+    """
+    from_file = {} if config is None else _known_settings(config)
+    in_file = from_file.pop("model", DEFAULT_MODEL)
+    if not isinstance(in_file, str):
+        raise ConfigError(f"model={in_file!r} in {config} is not text; give an alias or a path")
+    in_engine = {name: value for name, value in from_file.items() if name in EngineConfig.model_fields}
+    in_sampling = {name: value for name, value in from_file.items() if name not in EngineConfig.model_fields}
+    settings = Settings(
+        model=model or in_file,
+        engine=in_engine | _given(EngineConfig, engine),
+        sampling=in_sampling | _given(SamplingParams, sampling or {}),
+    )
+    settings.config()
+    SamplingParams(**settings.sampling)
+    return settings
+
+
+def _known_settings(path: Path) -> dict[str, Any]:
+    settings = read_settings(path)
+    known = ["model", *EngineConfig.model_fields, *SamplingParams.model_fields]
+    if unknown := [str(key) for key in settings if key not in known]:
+        raise ConfigError(f"{path} sets {', '.join(map(repr, unknown))}; it may set: {', '.join(dict.fromkeys(known))}")
+    return settings
+
+
+def _given(settings: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given: one that can be repeated and was not is empty. Pairs become tables again."""
+    hints = get_type_hints(settings)
+    given = {name: value for name, value in flags.items() if value != ()}
+    return {name: dict(value) if _is_table(hints[name]) else value for name, value in given.items()}
+
+
+def _is_table(hint: Any) -> bool:
+    return any(get_origin(kind) is dict for kind in (hint, *get_args(hint)))

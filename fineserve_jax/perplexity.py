@@ -1,0 +1,150 @@
+"""Perplexity of a text through the engine's own cache: what a KV format or a weight precision costs in
+quality.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fineserve_jax.engine import Engine
+from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.pallas_kernels.formats import get_format
+from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
+from fineserve_jax.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """What was measured, and with what.
+
+    Attributes:
+        ppl: exp of the mean negative log-probability of the scored tokens.
+        tokens: how many tokens were scored: all but the first of each window.
+        window, windows: tokens of a window, and their number.
+        kv_precision: KV format.
+        bits_per_value: bits a cached key or value takes in it, scales and padding counted.
+        model, weights: name of the model, and precision of its weights.
+    """
+
+    ppl: float
+    tokens: int
+    window: int
+    windows: int
+    kv_precision: str
+    bits_per_value: float
+    model: str
+    weights: str
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.ppl:.4f} over {self.tokens} tokens "
+            f"({self.windows} windows of {self.window}); {self.kv_precision} KV at "
+            f"{self.bits_per_value:.2f} bits a value, {self.model} in {self.weights}"
+        )
+
+
+def read_text(path: Path, window: int, windows: int) -> str:
+    """The text to score. Raises `ConfigError` for an unreadable file, or for windows that make no sense."""
+    if window < 2:
+        raise ConfigError(f"window={window}: a window needs at least 2 tokens, one to score and one before it")
+    if windows < 1:
+        raise ConfigError(f"windows={windows}: at least 1 is needed")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the text {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the text {path} is not UTF-8: {error}") from None
+
+
+def measure_perplexity(
+    engine: Engine,
+    token_ids: Sequence[int],
+    window: int = 1024,
+    windows: int = 8,
+    kv_precision: str | None = None,
+    on_window: Callable[[int, float], None] | None = None,
+) -> Perplexity:
+    """Perplexity of the first `windows` consecutive runs of `window` tokens, each by itself.
+
+    A token's score is its log-probability given the tokens of its window before it, whose keys and values are
+    read as
+    decoding would read them: in the KV format, its newest page in the format's tail precision if it has one.
+
+    Args:
+        engine: with nothing else to do meanwhile. Its `max_chunk_tokens` does not change the result.
+        token_ids: the text, without special tokens.
+        kv_precision: KV format; the engine's if None.
+        on_window: called after each window with how many are done and the perplexity so far.
+
+    Raises:
+        RequestError: too short a text, or windows that the engine cannot hold.
+    """
+    kv_precision = kv_precision or engine.config.kv_precision
+    _check(engine, token_ids, window, windows, kv_precision)
+    engine.runner.use_formats([kv_precision])
+    total, tokens = 0.0, 0
+    for i in range(windows):
+        logprobs = _score_window(engine, list(token_ids[i * window : (i + 1) * window]), kv_precision)
+        total, tokens = total + float(logprobs.sum(dtype=np.float64)), tokens + logprobs.size
+        if on_window is not None:
+            on_window(i + 1, math.exp(-total / tokens))
+    return Perplexity(
+        ppl=math.exp(-total / tokens),
+        tokens=tokens,
+        window=window,
+        windows=windows,
+        kv_precision=kv_precision,
+        bits_per_value=get_format(kv_precision).bits_per_value(engine.runner.geometry),
+        model=engine.model.name,
+        weights=engine.model.weights,
+    )
+
+
+def _check(engine: Engine, token_ids: Sequence[int], window: int, windows: int, kv_precision: str) -> None:
+    if window < 2 or windows < 1:
+        raise RequestError(f"window={window}, windows={windows}: at least 2 tokens and 1 window are needed")
+    if len(token_ids) < window * windows:
+        raise RequestError(
+            f"the text has {len(token_ids)} tokens, which is {len(token_ids) // window} windows of {window}; "
+            f"{windows} were asked for: give a longer text, or fewer or shorter windows"
+        )
+    if window > engine.max_seq_len:
+        raise RequestError(f"window={window} is more than max_seq_len={engine.max_seq_len}; shorten it or raise that")
+    # The engine's own checks of a request: tokens of its vocabulary, a format it serves, memory for a window.
+    for start in range(0, window * windows, window):
+        for part in (slice(start, start + window - 1), slice(start + 1, start + window)):
+            engine.check(token_ids[part], SamplingParams(max_tokens=1), kv_precision)
+
+
+def _score_window(engine: Engine, token_ids: list[int], kv_precision: str) -> np.ndarray:
+    """f32[len(token_ids) - 1], log-probability of each token but the first. Leaves no pages behind."""
+    kv, largest_chunk = engine.kv, engine.runner.chunk_buckets[-1]
+    request = Request(
+        request_id="perplexity",
+        model=engine.model.name,
+        kv_precision=kv_precision,
+        sampling=SamplingParams(),
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
+        max_total_tokens=len(token_ids),
+        sequence=0,
+        times=RequestTimes(engine.clock()),
+    )
+    if not kv.grow(request, len(token_ids)):
+        raise RequestError(f"no KV memory is free for a window of {len(token_ids)} tokens; let other requests finish")
+    parts = []
+    try:
+        while (count := min(largest_chunk, request.num_uncomputed_tokens)) > 1:  # a last token alone predicts nothing
+            work = Work(request, request.num_computed_tokens, count)
+            scores = engine.runner.execute(StepPlan((), (work,)), scores=True).scores
+            if scores is None:
+                raise RuntimeError("the runner returned no scores although they were asked for")
+            parts.append(scores[:count])
+            request.num_computed_tokens += count
+    finally:
+        kv.release(request)
+    return np.concatenate(parts)[: len(token_ids) - 1]

@@ -1,0 +1,66 @@
+"""The inner loop of attention: some queries over some keys, all at once."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fineserve_jax.pallas_kernels.formats import PageVectors
+from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
+
+EXACT = lax.Precision.HIGHEST
+
+
+def attend(q: jax.Array, vectors: PageVectors, visible: jax.Array) -> PartialAttention:
+    """Attention of queries to the keys and values of a batch's tokens.
+
+    Args:
+        q: f32[..., queries, head_dim], already multiplied by the softmax scale, in the vectors' basis.
+        vectors: planes of f32[..., tokens, W], scales and offsets of f32[..., tokens].
+        visible: bool, broadcasts to [..., queries, tokens]; what is invisible may be NaN.
+    """
+    # Queries before keys: for blocks of this size XLA's CPU products are faster so than the other way round.
+    logits = sum(
+        jnp.einsum("...qd,...td->...qt", part, plane, precision=EXACT)
+        for plane, part in zip(vectors.k, _split(q, vectors.k), strict=True)
+    )
+    if vectors.k_scale is not None:
+        logits = logits * vectors.k_scale[..., None, :]
+    logits = jnp.where(visible, logits, NEGATIVE)
+    peak = jnp.max(logits, axis=-1)
+    weights = jnp.where(visible, jnp.exp(logits - peak[..., None]), 0.0)
+    weight = weights.sum(axis=-1)
+    scaled = weights if vectors.v_scale is None else weights * vectors.v_scale[..., None, :]
+    parts = [jnp.einsum("...qt,...td->...qd", scaled, plane, precision=EXACT) for plane in vectors.v]
+    total = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    if vectors.v_offset is not None:
+        total = total + jnp.sum(weights * vectors.v_offset[..., None, :], axis=-1)[..., None]
+    return PartialAttention(peak, weight, total)
+
+
+def flatten_pages(vectors: PageVectors, counts: jax.Array) -> PageVectors:
+    """Joins the axes of pages and of tokens, and clears the values of tokens that do not count: 0 * NaN is NaN.
+
+    Args:
+        vectors: of pages, planes f32[..., kv_heads, pages, T, W].
+        counts: bool[..., 1, pages * T].
+    """
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(*counts.shape[:-2], x.shape[counts.ndim - 2], counts.shape[-1], *x.shape[counts.ndim + 1 :])
+
+    v = tuple(flat(plane) for plane in vectors.v)
+    if vectors.v_scale is None:  # packed integers are never NaN, their scales may be
+        v = tuple(jnp.where(counts[..., None], plane, 0.0) for plane in v)
+    return PageVectors(
+        k=tuple(flat(plane) for plane in vectors.k),
+        v=v,
+        k_scale=None if vectors.k_scale is None else flat(vectors.k_scale),
+        v_scale=None if vectors.v_scale is None else jnp.where(counts, flat(vectors.v_scale), 0.0),
+        v_offset=None if vectors.v_offset is None else jnp.where(counts, flat(vectors.v_offset), 0.0),
+    )
+
+
+def _split(q: jax.Array, planes: Sequence[jax.Array]) -> list[jax.Array]:
+    return jnp.split(q, len(planes), axis=-1)

@@ -1,0 +1,23 @@
+"""The tiny model, and one engine with it for all tests of the batch job."""
+
+import pytest
+from tiny_model import OPTIONS, quick_compilation, write_tiny_model
+
+from fineserve_jax import Engine, EngineConfig
+from fineserve_jax.loaders import load_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model):
+    return Engine(load_model(tiny_model, OPTIONS["weights"]), EngineConfig(**OPTIONS))

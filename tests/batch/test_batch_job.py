@@ -1,0 +1,221 @@
+"""The batch job on a real engine with a tiny model."""
+
+import json
+
+import pytest
+from tiny_model import tiny_tokenizer
+
+from fineserve_jax import RequestError, SamplingParams
+from fineserve_jax.batch import AnswerFile, BatchJob, read_rows
+from fineserve_jax.request import RequestStatus
+
+GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture
+def answer(engine, tmp_path):
+    """Answers rows (objects, or raw lines) and gives the rows of the output, in order; and the summary."""
+
+    def run(rows, sampling=GREEDY, resume=False, on_step=None):
+        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+        with AnswerFile(tmp_path / "answers.jsonl", resume=resume, overwrite=not resume) as answers:
+            answers.begin()
+            job = BatchJob(engine, answers, sampling, on_step)
+            summary = job.run(read_rows(lines))
+        written = (tmp_path / "answers.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in written], summary
+
+    return run
+
+
+def by_id(rows):
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def alone(engine, prompt, kv_precision, **sampling):
+    """The text that the engine gives to a prompt with nothing else to do."""
+    sampling = SamplingParams(**{**GREEDY, **sampling})
+    request = engine.add_request(engine.tokenizer.encode(prompt), sampling, kv_precision=kv_precision)
+    while request.status is not RequestStatus.FINISHED:
+        engine.step()
+    text = engine.texts[request].text
+    engine.release(request)
+    return text
+
+
+def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
+    prompts = [f"prompt number {i}" + "!" * (3 * i) for i in range(9)]
+    precisions = ["int4", "bf16", None]
+    rows = [{"prompt": p, "kv_precision": precisions[i % 3], "max_tokens": 3 + i} for i, p in enumerate(prompts)]
+    answers, summary = answer(rows)
+    answers = by_id(answers)
+    for i, prompt in enumerate(prompts):
+        kv_precision = precisions[i % 3] or "int4"
+        assert answers[i + 1] == {
+            "id": i + 1,
+            "text": alone(engine, prompt, kv_precision, max_tokens=3 + i),
+            "finish_reason": "length",
+            "prompt_tokens": len(prompt),
+            "output_tokens": 3 + i,
+            "kv_precision": kv_precision,
+        }
+    assert (summary.answered, summary.errors, summary.skipped) == (9, 0, 0)
+    assert summary.formats["bf16"].rows == 3
+    assert summary.formats["int4"].prompt_tokens == sum(len(p) for i, p in enumerate(prompts) if i % 3 != 1)
+    assert summary.output_tokens == sum(3 + i for i in range(9))
+    for part in summary.formats.values():
+        assert 0 < part.peak_needed_bytes <= part.peak_reserved_bytes
+    assert summary.decode_tokens_per_s > 0
+
+
+def test_bad_rows_become_error_rows_and_the_others_are_answered(answer):
+    good = {"prompt": "abc"}
+    bad = [
+        b'{"prompt": "abc"',
+        {"id": "missing"},
+        {"id": "long", "prompt": "x" * 128},
+        {"id": "empty", "prompt": []},
+        {"id": "token", "prompt": [96]},
+        {"id": "format", "prompt": "abc", "kv_precision": "int3"},
+        {"id": "hot", "prompt": "abc", "temperature": -1},
+        {"id": "field", "prompt": "abc", "temprature": 1},
+        {"id": "words", "prompt": "abc", "max_tokens": "many"},
+        {"id": "messages", "messages": [{"role": "user"}]},
+        {"id": "surrogate", "prompt": "\ud800"},
+    ]
+    rows = [row for pair in zip([good] * len(bad), bad, strict=True) for row in pair] + [good]
+    answers, summary = answer(rows)
+    answers = by_id(answers)
+    errors = {key: row for key, row in answers.items() if "error" in row}
+    assert (summary.answered, summary.errors) == (len(bad) + 1, len(bad))
+    assert len(errors) == len(bad)
+    assert [row["line"] for row in errors.values()] == [2 * i + 2 for i in range(len(bad))]
+    assert all(set(row) == {"id", "line", "error"} for row in errors.values())
+    expected = {
+        2: "line 2 is not JSON",
+        "missing": "neither prompt nor messages",
+        "long": "128 tokens; with max_seq_len=128 it may have 127",
+        "empty": "the prompt is empty",
+        "token": "token 96",
+        "format": "kv_precision='int3' is not served; choose one of .*int8",
+        "hot": "temperature=-1: .*greater than or equal to 0",
+        "field": "unknown field 'temprature'",
+        "words": "max_tokens='many'",
+        "messages": "content of type NoneType",
+        "surrogate": "not valid Unicode",
+    }
+    for key, pattern in expected.items():
+        with pytest.raises(RequestError, match=pattern):
+            raise RequestError(errors[key]["error"])
+
+
+def test_ids_must_differ(answer):
+    rows = [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}, {"id": 4, "prompt": "z"}, {"prompt": "w"}]
+    answers, _ = answer(rows)
+    errors = {row["line"]: row["error"] for row in answers if "error" in row}
+    assert errors == {
+        2: "id 'a' is that of line 1; give every row an id of its own, or none",
+        4: "id 4 is that of line 3; give every row an id of its own, or none",
+    }
+    assert {row["id"] for row in answers if "error" not in row} == {"a", 4}
+
+
+def test_several_samples_come_together(engine, answer):
+    row = {"prompt": "abc", "n": 3, "temperature": 1.0, "seed": 5, "max_tokens": 8, "ignore_eos": True}
+    (several,), summary = answer([row])
+    singles, _ = answer([row | {"n": 1, "seed": 5 + i} for i in range(3)])
+    texts = {row["id"]: row["text"] for row in singles}
+    assert [sample["text"] for sample in several["samples"]] == [texts[1], texts[2], texts[3]]
+    assert len(set(texts.values())) > 1
+    assert several["output_tokens"] == summary.output_tokens == 24
+    assert set(several) == {"id", "samples", "prompt_tokens", "output_tokens", "kv_precision"}
+
+
+def test_log_probabilities_come_with_the_tokens_they_are_of(answer):
+    (row,), _ = answer([{"prompt": "abc", "logprobs": 2}])
+    tokenizer = tiny_tokenizer()
+    assert len(row["logprobs"]) == row["output_tokens"] == 6
+    assert tokenizer.decode([entry["token"] for entry in row["logprobs"]]) == row["text"]
+    for entry in row["logprobs"]:
+        assert entry["top"][0] == {key: entry[key] for key in ("token", "text", "logprob")}  # greedy
+        assert entry["text"] == tokenizer.decode([entry["token"]], skip_special_tokens=False)
+        assert entry["top"][1]["logprob"] <= entry["logprob"] < 0
+    (row,), _ = answer([{"prompt": "abc", "logprobs": 0}])
+    assert all(set(entry) == {"token", "text", "logprob"} for entry in row["logprobs"])
+
+
+def test_sampled_answers_depend_on_line_and_seed_but_not_on_what_was_resumed(answer, tmp_path):
+    rows = [{"prompt": "abc"} for _ in range(6)]
+    sampling = {"temperature": 1.0, "max_tokens": 8, "ignore_eos": True}
+    whole = by_id(answer(rows, sampling)[0])
+    assert len({row["text"] for row in whole.values()}) > 1
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(whole[i]) + "\n" for i in (2, 3)) + '{"id": 1, "te')
+    resumed, summary = answer(rows, sampling, resume=True)
+    assert by_id(resumed) == whole
+    assert (summary.answered, summary.skipped) == (4, 2)
+
+
+def test_resuming_reports_an_error_once(answer):
+    rows = [{"prompt": "abc"}, {"id": "bad"}]
+    first, _ = answer(rows)
+    again, summary = answer(rows, resume=True)
+    assert again == first
+    assert (summary.answered, summary.errors, summary.skipped) == (0, 1, 1)
+
+
+class Nowhere:
+    """An output that keeps nothing."""
+
+    answered: frozenset = frozenset()
+    failed: frozenset = frozenset()
+
+    def write(self, row):
+        pass
+
+
+def test_rows_are_read_only_as_far_ahead_as_the_engine_needs(engine):
+    read, ahead = 0, []
+
+    def lines():
+        nonlocal read
+        for _ in range(60):
+            read += 1
+            yield b'{"prompt": "ab", "max_tokens": 2}'
+
+    job = BatchJob(engine, Nowhere(), GREEDY, lambda summary, tokens: ahead.append(read - summary.rows))
+    assert job.run(read_rows(lines())).answered == read == 60
+    assert max(ahead) <= 4 * 4 + 4 + 1  # waiting, running, and one in hand
+
+
+def test_an_answer_is_there_while_others_are_still_computed(answer, tmp_path):
+    seen = []
+
+    def look(summary, tokens):
+        seen.append(len((tmp_path / "answers.jsonl").read_text().splitlines()))
+
+    answer([{"prompt": "a", "max_tokens": 2}, {"prompt": "b", "max_tokens": 20}], on_step=look)
+    assert 1 in seen[:-1]
+
+
+def test_ctrl_c_leaves_the_complete_rows_and_an_idle_engine(answer, engine):
+    def interrupt(summary, tokens):
+        if summary.answered:
+            raise KeyboardInterrupt
+
+    rows = [{"prompt": "a", "max_tokens": 2 + 10 * i} for i in range(8)]
+    answers, summary = answer(rows, on_step=interrupt)
+    assert summary.interrupted
+    assert [row["id"] for row in answers] == [1]
+    assert not engine.has_unfinished
+    assert engine.texts == {}
+    resumed, summary = answer(rows, resume=True)
+    assert by_id(resumed).keys() == set(range(1, 9))
+    assert (summary.answered, summary.skipped, summary.interrupted) == (7, 1, False)
+
+
+def test_no_rows_are_no_work(answer):
+    answers, summary = answer([b"", b"  "])
+    assert answers == []
+    assert (summary.rows, summary.output_tokens, summary.decode_tokens_per_s) == (0, 0, 0.0)

@@ -1,0 +1,59 @@
+"""A model small enough to compile in seconds: a fixture's weights, with a tokenizer of single characters."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from fineserve_jax.loaders import Tokenizer
+from fineserve_jax.loaders.hf_tokenizer import save_tokenizer
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "smollm2"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+SPECIAL = ["<unk>", "<s>", "</s>"]
+# int4 needs bf16 for its tails, so that steps of both formats, in any mixture, are the same programs.
+OPTIONS: dict[str, Any] = {
+    "weights": "fp32",
+    "kv_precision": "int4",
+    "kv_memory": "8MiB",
+    "max_batch_size": 4,
+    "max_seq_len": 128,
+    "max_chunk_tokens": 32,
+}
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT) -> Tokenizer:
+    """96 tokens: three special ones, space, newline, and the characters from ! to {."""
+    characters = ["Ġ", "Ċ", *(chr(code) for code in range(ord("!"), ord("{") + 1))]
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + characters)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL])
+    return Tokenizer(backend, (2,), chat_template=chat_template, special_tokens={"eos_token": "</s>"})
+
+
+def write_tiny_model(directory: Path, chat_template: str | None = CHAT) -> Path:
+    """A Hugging Face directory."""
+    shutil.copytree(FIXTURE, directory, ignore=shutil.ignore_patterns("expected.npz"))
+    save_tokenizer(tiny_tokenizer(chat_template), directory)
+    return directory
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Compiling takes most of these tests' time, nothing depends on fast programs, and none is worth keeping."""
+    optimised = not jax.config.read("jax_disable_most_optimizations")
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", not optimised)
+        jax.config.update("jax_enable_compilation_cache", kept)

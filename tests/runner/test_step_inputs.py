@@ -1,0 +1,116 @@
+"""What a plan looks like to the device: who writes where, in which format, and what is padding."""
+
+import numpy as np
+import pytest
+from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make_request, tiny_model
+
+from fineserve_jax.pallas_kernels.formats import FORMATS
+from fineserve_jax.request import StepPlan, Work
+from fineserve_jax.runner.inputs import NOWHERE, build_inputs
+from fineserve_jax.runner.shapes import MIN_ROWS, StepShape, StepSpec, chunk_buckets, pick, row_buckets
+
+NAMES = tuple(FORMATS)
+ROWS, SLOTS = 8, 64
+
+
+def spec(chunk_tokens: int = SLOTS) -> StepSpec:
+    model, _ = tiny_model()
+    return StepSpec(model, GEOMETRY, NAMES, StepShape(ROWS, chunk_tokens), MAX_SEQ_LEN // PAGE_SIZE)
+
+
+def grown(kv, name: str, kv_precision: str, num_tokens: int):
+    request = make_request(name, kv_precision, [(i * 7) % CONFIG.vocab_size for i in range(num_tokens)])
+    assert kv.grow(request, num_tokens)
+    return request
+
+
+def test_a_decoded_token_goes_to_its_page_or_to_the_tail():
+    kv = make_kv()
+    int8, int4 = grown(kv, "a", "int8", 40), grown(kv, "b", "int4", 40)
+    inputs, sampled = build_inputs(spec(0), StepPlan((Work(int8, 39, 1), Work(int4, 39, 1)), ()), kv)
+    decode = inputs.decode
+    assert sampled == [int8, int4]
+    assert decode.tokens[:2].tolist() == [int8.token_ids[39], int4.token_ids[39]]
+    assert decode.positions[:2].tolist() == [39, 39]
+    assert decode.pages[:2].tolist() == [kv.holds(int8).pages[2], kv.holds(int4).tail]
+    assert [NAMES[i] for i in decode.format_ids[:2]] == ["int8", "bf16"]
+    assert inputs.sample_slots[:2].tolist() == [0, 1]
+    assert inputs.chunk is None
+    assert (decode.pages[2:] == NOWHERE).all()
+    assert not inputs.closing.counts.any()
+
+
+@pytest.mark.parametrize("position", [0, 14, 15, 16, 31])
+def test_a_tail_is_closed_by_the_token_that_fills_it(position):
+    kv = make_kv()
+    request = grown(kv, "a", "int4", position + 1)
+    inputs, _ = build_inputs(spec(0), StepPlan((Work(request, position, 1),), ()), kv)
+    held, closing = kv.holds(request), inputs.closing
+    if position % PAGE_SIZE == PAGE_SIZE - 1:
+        assert closing.counts.tolist() == [1]
+        assert (closing.sources[0, 0], closing.targets[0, 0]) == (held.tail, held.pages[position // PAGE_SIZE])
+    else:
+        assert closing.counts.tolist() == [0]
+
+
+def test_chunks_lie_side_by_side_from_page_boundaries_on():
+    kv = make_kv()
+    int8, int4 = grown(kv, "a", "int8", 30), grown(kv, "b", "int4", 40)
+    inputs, sampled = build_inputs(spec(), StepPlan((), (Work(int8, 16, 14), Work(int4, 16, 24))), kv)
+    chunk, first, second = inputs.chunk, kv.holds(int8), kv.holds(int4)
+    assert sampled == [int8, int4]
+    assert chunk.chunk_of_page.tolist() == [0, 1, 1, -1]
+    assert chunk.pages.tolist() == [first.pages[1], second.pages[1], second.tail, NOWHERE]
+    assert [NAMES[i] for i in chunk.written_format_ids[:3]] == ["int8", "int4", "bf16"]
+    assert [NAMES[i] for i in chunk.newest_format_ids[:3]] == ["int8", "bf16", "bf16"]
+    assert [NAMES[i] for i in chunk.full_format_ids[:3]] == ["int8", "int4", "int4"]
+    assert chunk.tokens[:14].tolist() == int8.token_ids[16:]
+    assert chunk.tokens[16:40].tolist() == int4.token_ids[16:]
+    assert chunk.positions[:14].tolist() == list(range(16, 30))
+    assert chunk.positions[16:40].tolist() == list(range(16, 40))
+    assert chunk.targets[16:39].tolist() == int4.token_ids[17:]
+    assert inputs.sample_slots[:2].tolist() == [ROWS + 13, ROWS + 39]
+
+
+def test_a_chunk_before_a_prompts_last_samples_nothing():
+    kv = make_kv()
+    request = grown(kv, "a", "int4", 40)
+    inputs, sampled = build_inputs(spec(), StepPlan((), (Work(request, 0, 32),)), kv)
+    assert sampled == []
+    assert inputs.chunk.pages.tolist() == [*kv.holds(request).pages, NOWHERE, NOWHERE]
+    assert inputs.chunk.targets[:32].tolist() == request.token_ids[1:33]
+
+
+def test_cached_tokens_are_those_before_the_work():
+    """In int4: the full pages, and in bf16 what the tail holds."""
+    kv = make_kv()
+    request = grown(kv, "a", "int4", 40)
+    inputs, _ = build_inputs(spec(0), StepPlan((Work(request, 39, 1),), ()), kv)
+    tiles, held = inputs.decode.tiles, kv.holds(request)
+    by_format = {
+        NAMES[f]: [(tiles.pages[t, 0].tolist(), int(tiles.num_tokens[t, 0])) for t in range(*tiles.starts[f : f + 2])]
+        for f in range(len(NAMES))
+    }
+    padding = [0] * (tiles.pages.shape[2] - 1)
+    assert by_format.pop("int4") == [([*held.pages, *padding[1:]], 32)]
+    assert by_format.pop("bf16") == [([held.tail, *padding], 7)]
+    assert not any(by_format.values())
+
+
+@pytest.mark.parametrize("most", [1, 8, 9, 100])
+def test_row_buckets_double_until_they_hold_everyone(most):
+    buckets = row_buckets(most)
+    assert buckets[0] == MIN_ROWS
+    assert buckets[-1] >= most
+    assert len(buckets) == 1 or buckets[-2] < most
+    assert np.ptp(np.diff(np.log2(buckets))) == 0 if len(buckets) > 2 else True
+    assert pick(buckets, most) == buckets[-1]
+
+
+@pytest.mark.parametrize("most", [16, 64, 256, 512, 1024, 4096])
+def test_chunk_buckets_are_whole_pages_up_to_the_most(most):
+    buckets = chunk_buckets(most, PAGE_SIZE)
+    assert buckets[-1] == most
+    assert all(bucket % PAGE_SIZE == 0 for bucket in buckets)
+    assert list(buckets) == sorted(set(buckets))
+    assert pick(buckets, 1) == buckets[0]
