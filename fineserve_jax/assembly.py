@@ -138,9 +138,11 @@ def _kv_manager(
 def _check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:
     longest = kv.max_tokens_alone(model, config.kv_precision)
     if longest < max_seq_len:
-        wanted = size * max_seq_len / max(longest, config.page_size)
+        wanted = format_bytes(1.2 * size * max_seq_len / max(longest, config.page_size))
+        remedy = f"give about {wanted}, or use a narrower kv_precision or a smaller max_seq_len"
+        if config.slab_policy == "partitioned":
+            remedy += f", or a larger share of {config.kv_precision} in slab_shares"
         raise ConfigError(
             f"kv_memory={format_bytes(size)} is too small for one request: it holds {longest} tokens in "
-            f"{config.kv_precision}, max_seq_len is {max_seq_len}; give about {format_bytes(1.2 * wanted)}, "
-            f"a narrower kv_precision, or max_seq_len={max(longest, 1)}"
+            f"{config.kv_precision}, max_seq_len is {max_seq_len}; {remedy}"
         )

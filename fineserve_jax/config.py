@@ -32,7 +32,8 @@ class EngineConfig(Validated):
             every page the length of the widest.
         slab_shares: with "partitioned", KV format -> share of the memory; equal if None.
         policy: order of admission: fineserve, fcfs, sjf or edf.
-        ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later.
+        ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later; with
+            "edf", the deadline of requests that name none.
         seed: of requests that name none.
     """
 

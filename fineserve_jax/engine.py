@@ -27,7 +27,7 @@ class EngineStats:
         kv_bytes: the arena's size.
         num_waiting, num_running: requests without and with memory.
         num_prompt_tokens, num_output_tokens: computed and sampled tokens since the start.
-        output_tokens_per_s: sampled tokens over the time spent in steps.
+        output_tokens_per_s: sampled tokens over the time spent in steps, compilation included.
         num_steps, num_preemptions, num_compilations: since the start.
         prediction_error: typical relative error of predicted step times; None before there is one.
     """
@@ -69,6 +69,7 @@ class Engine:
         self.model, self.tokenizer = model, model.tokenizer
         self.kv, self.scheduler, self.runner, self.max_seq_len = assemble(model, self.config)
         self.clock = clock
+        self.formats = self.config.served_formats  # as of now: formats registered later have no pages here
         self.texts: dict[Request, GrowingText] = {}
         self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_output_tokens = 0
         self._busy_s = 0.0
@@ -100,8 +101,12 @@ class Engine:
                 f"min_tokens={sampling.min_tokens} after a prompt of {len(token_ids)} tokens is more than "
                 f"max_seq_len={self.max_seq_len}; lower it or raise max_seq_len"
             )
-        if len(self._stop_ids(sampling)) > MAX_STOP_IDS:
-            raise RequestError(f"stop_token_ids has {len(sampling.stop_token_ids)} tokens; at most {MAX_STOP_IDS} fit")
+        num_stop_ids = len(self._stop_ids(sampling))
+        if sampling.min_tokens and num_stop_ids > MAX_STOP_IDS:
+            raise RequestError(
+                f"min_tokens={sampling.min_tokens} has to hold back {num_stop_ids} tokens, end-of-sequence tokens "
+                f"included; it can hold back {MAX_STOP_IDS}; use fewer stop_token_ids or min_tokens=0"
+            )
         total = self._max_total_tokens(token_ids, sampling)
         if not self.kv.fits_alone(self.model.name, kv_precision, total):
             longest = self.kv.max_tokens_alone(self.model.name, kv_precision)
@@ -118,7 +123,6 @@ class Engine:
         kv_precision: str | None = None,
         request_id: str | None = None,
         sample_index: int = 0,
-        tag: str = "",
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
     ) -> Request:
@@ -130,7 +134,7 @@ class Engine:
             kv_precision: KV format; None for the engine's.
             request_id: unique; None assigns one.
             sample_index: which of several samples of one prompt this is; moves its seed.
-            tag, ttft_slo_s, tpot_slo_s: see `Request`.
+            ttft_slo_s, tpot_slo_s: see `Request`.
 
         Raises:
             RequestError: see `check`.
@@ -150,7 +154,6 @@ class Engine:
             times=RequestTimes(self.clock()),
             seed=self._seed(sampling, sequence, sample_index),
             stop_ids=self._stop_ids(sampling),
-            tag=tag,
             ttft_slo_s=ttft_slo_s,
             tpot_slo_s=tpot_slo_s,
         )
@@ -221,10 +224,8 @@ class Engine:
 
     def _kv_precision(self, kv_precision: str | None) -> str:
         name = kv_precision or self.config.kv_precision
-        if name not in self.config.served_formats:
-            raise RequestError(
-                f"kv_precision={name!r} is not served; choose one of {', '.join(self.config.served_formats)}"
-            )
+        if name not in self.formats:
+            raise RequestError(f"kv_precision={name!r} is not served; choose one of {', '.join(self.formats)}")
         return name
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:

@@ -105,25 +105,39 @@ class LLM:
             token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             token_ids = self._tokenize(prompt)  # type: ignore[arg-type]
-        request = self.engine.add_request(token_ids, sampling, kv_precision=kv_precision)
-        return self._pieces(request)
+        self.engine.check(token_ids, sampling, kv_precision)
+        return self._pieces(token_ids, sampling, kv_precision)
+
+    def warm_up(self, kv_precisions: Sequence[str] = ()) -> int:
+        """Compiles ahead all programs that requests in these KV formats, and in the engine's own, can need.
+
+        Returns:
+            how many programs that took. Serving those formats compiles nothing from then on.
+        """
+        self.engine.runner.use_formats([self.engine.config.kv_precision, *kv_precisions])
+        return self.engine.runner.warm_up()
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
         return self.engine.stats()
 
-    def _pieces(self, request: Request) -> Iterator[str]:
+    def _pieces(self, token_ids: list[int], sampling: SamplingParams, kv_precision: str | None) -> Iterator[str]:
+        # Runs from the first piece asked for: a stream that nobody reads holds nothing.
+        request = self.engine.add_request(token_ids, sampling, kv_precision=kv_precision)
         try:
-            while request.status is not RequestStatus.FINISHED:
-                self.engine.step()
+            while True:
+                # Steps of other calls may have moved this request on, even to its end.
                 if piece := self.engine.texts[request].take():
                     yield piece
+                if request.status is RequestStatus.FINISHED:
+                    return
+                self.engine.step()
         finally:
             self.engine.abort(request)
             self.engine.release(request)
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _run(
         self,

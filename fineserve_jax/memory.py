@@ -1,5 +1,6 @@
 """How many bytes the KV arena gets, and whether the device has them."""
 
+import math
 import os
 from pathlib import Path
 
@@ -37,16 +38,21 @@ def kv_memory_bytes(setting: int | float | str | None, device: jax.Device) -> in
 
 
 def _parse(setting: int | float | str, capacity: int) -> int:
+    not_a_size = ConfigError(
+        f"kv_memory={setting!r} is not a size; give bytes, a size such as '256MiB' or '2GB', "
+        "or a fraction of the device's memory such as 0.25"
+    )
     try:
         number = float(setting)
     except ValueError:
+        if not str(setting).rstrip()[-1:].isalpha():  # ByteSize reads "50%" as 50 bytes
+            raise not_a_size from None
         try:
             return int(TypeAdapter(ByteSize).validate_python(setting))
         except ValidationError:
-            raise ConfigError(
-                f"kv_memory={setting!r} is not a size; give bytes, a size such as '256MiB' or '2GB', "
-                "or a fraction of the device's memory such as 0.25"
-            ) from None
+            raise not_a_size from None
+    if not math.isfinite(number):
+        raise not_a_size
     # 1 is a byte, as every whole number; the whole memory could not be had anyway.
     return int(number * capacity) if 0 < number < 1 else int(number)
 

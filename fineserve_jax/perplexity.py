@@ -1,6 +1,4 @@
-"""Perplexity of a text through the engine's own cache: what a KV format or a weight precision costs in
-quality.
-"""
+"""Perplexity of a text through the engine's own cache: what a KV format or a weight precision costs in quality."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -70,8 +68,7 @@ def measure_perplexity(
 ) -> Perplexity:
     """Perplexity of the first `windows` consecutive runs of `window` tokens, each by itself.
 
-    A token's score is its log-probability given the tokens of its window before it, whose keys and values are
-    read as
+    A token's score is its log-probability given the tokens of its window before it, whose keys and values are read as
     decoding would read them: in the KV format, its newest page in the format's tail precision if it has one.
 
     Args:

@@ -51,7 +51,6 @@ class Request:
         sequence: order of arrival, a strictly increasing number.
         seed: of its random numbers.
         stop_ids: tokens that end it: the model's end-of-sequence tokens unless ignored, and `stop_token_ids`.
-        tag: tenant or other label, for weighted policies and for learning expected lengths.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
     """
 
@@ -66,7 +65,6 @@ class Request:
     times: RequestTimes
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
-    tag: str = ""
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     status: RequestStatus = RequestStatus.WAITING

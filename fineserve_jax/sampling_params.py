@@ -11,6 +11,8 @@ from fineserve_jax.validation import Validated
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 256
 MAX_SEED = 2**32 - 1
+MAX_BIAS = 1e4
+MIN_TEMPERATURE = 1e-3
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -32,7 +34,7 @@ class SamplingParams(Validated):
             (CTRL, arXiv 1909.05858); 1 is off.
         presence_penalty: subtract this from the logits of tokens already in the output.
         frequency_penalty: subtract this times the count of the token in the output.
-        logit_bias: token id -> value added to its logit; at most 256 tokens.
+        logit_bias: token id -> value added to its logit, -inf to ban it; at most 256 tokens.
         seed: seed of this request's random numbers; None takes one from the engine's seed and the request's order.
         n: how many samples of the prompt to return; sample i uses `seed + i`.
         stop: strings that end the text (they are not part of it).
@@ -46,11 +48,11 @@ class SamplingParams(Validated):
 
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
-    temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
-    top_k: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    top_k: int = Field(default=0, ge=0, le=2**31 - 1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     logit_bias: dict[TokenId, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
@@ -63,10 +65,19 @@ class SamplingParams(Validated):
 
     @field_validator("logit_bias")
     @classmethod
-    def _no_infinite_bias(cls, value: dict[int, float]) -> dict[int, float]:
+    def _bias_in_range(cls, value: dict[int, float]) -> dict[int, float]:
         for token, bias in value.items():
-            if math.isnan(bias) or bias == math.inf:
-                raise ValueError(f"the bias of token {token} is {bias}; use a number, or -inf to ban the token")
+            if not (abs(bias) <= MAX_BIAS or bias == -math.inf):
+                raise ValueError(
+                    f"the bias of token {token} is {bias}; use -{MAX_BIAS:g} to {MAX_BIAS:g}, or -inf to ban the token"
+                )
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_all_but_zero(cls, value: float) -> float:
+        if 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"a temperature under {MIN_TEMPERATURE} is as good as 0; use 0, which is greedy")
         return value
 
     @field_validator("stop", mode="before")

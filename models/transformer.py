@@ -1,7 +1,6 @@
 """The decoder every family here is an instance of; `ModelConfig` says what differs.
 
-    tokens i32[N] -> embed -> num_layers x (norm, attention, +, norm, gated MLP, +) -> norm -> hidden f32[N,
-    hidden]
+    tokens i32[N] -> embed -> num_layers x (norm, attention, +, norm, gated MLP, +) -> norm -> hidden f32[N, hidden]
 
 N is a flat, ragged token axis: tokens of many requests side by side, told apart only by `attend`. Layers are
 unrolled, because a scan over stacked weights makes XLA copy each layer's weights in every step.

@@ -6,6 +6,8 @@ with
 
     id              text or a whole number, its own; else the line's number
     kv_precision    the KV format of this row
+    ttft_slo_s      target for its first token, in seconds after it joined the queue
+    tpot_slo_s      target for each further token, in seconds
     ...             every field of `SamplingParams`
 
 An answer is

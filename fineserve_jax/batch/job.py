@@ -16,8 +16,7 @@ from fineserve_jax.loaders import Tokenizer
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.runner.runner import TokenLogprobs
 
-# Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any
-# length.
+# Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
 
 
@@ -51,6 +50,7 @@ class BatchJob:
         self.summary = BatchSummary()
         self._lines: dict[RowId, int] = {}
         self._open: dict[Request, OpenRow] = {}
+        self._stats = engine.stats()  # after the last step
 
     def run(self, rows: Iterable[Row | BadRow]) -> BatchSummary:
         """Answers all rows. Ctrl-C ends it early: `summary.interrupted`, with all complete rows written."""
@@ -83,10 +83,11 @@ class BatchJob:
 
     def _take(self, row: Row | BadRow) -> None:
         """Puts a row into the engine, unless it is bad or was answered already."""
-        first = self._lines.setdefault(row.id, row.line)
-        if isinstance(row, BadRow):
+        if isinstance(row, BadRow):  # its id, perhaps only its line, stays free for a good row
             self._fail(row.line, row.id, row.error)
-        elif first != row.line:
+            return
+        first = self._lines.setdefault(row.id, row.line)
+        if first != row.line:
             self._fail(
                 row.line,
                 row.id,
@@ -108,16 +109,24 @@ class BatchJob:
         self.engine.check(tokens, sampling, row.kv_precision)
         opened = OpenRow(row)
         for sample in range(sampling.n):
-            request = self.engine.add_request(tokens, sampling, kv_precision=row.kv_precision, sample_index=sample)
+            request = self.engine.add_request(
+                tokens,
+                sampling,
+                kv_precision=row.kv_precision,
+                sample_index=sample,
+                ttft_slo_s=row.ttft_slo_s,
+                tpot_slo_s=row.tpot_slo_s,
+            )
             opened.samples.append(request)
             self._open[request] = opened
 
     # -- answers out -------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        before, start = self.engine.stats(), time.perf_counter()
+        start = time.perf_counter()
         advanced = self.engine.step()
-        seconds, after = time.perf_counter() - start, self.engine.stats()
+        seconds, before, after = time.perf_counter() - start, self._stats, self.engine.stats()
+        self._stats = after
         self.summary.note_step(before, after, seconds)
         self._finish_complete(advanced)
         if self.on_step is not None:

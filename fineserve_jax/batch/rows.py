@@ -1,15 +1,16 @@
 """Rows of a file of prompts: read one by one, checked, and turned into what the engine takes."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import Tokenizer, render_chat
 from fineserve_jax.sampling_params import SamplingParams
 
-ROW_FIELDS = ("id", "prompt", "messages", "kv_precision")
+TARGETS = ("ttft_slo_s", "tpot_slo_s")
+ROW_FIELDS = ("id", "prompt", "messages", "kv_precision", *TARGETS)
 RowId = str | int
 
 
@@ -23,6 +24,7 @@ class Row:
         prompt: text or token ids; None if there are messages.
         messages: a conversation; None if there is a prompt.
         kv_precision: KV format; None for the engine's.
+        ttft_slo_s, tpot_slo_s: latency targets in seconds, see `Request`; None for none.
         sampling: the sampling fields it sets, unchecked.
     """
 
@@ -31,6 +33,8 @@ class Row:
     prompt: str | list[int] | None
     messages: list[Any] | None
     kv_precision: str | None
+    ttft_slo_s: float | None
+    tpot_slo_s: float | None
     sampling: dict[str, Any]
 
 
@@ -75,21 +79,18 @@ def parse_row(line: bytes, number: int) -> Row | BadRow:
         prompt=content.get("prompt"),
         messages=content.get("messages"),
         kv_precision=content.get("kv_precision"),
+        ttft_slo_s=content.get("ttft_slo_s"),
+        tpot_slo_s=content.get("tpot_slo_s"),
         sampling={name: value for name, value in content.items() if name not in ROW_FIELDS},
     )
 
 
 def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
     """The row's prompt as token ids. Raises `RequestError`."""
-    try:
-        if row.messages is not None:
-            return tokenizer.encode(render_chat(tokenizer, row.messages), add_special_tokens=False)
-        if isinstance(row.prompt, str):
-            if not row.prompt:
-                raise RequestError("the prompt is empty; give some text")
-            return tokenizer.encode(row.prompt)
-    except (TypeError, UnicodeError) as error:  # how the tokenizer refuses half a surrogate pair
-        raise RequestError(f"the text cannot be encoded, it is not valid Unicode: {error}") from None
+    if row.messages is not None:
+        return tokenizer.encode(render_chat(tokenizer, row.messages), add_special_tokens=False)
+    if isinstance(row.prompt, str):
+        return tokenizer.encode_prompt(row.prompt)
     return list(row.prompt or ())
 
 
@@ -113,6 +114,10 @@ def _what_is_wrong(content: dict[str, Any]) -> str | None:
     kv_precision = content.get("kv_precision")
     if kv_precision is not None and not isinstance(kv_precision, str):
         return f'kv_precision={kv_precision!r} is a JSON {_kind(kv_precision)}; give text such as "int8"'
+    for name in TARGETS:
+        target = content.get(name)
+        if target is not None and not _is_positive(target):
+            return f"{name}={_shown(target)} is no latency target; give seconds, more than 0, or none"
     return None
 
 
@@ -122,6 +127,15 @@ def _refuse_constant(name: str) -> None:
 
 def _is_token_list(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number above 0 that a float can hold."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if type(value) in (int, float) else f"a JSON {_kind(value)}"
 
 
 def _kind(value: Any) -> str:

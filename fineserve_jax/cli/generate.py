@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fineserve_jax.cli.options import ConfigFlag, EngineFlags, GenerateFlags, ModelFlag, Switch, settle
+from fineserve_jax.cli.options import NOT_STREAMED, ConfigFlag, EngineFlags, GenerateFlags, ModelFlag, Switch, settle
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.sampling_params import SamplingParams
@@ -40,10 +40,13 @@ def generate(
     llm = LLM(settings.model, **{"max_batch_size": 1, **settings.engine})
     as_chat = not raw and llm.tokenizer.chat_template is not None
     asked: Any = [{"role": "user", "content": text}] if as_chat else text
+    # A file may set for other commands what does not concern this one.
+    sampling_params = {name: value for name, value in settings.sampling.items() if name not in NOT_STREAMED}
     start = time.perf_counter()
     first = None
+    pieces = llm.stream(asked, SamplingParams(**sampling_params))  # refuses the prompt, if anything does
     try:
-        for piece in llm.stream(asked, SamplingParams(**settings.sampling)):
+        for piece in pieces:
             first = first or time.perf_counter()
             print(piece, end="", flush=True)
     finally:

@@ -29,6 +29,8 @@ from fineserve_jax.errors import ConfigError
 from fineserve_jax.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2-135m"
+NOT_STREAMED = ("n", "logprobs")
+"""Fields of `SamplingParams` that do not concern `generate`: it streams one answer, as text."""
 
 ModelFlag = Annotated[str | None, tyro.conf.arg(help_behavior_hint=f"(default: {DEFAULT_MODEL})")]
 ConfigFlag = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")]
@@ -68,12 +70,10 @@ if TYPE_CHECKING:
     GenerateFlags: TypeAlias = Mapping[str, Any]
     PerplexityFlags: TypeAlias = Mapping[str, Any]
 else:
-    # The engine's and a request's seed would be one flag. It is the engine's, from which requests' seeds are
-    # drawn.
+    # The engine's and a request's seed would be one flag. It is the engine's, from which requests' seeds are drawn.
     EngineFlags = flags_of(EngineConfig)
     SamplingFlags = flags_of(SamplingParams, leave_out=["seed"])
-    # One answer is streamed, as text.
-    GenerateFlags = flags_of(SamplingParams, leave_out=["seed", "n", "logprobs"])
+    GenerateFlags = flags_of(SamplingParams, leave_out=["seed", *NOT_STREAMED])
     # One window at a time is scored, and nothing is sampled.
     PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "policy", "ageing_s", "seed"])
 

@@ -19,13 +19,11 @@ from fineserve_jax.loaders.tokenizer import Tokenizer
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
     """Render messages such as `{"role": "user", "content": "Hi"}` with the tokenizer's chat template.
 
-    add_generation_prompt: end with the opening of the assistant's turn, so that the model answers. The result
-        holds
-    its special tokens as text: encode it with `add_special_tokens=False`. The template comes with the model
-    and is not
-    trusted: it runs in a sandbox. Raises RequestError for malformed messages, a model without a template, and
-        whatever
-    the template itself refuses.
+    add_generation_prompt: end with the opening of the assistant's turn, so that the model answers.
+
+    The result holds its special tokens as text: encode it with `add_special_tokens=False`. The template comes with
+    the model and is not trusted: it runs in a sandbox. Raises RequestError for malformed messages, a model without
+    a template, and whatever goes wrong in the template itself.
     """
     _check_messages(messages)
     if tokenizer.chat_template is None:
@@ -41,7 +39,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add
         )
     except jinja2.TemplateError as error:
         raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+    except Exception as error:  # the template is a program: it may divide by zero, recurse without end, ...
         raise RequestError(f"the model's chat template fails on these messages: {error!r}") from error
 
 

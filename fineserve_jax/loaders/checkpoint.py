@@ -1,6 +1,6 @@
 """Converted checkpoints: parameters already fused and quantised, in a directory that needs nothing else.
 
-DIRECTORY/fineserve.json         format version, name, weights, model configuration
+DIRECTORY/fineserve.json         format version, weights, model configuration
 DIRECTORY/params/                Orbax: the parameter tree
 DIRECTORY/tokenizer.json, tokenizer_config.json, generation_config.json
 """
@@ -57,9 +57,8 @@ def save_checkpoint(model: LoadedModel, directory: Path) -> None:
 def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, Params, Tokenizer, str]:
     """Configuration, parameters, tokenizer and weight precision of a converted directory.
 
-    weights: what the caller asked for; another precision than the stored one raises ModelLoadError, None
-        takes
-    what is stored.
+    weights: what the caller asked for; another precision than the stored one raises ModelLoadError, None takes what
+        is stored.
     """
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format_version") != _FORMAT_VERSION:
@@ -71,8 +70,7 @@ def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, 
     if weights not in (None, stored):
         raise ModelLoadError(
             f"{directory} holds {stored} weights, {weights} was asked for; use weights={stored!r}, "
-            f"or convert the "
-            f"original model again with {weights}"
+            f"or convert the original model again with {weights}"
         )
     config = ModelConfig.from_dict(manifest["config"])
     tokenizer = hf_tokenizer(directory)
@@ -90,7 +88,6 @@ def _write(model: LoadedModel, directory: Path) -> None:
         checkpointer.save((directory / "params").resolve(), args=ocp.args.PyTreeSave(model.params))
     manifest = {
         "format_version": _FORMAT_VERSION,
-        "name": model.name,
         "weights": model.weights,
         "config": model.config.to_dict(),
     }

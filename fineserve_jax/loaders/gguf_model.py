@@ -30,15 +30,18 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# Architectures whose sliding window, where the file has one, is that of every layer: `llama` holds Mistral, too.
+_WINDOW_IN_EVERY_LAYER = ("llama",)
 _LAYER_PATTERN = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 class GGUFModel:
     """Configuration and tensors of a GGUF file.
 
-    config: derived from the metadata and from which tensors are present. Raises ModelLoadError for an
-        unsupported
-    architecture, missing metadata, or a feature that would silently change results.
+    config: derived from the metadata and from which tensors are present.
+
+    Raises ModelLoadError for an unsupported architecture, missing metadata, or a feature that would silently change
+    results.
     """
 
     def __init__(self, file: GGUFFile) -> None:
@@ -110,6 +113,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         o_bias="blk.0.attn_output.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         max_position=context,
+        sliding_window=_sliding_window(file, architecture),
     )
 
 
@@ -140,6 +144,12 @@ def _refuse_unsupported(file: GGUFFile, architecture: str) -> None:
         raise ModelLoadError(
             f"{file.path} rotates {rotated} of {head_dim} values of a head (partial RoPE), which is not supported"
         )
+
+
+def _sliding_window(file: GGUFFile, architecture: str) -> int | None:
+    if architecture not in _WINDOW_IN_EVERY_LAYER:
+        return None
+    return int(file.metadata.get(f"{architecture}.attention.sliding_window", 0)) or None  # 0 is written for none
 
 
 def _rope_scaling(file: GGUFFile, architecture: str, context: int) -> RopeScaling | None:

@@ -41,11 +41,11 @@ class LoadedModel:
 def load_model(source: str | Path, weights: str | None = "bf16") -> LoadedModel:
     """Load a model from an alias, a `.gguf` file, a Hugging Face directory, or a converted (Orbax) directory.
 
-    weights: fp32, bf16, int8 or int4. A converted directory loads only in the precision it was made in; None
-        takes that one, and bf16 for every other source.
+    weights: fp32, bf16, int8 or int4. A converted directory loads only in the precision it was made in; None takes
+        that one, and bf16 for every other source.
 
-    An alias is fetched into the cache when it is not there yet. Configuration, tokenizer, and the presence,
-    shapes and extents of tensors are checked before tensors are read. Raises ModelLoadError.
+    An alias is fetched into the cache when it is not there yet. Configuration, tokenizer, and the presence, shapes and
+    extents of tensors are checked before tensors are read. Raises ModelLoadError.
     """
     weight_recipe(weights or DEFAULT_WEIGHTS)
     path = resolve_source(source)

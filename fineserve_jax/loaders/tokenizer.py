@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import tokenizers
 
+from fineserve_jax.errors import RequestError
+
 # Tokens by which chat models end a turn; generation stops at them although only some files list them.
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>")
 
@@ -23,8 +25,7 @@ class Tokenizer:
 
     backend: the `tokenizers` object that does the work.
     eos_token_ids: generation ends at any of these.
-    bos_token_id: first token of a sequence where the model has one; `add_special_tokens` decides by the
-        file's own rule.
+    bos_token_id: first token of a sequence where the model has one; whether `encode` adds it is the file's own rule.
     chat_template: Jinja source, or None for a model without one.
     special_tokens: named tokens a chat template may ask for, e.g. {"bos_token": "<s>"}.
     """
@@ -43,11 +44,30 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in the text become their ids.
 
-        add_special_tokens: also add what the model expects around a text (mostly a leading BOS); leave it off
-            for
-        rendered chats, whose template writes these itself.
+        add_special_tokens: also add what the model expects around a text (mostly a leading BOS); leave it off for
+            rendered chats, whose template writes these itself.
+
+        Raises RequestError for a text that is not valid Unicode.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeError):  # how the backend refuses what UTF-8 cannot hold
+            place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+            if place is None:
+                raise
+            raise RequestError(
+                f"the text is not valid Unicode: character {place} is {text[place]!a}, half of a surrogate pair; "
+                "decode the text from the encoding it is in, or replace that character"
+            ) from None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, special tokens added.
+
+        Raises RequestError for an empty text, which a BOS alone would not make a prompt, and as `encode` does.
+        """
+        if not text:
+            raise RequestError("the prompt is empty; give at least one token")
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -65,12 +85,10 @@ class Tokenizer:
 class StreamDecoder:
     """Text of a growing sequence, piece by piece. A piece never ends inside a UTF-8 character.
 
-    The pieces of all `push` calls and of `flush` together are what `Tokenizer.decode` gives for all ids (with
-    byte fallback, malformed bytes right behind a character already sent come out as U+FFFD without changing
-    it).
+    The pieces of all `push` calls and of `flush` together are what `Tokenizer.decode` gives for all ids (with byte
+    fallback, malformed bytes right behind a character already sent come out as U+FFFD without changing it).
 
-    Only a short window is decoded each time: the tokens of the last piece, which settle spacing, and the new
-    ones.
+    Only a short window is decoded each time: the tokens of the last piece, which settle spacing, and the new ones.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:

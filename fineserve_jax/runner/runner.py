@@ -53,7 +53,7 @@ class StepResult:
     Attributes:
         tokens: the sampled tokens.
         scores: f32, the log-probability of each chunk token's successor, chunk slots in order; None if not asked for.
-        seconds: how long the device step took, compilation left out.
+        seconds: how long the device step took, with whatever had to be compiled.
         compiled: whether it had to be compiled first.
     """
 

@@ -5,8 +5,7 @@ many tokens as the profile says fit under the tightest time-per-token target amo
 without a target as many as `max_chunk_tokens`, which gives the most tokens a second.
 
     pages of a prompt   |----|----|----|----|--|        page_size 4, 18 tokens
-    chunks              |=========|====|====|==|        each begins at a page and ends at one, or at the last
-    token
+    chunks              |=========|====|====|==|        each begins at a page and ends at one, or at the last token
 """
 
 import bisect

@@ -1,10 +1,9 @@
 """Orders of the waiting queue. A policy maps a request to a sort key; the smallest key is admitted first.
 
-A key is computed once, when the request begins to wait, so it must not depend on the time of asking. Ageing
-fits in
-nevertheless: if each request's key fell by the same amount per second waited, then any two keys would keep
-their order, so the fall can be replaced by a constant, the arrival time: `cost - (now - arrival) ~ cost +
-arrival`. Hence a heap does, and adding or admitting one of n waiting requests costs O(log n).
+A key is computed once, when the request begins to wait, so it must not depend on the time of asking. Ageing fits in
+nevertheless: if each request's key fell by the same amount per second waited, then any two keys would keep their
+order, so the fall can be replaced by a constant, the arrival time: `cost - (now - arrival) ~ cost + arrival`. Hence a
+heap does, and adding or admitting one of n waiting requests costs O(log n).
 
 A researcher's own policy is one function and one line:
 

@@ -121,6 +121,35 @@ def test_ids_must_differ(answer):
     assert {row["id"] for row in answers if "error" not in row} == {"a", 4}
 
 
+def test_a_bad_row_leaves_its_id_to_a_good_one(answer):
+    rows = [b"{", {"id": 1, "prompt": "x"}, {"id": "a"}, {"id": "a", "prompt": "y"}]
+    answers, summary = answer(rows)
+    assert {row["line"] for row in answers if "error" in row} == {1, 3}
+    assert {row["id"] for row in answers if "error" not in row} == {1, "a"}
+    assert (summary.answered, summary.errors) == (2, 2)
+
+
+def test_latency_targets_reach_the_engine_with_every_sample(engine, answer, monkeypatch):
+    targets, add = [], engine.add_request
+
+    def note(*arguments, **options):
+        request = add(*arguments, **options)
+        targets.append((request.ttft_slo_s, request.tpot_slo_s))
+        return request
+
+    monkeypatch.setattr(engine, "add_request", note)
+    answer([{"prompt": "a", "n": 2, "ttft_slo_s": 1.5, "tpot_slo_s": 1}, {"prompt": "b", "ttft_slo_s": None}])
+    assert targets == [(1.5, 1), (1.5, 1), (None, None)]
+
+
+def test_statistics_are_taken_once_a_step(engine, answer, monkeypatch):
+    taken, steps, stats = [], [], engine.stats
+    monkeypatch.setattr(engine, "stats", lambda: taken.append(stats()) or taken[-1])
+    _, summary = answer([{"prompt": "abc"}, {"prompt": "de"}], on_step=lambda *_: steps.append(1))
+    assert len(taken) == len(steps) + 1
+    assert taken[-1].num_output_tokens - taken[0].num_output_tokens == summary.output_tokens
+
+
 def test_several_samples_come_together(engine, answer):
     row = {"prompt": "abc", "n": 3, "temperature": 1.0, "seed": 5, "max_tokens": 8, "ignore_eos": True}
     (several,), summary = answer([row])

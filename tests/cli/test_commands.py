@@ -147,7 +147,14 @@ def test_generate_refuses_an_empty_prompt(run, prompt):
 def test_generate_refuses_a_prompt_that_is_too_long(run):
     status, _, err = run("generate", "x" * 128, "MODEL", "--raw")
     assert status == 2
-    assert "the prompt has 128 tokens; with max_seq_len=128" in err
+    assert "the prompt has 128 tokens; with max_seq_len=128" in one_line_error(err)
+
+
+def test_generate_passes_over_what_a_file_says_to_other_commands(run, tmp_path):
+    (tmp_path / "all.yaml").write_text("n: 4\nlogprobs: 2\nmax_tokens: 3\nignore_eos: true\n")
+    status, _, err = run("generate", "abc", "MODEL", "--raw", "--config", tmp_path / "all.yaml")
+    assert status == 0
+    assert "[3 prompt and 3 output tokens;" in err
 
 
 def stop_at_first_piece(monkeypatch, error):

@@ -120,6 +120,7 @@ def test_stats_say_how_much_memory_is_needed_reserved_and_free(make_engine):
         ([1], {}, "int3", "kv_precision='int3' is not served; choose one of fp32, bf16"),
         ([1], {"logit_bias": {200: 1.0}}, "bf16", "logit_bias has token 200"),
         ([1], {"stop_token_ids": [96]}, "bf16", "stop_token_ids has token 96"),
+        ([1], {"min_tokens": 1, "stop_token_ids": range(1, 70)}, "bf16", "hold back 70 tokens"),
         ([1] * 100, {"min_tokens": 200}, "bf16", "min_tokens=200 after a prompt of 100 tokens"),
     ],
 )
@@ -153,6 +154,8 @@ def test_a_request_that_does_not_fit_its_share_is_refused(make_engine):
         ({"kv_memory": "900TB"}, "more than the .* of"),
         ({"kv_memory": "many"}, "kv_memory='many' is not a size"),
         ({"kv_memory": -5}, "no memory at all"),
+        ({"kv_memory": "50%"}, "kv_memory='50%' is not a size"),
+        ({"kv_memory": "inf"}, "kv_memory='inf' is not a size"),
         ({"max_seq_len": 513}, "max_seq_len=513 is more than the 512 tokens"),
     ],
 )

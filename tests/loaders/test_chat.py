@@ -85,3 +85,12 @@ def test_a_model_without_a_template_is_named_as_such():
 def test_malformed_messages_are_named(messages, complaint):
     with pytest.raises(RequestError, match=complaint):
         render("{{ messages[0].content }}", messages)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ strftime_now(1) }}"],
+)
+def test_whatever_goes_wrong_in_a_template_is_an_error_of_the_request(template):
+    with pytest.raises(RequestError, match=r"chat template"):
+        render(template)

@@ -100,6 +100,13 @@ def test_rope_scaling_metadata_are_read(tmp_path):
     assert gguf_config(yarn).rope_scaling == RopeScaling("yarn", 8.0, 32)
 
 
+def test_a_sliding_window_of_every_layer_is_read(tmp_path):
+    for window, expected in ((96, 96), (0, None)):
+        file = _bare(tmp_path / f"{window}.gguf", attention__sliding_window=window)
+        assert gguf_config(file).sliding_window == expected
+    assert gguf_config(_bare(tmp_path / "none.gguf")).sliding_window is None
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from tokenizers.models import BPE
 
-from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.errors import ModelLoadError, RequestError
 from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
@@ -212,3 +212,17 @@ def test_an_unfinished_character_is_only_sent_at_the_end():
     assert [stream.push(byte) for byte in "é🙂".encode()[:-1]] == ["", "é", "", "", ""]
     assert stream.flush() == "\ufffd"
     assert stream.flush() == ""
+
+
+def test_text_that_is_not_valid_unicode_is_refused_with_its_place(spm):
+    with pytest.raises(RequestError, match=r"not valid Unicode: character 3 is '\\udce9'"):
+        spm.encode("caf\udce9")
+    with pytest.raises(RequestError, match=r"not valid Unicode"):
+        spm.encode_prompt("caf\udce9")
+
+
+def test_a_bos_does_not_make_a_prompt_of_an_empty_text(spm):
+    assert spm.encode("") == [spm.bos_token_id]
+    with pytest.raises(RequestError, match=r"the prompt is empty; give at least one token"):
+        spm.encode_prompt("")
+    assert spm.encode_prompt("the") == spm.encode("the", add_special_tokens=True)

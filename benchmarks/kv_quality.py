@@ -1,0 +1,122 @@
+"""What ways of keeping keys and values in 4 bits cost in perplexity.
+
+    python benchmarks/kv_quality.py --text wikitext2_valid.txt
+
+Each scheme is a KV format like any other, so it is measured through the engine's own cache: a token sees its own page
+in bf16 and all earlier pages quantised. The simulated schemes keep their dequantised numbers in 32-bit words, which
+changes nothing about what is read; their bits are those that a packed page would take, scales counted, padding not.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fineserve_jax.compilation_cache import use_compilation_cache
+from fineserve_jax.config import EngineConfig
+from fineserve_jax.engine import Engine
+from fineserve_jax.loaders import load_model
+from fineserve_jax.pallas_kernels.formats import KVFormat, PageVectors, PageWords, get_format, register
+from fineserve_jax.pallas_kernels.formats.wide import Float32
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.perplexity import measure_perplexity, read_text
+
+Quantise = Callable[[jax.Array], jax.Array]  # f32[kv_heads, pages, T, D] -> the same, rounded to what 4 bits keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    text: Path
+    model: str = "smollm2-135m"
+    weights: str = "fp32"
+    window: int = 1024
+    windows: int = 8
+
+
+class Simulated(KVFormat):
+    """A page-wise scheme, given as what it makes of keys and of values."""
+
+    value_bits = 32
+    tail = "bf16"
+
+    def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
+        self.name, self.bits, self._k, self._v = name, bits, k, v
+        self._wide = Float32()
+
+    def aux_words(self, geometry: PageGeometry) -> int:
+        return 0
+
+    def encode(self, geometry: PageGeometry, k: jax.Array, v: jax.Array) -> PageWords:
+        return self._wide.encode(geometry, self._k(k), self._v(v))
+
+    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
+        return self._wide.unpack(geometry, words)
+
+
+def symmetric(x: jax.Array) -> jax.Array:
+    """One scale per token and head."""
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 7, 1e-30)
+    return jnp.clip(jnp.round(x / scale), -7, 7) * scale
+
+
+def asymmetric(x: jax.Array, axis: int = -1) -> jax.Array:
+    """Scale and minimum per token and head, or with axis -2 per channel and page."""
+    low, high = jnp.min(x, axis=axis, keepdims=True), jnp.max(x, axis=axis, keepdims=True)
+    step = jnp.maximum((high - low) / 15, 1e-30)
+    return jnp.clip(jnp.round((x - low) / step), 0, 15) * step + low
+
+
+def in_groups(x: jax.Array, size: int = 32) -> jax.Array:
+    return asymmetric(x.reshape(*x.shape[:-1], -1, size)).reshape(x.shape)
+
+
+def by_channel(x: jax.Array) -> jax.Array:
+    return asymmetric(x, axis=-2)
+
+
+def rotated(quantise: Quantise) -> Quantise:
+    """The same in the basis that the project's int4 uses."""
+    basis = get_format("int4")
+    return lambda x: basis.from_basis(quantise(basis.to_basis(x)))
+
+
+SCHEMES = [
+    Simulated("symmetric per token", 4.25, symmetric, symmetric),
+    Simulated("asymmetric per token", 4.5, asymmetric, asymmetric),
+    Simulated("asymmetric, groups of 32", 5.0, in_groups, in_groups),
+    Simulated("rotated symmetric per token", 4.25, rotated(symmetric), rotated(symmetric)),
+    Simulated("rotated asymmetric per token", 4.5, rotated(asymmetric), rotated(asymmetric)),
+    Simulated("K by channel, V rotated, 16-bit ranges", 5.25, by_channel, rotated(asymmetric)),
+    Simulated("K rotated by channel, V rotated, 16-bit ranges", 5.25, rotated(by_channel), rotated(asymmetric)),
+]
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    use_compilation_cache()
+    model = load_model(arguments.model, arguments.weights)
+    tokens = model.tokenizer.encode(
+        read_text(arguments.text, arguments.window, arguments.windows), add_special_tokens=False
+    )
+    names = ["fp32", "bf16", "fp16", "int8", "int4", *(register(scheme).name for scheme in SCHEMES)]
+    bits = {scheme.name: scheme.bits for scheme in SCHEMES}
+    table = Table("scheme", "bits a value", "perplexity", "rise")
+    results = {}
+    for name in names:
+        config = EngineConfig(kv_precision=name, max_batch_size=1, max_seq_len=arguments.window, kv_memory="512MiB")
+        measured = measure_perplexity(Engine(model, config), tokens, arguments.window, arguments.windows)
+        results[name] = {"bits_per_value": bits.get(name, measured.bits_per_value), "ppl": measured.ppl}
+        rise = measured.ppl / results["fp32"]["ppl"] - 1
+        table.add_row(name, f"{results[name]['bits_per_value']:.2f}", f"{measured.ppl:.4f}", f"{rise:+.2%}")
+    Console().print(table)
+    print(json.dumps({**dataclasses.asdict(arguments), "text": str(arguments.text.name), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

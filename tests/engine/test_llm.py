@@ -1,0 +1,106 @@
+"""The synchronous front door, on a tiny model."""
+
+import pytest
+from engine_cases import character_tokenizer, random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fineserve_jax import llm as llm_module
+from fineserve_jax.errors import RequestError
+from fineserve_jax.llm import LLM
+from fineserve_jax.outputs import GrowingText
+from fineserve_jax.sampling_params import SamplingParams
+
+TOKENIZER = character_tokenizer()
+TWENTY = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture
+def llm(monkeypatch) -> LLM:
+    monkeypatch.setattr(llm_module, "load_model", lambda source, weights: random_model())
+    monkeypatch.setattr(llm_module, "use_compilation_cache", lambda: None)
+    return LLM("tiny", max_seq_len=128, max_batch_size=8, max_chunk_tokens=64, kv_memory="4MiB")
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm):
+    prompts = ["a" * length for length in (40, 3, 25, 9)]
+    formats = ["int4", "bf16", "int8", "int4"]
+    outputs = llm.generate(prompts, TWENTY, kv_precision=formats)
+    assert [output.prompt for output in outputs] == prompts
+    assert [output.kv_precision for output in outputs] == formats
+    assert all(len(output.outputs[0].token_ids) == 20 for output in outputs)
+    assert llm.stats().num_running == llm.stats().num_waiting == 0
+
+
+def test_a_single_prompt_may_be_text_or_tokens(llm):
+    text, tokens = llm.generate("hello", TWENTY), llm.generate(llm.tokenizer.encode("hello"), TWENTY)
+    assert text[0].outputs[0].text == tokens[0].outputs[0].text
+    assert tokens[0].prompt is None
+
+
+def test_samples_of_a_prompt_differ_and_are_reproducible(llm):
+    sampling = SamplingParams(max_tokens=20, temperature=1.0, seed=4, n=3, ignore_eos=True)
+    (first,), (again,) = llm.generate("hello", sampling), llm.generate("hello", sampling)
+    texts = [sample.text for sample in first.outputs]
+    assert len(set(texts)) == 3
+    assert texts == [sample.text for sample in again.outputs]
+
+
+def test_a_bad_prompt_is_named_before_anything_is_computed(llm):
+    with pytest.raises(RequestError, match="prompt 1: the prompt has 200 tokens"):
+        llm.generate(["fine", "x" * 200], TWENTY)
+    with pytest.raises(RequestError, match="kv_precision has 1 entries for 2 prompts"):
+        llm.generate(["a", "b"], TWENTY, kv_precision=["int8"])
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate([""], TWENTY)
+    assert llm.stats().num_steps == 0
+
+
+def test_pieces_of_a_stream_make_up_the_text(llm):
+    (whole,) = llm.generate("hello", TWENTY)
+    assert "".join(llm.stream("hello", TWENTY)) == whole.outputs[0].text
+
+
+def test_streams_that_overlap_lose_nothing(llm):
+    expected = [output.outputs[0].text for output in llm.generate(["one", "another"], TWENTY)]
+    streams = llm.stream("one", TWENTY), llm.stream("another", TWENTY)
+    pieces = [next(streams[0]), next(streams[1])]
+    pieces[0] += "".join(streams[0])
+    pieces[1] += "".join(streams[1])
+    assert pieces == expected
+
+
+def test_a_stream_that_is_left_early_or_never_read_holds_nothing(llm):
+    unread = llm.stream("one", TWENTY)
+    stream = llm.stream("two", TWENTY)
+    next(stream)
+    assert llm.stats().num_running == 1
+    stream.close()
+    assert llm.stats().num_running == llm.stats().num_waiting == 0
+    del unread
+
+
+def test_warm_up_leaves_nothing_to_compile(llm):
+    llm.warm_up(["int8", "int4"])
+    before = llm.stats().num_compilations
+    llm.generate(["a", "b" * 90, "c"], TWENTY, kv_precision=["int8", "bf16", "int4"])
+    assert llm.stats().num_compilations == before
+
+
+@given(
+    text=st.text("ab", min_size=1, max_size=30),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_ends_before_the_first_stop_string_and_none_of_it_is_ever_shown(text, stop):
+    growing = GrowingText(TOKENIZER, tuple(stop))
+    shown = ""
+    for character in text:
+        done = growing.push(TOKENIZER.encode(character)[0])
+        shown += growing.take()
+        if done:
+            break
+    growing.finish()
+    shown += growing.take()
+    seen = next((text[:end] for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stop)), text)
+    starts = [seen.find(s) for s in stop if s in seen]
+    assert shown == growing.text == (seen[: min(starts)] if starts else text)
