@@ -9,6 +9,7 @@ changes nothing about what is read; their bits are those that a packed page woul
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,7 @@ def main() -> None:
         measured = measure_perplexity(Engine(model, config), tokens, arguments.window, arguments.windows)
         results[name] = {"bits_per_value": bits.get(name, measured.bits_per_value), "ppl": measured.ppl}
         rise = measured.ppl / results["fp32"]["ppl"] - 1
+        print(f"{name}: {measured.ppl:.4f}", file=sys.stderr, flush=True)
         table.add_row(name, f"{results[name]['bits_per_value']:.2f}", f"{measured.ppl:.4f}", f"{rise:+.2%}")
     Console().print(table)
     print(json.dumps({**dataclasses.asdict(arguments), "text": str(arguments.text.name), "results": results}))

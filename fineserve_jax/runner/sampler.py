@@ -130,9 +130,19 @@ def _bias(requests: Sequence[Request], rows: int) -> tuple[np.ndarray, np.ndarra
 
 def sample(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
     """Chooses a token for each row of f32[S, vocab] logits."""
+    # One branch for the common case: each one taken apart would copy the logits.
+    asks = inputs.any_penalty | inputs.any_bias | inputs.any_random | inputs.any_logprobs
+    return lax.cond(asks, lambda: _sample_as_asked(logits, inputs), lambda: _without_logprobs(logits, _greedy(logits)))
+
+
+def _greedy(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _sample_as_asked(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
     shaped = _when(inputs.any_penalty, lambda x: _penalise(x, inputs), logits)
     shaped = _when(inputs.any_bias, lambda x: _add_bias(x, inputs), shaped)
-    greedy = jnp.argmax(shaped, axis=-1).astype(jnp.int32)
+    greedy = _greedy(shaped)
     tokens = lax.cond(inputs.any_random, lambda: _draw(shaped, greedy, inputs), lambda: greedy)
     return lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, tokens)
 
