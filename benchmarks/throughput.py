@@ -4,9 +4,9 @@
 
 The cases (all rows in one precision, and a mix) take turns, so that a busy machine slows all of them alike. Printed are
 the medians over the rounds, their ratios to the first case, and a line of JSON. Decode tokens per second count the
-steps after every row has its first token, prefill tokens per second the steps before. The limit that the matrix
-products set stands beside them: every weight's multiply and add for each row, at the rate that plain products of the
-same shapes reach on this machine.
+steps from when every row has its first token until the first row ends, so that all rows decode in each of them; prefill
+tokens per second count the steps before. The limit that the matrix products set stands beside them: every weight's
+multiply and add for each row, at the rate that plain products of the same shapes reach on this machine.
 """
 
 import dataclasses
@@ -83,13 +83,14 @@ def run(engine: Engine, prompts: list[list[int]], formats: list[str], new_tokens
     while any(request.num_output_tokens == 0 for request in requests):
         engine.step()
     prefilled, early = time.perf_counter(), sum(request.num_output_tokens for request in requests)
+    while not any(request.finish_reason for request in requests):
+        engine.step()
+    decoded, seconds = sum(request.num_output_tokens for request in requests) - early, time.perf_counter() - prefilled
     while engine.has_unfinished:
         engine.step()
-    decoded = sum(request.num_output_tokens for request in requests) - early
     for request in requests:
         engine.release(request)
-    prefill = sum(map(len, prompts)) / (prefilled - start)
-    return Speed(prefill, decoded / (time.perf_counter() - prefilled))
+    return Speed(sum(map(len, prompts)) / (prefilled - start), decoded / seconds)
 
 
 def product_seconds(hidden: int, engines: dict[str, Engine], arguments: Arguments) -> float:
