@@ -1,7 +1,5 @@
 """The inner loop of attention: some queries over some keys, all at once."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,7 +21,7 @@ def attend(q: jax.Array, vectors: PageVectors, visible: jax.Array) -> PartialAtt
     # Queries before keys: for blocks of this size XLA's CPU products are faster so than the other way round.
     logits = sum(
         jnp.einsum("...qd,...td->...qt", part, plane, precision=EXACT)
-        for plane, part in zip(vectors.k, _split(q, vectors.k), strict=True)
+        for plane, part in zip(vectors.k, jnp.split(q, len(vectors.k), axis=-1), strict=True)
     )
     if vectors.k_scale is not None:
         logits = logits * vectors.k_scale[..., None, :]
@@ -60,7 +58,3 @@ def flatten_pages(vectors: PageVectors, counts: jax.Array) -> PageVectors:
         v_scale=None if vectors.v_scale is None else jnp.where(counts, flat(vectors.v_scale), 0.0),
         v_offset=None if vectors.v_offset is None else jnp.where(counts, flat(vectors.v_offset), 0.0),
     )
-
-
-def _split(q: jax.Array, planes: Sequence[jax.Array]) -> list[jax.Array]:
-    return jnp.split(q, len(planes), axis=-1)

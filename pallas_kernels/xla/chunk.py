@@ -8,13 +8,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageVectors
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.xla.attend import attend, flatten_pages
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
+from fineserve_jax.pallas_kernels.xla.attend import attend
+from fineserve_jax.pallas_kernels.xla.fold import fold_tiles, read_tile
 from fineserve_jax.pallas_kernels.xla.tiles import Tiles
 
 
@@ -68,19 +67,10 @@ def extend_over_pages(
         tiles: the chunks' cached tokens; tiles of one segment by P pages, whose rows are chunks.
         arena, layer, formats, geometry: as for `decode.extend_over_pages`.
     """
-    for format_id, kv_format in enumerate(formats):
-        add = functools.partial(
-            _add_tile,
-            q=kv_format.to_basis(q),
-            chunk_of_slot=chunk_of_slot,
-            arena=arena,
-            tiles=tiles,
-            layer=layer,
-            kv_format=kv_format,
-            geometry=geometry,
-        )
-        so_far = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], add, so_far)
-    return so_far
+    add = functools.partial(
+        _add_tile, chunk_of_slot=chunk_of_slot, arena=arena, tiles=tiles, layer=layer, geometry=geometry
+    )
+    return fold_tiles(so_far, add, q, tiles, formats)
 
 
 def _add_tile(
@@ -96,12 +86,9 @@ def _add_tile(
     geometry: PageGeometry,
 ) -> PartialAttention:
     """Adds one tile's tokens to the attention of its chunk. `q` is in the format's basis."""
-    words = gather_page_layers(arena, tiles.pages[index, 0], layer, kv_format, geometry)
-    tile_tokens = tiles.pages.shape[-1] * geometry.page_size
-    counts = (jnp.arange(tile_tokens) < tiles.num_tokens[index, 0])[None]
+    vectors, counts = read_tile(arena, tiles.pages[index, 0], tiles.num_tokens[index, 0], layer, kv_format, geometry)
     own = jnp.repeat(chunk_of_slot == tiles.rows[index, 0], q.shape[2])
-    visible = own[:, None] & counts
-    part = attend(_ungroup(q), flatten_pages(kv_format.unpack(geometry, words), counts), visible)
+    part = attend(_ungroup(q), vectors, own[:, None] & counts)
     return so_far.merge(_regroup(part._replace(total=kv_format.from_basis(part.total)), q))
 
 

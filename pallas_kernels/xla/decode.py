@@ -4,13 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import KVFormat
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.xla.attend import attend, flatten_pages
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
+from fineserve_jax.pallas_kernels.xla.attend import attend
+from fineserve_jax.pallas_kernels.xla.fold import fold_tiles, read_tile
 from fineserve_jax.pallas_kernels.xla.tiles import Tiles
 
 
@@ -36,17 +35,8 @@ def extend_over_pages(
     padded = PartialAttention(*(jnp.pad(part, [(0, 1)] + [(0, 0)] * (part.ndim - 1)) for part in so_far))
     q = jnp.pad(q, [(0, 1), (0, 0), (0, 0), (0, 0)])
 
-    for format_id, kv_format in enumerate(formats):
-        add = functools.partial(
-            _add_tile,
-            q=kv_format.to_basis(q),
-            arena=arena,
-            tiles=tiles,
-            layer=layer,
-            kv_format=kv_format,
-            geometry=geometry,
-        )
-        padded = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], add, padded)
+    add = functools.partial(_add_tile, arena=arena, tiles=tiles, layer=layer, geometry=geometry)
+    padded = fold_tiles(padded, add, q, tiles, formats)
     return PartialAttention(*(part[:-1] for part in padded))
 
 
@@ -63,10 +53,8 @@ def _add_tile(
 ) -> PartialAttention:
     """Adds one tile's tokens to the attention of its rows. `q` is in the format's basis."""
     rows = tiles.rows[index]
-    words = gather_page_layers(arena, tiles.pages[index], layer, kv_format, geometry)
-    tile_tokens = tiles.pages.shape[-1] * geometry.page_size
-    counts = (jnp.arange(tile_tokens) < tiles.num_tokens[index][:, None])[:, None]
-    part = attend(q[rows], flatten_pages(kv_format.unpack(geometry, words), counts), counts[..., None, :])
+    vectors, counts = read_tile(arena, tiles.pages[index], tiles.num_tokens[index], layer, kv_format, geometry)
+    part = attend(q[rows], vectors, counts[..., None, :])
     part = part._replace(total=kv_format.from_basis(part.total))
     merged = PartialAttention(*(old[rows] for old in so_far)).merge(part)
     return PartialAttention(*(old.at[rows].set(new) for old, new in zip(so_far, merged, strict=True)))
