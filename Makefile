@@ -1,5 +1,6 @@
 # make demo    install into .venv, fetch the model, answer examples/prompts.jsonl
 # make test    lint, type check, tests
+# make aot     compile the kernels for GPUs and TPUs, which need not be there, and write docs/aot.md
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 # Touched when everything is installed, so that it is done again only when the requirements change.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow lint aot install clean
 
 demo: install
 	$(BIN)/fineserve-jax fetch smollm2-135m
@@ -24,6 +25,18 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Each platform has an environment of its own: with two device plugins in one, every start of JAX tries both.
+aot: .venv-aot-gpu/.installed .venv-aot-tpu/.installed
+	.venv-aot-gpu/bin/python -m benchmarks.aot gpu & gpu=$$!; \
+	.venv-aot-tpu/bin/python -m benchmarks.aot tpu; tpu=$$?; \
+	wait $$gpu && exit $$tpu
+	.venv-aot-gpu/bin/python -m benchmarks.aot report
+
+.venv-aot-%/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-aot-$*
+	.venv-aot-$*/bin/python -m pip install -e '.[aot-$*]'
+	@touch $@
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
@@ -33,4 +46,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) answers.jsonl
+	rm -rf $(VENV) .venv-aot-gpu .venv-aot-tpu build/aot answers.jsonl

@@ -23,12 +23,11 @@ from fineserve_jax.compilation_cache import use_compilation_cache
 from fineserve_jax.config import EngineConfig
 from fineserve_jax.engine import Engine
 from fineserve_jax.loaders import load_model
-from fineserve_jax.pallas_kernels.formats import KVFormat, PageVectors, PageWords, get_format, register
+from fineserve_jax.pallas_kernels.formats import FORMATS, PageWords, Planes, get_format, register
 from fineserve_jax.pallas_kernels.formats.wide import Float32
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.perplexity import measure_perplexity, read_text
 
-Quantise = Callable[[jax.Array], jax.Array]  # f32[kv_heads, pages, T, D] -> the same, rounded to what 4 bits keep
+Quantise = Callable[[jax.Array], jax.Array]  # f32[..., T, D] -> the same, rounded to what 4 bits keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +39,16 @@ class Arguments:
     windows: int = 8
 
 
-class Simulated(KVFormat):
+class Simulated(Float32):
     """A page-wise scheme, given as what it makes of keys and of values."""
 
-    value_bits = 32
     tail = "bf16"
 
     def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
         self.name, self.bits, self._k, self._v = name, bits, k, v
-        self._wide = Float32()
 
-    def aux_words(self, geometry: PageGeometry) -> int:
-        return 0
-
-    def encode(self, geometry: PageGeometry, k: jax.Array, v: jax.Array) -> PageWords:
-        return self._wide.encode(geometry, self._k(k), self._v(v))
-
-    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
-        return self._wide.unpack(geometry, words)
+    def encode(self, k: Planes, v: Planes) -> PageWords:
+        return super().encode((self._k(*k),), (self._v(*v),))
 
 
 def symmetric(x: jax.Array) -> jax.Array:
@@ -105,7 +96,7 @@ def main() -> None:
     tokens = model.tokenizer.encode(
         read_text(arguments.text, arguments.window, arguments.windows), add_special_tokens=False
     )
-    names = ["fp32", "bf16", "fp16", "int8", "int4", *(register(scheme).name for scheme in SCHEMES)]
+    names = [*FORMATS, *(register(scheme).name for scheme in SCHEMES)]
     bits = {scheme.name: scheme.bits for scheme in SCHEMES}
     table = Table("scheme", "bits a value", "perplexity", "rise")
     results = {}

@@ -1,5 +1,6 @@
 """From a model and settings to the parts of an engine: page geometry, KV manager, scheduler, runner."""
 
+import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,10 +17,13 @@ from fineserve_jax.memory import format_bytes, kv_memory_bytes
 from fineserve_jax.models import ModelConfig, build_model
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
-from fineserve_jax.runner.inputs import NOWHERE
+from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
+from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.runner.roofline import device_roofline
 from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import FormatCost, ModelCost, Scheduler
+
+log = logging.getLogger(__name__)
 
 DEFAULT_MAX_SEQ_LEN = 2048
 WORD_BYTES = 2
@@ -35,8 +39,9 @@ class EngineParts(NamedTuple):
 def assemble(model: LoadedModel, config: EngineConfig) -> EngineParts:
     """Builds the parts of an engine. Raises `ConfigError` for settings that the model or the device rules out."""
     device = jax.devices()[0]
+    implementation = kernel_implementation()
     max_seq_len = _max_seq_len(model, config)
-    geometry = page_geometry(model.config, config.page_size)
+    geometry = page_geometry(model.config, config.page_size, tpu=implementation == "mosaic_tpu")
     classes = page_classes(model.name, geometry, config.served_formats)
     size = kv_memory_bytes(config.kv_memory, device)
     kv = _kv_manager(config, geometry, classes, size)
@@ -53,13 +58,25 @@ def assemble(model: LoadedModel, config: EngineConfig) -> EngineParts:
         max_rows=config.max_batch_size,
         max_chunk_tokens=config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens),
         max_seq_len=max_seq_len,
+        implementation=implementation,
     )
     return EngineParts(kv, scheduler, runner, max_seq_len)
 
 
-def page_geometry(model: ModelConfig, page_size: int) -> PageGeometry:
+def kernel_implementation() -> Implementation:
+    """Whose kernels the engine calls. Raises `ConfigError` if the environment names none that there is."""
+    try:
+        implementation = default_implementation()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if is_interpreted(implementation):
+        log.warning("%s kernels are interpreted on this platform: right, but very slow", implementation)
+    return implementation
+
+
+def page_geometry(model: ModelConfig, page_size: int, *, tpu: bool = False) -> PageGeometry:
     """How the model's pages lie in an arena."""
-    unit_words = choose_unit_words(model.head_dim, page_size)
+    unit_words = choose_unit_words(model.head_dim, page_size, tpu=tpu)
     return PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, page_size, unit_words)
 
 

@@ -1,0 +1,30 @@
+"""Paged attention over KV caches of mixed precisions, and writing them. README.md shows how to call it."""
+
+from fineserve_jax.pallas_kernels.attention import paged_attention
+from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, get_format, register
+from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words, new_arena
+from fineserve_jax.pallas_kernels.softmax import PartialAttention
+from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
+from fineserve_jax.pallas_kernels.writing import commit, commit_pages, requantise, write_pages, write_tokens
+
+__all__ = [
+    "FORMATS",
+    "AttentionSpec",
+    "BatchSegment",
+    "KVFormat",
+    "PageGeometry",
+    "PartialAttention",
+    "QueryRun",
+    "Tiles",
+    "choose_unit_words",
+    "commit",
+    "commit_pages",
+    "get_format",
+    "new_arena",
+    "paged_attention",
+    "register",
+    "requantise",
+    "write_pages",
+    "write_tokens",
+]

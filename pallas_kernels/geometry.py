@@ -1,20 +1,24 @@
 """The shape of a page, and how it lies in the arena.
 
-The arena is `u16[num_units, unit_words]`. A page holds `page_size` tokens of all layers; layer l of the page that
+The arena is `u16[num_units, *unit_shape]`. A page holds `page_size` tokens of all layers; layer l of the page that
 begins at unit p occupies `units_per_layer` units from `p + l * units_per_layer` on:
 
-    | K of head 0 | K of head 1 | ... | V of head 0 | V of head 1 | ... | scales and the like | padding |
-      T x W words   T x W words         T x W words                       aux_words
+    | K of head 0 | K of head 1 | ... | V of head 0 | V of head 1 | ... | scales and the like       | padding |
+      T x W words   T x W words         T x W words                       each part head after head
 
-W is the words of one head vector (`KVFormat.vector_words`). A head's T x W block is a whole number of units, so any
-kernel fetches it by unit; only the scales' block at the end is rounded up.
+W is the words of one head vector (`KVFormat.vector_words`). Only a layer as a whole is rounded up to units.
 """
 
 import math
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
 MAX_UNIT_WORDS = 128
 NARROWEST_BITS = 4
+# What a TPU copies as a whole: 8 sublanes of 128 lanes.
+TPU_TILE = (8, 128)
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,25 @@ class PageGeometry:
     page_size: int
     unit_words: int
 
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """A unit in the arena: a row of words, or where it is made of TPU tiles, rows of 128 words."""
+        rows, lanes = TPU_TILE
+        return (self.unit_words,) if self.unit_words % (rows * lanes) else (self.unit_words // lanes, lanes)
 
-def choose_unit_words(head_dim: int, page_size: int, narrowest_bits: int = NARROWEST_BITS) -> int:
-    """The longest unit, up to 128 words, of which a head's T x W block is a whole number in every format.
 
-    A power of two; blocks of wider formats are multiples of the narrowest one's.
+def choose_unit_words(head_dim: int, page_size: int, narrowest_bits: int = NARROWEST_BITS, *, tpu: bool = False) -> int:
+    """Words of an arena unit.
+
+    A TPU tile on a TPU. Elsewhere the longest unit, up to 128 words, of which a head's T x W block is a whole number in
+    every format: a power of two; blocks of wider formats are multiples of the narrowest one's.
     """
+    if tpu:
+        return math.prod(TPU_TILE)
     narrowest_block = page_size * head_dim * narrowest_bits // 16
     return math.gcd(narrowest_block, MAX_UNIT_WORDS)
+
+
+def new_arena(geometry: PageGeometry, num_units: int) -> jax.Array:
+    """An empty arena, u16[num_units, *unit_shape]. Unit 0 is the null page that padding points at."""
+    return jnp.zeros((num_units, *geometry.unit_shape), jnp.uint16)

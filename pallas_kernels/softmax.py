@@ -12,8 +12,8 @@ class PartialAttention(NamedTuple):
     """Attention of each query over some of its keys.
 
     Attributes:
-        peak: f32[...], the largest logit.
-        weight: f32[...], the sum of exp(logit - peak); the log-sum-exp is peak + log(weight).
+        peak: f32[...], the largest logit; `NEGATIVE` if there was no key.
+        weight: f32[...], the sum of exp(logit - peak); 0 if there was no key.
         total: f32[..., head_dim], the sum of exp(logit - peak) * value.
     """
 
@@ -32,5 +32,16 @@ class PartialAttention(NamedTuple):
         )
 
     def output(self) -> jax.Array:
-        """f32[..., head_dim]: the attention output. Every query must have seen at least one key."""
-        return self.total / self.weight[..., None]
+        """f32[..., head_dim]: the attention output; 0 for queries that saw no key."""
+        return self.total / jnp.where(self.weight > 0, self.weight, 1.0)[..., None]
+
+    @property
+    def log_sum_exp(self) -> jax.Array:
+        """f32[...]: the logarithm of the softmax's denominator; minus infinity if there was no key."""
+        return self.peak + jnp.log(self.weight)
+
+
+def no_attention(shape: tuple[int, ...], head_dim: int) -> PartialAttention:
+    """Attention to no key yet, of f32[*shape]."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    return PartialAttention(zeros + NEGATIVE, zeros, jnp.zeros((*shape, head_dim), jnp.float32))

@@ -6,17 +6,16 @@ and not on how its prompt was cut into chunks, what was batched with it, or whet
 """
 
 from dataclasses import dataclass, field
-from dataclasses import replace as dataclass_replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords, TokenFormat
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.attention import AttentionSpec, paged_attention
+from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.xla import chunk as chunk_kernel
-from fineserve_jax.pallas_kernels.xla import decode as decode_kernel
+from fineserve_jax.pallas_kernels.tiles import Tiles
+from fineserve_jax.pallas_kernels.xla.within import attend_within
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.shapes import StepSpec
 
@@ -56,17 +55,13 @@ class LayerAttention:
 
     def _decode(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """q: f32[rows, kv_heads, group, D]; k, v: f32[rows, kv_heads, D]."""
-        own_page = dataclass_replace(self.spec.geometry, page_size=1)
         as_pages = [part.swapaxes(0, 1)[:, :, None] for part in (k, v)]
-        words, stored = _round_trips(dict(self.spec.token_formats), own_page, *as_pages)
+        words, stored = _round_trips(self.spec.token_formats, *as_pages)
         self.words.tokens.update(words)
         k, v = (part[:, :, 0].swapaxes(0, 1) for part in _select(stored, self.inputs.decode.format_ids))
         logit = jnp.sum(q * k[:, :, None], axis=-1)
         own = PartialAttention(logit, jnp.ones_like(logit), jnp.broadcast_to(v[:, :, None], q.shape))
-        seen = decode_kernel.extend_over_pages(
-            own, q, self.arena, self.inputs.decode.tiles, self.layer, self.spec.formats, self.spec.geometry
-        )
-        return seen.output()
+        return own.merge(self._cached(self.spec.decode_attention, q, self.inputs.decode.tiles)).output()
 
     def _chunks(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """q: f32[C, kv_heads, group, D]; k, v: f32[C, kv_heads, D]."""
@@ -74,31 +69,29 @@ class LayerAttention:
         assert chunk is not None, "a step with chunk slots has chunk inputs"
         pages = (geometry.kv_heads, self.spec.chunk_pages, geometry.page_size, geometry.head_dim)
         exact = [part.swapaxes(0, 1).reshape(pages) for part in (k, v)]
-        words, stored = _round_trips(dict(self.spec.token_formats), geometry, *exact)
+        words, stored = _round_trips(self.spec.token_formats, *exact)
         own_page = _select(stored, chunk.newest_format_ids)
-        paged_words, paged_stored = _round_trips(self.spec.paged_formats, geometry, *own_page)
+        paged_words, paged_stored = _round_trips(self.spec.paged_formats, *own_page)
         earlier_pages = _select(stored | paged_stored, chunk.full_format_ids)
         self.words.pages.update(words | paged_words)
 
-        q = q.swapaxes(0, 1)
-        seen = chunk_kernel.attend_within(q, own_page, earlier_pages, chunk.chunk_of_page)
-        slots = jnp.repeat(chunk.chunk_of_page, geometry.page_size)
-        seen = chunk_kernel.extend_over_pages(
-            seen, q, slots, self.arena, chunk.tiles, self.layer, self.spec.formats, geometry
-        )
-        return seen.output().swapaxes(0, 1)
+        own = attend_within(q.swapaxes(0, 1), own_page, earlier_pages, chunk.chunk_of_page)
+        own = PartialAttention(*(part.swapaxes(0, 1) for part in own))
+        return own.merge(self._cached(self.spec.chunk_attention, q, chunk.tiles)).output()
+
+    def _cached(self, spec: AttentionSpec, q: jax.Array, tiles: Tiles) -> PartialAttention:
+        """Attention of f32[N, kv_heads, group, D] queries to the cached tokens."""
+        heads = q.reshape(len(q), -1, q.shape[-1]).astype(self.spec.query_dtype)
+        flat = paged_attention(spec, heads, self.arena, tiles, self.layer)
+        return PartialAttention(*(part.reshape(*q.shape[:3], *part.shape[2:]) for part in flat))
 
 
 def _round_trips(
-    formats: dict[int, TokenFormat] | dict[int, KVFormat], geometry: PageGeometry, k: jax.Array, v: jax.Array
+    formats: dict[int, KVFormat], k: jax.Array, v: jax.Array
 ) -> tuple[dict[int, PageWords], dict[int, Vectors]]:
     """Pages f32[kv_heads, pages, T, D] in each format: the words, and the keys and values they stand for."""
-    words = {i: kv_format.encode(geometry, k, v) for i, kv_format in formats.items()}
-    stored = {}
-    for i, kv_format in formats.items():
-        k_read, v_read = kv_format.decode(geometry, words[i])
-        stored[i] = (kv_format.from_basis(k_read), kv_format.from_basis(v_read))
-    return words, stored
+    words = {i: kv_format.encode_vectors(k, v) for i, kv_format in formats.items()}
+    return words, {i: kv_format.decode_vectors(words[i]) for i, kv_format in formats.items()}
 
 
 def _select(stored: dict[int, Vectors], format_ids: jax.Array) -> Vectors:

@@ -6,12 +6,12 @@ import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.pallas_kernels.xla.tiles import BatchSegment, Tiles, plan_tiles
+from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
+from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.request import Request, StepPlan, Work
 from fineserve_jax.runner.shapes import StepSpec
 
 Array = Any  # numpy on the host, jax.Array in the step
-NOWHERE = 2**30  # beyond any arena, all layers counted: what is written there is dropped
 
 
 class DecodeInputs(NamedTuple):
@@ -108,6 +108,8 @@ class _Builder:
         self.num_decodes = self.num_chunks = self.next_page = 0
         self.decode_segments: list[BatchSegment] = []
         self.chunk_segments: list[BatchSegment] = []
+        self.decode_queries: list[QueryRun] = []
+        self.chunk_queries: list[QueryRun] = []
         self.closing: list[list[tuple[int, int]]] = [[] for _ in spec.paged_formats]
 
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
@@ -130,6 +132,7 @@ class _Builder:
                 self._close(request.kv_precision, held.tail, held.pages[page])
         tail = get_format(request.kv_precision).tail
         self.row_formats[row] = self.format_ids[tail or request.kv_precision]
+        self.decode_queries.append(QueryRun(row, 1, position))
         self._add_segments(self.decode_segments, row, work)
         self._sample(work, row)
 
@@ -156,12 +159,14 @@ class _Builder:
             pages = [*pages[: num_pages - 1], held.tail]
             self.written[first + num_pages - 1] = newest
         self.chunk_pages[own] = pages
+        self.chunk_queries.append(QueryRun(slot, work.count, work.start))
         self._add_segments(self.chunk_segments, chunk, work)
         self._sample(work, where.stop - 1)
 
     def _add_segments(self, segments: list[BatchSegment], row: int, work: Work) -> None:
         for part in self.kv.segments(work.request, work.start):
-            segments.append(BatchSegment(row, self.format_ids[part.kv_format], part.pages, part.num_tokens))
+            format_id = self.format_ids[part.kv_format]
+            segments.append(BatchSegment(row, format_id, part.pages, part.num_tokens, part.first_position))
 
     def _close(self, kv_format: str, source: int, target: int) -> None:
         self.closing[list(self.spec.paged_formats).index(self.format_ids[kv_format])].append((source, target))
@@ -178,8 +183,10 @@ class _Builder:
             positions=self.positions[:rows],
             pages=self.row_pages,
             format_ids=self.row_formats,
-            tiles=plan_tiles(self.decode_segments, spec.decode_tiles, self.page_size),
+            tiles=spec.decode_attention.plan(self.decode_segments, self.decode_queries),
         )
+        if not spec.chunk_pages:
+            return StepInputs(decode, None, self._closing_inputs(), self.sample_slots)
         chunk = ChunkInputs(
             tokens=self.tokens[rows:],
             positions=self.positions[rows:],
@@ -189,9 +196,9 @@ class _Builder:
             written_format_ids=self.written,
             newest_format_ids=self.newest,
             full_format_ids=self.full,
-            tiles=plan_tiles(self.chunk_segments, spec.chunk_tiles, self.page_size),
+            tiles=spec.chunk_attention.plan(self.chunk_segments, self.chunk_queries),
         )
-        return StepInputs(decode, chunk if spec.chunk_pages else None, self._closing_inputs(), self.sample_slots)
+        return StepInputs(decode, chunk, self._closing_inputs(), self.sample_slots)
 
     def _closing_inputs(self) -> ClosingInputs:
         pages = np.zeros((2, len(self.closing), self.spec.shape.rows), np.int32)

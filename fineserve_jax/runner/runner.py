@@ -14,7 +14,8 @@ import numpy as np
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.models import CausalLM
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.geometry import PageGeometry, new_arena
+from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.request import Request, StepPlan
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.inputs import build_inputs
@@ -74,6 +75,7 @@ class ModelRunner:
         max_rows: most requests in a step.
         max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
         max_seq_len: most tokens of a request.
+        implementation: of the kernels.
     """
 
     def __init__(
@@ -87,12 +89,13 @@ class ModelRunner:
         max_rows: int,
         max_chunk_tokens: int,
         max_seq_len: int,
+        implementation: Implementation = "xla",
     ) -> None:
         self.model, self.params, self.geometry, self.kv = model, params, geometry, kv
-        self.arena = jnp.zeros((num_units, geometry.unit_words), jnp.uint16)
+        self.arena = new_arena(geometry, num_units)
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
-        self.max_seq_len = max_seq_len
+        self.max_seq_len, self.implementation = max_seq_len, implementation
         self.row_buckets = row_buckets(max_rows)
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
         self.format_names: tuple[str, ...] = ()
@@ -134,7 +137,7 @@ class ModelRunner:
 
     def _spec(self, shape: StepShape) -> StepSpec:
         max_pages = -(-self.max_seq_len // self.geometry.page_size)
-        return StepSpec(self.model, self.geometry, self.format_names, shape, max_pages)
+        return StepSpec(self.model, self.geometry, self.format_names, shape, max_pages, self.implementation)
 
     def _run(self, spec: StepSpec, plan: StepPlan, scores: bool = False) -> StepResult:
         host_inputs, requests = build_inputs(spec, plan, self.kv)

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from fineserve_jax.models import CausalLM
-from fineserve_jax.pallas_kernels.formats import KVFormat, TokenFormat, get_format
+from fineserve_jax.pallas_kernels.attention import AttentionSpec
+from fineserve_jax.pallas_kernels.formats import KVFormat, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.xla.tiles import TileShape
+from fineserve_jax.pallas_kernels.implementation import Implementation
 
 # XLA's CPU products of bf16 and int8 are several times slower with fewer rows than this.
 MIN_ROWS = 8
-# A tile's keys and values should stay in a core's cache: 16 rows of 64 tokens, or one row of 256.
-DECODE_TILE = (16, 4)
-CHUNK_TILE = (1, 16)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class StepSpec:
         format_names: KV formats the step reads and writes; format ids are indices into it. A format's tail is in it.
         shape: slots of the step.
         max_pages: pages of the longest sequence.
+        implementation: of the kernels.
+        interpret: whether kernels are interpreted; None: if this platform cannot compile them.
     """
 
     model: CausalLM
@@ -44,6 +46,8 @@ class StepSpec:
     format_names: tuple[str, ...]
     shape: StepShape
     max_pages: int
+    implementation: Implementation = "xla"
+    interpret: bool | None = None
 
     @property
     def formats(self) -> tuple[KVFormat, ...]:
@@ -54,36 +58,45 @@ class StepSpec:
         return next(tail for tail in self.formats if tail.name == kv_format.tail)
 
     @property
-    def token_formats(self) -> dict[int, TokenFormat]:
+    def token_formats(self) -> dict[int, KVFormat]:
         """Format id -> format, of those that encode token by token."""
-        return {i: f for i, f in enumerate(self.formats) if isinstance(f, TokenFormat)}
+        return {i: f for i, f in enumerate(self.formats) if f.tail is None}
 
     @property
     def paged_formats(self) -> dict[int, KVFormat]:
         """Format id -> format, of those that encode whole pages."""
-        return {i: f for i, f in enumerate(self.formats) if not isinstance(f, TokenFormat)}
+        return {i: f for i, f in enumerate(self.formats) if f.tail is not None}
+
+    @property
+    def query_dtype(self) -> jnp.dtype:
+        """What attention kernels take their products in: f32 where the weights are kept so, and on a CPU."""
+        exact = self.model.weights == "fp32" or self.implementation == "xla"
+        return jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
 
     @property
     def chunk_pages(self) -> int:
         return self.shape.chunk_tokens // self.geometry.page_size
 
     @property
-    def decode_tiles(self) -> TileShape:
-        rows, pages = DECODE_TILE
-        return self._tiles(self.shape.rows, min(rows, self.shape.rows), pages)
+    def decode_attention(self) -> AttentionSpec:
+        """The decode rows' attention to their cached tokens."""
+        return self._attention(self.shape.rows)
 
     @property
-    def chunk_tiles(self) -> TileShape:
-        return self._tiles(self.chunk_pages, *CHUNK_TILE)
+    def chunk_attention(self) -> AttentionSpec:
+        """The chunks' attention to their cached tokens."""
+        return self._attention(self.chunk_pages, self.shape.chunk_tokens)
 
-    def _tiles(self, num_rows: int, rows: int, pages: int) -> TileShape:
-        return TileShape(
-            num_rows=num_rows,
-            max_pages=self.max_pages,
-            rows=rows,
-            pages=pages,
-            num_formats=len(self.format_names),
+    def _attention(self, num_rows: int, num_queries: int | None = None) -> AttentionSpec:
+        return AttentionSpec(
+            self.geometry,
+            self.formats,
+            num_rows,
+            self.max_pages,
+            num_queries,
             segments_per_row=2 if self.paged_formats else 1,
+            implementation=self.implementation,
+            interpret=self.interpret,
         )
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from fineserve_jax.models.transformer import RopeTables
 from fineserve_jax.pallas_kernels.formats import PageWords
-from fineserve_jax.pallas_kernels.xla.write import requantise, write_pages, write_tokens
+from fineserve_jax.pallas_kernels.writing import NOWHERE, requantise, write_pages, write_tokens
 from fineserve_jax.runner.attention import LayerAttention, LayerWords
-from fineserve_jax.runner.inputs import NOWHERE, StepInputs
+from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.sampler import Sampled, SamplingInputs, sample
 from fineserve_jax.runner.shapes import StepSpec
 
@@ -67,22 +67,22 @@ def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: S
 
     Donate the arena. Everything else reads it before this writes it.
     """
+    decode, chunk, closing = inputs.decode, inputs.chunk, inputs.closing
+    how: dict[str, Any] = {"implementation": spec.implementation, "interpret": spec.interpret}
     for i, kv_format in spec.token_formats.items():
         words = _stack([words.tokens[i] for words in layers])
-        pages = jnp.where(inputs.decode.format_ids == i, inputs.decode.pages, NOWHERE)
-        offsets = inputs.decode.positions % spec.geometry.page_size
-        arena = write_tokens(arena, words, pages, offsets, kv_format, spec.geometry)
-    if inputs.chunk is not None:
-        for i, page_format in enumerate(spec.formats):
+        pages = jnp.where(decode.format_ids == i, decode.pages, NOWHERE)
+        offsets = decode.positions % spec.geometry.page_size
+        arena = write_tokens(arena, words, pages, offsets, kv_format, spec.geometry, **how)
+    if chunk is not None:
+        for i, kv_format in enumerate(spec.formats):
             words = _stack([words.pages[i] for words in layers])
-            pages = jnp.where(inputs.chunk.written_format_ids == i, inputs.chunk.pages, NOWHERE)
-            arena = write_pages(arena, words, pages, page_format, spec.geometry)
-    closing = inputs.closing
-    for i, page_format in enumerate(spec.paged_formats.values()):
-        tail = spec.tail_of(page_format)
-        arena = requantise(
-            arena, closing.sources[i], closing.targets[i], closing.counts[i], tail, page_format, spec.geometry
-        )
+            pages = jnp.where(chunk.written_format_ids == i, chunk.pages, NOWHERE)
+            arena = write_pages(arena, words, pages, kv_format, spec.geometry, **how)
+    for i, kv_format in enumerate(spec.paged_formats.values()):
+        pages_and_count = closing.sources[i], closing.targets[i], closing.counts[i]
+        formats = spec.tail_of(kv_format), kv_format
+        arena = requantise(arena, *pages_and_count, *formats, spec.geometry, **how)
     return arena
 
 
@@ -91,4 +91,4 @@ def _apply(module: nn.Module, params: Params, *arguments: Any, **options: Any) -
 
 
 def _stack(layers: list[PageWords]) -> PageWords:
-    return PageWords(*(jnp.stack(parts) for parts in zip(*layers, strict=True)))
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)

@@ -1,54 +1,77 @@
-"""What a KV format is: how vectors of keys and values become 16-bit words, and back."""
+"""What a KV format is: how vectors of keys and values become 16-bit words, and back.
 
+All of a format's code is elementwise, but for minima and maxima over a page's tokens or a vector's channels. So the
+same code runs on whole batches in XLA, on a tile inside a Triton kernel and on a vector register inside a Mosaic one.
+"""
+
+import enum
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
+Planes = tuple[jax.Array, ...]
+
+
+class Aux(enum.Enum):
+    """What the numbers of one auxiliary part of a page and head stand for: one for every ..."""
+
+    TOKEN = "token"  # [..., T, 1]
+    CHANNEL = "channel"  # [..., 1, width], the channels of one plane
+    PAGE = "page"  # [..., 1, 1]
+
 
 class PageWords(NamedTuple):
-    """Encoded pages of one layer. Axes before `pages` are free (kernels put rows there).
+    """Encoded pages. Leading axes are free: heads, pages, rows, or none.
 
     Attributes:
-        k: u16[..., kv_heads, pages, T, W], the words of the keys.
-        v: u16[..., kv_heads, pages, T, W], the words of the values.
-        aux: u16[..., pages, aux_words], scales and whatever else the format needs to decode a page.
+        k, v: u16[..., T, width] each, `KVFormat.word_parts` of them: the words of the keys and of the values.
+        aux: u16[...] each, as `KVFormat.aux` lists them: [..., T, 1], [..., 1, width] or [..., 1, 1].
     """
 
-    k: jax.Array
-    v: jax.Array
-    aux: jax.Array
+    k: Planes
+    v: Planes
+    aux: Planes
 
 
 class PageVectors(NamedTuple):
-    """Keys and values as far as reading needs to undo their encoding. Axes as in `PageWords`.
+    """Keys and values as far as reading needs to undo their encoding. Leading axes are free.
 
     A vector lies in planes, contiguous slices of it. Where one scale covers a whole vector it stays a factor, because
     it can multiply a logit or a weight instead of every value: key = concat(k) * k_scale, value = concat(v) * v_scale +
     v_offset. None: no such factor.
 
     Attributes:
-        k, v: f32[..., kv_heads, pages, T, head_dim / planes] each; of `v`, integers if there is a scale.
-        k_scale, v_scale, v_offset: f32[..., kv_heads, pages, T].
+        k, v: f32[..., T, width], `KVFormat.planes` of them; of `v`, finite for any words if there is a scale.
+        k_scale, v_scale, v_offset: f32[..., T, 1].
     """
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: Planes
+    v: Planes
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
     v_offset: jax.Array | None = None
 
     def join(self) -> tuple[jax.Array, jax.Array]:
-        """Keys and values, f32[..., kv_heads, pages, T, head_dim]."""
-        k, v = jnp.concatenate(self.k, axis=-1), jnp.concatenate(self.v, axis=-1)
+        """Keys and values, f32[..., T, head_dim]."""
+        k, v = self.scaled_planes()
+        return jnp.concatenate(k, axis=-1), jnp.concatenate(v, axis=-1)
+
+    def scaled_planes(self) -> tuple[Planes, Planes]:
+        """The planes of keys and of values, scales and offsets applied."""
+        k, v = self.k, self.v
         if self.k_scale is not None:
-            k = k * self.k_scale[..., None]
+            k = tuple(plane * self.k_scale for plane in k)
         if self.v_scale is not None:
-            v = v * self.v_scale[..., None]
-        return k, v if self.v_offset is None else v + self.v_offset[..., None]
+            v = tuple(plane * self.v_scale for plane in v)
+        if self.v_offset is not None:
+            v = tuple(plane + self.v_offset for plane in v)
+        return k, v
 
 
 class KVFormat(ABC):
@@ -57,54 +80,103 @@ class KVFormat(ABC):
     Attributes:
         name: what users write, e.g. "int8".
         value_bits: bits of one stored value, scales not counted; a power of two from 1 to 32.
-        tail: None if every token is encoded by itself. Otherwise the name of the (token-wise) format that holds a
-            page's tokens until the page is full and can be encoded as a whole.
+        aux: the auxiliary parts of a page and head, in the order in which they lie in the page.
+        tail: None if every token is encoded by itself (all `aux` are then per token). Otherwise the name of the
+            token-wise format that holds a page's tokens until the page is full and can be encoded as a whole.
     """
 
     name: str
     value_bits: int
+    aux: tuple[Aux, ...] = ()
     tail: str | None = None
 
-    def vector_words(self, geometry: PageGeometry) -> int:
-        """Words (W) of one head vector."""
-        return geometry.head_dim * self.value_bits // 16
-
     @abstractmethod
-    def aux_words(self, geometry: PageGeometry) -> int:
-        """Words of scales and the like a page needs per layer.
+    def encode(self, k: Planes, v: Planes) -> PageWords:
+        """Encodes vectors that are in the format's basis. `k`, `v`: `planes` of f32[..., T, width]."""
 
-        A token-wise format has `aux_planes` numbers per token and head, laid out `[aux_planes, kv_heads, T]`, so that
-        a single token's can be written by itself.
+    def read_aux(self, aux: Planes) -> Planes:
+        """The auxiliary parts, u16, as the numbers that `unpack` needs, f32 of shapes that broadcast alike.
+
+        Apart from `unpack` so that XLA can be kept from computing a scale again for each value it covers.
         """
+        return ()
 
     @abstractmethod
-    def encode(self, geometry: PageGeometry, k: jax.Array, v: jax.Array) -> PageWords:
-        """Encodes pages.
+    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
+        """What words stand for, in the format's own basis (see `rotation`), scales left as factors.
 
         Args:
-            geometry: `geometry.page_size` tokens a page; token-wise formats also take pages of one token.
-            k, v: f32[..., kv_heads, pages, T, head_dim].
+            k, v: the words, u16[..., T, width].
+            numbers: what `read_aux` gave. Kernels may have spread the parts to any shape that broadcasts, [T, width]
+                included, so this must not rely on their shapes.
         """
 
-    @abstractmethod
-    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
-        """What `words` stand for, in the format's own basis (see `to_basis`), scales left as factors."""
+    def rotation(self, head_dim: int) -> np.ndarray | None:
+        """f32[head_dim, head_dim], orthogonal: vector @ rotation is how this format keeps it. None: as it is.
 
-    def decode(self, geometry: PageGeometry, words: PageWords) -> tuple[jax.Array, jax.Array]:
-        """The f32[..., kv_heads, pages, T, head_dim] keys and values that `words` stand for, in the format's basis."""
-        return self.unpack(geometry, words).join()
+        A rotation can make the quantisation error smaller. Logits need only the query rotated too, and attention is
+        linear in the values, so both ways are taken once per query and not once per token.
+        """
+        return None
 
     def to_basis(self, vectors: jax.Array) -> jax.Array:
-        """Maps f32[..., head_dim] from the model's basis to the one this format keeps keys and values in.
-
-        A format may keep them rotated, for a smaller quantisation error. Logits need only the query in the same basis,
-        and attention is linear in the values, so both ways are taken once per query and not once per token.
-        """
-        return vectors
+        """Maps f32[..., head_dim] from the model's basis to the format's."""
+        rotation = self.rotation(vectors.shape[-1])
+        return vectors if rotation is None else jnp.matmul(vectors, rotation, precision=lax.Precision.HIGHEST)
 
     def from_basis(self, vectors: jax.Array) -> jax.Array:
-        """The inverse of `to_basis`, which is orthogonal."""
-        return vectors
+        """The inverse of `to_basis`."""
+        rotation = self.rotation(vectors.shape[-1])
+        return vectors if rotation is None else jnp.matmul(vectors, rotation.T, precision=lax.Precision.HIGHEST)
+
+    def encode_vectors(self, k: jax.Array, v: jax.Array) -> PageWords:
+        """Encodes f32[..., T, head_dim] keys and values of the model's basis."""
+        k_planes, v_planes = (jnp.split(self.to_basis(part), self.planes, axis=-1) for part in (k, v))
+        return self.encode(tuple(k_planes), tuple(v_planes))
+
+    def decode_vectors(self, words: PageWords) -> tuple[jax.Array, jax.Array]:
+        """The f32[..., T, head_dim] keys and values, in the model's basis, that `words` stand for."""
+        k, v = self.unpack(words.k, words.v, self.read_aux(words.aux)).join()
+        return self.from_basis(k), self.from_basis(v)
+
+    # -- sizes -------------------------------------------------------------------------------------------------
+
+    @property
+    def planes(self) -> int:
+        """Values that share a word."""
+        return max(1, 16 // self.value_bits)
+
+    @property
+    def word_parts(self) -> int:
+        """Words that share a value."""
+        return max(1, self.value_bits // 16)
+
+    def width(self, geometry: PageGeometry) -> int:
+        """Values of a plane, and words of a word part, of one head vector."""
+        return geometry.head_dim // self.planes
+
+    def vector_words(self, geometry: PageGeometry) -> int:
+        """Words (W) of one head vector: `word_parts` parts of `width`."""
+        return geometry.head_dim * self.value_bits // 16
+
+    def block_words(self, geometry: PageGeometry) -> int:
+        """Words of a head's keys in a page, T x W; as many hold its values."""
+        return geometry.page_size * self.vector_words(geometry)
+
+    def aux_sizes(self, geometry: PageGeometry) -> tuple[int, ...]:
+        """Words of each auxiliary part of a page and head."""
+        sizes = {Aux.TOKEN: geometry.page_size, Aux.CHANNEL: self.width(geometry), Aux.PAGE: 1}
+        return tuple(sizes[part] for part in self.aux)
+
+    def aux_starts(self, geometry: PageGeometry) -> tuple[int, ...]:
+        """Where in a page's layer each auxiliary part begins, in words; there it lies head after head."""
+        values = 2 * geometry.kv_heads * self.block_words(geometry)
+        sizes = self.aux_sizes(geometry)
+        return tuple(values + geometry.kv_heads * sum(sizes[:i]) for i in range(len(sizes)))
+
+    def words_per_layer(self, geometry: PageGeometry) -> int:
+        """Words that hold something: a layer of a page without its padding."""
+        return geometry.kv_heads * (2 * self.block_words(geometry) + sum(self.aux_sizes(geometry)))
 
     def units_per_layer(self, geometry: PageGeometry) -> int:
         """Arena units of one layer of a page."""
@@ -114,39 +186,7 @@ class KVFormat(ABC):
         """Arena units of a page, all layers."""
         return geometry.num_layers * self.units_per_layer(geometry)
 
-    def words_per_layer(self, geometry: PageGeometry) -> int:
-        """Words that hold something: a layer of a page without its padding."""
-        values = 2 * geometry.kv_heads * geometry.page_size * self.vector_words(geometry)
-        return values + self.aux_words(geometry)
-
     def bits_per_value(self, geometry: PageGeometry) -> float:
         """Bits a cached value costs, scales and padding counted."""
         values = 2 * geometry.kv_heads * geometry.page_size * geometry.head_dim
         return 16 * self.units_per_layer(geometry) * geometry.unit_words / values
-
-
-class TokenFormat(KVFormat):
-    """A format whose tokens are encoded one by one.
-
-    Attributes:
-        aux_planes: 16-bit numbers kept per token and head besides the values.
-    """
-
-    aux_planes: int = 0
-
-    def aux_words(self, geometry: PageGeometry) -> int:
-        return self.aux_planes * geometry.kv_heads * geometry.page_size
-
-    def join_aux(self, planes: list[jax.Array], k: jax.Array) -> jax.Array:
-        """Planes of u16[..., kv_heads, pages, T] as one u16[..., pages, aux_words]; `k` gives the shape of none."""
-        if not planes:
-            *lead, _, pages, _, _ = k.shape
-            return jnp.zeros((*lead, pages, 0), jnp.uint16)
-        stacked = jnp.stack([jnp.moveaxis(plane, -2, -3) for plane in planes], axis=-3)
-        return stacked.reshape(*stacked.shape[:-3], -1)
-
-    def split_aux(self, geometry: PageGeometry, aux: jax.Array) -> list[jax.Array]:
-        """The inverse of `join_aux`."""
-        shape = (*aux.shape[:-1], self.aux_planes, geometry.kv_heads, geometry.page_size)
-        planes = aux.reshape(shape)
-        return [jnp.moveaxis(planes[..., i, :, :], -3, -2) for i in range(self.aux_planes)]

@@ -3,39 +3,45 @@
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats.base import PageVectors, PageWords, TokenFormat
+from fineserve_jax.pallas_kernels.formats.base import Aux, KVFormat, PageVectors, PageWords, Planes
 from fineserve_jax.pallas_kernels.formats.packing import (
     bf16_to_words,
+    largest,
+    nearest_codes,
     pack_planar,
-    settled,
     unpack_signed,
     words_to_f32,
 )
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
 LARGEST = 127
 # The smallest scale: keeps an all-zero vector from dividing by zero, and is a normal bf16.
 SMALLEST_SCALE = 2.0**-100
 
 
-class Int8(TokenFormat):
+class Int8(KVFormat):
     """x ~ scale * q, q in [-127, 127], scale = max|x| / 127 rounded to bf16; q is chosen for the rounded scale."""
 
     name = "int8"
     value_bits = 8
-    aux_planes = 2  # the scales of K, then of V
+    aux = (Aux.TOKEN, Aux.TOKEN)  # the scales of K, then of V
 
-    def encode(self, geometry: PageGeometry, k: jax.Array, v: jax.Array) -> PageWords:
-        k_words, k_scale = self._quantise(k)
-        v_words, v_scale = self._quantise(v)
-        return PageWords(k_words, v_words, self.join_aux([k_scale, v_scale], k))
+    def encode(self, k: Planes, v: Planes) -> PageWords:
+        k_words, k_scale = _quantise(k)
+        v_words, v_scale = _quantise(v)
+        return PageWords((k_words,), (v_words,), (k_scale, v_scale))
 
-    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
-        k_scale, v_scale = settled(*(words_to_f32(scale) for scale in self.split_aux(geometry, words.aux)))
-        return PageVectors(unpack_signed(words.k, 8), unpack_signed(words.v, 8), k_scale, v_scale)
+    def read_aux(self, aux: Planes) -> Planes:
+        return tuple(words_to_f32(scale) for scale in aux)
 
-    def _quantise(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale = jnp.maximum(jnp.max(jnp.abs(values), axis=-1) / LARGEST, SMALLEST_SCALE)
-        scale_words = bf16_to_words(scale)
-        quantised = jnp.round(values / words_to_f32(scale_words)[..., None])
-        return pack_planar(jnp.clip(quantised, -LARGEST, LARGEST).astype(jnp.int32), 8), scale_words
+    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
+        k_scale, v_scale = numbers
+        return PageVectors(unpack_signed(k[0], 8), unpack_signed(v[0], 8), k_scale, v_scale)
+
+
+def _quantise(planes: Planes) -> tuple[jax.Array, jax.Array]:
+    """The words of f32[..., T, width] planes, and the bits of their scales, u16[..., T, 1]."""
+    scale = jnp.maximum(largest(tuple(jnp.abs(plane) for plane in planes)) / LARGEST, SMALLEST_SCALE)
+    scale_words = bf16_to_words(scale)
+    scale = words_to_f32(scale_words)
+    codes = tuple(nearest_codes(plane / scale, -LARGEST, LARGEST) for plane in planes)
+    return pack_planar(codes, 8), scale_words

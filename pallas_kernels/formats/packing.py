@@ -1,41 +1,58 @@
-"""Small integers in 16-bit words, planar.
+"""Small integers in 16-bit words, planar; and reductions over vectors that lie in planes.
 
 Word w of a vector of D values packed n to a word holds the values w, w + D/n, w + 2D/n, ... in its bits from the
 lowest up, so each of the n planes unpacks to a contiguous slice of the vector.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-
-def pack_planar(values: jax.Array, bits: int) -> jax.Array:
-    """Packs the last axis. `values`: integers of which the lowest `bits` count, [..., D] -> u16[..., D * bits / 16]."""
-    planes = 16 // bits
-    width = values.shape[-1] // planes
-    low = values.astype(jnp.uint16) & jnp.uint16((1 << bits) - 1)
-    word = low[..., :width]
-    for plane in range(1, planes):
-        word |= low[..., plane * width : (plane + 1) * width] << jnp.uint16(plane * bits)
-    return word
+from fineserve_jax.pallas_kernels.formats.base import Planes
 
 
-def unpack_unsigned(words: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """u16[..., W] -> the planes, f32[..., W] each, of integers in [0, 2**bits)."""
+def pack_planar(planes: Planes, bits: int) -> jax.Array:
+    """Integers of which the lowest `bits` count, 16 / bits planes of i32[..., width] -> u16[..., width]."""
+    low = [plane & ((1 << bits) - 1) for plane in planes]
+    shifted = [plane << i * bits for i, plane in enumerate(low)]
+    return functools.reduce(jnp.bitwise_or, shifted).astype(jnp.uint16)
+
+
+def nearest_codes(values: jax.Array, least: int, most: int) -> jax.Array:
+    """f32 values clipped to [least, most], within +-2**21, and rounded half to even: i32 codes.
+
+    `jnp.round` has no lowering in Triton. An f32 of 1.5 * 2**23 has no bits left for a fraction, so adding it rounds as
+    the hardware does, and leaves the code in the lowest bits.
+    """
+    shift = 1.5 * 2**23
+    bits = lax.bitcast_convert_type(jnp.clip(values, least, most) + jnp.float32(shift), jnp.int32)
+    return bits - int(np.float32(shift).view(np.int32))
+
+
+def unpack_unsigned(words: jax.Array, bits: int) -> Planes:
+    """u16[..., width] -> the planes, f32[..., width] each, of integers in [0, 2**bits)."""
     wide = words.astype(jnp.int32)
     return tuple((wide >> shift & (1 << bits) - 1).astype(jnp.float32) for shift in range(0, 16, bits))
 
 
-def unpack_signed(words: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """u16[..., W] -> the planes, f32[..., W] each, of integers in [-2**(bits-1), 2**(bits-1))."""
+def unpack_signed(words: jax.Array, bits: int) -> Planes:
+    """u16[..., width] -> the planes, f32[..., width] each, of integers in [-2**(bits-1), 2**(bits-1))."""
     wide = words.astype(jnp.int32)
     shifts = range(0, 16, bits)
     return tuple((wide << (32 - bits - shift) >> (32 - bits)).astype(jnp.float32) for shift in shifts)
 
 
-def settled(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The same arrays, computed once. XLA would fuse them into their use, and compute a scale again for each value."""
-    return lax.optimization_barrier(arrays)
+def largest(planes: Planes) -> jax.Array:
+    """The largest value of each vector, f32[..., 1]."""
+    return jnp.max(functools.reduce(jnp.maximum, planes), axis=-1, keepdims=True)
+
+
+def smallest(planes: Planes) -> jax.Array:
+    """The smallest value of each vector, f32[..., 1]."""
+    return -largest(tuple(-plane for plane in planes))
 
 
 def bf16_to_words(values: jax.Array) -> jax.Array:

@@ -1,41 +1,46 @@
 """Formats that quantise nothing beyond floating-point rounding: bf16, fp16, and fp32 for tests of exactness."""
 
+from abc import abstractmethod
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import PageVectors, PageWords, TokenFormat
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
 from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, words_to_f32
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
 FP16_MAX = 65504.0
+FP16_STEP = 2.0**-24  # of its subnormal numbers
+FP16_BIAS = 127 - 15  # of f32's exponent over fp16's
 
 
-class WideFormat(TokenFormat):
+class WideFormat(KVFormat):
     """Words are the numbers' own bits; nothing besides."""
 
-    def encode(self, geometry: PageGeometry, k: jax.Array, v: jax.Array) -> PageWords:
-        return PageWords(self.to_words(k), self.to_words(v), self.join_aux([], k))
+    def encode(self, k: Planes, v: Planes) -> PageWords:
+        return PageWords(self.to_words(*k), self.to_words(*v), ())
 
-    def unpack(self, geometry: PageGeometry, words: PageWords) -> PageVectors:
-        return PageVectors((self.to_f32(words.k),), (self.to_f32(words.v),))
+    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
+        return PageVectors((self.to_f32(*k),), (self.to_f32(*v),))
 
-    def to_words(self, values: jax.Array) -> jax.Array:
-        raise NotImplementedError
+    @abstractmethod
+    def to_words(self, values: jax.Array) -> Planes:
+        """f32 -> the word parts, u16 of the same shape each."""
 
-    def to_f32(self, words: jax.Array) -> jax.Array:
-        raise NotImplementedError
+    @abstractmethod
+    def to_f32(self, *parts: jax.Array) -> jax.Array:
+        """The inverse of `to_words`."""
 
 
 class BFloat16(WideFormat):
     name = "bf16"
     value_bits = 16
 
-    def to_words(self, values: jax.Array) -> jax.Array:
-        return bf16_to_words(values)
+    def to_words(self, values: jax.Array) -> Planes:
+        return (bf16_to_words(values),)
 
-    def to_f32(self, words: jax.Array) -> jax.Array:
-        return words_to_f32(words)
+    def to_f32(self, *parts: jax.Array) -> jax.Array:
+        return words_to_f32(*parts)
 
 
 class Float16(WideFormat):
@@ -44,12 +49,12 @@ class Float16(WideFormat):
     name = "fp16"
     value_bits = 16
 
-    def to_words(self, values: jax.Array) -> jax.Array:
+    def to_words(self, values: jax.Array) -> Planes:
         clipped = jnp.clip(values, -FP16_MAX, FP16_MAX)
-        return lax.bitcast_convert_type(clipped.astype(jnp.float16), jnp.uint16)
+        return (lax.bitcast_convert_type(clipped.astype(jnp.float16), jnp.uint16),)
 
-    def to_f32(self, words: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(words, jnp.float16).astype(jnp.float32)
+    def to_f32(self, *parts: jax.Array) -> jax.Array:
+        return fp16_words_to_f32(*parts)
 
 
 class Float32(WideFormat):
@@ -58,10 +63,21 @@ class Float32(WideFormat):
     name = "fp32"
     value_bits = 32
 
-    def to_words(self, values: jax.Array) -> jax.Array:
+    def to_words(self, values: jax.Array) -> Planes:
         bits = lax.bitcast_convert_type(values, jnp.uint32)
-        return jnp.concatenate([bits >> 16, bits & 0xFFFF], axis=-1).astype(jnp.uint16)
+        return (bits >> 16).astype(jnp.uint16), (bits & 0xFFFF).astype(jnp.uint16)
 
-    def to_f32(self, words: jax.Array) -> jax.Array:
-        upper, lower = jnp.split(words.astype(jnp.uint32), 2, axis=-1)
+    def to_f32(self, *parts: jax.Array) -> jax.Array:
+        upper, lower = (part.astype(jnp.uint32) for part in parts)
         return lax.bitcast_convert_type(upper << 16 | lower, jnp.float32)
+
+
+def fp16_words_to_f32(words: jax.Array) -> jax.Array:
+    """fp16 bits, u16 -> the number, f32: bit by bit, because not every chip that runs the kernels knows fp16."""
+    bits = words.astype(jnp.int32)
+    magnitude = bits & 0x7FFF
+    subnormal = lax.bitcast_convert_type(magnitude.astype(jnp.float32) * FP16_STEP, jnp.int32)
+    normal = (magnitude << 13) + (FP16_BIAS << 23)
+    infinite = magnitude << 13 | 0xFF << 23  # or NaN
+    magnitude = jnp.where(magnitude < 1 << 10, subnormal, jnp.where(magnitude < 31 << 10, normal, infinite))
+    return lax.bitcast_convert_type(magnitude | (bits & 0x8000) << 16, jnp.float32)

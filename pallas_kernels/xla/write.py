@@ -1,7 +1,4 @@
-"""Writing the arena: new tokens, whole pages, and pages that change format.
-
-All of these take the arena and return it changed; jit them with the arena donated, and the change is in place.
-"""
+"""Writing the arena as XLA scatters: new tokens, whole pages, and pages that change format."""
 
 import math
 
@@ -9,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords, TokenFormat
+from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords, Planes
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
 
@@ -21,30 +18,24 @@ def write_tokens(
     words: PageWords,
     pages: jax.Array,
     offsets: jax.Array,
-    kv_format: TokenFormat,
+    kv_format: KVFormat,
     geometry: PageGeometry,
 ) -> jax.Array:
-    """Writes one token into each of N pages.
-
-    Args:
-        arena: u16[num_units, unit_words].
-        words: of pages of one token: k and v of u16[layers, kv_heads, N, 1, W], aux of u16[layers, N, planes * heads].
-        pages: i32[N], first units; a token whose page is `num_units` or more is not written.
-        offsets: i32[N], the token's place in its page.
-    """
-    layers, kv_heads, _, _, width = words.k.shape
-    page_size = geometry.page_size
+    """Writes one token into each of N pages. See `writing.write_tokens`."""
+    layers, kv_heads, *_ = words.k[0].shape
+    page_size, vector = geometry.page_size, kv_format.vector_words(geometry)
     first = pages + jnp.arange(layers, dtype=jnp.int32)[:, None] * kv_format.units_per_layer(geometry)
-    heads = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
-    block = kv_heads * page_size * width
-    for values, start in ((words.k, 0), (words.v, block)):
-        address = start + (heads * page_size + offsets) * width
-        arena = _write_runs(arena, values[:, :, :, 0], first[:, None], address)
-    if kv_format.aux_planes:
-        rows = jnp.arange(kv_format.aux_planes * kv_heads, dtype=jnp.int32)[:, None]
-        address = 2 * block + rows * page_size + offsets
-        arena = _write_runs(arena, words.aux.swapaxes(1, 2)[..., None], first[:, None], address)
-    return arena
+    token = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * page_size + offsets
+    parts = [(_joined(words.k), 0, vector), (_joined(words.v), kv_heads * kv_format.block_words(geometry), vector)]
+    parts += [(part, start, 1) for part, start in zip(words.aux, kv_format.aux_starts(geometry), strict=True)]
+    units = arena.reshape(len(arena), -1)
+    for values, start, width in parts:
+        units = _write_runs(units, values[:, :, :, 0], first[:, None], start + token * width)
+    return units.reshape(arena.shape)
+
+
+def _joined(parts: Planes) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def _write_runs(arena: jax.Array, runs: jax.Array, units: jax.Array, address: jax.Array) -> jax.Array:
@@ -67,22 +58,16 @@ def _write_runs(arena: jax.Array, runs: jax.Array, units: jax.Array, address: ja
 def write_pages(
     arena: jax.Array, words: PageWords, pages: jax.Array, kv_format: KVFormat, geometry: PageGeometry
 ) -> jax.Array:
-    """Writes whole pages, all layers.
-
-    Args:
-        arena: u16[num_units, unit_words].
-        words: k and v of u16[layers, kv_heads, pages, T, W], aux of u16[layers, pages, aux_words].
-        pages: i32[pages], first units; a page at `num_units` or beyond is not written.
-    """
-    layers, _, count, _, _ = words.k.shape
+    """Writes whole pages, all layers. See `writing.write_pages`."""
+    layers, _, count, *_ = words.k[0].shape
     units_per_layer = kv_format.units_per_layer(geometry)
-    blocks = [part.swapaxes(1, 2).reshape(layers, count, -1) for part in (words.k, words.v)]
-    content = jnp.concatenate([*blocks, words.aux], axis=-1)
+    parts = [part.swapaxes(1, 2) for part in (_joined(words.k), _joined(words.v), *words.aux)]
+    content = jnp.concatenate([part.reshape(layers, count, -1) for part in parts], axis=-1)
     padding = units_per_layer * geometry.unit_words - content.shape[-1]
-    rows = jnp.pad(content, [(0, 0), (0, 0), (0, padding)]).reshape(layers, count, units_per_layer, -1)
+    rows = jnp.pad(content, [(0, 0), (0, 0), (0, padding)])
     layer_starts = jnp.arange(layers, dtype=jnp.int32)[:, None, None] * units_per_layer
     units = pages[:, None] + layer_starts + jnp.arange(units_per_layer, dtype=jnp.int32)
-    return arena.at[units].set(rows, mode="drop")
+    return arena.at[units].set(rows.reshape(*units.shape, *geometry.unit_shape), mode="drop")
 
 
 def requantise(
@@ -94,22 +79,18 @@ def requantise(
     target_format: KVFormat,
     geometry: PageGeometry,
 ) -> jax.Array:
-    """Reads full pages in one format and writes what they hold to other pages in another.
-
-    Args:
-        sources, targets: i32[N], first units; N is a multiple of `PAGES_AT_A_TIME`.
-        count: i32[], how many of them count.
-    """
+    """Reads full pages in one format and writes what they hold to other pages in another. See `writing.requantise`."""
     layers = jnp.arange(geometry.num_layers, dtype=jnp.int32)[:, None]
+    padding = [(0, -len(sources) % PAGES_AT_A_TIME)]
+    sources, targets = jnp.pad(sources, padding), jnp.pad(targets, padding)
 
     def convert(step: jax.Array, arena: jax.Array) -> jax.Array:
         start = step * PAGES_AT_A_TIME
         source, target = (lax.dynamic_slice(pages, (start,), (PAGES_AT_A_TIME,)) for pages in (sources, targets))
-        target = jnp.where(start + jnp.arange(PAGES_AT_A_TIME) < count, target, arena.shape[0])
+        target = jnp.where(start + jnp.arange(PAGES_AT_A_TIME) < count, target, len(arena))
         source = jnp.broadcast_to(source, (geometry.num_layers, PAGES_AT_A_TIME))
         words = gather_page_layers(arena, source, layers, source_format, geometry)
-        vectors = [source_format.from_basis(part) for part in source_format.decode(geometry, words)]
-        encoded = target_format.encode(geometry, *vectors)
+        encoded = target_format.encode_vectors(*source_format.decode_vectors(words))
         return write_pages(arena, encoded, target, target_format, geometry)
 
     return lax.fori_loop(0, -(-count // PAGES_AT_A_TIME), convert, arena)

@@ -1,49 +1,82 @@
-"""What the kernel tests share: geometries, the public functions jitted, arenas full of NaN, and oracles in float64.
+"""What the kernel tests share: geometries, formats, the public functions jitted, arenas full of NaN, float64 oracles.
 
 A change of a public signature needs an edit only here.
 """
 
 import functools
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from fineserve_jax.pallas_kernels.formats import FORMATS, PageWords, TokenFormat
-from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
+from fineserve_jax.pallas_kernels import attention as attention_module
+from fineserve_jax.pallas_kernels import writing
+from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, PageWords
+from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.xla import chunk as chunk_kernel
-from fineserve_jax.pallas_kernels.xla import decode as decode_kernel
-from fineserve_jax.pallas_kernels.xla import write as write_kernels
+from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
 from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
-from fineserve_jax.pallas_kernels.xla.tiles import BatchSegment, plan_tiles
+from fineserve_jax.pallas_kernels.xla.within import attend_within as attend_within_function
 
+ROOT = Path(__file__).parents[2]
 NAN_WORD = 0xFFFF  # NaN as bf16 and as fp16; two of them are NaN as fp32; NaN as any scale or level
 FAR_AWAY = 2**30  # a page far beyond every arena, as padding uses it
 TOLERANCE = 1e-5  # of attention in float32 against float64: norm of the difference over norm
 
 
-def make_geometry(kv_heads: int, head_dim: int, page_size: int = 16, num_layers: int = 2) -> PageGeometry:
-    return PageGeometry(num_layers, kv_heads, head_dim, page_size, choose_unit_words(head_dim, page_size))
+# -- geometries and formats --------------------------------------------------------------------------------
+
+
+def make_geometry(
+    kv_heads: int, head_dim: int, page_size: int = 16, num_layers: int = 2, *, tpu: bool = False
+) -> PageGeometry:
+    return PageGeometry(num_layers, kv_heads, head_dim, page_size, choose_unit_words(head_dim, page_size, tpu=tpu))
 
 
 SMALL = make_geometry(kv_heads=2, head_dim=64)
+SMALL_TPU = make_geometry(kv_heads=2, head_dim=64, tpu=True)
 GEOMETRIES = (
     SMALL,
     make_geometry(kv_heads=3, head_dim=96, page_size=32),
     make_geometry(kv_heads=8, head_dim=128),
     make_geometry(kv_heads=1, head_dim=256, page_size=32),
+    SMALL_TPU,
 )
+assert SMALL_TPU.unit_shape == TPU_TILE
 PAGES = 8  # pages that tests encode at once: one number, so that they share compiled programs
-TOKEN_FORMATS = {name: f for name, f in FORMATS.items() if isinstance(f, TokenFormat)}
 
-every_format = pytest.mark.parametrize("kv_format", FORMATS.values(), ids=FORMATS)
+
+@functools.cache
+def example_int2() -> KVFormat:
+    """The format that an example adds outside the package: 8 values a word, of which the kernels know nothing."""
+    spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Int2()
+
+
+ALL_FORMATS: dict[str, KVFormat] = FORMATS | {"int2": example_int2()}
+TOKEN_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.tail is None}
+PAGE_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.tail is not None}
+
+
+def geometry_id(geometry: PageGeometry) -> str:
+    shape = f"{geometry.kv_heads}x{geometry.head_dim}x{geometry.page_size}"
+    return shape if len(geometry.unit_shape) == 1 else f"{shape} tpu"
+
+
+every_format = pytest.mark.parametrize("kv_format", ALL_FORMATS.values(), ids=ALL_FORMATS)
+every_registered_format = pytest.mark.parametrize("kv_format", FORMATS.values(), ids=FORMATS)
 every_token_format = pytest.mark.parametrize("kv_format", TOKEN_FORMATS.values(), ids=TOKEN_FORMATS)
-every_geometry = pytest.mark.parametrize(
-    "geometry", GEOMETRIES, ids=lambda g: f"{g.kv_heads}x{g.head_dim}x{g.page_size}"
-)
+every_page_format = pytest.mark.parametrize("kv_format", PAGE_FORMATS.values(), ids=PAGE_FORMATS)
+every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=geometry_id)
 
 
 def page_shape(geometry: PageGeometry) -> tuple[int, ...]:
@@ -64,33 +97,54 @@ class Stored(NamedTuple):
     v_own: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _store(kv_format, geometry, k, v):
-    words = kv_format.encode(geometry, k, v)
-    k, v = kv_format.decode(geometry, words)
-    return Stored(words, kv_format.from_basis(k), kv_format.from_basis(v), k, v)
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(kv_format, k, v):
+    return kv_format.encode_vectors(k, v)
 
 
-def store(kv_format, geometry, k, v) -> Stored:
-    """Encodes pages and reads them back."""
-    return jax.tree.map(np.asarray, _store(kv_format, geometry, k, v))
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(kv_format, words):
+    own = kv_format.unpack(words.k, words.v, kv_format.read_aux(words.aux)).join()
+    return *kv_format.decode_vectors(words), *own
 
 
-@functools.partial(jax.jit, static_argnames=("kv_format", "geometry"))
-def write_pages(arena, words, pages, kv_format, geometry):
-    return write_kernels.write_pages(arena, words, jnp.asarray(pages, jnp.int32), kv_format, geometry)
+def store(kv_format: KVFormat, k: np.ndarray, v: np.ndarray) -> Stored:
+    """Encodes f32[..., T, head_dim] and reads them back."""
+    words = _encode(kv_format, k, v)
+    return jax.tree.map(np.asarray, Stored(words, *_decode(kv_format, words)))
 
 
-@functools.partial(jax.jit, static_argnames=("kv_format", "geometry"))
-def write_tokens(arena, words, pages, offsets, kv_format, geometry):
-    pages, offsets = jnp.asarray(pages, jnp.int32), jnp.asarray(offsets, jnp.int32)
-    return write_kernels.write_tokens(arena, words, pages, offsets, kv_format, geometry)
+def _indices(*arrays) -> list[jax.Array]:
+    return [jnp.asarray(array, jnp.int32) for array in arrays]
 
 
-@functools.partial(jax.jit, static_argnames=("source", "target", "geometry"))
-def requantise(arena, sources, targets, count, source, target, geometry):
-    pages = (jnp.asarray(sources, jnp.int32), jnp.asarray(targets, jnp.int32))
-    return write_kernels.requantise(arena, *pages, count, source, target, geometry)
+@functools.partial(jax.jit, static_argnames=("kv_format", "geometry", "implementation"))
+def write_pages(arena, words, pages, kv_format, geometry, implementation="xla"):
+    return writing.write_pages(arena, words, *_indices(pages), kv_format, geometry, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("kv_format", "geometry", "implementation"))
+def write_tokens(arena, words, pages, offsets, kv_format, geometry, implementation="xla"):
+    places = _indices(pages, offsets)
+    return writing.write_tokens(arena, words, *places, kv_format, geometry, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("source", "target", "geometry", "implementation"))
+def requantise(arena, sources, targets, count, source, target, geometry, implementation="xla"):
+    pages = _indices(sources, targets, count)
+    return writing.requantise(arena, *pages, source, target, geometry, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("formats", "geometry", "implementation"))
+def commit(arena, k, v, pages, offsets, format_ids, formats, geometry, implementation="xla"):
+    places = _indices(pages, offsets, format_ids)
+    return writing.commit(arena, k, v, *places, formats, geometry, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("formats", "geometry", "implementation"))
+def commit_pages(arena, k, v, pages, format_ids, formats, geometry, implementation="xla"):
+    places = _indices(pages, format_ids)
+    return writing.commit_pages(arena, k, v, *places, formats, geometry, implementation=implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("kv_format", "geometry"))
@@ -101,80 +155,218 @@ def gather(arena, pages, kv_format, geometry) -> PageWords:
     return gather_page_layers(arena, pages, layers, kv_format, geometry)
 
 
-@functools.partial(jax.jit, static_argnames=("formats", "geometry"))
-def decode_attention(q, own_k, own_v, arena, tiles, layer, formats, geometry):
-    """q f32[rows, kv_heads, group, D] over each row's pages and its own token's k, v f32[rows, kv_heads, D]."""
-    logit = jnp.sum(q * own_k[:, :, None], axis=-1)
-    own = PartialAttention(logit, jnp.ones_like(logit), jnp.broadcast_to(own_v[:, :, None], q.shape))
-    return decode_kernel.extend_over_pages(own, q, arena, tiles, layer, formats, geometry).output()
+def paged_attention(spec, q, arena, tiles, layer, sinks=None) -> PartialAttention:
+    return _paged_attention(spec, q, arena, tiles, layer, sinks)  # all of them by position: one program
 
 
-@functools.partial(jax.jit, static_argnames=("formats", "geometry"))
-def chunk_attention(q, own_page, earlier_pages, chunk_of_page, arena, tiles, layer, formats, geometry):
-    """q f32[kv_heads, C, group, D] over each chunk's own and cached tokens."""
-    seen = chunk_kernel.attend_within(q, own_page, earlier_pages, chunk_of_page)
-    slots = jnp.repeat(chunk_of_page, geometry.page_size)
-    return chunk_kernel.extend_over_pages(seen, q, slots, arena, tiles, layer, formats, geometry).output()
+_paged_attention = jax.jit(attention_module.paged_attention, static_argnums=0)
+attend_within = jax.jit(attend_within_function)
 
 
 # -- cached tokens -----------------------------------------------------------------------------------------
 
 
+class Cached(NamedTuple):
+    """A row's cached tokens in one layer: positions [tokens], float64 k and v of [kv_heads, tokens, D]."""
+
+    positions: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+
 class Cache:
     """An arena of NaN, into which cached tokens of many rows are written at random places.
 
-    `kept[row]` lists what the row's cached tokens stand for: float64 k and v of [layers, kv_heads, tokens, D].
+    `kept[row]` lists what the row's cached tokens stand for, with all layers in front.
     """
 
-    MAX_SEGMENTS = 16  # of `PAGES` pages each
+    MAX_SEGMENTS = 24  # of `PAGES` pages each; a constant, since programs depend on the arena's size
 
-    def __init__(self, geometry: PageGeometry, rng: np.random.Generator) -> None:
-        self.geometry, self.rng = geometry, rng
-        self.formats = tuple(FORMATS.values())
+    def __init__(
+        self,
+        geometry: PageGeometry,
+        rng: np.random.Generator,
+        formats: Iterable[KVFormat] = tuple(ALL_FORMATS.values()),
+    ) -> None:
+        self.geometry, self.rng, self.formats = geometry, rng, tuple(formats)
         self.segments: list[BatchSegment] = []
-        self.kept: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.kept: dict[int, list[Cached]] = {}
         longest = max(f.page_units(geometry) for f in self.formats)
         # Unit 0 begins the null page; every other place holds a page of any format.
         num_places = 1 + self.MAX_SEGMENTS * PAGES
         self.places = list(rng.permutation(np.arange(1, num_places)) * longest)
-        self.arena = jnp.full((num_places * longest, geometry.unit_words), NAN_WORD, jnp.uint16)
+        self.arena = jnp.full((num_places * longest, *geometry.unit_shape), NAN_WORD, jnp.uint16)
 
-    def add(self, row: int, format_name: str, num_tokens: int) -> None:
-        """Caches further random tokens of the row; what its last page holds behind them is NaN where it can be."""
-        geometry, kv_format = self.geometry, FORMATS[format_name]
-        size = geometry.page_size
-        num_pages = -(-num_tokens // size)
+    def add(self, row: int, format_name: str, num_tokens: int, first_position: int | None = None) -> None:
+        """Caches random tokens of the row, behind those it has already unless said where.
+
+        What its last page holds behind them is NaN where it can be.
+        """
+        geometry, size = self.geometry, self.geometry.page_size
+        (format_id,) = (i for i, f in enumerate(self.formats) if f.name == format_name)
+        kv_format, num_pages = self.formats[format_id], -(-num_tokens // size)
         k, v = (self.rng.standard_normal(page_shape(geometry), np.float32) for _ in "kv")
         if kv_format.tail is None:
             behind = np.arange(PAGES * size).reshape(-1, size, 1) >= num_tokens
             k, v = np.where(behind, np.float32(np.nan), k), np.where(behind, np.float32(np.nan), v)
-        words, k, v, *_ = store(kv_format, geometry, k, v)
+        words, k, v, *_ = store(kv_format, k, v)
         pages = np.full(PAGES, FAR_AWAY, np.int32)
         pages[:num_pages] = [self.places.pop() for _ in range(num_pages)]
         self.arena = write_pages(self.arena, words, pages, kv_format, geometry)
         flat = (geometry.num_layers, geometry.kv_heads, -1, geometry.head_dim)
-        kept = tuple(np.asarray(part, np.float64).reshape(flat)[:, :, :num_tokens] for part in (k, v))
-        self.kept.setdefault(row, []).append(kept)
-        format_id = self.formats.index(kv_format)
-        self.segments.append(BatchSegment(row, format_id, pages[:num_pages].tolist(), num_tokens))
+        k, v = (np.asarray(part, np.float64).reshape(flat)[:, :, :num_tokens] for part in (k, v))
+        if first_position is None:
+            first_position = self.next_position(row)
+        self.kept.setdefault(row, []).append(Cached(first_position + np.arange(num_tokens), k, v))
+        self.segments.append(BatchSegment(row, format_id, pages[:num_pages].tolist(), num_tokens, first_position))
 
-    def of(self, row: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """The row's cached k and v in a layer, float64[kv_heads, tokens, D]."""
-        none = np.zeros((self.geometry.kv_heads, 0, self.geometry.head_dim))
-        parts = self.kept.get(row, [])
-        return tuple(np.concatenate([none, *(part[i][layer] for part in parts)], axis=1) for i in (0, 1))
+    def next_position(self, row: int) -> int:
+        """Behind all cached tokens of the row."""
+        return max((int(part.positions[-1]) + 1 for part in self.kept.get(row, []) if len(part.positions)), default=0)
 
-    def tiles(self, shape):
-        self.rng.shuffle(self.segments)
-        return plan_tiles(self.segments, shape, self.geometry.page_size)
+    def of(self, row: int, layer: int) -> Cached:
+        """The row's cached tokens in a layer."""
+        geometry = self.geometry
+        nothing = np.zeros((geometry.num_layers, geometry.kv_heads, 0, geometry.head_dim))
+        parts = [Cached(np.zeros(0, int), nothing, nothing), *self.kept.get(row, [])]
+        k, v = (np.concatenate([part[i][layer] for part in parts], axis=1) for i in (1, 2))
+        return Cached(np.concatenate([part.positions for part in parts]), k, v)
+
+    def plan(self, spec: AttentionSpec, runs: Sequence[QueryRun]) -> Tiles:
+        """Segments may be given in any order."""
+        return spec.plan([self.segments[i] for i in self.rng.permutation(len(self.segments))], runs)
 
 
-def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Textbook attention in float64: q [kv_heads, group, D] over k and v [kv_heads, tokens, D]."""
+def lengths(page_size: int) -> st.SearchStrategy[int]:
+    """Numbers of cached tokens, those around page boundaries above all."""
+    near = [0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size, PAGES * page_size]
+    return st.one_of(st.sampled_from(near), st.integers(0, PAGES * page_size))
+
+
+class Row(NamedTuple):
+    """A row of a batch.
+
+    Attributes:
+        segments: (format, cached tokens, gap in positions before them).
+        position: of the row's first query; None: right behind its cached tokens.
+    """
+
+    segments: list[tuple[str, int, int]]
+    position: int | None = None
+
+
+def rows(spec: AttentionSpec) -> st.SearchStrategy[Row]:
+    """Segments in any formats, a format twice too; queries behind the cached tokens, among them or before them."""
+    names = st.sampled_from([kv_format.name for kv_format in spec.formats])
+    segment = st.tuples(names, lengths(spec.geometry.page_size), st.sampled_from([0, 0, 1, 40]))
+    return st.builds(Row, st.lists(segment, max_size=spec.segments_per_row), st.none() | st.integers(0, 300))
+
+
+def make_cache(spec: AttentionSpec, rows: Sequence[Row], rng: np.random.Generator) -> tuple[Cache, list[int]]:
+    """Caches the rows' tokens; also gives the positions of their first queries."""
+    cache, positions = Cache(spec.geometry, rng, spec.formats), []
+    for number, row in enumerate(rows):
+        for name, num_tokens, gap in row.segments:
+            cache.add(number, name, num_tokens, cache.next_position(number) + gap)
+        positions.append(cache.next_position(number) if row.position is None else row.position)
+    return cache, positions
+
+
+# -- oracles -----------------------------------------------------------------------------------------------
+
+
+class Exact(NamedTuple):
+    """Attention in float64: output [queries, kv_heads, group, D], log_sum_exp [queries, kv_heads, group]."""
+
+    output: np.ndarray
+    log_sum_exp: np.ndarray
+
+
+def exact_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    visible: np.ndarray | None = None,
+    soft_cap: float | None = None,
+    sinks: np.ndarray | None = None,
+) -> Exact:
+    """Textbook attention: q [queries, kv_heads, group, D] over k and v [kv_heads, tokens, D].
+
+    Args:
+        visible: bool[queries, tokens]; None: all.
+        sinks: [kv_heads, group], logits without a value.
+    """
     q, k, v = (np.asarray(part, np.float64) for part in (q, k, v))
-    logits = np.einsum("hgd,htd->hgt", q, k)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("hgt,htd->hgd", weights / weights.sum(-1, keepdims=True), v)
+    logits = np.einsum("qhgd,htd->qhgt", q, k)
+    if soft_cap is not None:
+        logits = soft_cap * np.tanh(logits / soft_cap)
+    if visible is not None:
+        logits = np.where(visible[:, None, None], logits, -np.inf)
+    if sinks is not None:
+        sink = np.broadcast_to(np.asarray(sinks, np.float64)[..., None], (*q.shape[:3], 1))
+        logits, v = np.concatenate([logits, sink], axis=-1), np.pad(v, [(0, 0), (0, 1), (0, 0)])
+    peak = np.maximum(logits.max(axis=-1, initial=-np.inf, keepdims=True), -1e300)
+    weights = np.exp(logits - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    output = np.einsum("qhgt,htd->qhgd", weights / np.where(total > 0, total, 1), v)
+    with np.errstate(divide="ignore"):
+        return Exact(output, (peak + np.log(total))[..., 0])
+
+
+def expected_attention(
+    spec: AttentionSpec, cached: Cached, q: np.ndarray, first_position: int, sinks: np.ndarray | None = None
+) -> Exact:
+    """Of queries [queries, heads, D] at adjacent positions to a row's cached tokens."""
+    _, heads, head_dim = q.shape
+    grouped = q.reshape(-1, spec.geometry.kv_heads, heads // spec.geometry.kv_heads, head_dim)
+    ahead = (first_position + np.arange(len(q)))[:, None] - cached.positions
+    visible = (ahead >= 0) & (ahead < (np.inf if spec.window is None else spec.window))
+    if sinks is not None:
+        sinks = sinks.reshape(grouped.shape[1:3])
+    return exact_attention(grouped, cached.k, cached.v, visible, spec.soft_cap, sinks)
+
+
+def check_attention(
+    spec: AttentionSpec,
+    cache: Cache,
+    q: np.ndarray,
+    runs: Sequence[QueryRun],
+    sinks: np.ndarray | None = None,
+    tolerance: float = TOLERANCE,
+    layers: Iterable[int] | None = None,
+) -> None:
+    """Attention of queries [num_queries, heads, D] to a cache, against the oracle, query by query.
+
+    What slots without a query hold must not matter: it is NaN here.
+    """
+    used = np.zeros(len(q), bool)
+    for run in runs:
+        used[run.first_slot : run.first_slot + run.num_queries] = True
+    padded = jnp.where(used[:, None, None], q, jnp.nan)
+    tiles = cache.plan(spec, runs)
+    for layer in range(spec.geometry.num_layers) if layers is None else layers:
+        seen = paged_attention(spec, padded, cache.arena, tiles, layer, sinks)
+        assert seen.weight.shape == seen.peak.shape == seen.total.shape[:-1] == q.shape[:2]
+        assert {part.dtype for part in seen} == {np.dtype(np.float32)}
+        output, log_sum_exp = np.asarray(seen.output()), np.asarray(seen.log_sum_exp)
+        if sinks is None:
+            assert not np.asarray(seen.weight)[~used].any()
+            assert not np.asarray(seen.total)[~used].any()
+        for row, run in enumerate(runs):
+            own = slice(run.first_slot, run.first_slot + run.num_queries)
+            queries = np.asarray(q[own], np.float64)
+            exact = expected_attention(spec, cache.of(row, layer), queries, run.first_position, sinks)
+            _check_queries(output[own], log_sum_exp[own], exact, tolerance)
+
+
+def _check_queries(output: np.ndarray, log_sum_exp: np.ndarray, exact: Exact, tolerance: float) -> None:
+    expected = exact.output.reshape(output.shape)
+    error = np.linalg.norm(output - expected, axis=(1, 2))
+    allowed = tolerance * np.linalg.norm(expected, axis=(1, 2))
+    assert (error <= allowed).all(), (error / allowed.clip(1e-300)).max() * tolerance  # both 0 where no key is seen
+    np.testing.assert_allclose(
+        log_sum_exp, exact.log_sum_exp.reshape(log_sum_exp.shape), rtol=tolerance, atol=tolerance
+    )
 
 
 def relative_error(result, expected: np.ndarray) -> float:

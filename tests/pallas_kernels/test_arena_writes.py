@@ -1,27 +1,50 @@
 """Writing the arena changes exactly the words it should, and reading gives them back bit for bit."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
+    ALL_FORMATS,
     FAR_AWAY,
     GEOMETRIES,
+    PAGE_FORMATS,
     PAGES,
     SMALL,
+    SMALL_TPU,
+    TOKEN_FORMATS,
+    commit,
+    commit_pages,
     every_format,
+    every_page_format,
     every_token_format,
     gather,
-    make_geometry,
+    geometry_id,
     page_shape,
     store,
     write_pages,
     write_tokens,
 )
 
-NUM_UNITS = 12288
-two_geometries = pytest.mark.parametrize("geometry", GEOMETRIES[:2], ids=["2x64x16", "3x96x32"])
+ARENA_WORDS = 12288 * 128
+some_geometries = pytest.mark.parametrize("geometry", [*GEOMETRIES[:2], SMALL_TPU], ids=geometry_id)
+# All but the slowest to compile.
+every_written_format = pytest.mark.parametrize(
+    ("kv_format", "geometry"),
+    [
+        pytest.param(kv_format, geometry, id=f"{geometry_id(geometry)}-{name}")
+        for geometry in (*GEOMETRIES[:2], SMALL_TPU)
+        for name, kv_format in ALL_FORMATS.items()
+        if (name, geometry) != ("int2", GEOMETRIES[1])
+    ],
+)
+both_arenas = pytest.mark.parametrize("geometry", [SMALL, SMALL_TPU], ids=geometry_id)
+
+
+def num_units(geometry) -> int:
+    return ARENA_WORDS // geometry.unit_words
 
 
 def vectors(geometry, seed: int) -> list[np.ndarray]:
@@ -29,30 +52,44 @@ def vectors(geometry, seed: int) -> list[np.ndarray]:
     return [rng.standard_normal(page_shape(geometry), np.float32) for _ in "kv"]
 
 
+def token_vectors(geometry, seed: int) -> list[np.ndarray]:
+    """One token for each of `PAGES` rows: f32[layers, kv_heads, PAGES, head_dim]."""
+    return [part[:, :, :, 0] for part in vectors(geometry, seed)]
+
+
+def one_token_words(kv_format, k, v):
+    """As a commit encodes tokens: each as a page of its own."""
+    return store(kv_format, k[:, :, :, None], v[:, :, :, None]).words
+
+
 def noise(geometry, seed: int = 7) -> np.ndarray:
     """An arena of any bits."""
-    return np.random.default_rng(seed).integers(0, 2**16, (NUM_UNITS, geometry.unit_words), np.uint16)
+    shape = (num_units(geometry), *geometry.unit_shape)
+    return np.random.default_rng(seed).integers(0, 2**16, shape, np.uint16)
 
 
 def inside(pages, kv_format, geometry) -> np.ndarray:
     """Which units belong to the pages."""
-    taken = np.zeros(NUM_UNITS, bool)
+    taken = np.zeros(num_units(geometry), bool)
     for page in pages:
-        taken[page : page + kv_format.page_units(geometry)] = page < NUM_UNITS
+        taken[page : page + kv_format.page_units(geometry)] = page < len(taken)
     return taken
 
 
 def assert_same_words(result, expected) -> None:
-    for one, other in zip(result, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
-@every_format
-@two_geometries
+def select(words, pages) -> list[np.ndarray]:
+    return [np.asarray(part)[:, :, pages] for part in jax.tree.leaves(words)]
+
+
+@every_written_format
 def test_pages_are_read_as_they_were_written_and_the_rest_of_the_arena_is_untouched(kv_format, geometry):
-    stored = store(kv_format, geometry, *vectors(geometry, seed=1))
+    stored = store(kv_format, *vectors(geometry, seed=1))
     before, length = noise(geometry), kv_format.page_units(geometry)
-    pages = [NUM_UNITS - length, *range(1, 7 * length, length)]  # the arena's last units, and some that touch
+    pages = [num_units(geometry) - length, *range(1, 7 * length, length)]  # the arena's last units, and some that touch
     after = write_pages(before, stored.words, pages, kv_format, geometry)
     assert_same_words(gather(after, pages, kv_format, geometry), stored.words)
     untouched = ~inside(pages, kv_format, geometry)
@@ -60,65 +97,145 @@ def test_pages_are_read_as_they_were_written_and_the_rest_of_the_arena_is_untouc
 
 
 @every_token_format
-@two_geometries
+@some_geometries
+def test_a_page_lies_as_its_picture_says(kv_format, geometry):
+    """K head after head, V, then each auxiliary part head after head: the words of one page, written out by hand."""
+    stored, page = store(kv_format, *vectors(geometry, seed=5)), 3
+    arena = write_pages(noise(geometry), stored.words, page + np.arange(PAGES) * 99999, kv_format, geometry)
+    per_layer = kv_format.units_per_layer(geometry)
+    for layer in range(geometry.num_layers):
+        start = page + layer * per_layer
+        found = np.asarray(arena[start : start + per_layer]).reshape(-1)
+        values = [np.concatenate([word[layer, :, 0] for word in part], axis=-1) for part in stored.words[:2]]
+        parts = [*values, *(part[layer, :, 0] for part in stored.words.aux)]
+        content = np.concatenate([part.reshape(-1) for part in parts])
+        assert len(content) == kv_format.words_per_layer(geometry)
+        np.testing.assert_array_equal(found[: len(content)], content)
+        for part, size, start in zip(
+            stored.words.aux, kv_format.aux_sizes(geometry), kv_format.aux_starts(geometry), strict=True
+        ):
+            np.testing.assert_array_equal(found[start : start + size], part[layer, 0, 0].reshape(-1))
+
+
+@every_token_format
+@some_geometries
 def test_a_page_written_token_by_token_is_the_page_written_at_once(kv_format, geometry):
     """Several pages side by side, each in an order of its own."""
     k, v = vectors(geometry, seed=2)
     length = kv_format.page_units(geometry)
     pages = 2 * length * np.random.default_rng(4).permutation(PAGES)
-    arena = jnp.zeros((NUM_UNITS, geometry.unit_words), jnp.uint16)
-    at_once = write_pages(arena, store(kv_format, geometry, k, v).words, pages, kv_format, geometry)
+    arena = jnp.zeros((num_units(geometry), *geometry.unit_shape), jnp.uint16)
+    at_once = write_pages(arena, store(kv_format, k, v).words, pages, kv_format, geometry)
     rng = np.random.default_rng(3)
     orders = np.stack([rng.permutation(geometry.page_size) for _ in range(PAGES)])
-    # As the runner encodes them: each token as a page of its own.
-    one_token = make_geometry(geometry.kv_heads, geometry.head_dim, page_size=1, num_layers=geometry.num_layers)
     for offsets in orders.T:
-        token = [part[:, :, np.arange(PAGES), offsets][:, :, :, None] for part in (k, v)]
-        words = store(kv_format, one_token, *token).words
+        words = one_token_words(kv_format, *(part[:, :, np.arange(PAGES), offsets] for part in (k, v)))
         arena = write_tokens(arena, words, pages, offsets, kv_format, geometry)
     np.testing.assert_array_equal(arena, at_once)
 
 
 @every_token_format
-@settings(max_examples=15, deadline=None)
+@both_arenas
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_writing_tokens_changes_those_tokens_only(kv_format, data):
+def test_writing_tokens_changes_those_tokens_only(kv_format, geometry, data):
     """Rows may be dropped, and which are written does not depend on their order."""
-    one_token = make_geometry(SMALL.kv_heads, SMALL.head_dim, page_size=1)
-    length = kv_format.page_units(SMALL)
-    page = st.sampled_from([*range(0, NUM_UNITS - length, length)])
-    dropped = st.sampled_from([NUM_UNITS, NUM_UNITS + 1, FAR_AWAY])
+    length, units = kv_format.page_units(geometry), num_units(geometry)
+    page = st.sampled_from([*range(0, units - length, length)])
+    dropped = st.sampled_from([units, units + 1, FAR_AWAY])
     pages = data.draw(st.lists(page, min_size=PAGES, max_size=PAGES, unique=True))
     targets = [data.draw(st.one_of(st.just(page), dropped)) for page in pages]
-    offsets = data.draw(st.lists(st.integers(0, SMALL.page_size - 1), min_size=PAGES, max_size=PAGES))
-    stored = store(kv_format, one_token, *vectors(one_token, data.draw(st.integers(0, 9))))
+    offsets = data.draw(st.lists(st.integers(0, geometry.page_size - 1), min_size=PAGES, max_size=PAGES))
+    words = one_token_words(kv_format, *token_vectors(geometry, data.draw(st.integers(0, 9))))
 
-    before = noise(SMALL)
-    expected = [np.array(part) for part in gather(before, pages, kv_format, SMALL)]
-    planes = (SMALL.num_layers, PAGES, kv_format.aux_planes, SMALL.kv_heads)
-    aux, token_aux = expected[2].reshape(*planes, SMALL.page_size), stored.words.aux.reshape(planes)
-    for i, (target, offset) in enumerate(zip(targets, offsets, strict=True)):
-        if target < NUM_UNITS:
-            expected[0][:, :, i, offset] = stored.words.k[:, :, i, 0]
-            expected[1][:, :, i, offset] = stored.words.v[:, :, i, 0]
-            aux[:, i, ..., offset] = token_aux[:, i]
-    after = write_tokens(before, stored.words, targets, offsets, kv_format, SMALL)
-    expected[2] = aux.reshape(expected[2].shape)
-    assert_same_words(gather(after, pages, kv_format, SMALL), expected)
-    untouched = ~inside(targets, kv_format, SMALL)
+    before = noise(geometry)
+    expected = jax.tree.map(np.array, gather(before, pages, kv_format, geometry))
+    for part, new in zip(jax.tree.leaves(expected), jax.tree.leaves(words), strict=True):
+        for i, (target, offset) in enumerate(zip(targets, offsets, strict=True)):
+            if target < units:
+                part[:, :, i, offset] = new[:, :, i, 0]
+    after = write_tokens(before, words, targets, offsets, kv_format, geometry)
+    assert_same_words(gather(after, pages, kv_format, geometry), expected)
+    untouched = ~inside(targets, kv_format, geometry)
     np.testing.assert_array_equal(np.asarray(after)[untouched], before[untouched])
 
 
 @every_format
-@pytest.mark.parametrize("past_the_end", [NUM_UNITS, NUM_UNITS + 1, FAR_AWAY])
+@pytest.mark.parametrize("past_the_end", [num_units(SMALL), num_units(SMALL) + 1, FAR_AWAY])
 def test_pages_past_the_arena_are_dropped(kv_format, past_the_end):
-    words = store(kv_format, SMALL, *vectors(SMALL, seed=4)).words
+    words = store(kv_format, *vectors(SMALL, seed=4)).words
     before, page = noise(SMALL), 2 * kv_format.page_units(SMALL)
     targets = [past_the_end] * PAGES
     targets[3] = page
     after = write_pages(before, words, targets, kv_format, SMALL)
     kept = inside([page], kv_format, SMALL)
     np.testing.assert_array_equal(np.asarray(after)[~kept], before[~kept])
-    one = (words.k[:, :, 3], words.v[:, :, 3], words.aux[:, 3])
     read = gather(after, [page] * PAGES, kv_format, SMALL)
-    assert_same_words((read.k[:, :, 0], read.v[:, :, 0], read.aux[:, 0]), one)
+    assert_same_words(select(read, 0), select(words, 3))
+
+
+# -- commit: encode and write ------------------------------------------------------------------------------
+
+TOKEN_WISE, EVERY = tuple(TOKEN_FORMATS.values()), tuple(ALL_FORMATS.values())
+
+
+def distinct_pages(geometry, rng) -> np.ndarray:
+    """Of any format, none of which overlap."""
+    longest = ALL_FORMATS["fp32"].page_units(geometry)
+    return rng.permutation(num_units(geometry) // longest)[:PAGES].astype(np.int32) * longest
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_a_commit_is_each_token_encoded_in_its_format_and_written(data):
+    """Some nowhere; a format id that there is not is nowhere too."""
+    geometry = SMALL
+    ids = data.draw(st.lists(st.integers(0, len(TOKEN_WISE)), min_size=PAGES, max_size=PAGES))
+    offsets = data.draw(st.lists(st.integers(0, geometry.page_size - 1), min_size=PAGES, max_size=PAGES))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    pages = np.where(rng.random(PAGES) < 0.2, FAR_AWAY, distinct_pages(geometry, rng))
+    k, v = token_vectors(geometry, data.draw(st.integers(0, 9)))
+    expected = before = noise(geometry)
+    for row, format_id in enumerate(ids):
+        if format_id < len(TOKEN_WISE):
+            own, kv_format = np.where(np.arange(PAGES) == row, pages, FAR_AWAY), TOKEN_WISE[format_id]
+            expected = write_tokens(expected, one_token_words(kv_format, k, v), own, offsets, kv_format, geometry)
+    after = commit(before, k, v, pages, offsets, ids, TOKEN_WISE, geometry)
+    np.testing.assert_array_equal(after, expected)
+
+
+def test_a_commit_of_pages_is_each_page_encoded_in_its_format_and_written():
+    geometry = SMALL_TPU
+    ids, rng = [*range(len(EVERY)), 2][:PAGES], np.random.default_rng(6)
+    pages = distinct_pages(geometry, rng)
+    pages[1] = FAR_AWAY
+    k, v = vectors(geometry, seed=6)
+    expected = before = noise(geometry)
+    for row, format_id in enumerate(ids):
+        own, kv_format = np.where(np.arange(PAGES) == row, pages, FAR_AWAY), EVERY[format_id]
+        expected = write_pages(expected, store(kv_format, k, v).words, own, kv_format, geometry)
+    after = commit_pages(before, k, v, pages, ids, EVERY, geometry)
+    np.testing.assert_array_equal(after, expected)
+
+
+def test_vectors_in_bf16_are_committed_as_the_numbers_they_are():
+    formats, rng = (ALL_FORMATS["fp32"],), np.random.default_rng(8)
+    pages, ids, before = distinct_pages(SMALL, rng), [0] * PAGES, noise(SMALL)
+    offsets = rng.integers(0, SMALL.page_size, PAGES)
+    narrow = [jnp.asarray(part, jnp.bfloat16) for part in token_vectors(SMALL, seed=8)]
+    wide = [part.astype(jnp.float32) for part in narrow]
+    results = [commit(before, *part, pages, offsets, ids, formats, SMALL) for part in (narrow, wide)]
+    np.testing.assert_array_equal(*results)
+
+
+@every_page_format
+def test_a_commit_of_tokens_in_a_page_wise_format_is_refused(kv_format):
+    k, v = token_vectors(SMALL, seed=9)
+    places = [np.zeros(PAGES, np.int32)] * 3
+    message = f"{kv_format.name} encodes whole pages; write new tokens in {kv_format.tail}.*commit_pages or requantise"
+    with pytest.raises(ValueError, match=message):
+        commit(noise(SMALL), k, v, *places, (ALL_FORMATS["bf16"], kv_format), SMALL)
+
+
+def test_every_page_wise_format_was_tried():
+    assert {"int4", "int2"} <= set(PAGE_FORMATS)

@@ -1,86 +1,147 @@
-"""Prefill attention, chunks side by side, equals textbook attention of each token over what it may see."""
+"""Chunks side by side: attention among their own tokens, and merged with attention to their cached prefix."""
+
+import functools
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import PAGES, SMALL, TOLERANCE, Cache, chunk_attention, exact_attention, relative_error
+from kernel_cases import (
+    ALL_FORMATS,
+    PAGES,
+    SMALL,
+    TOLERANCE,
+    Cache,
+    attend_within,
+    exact_attention,
+    paged_attention,
+    relative_error,
+)
 
-from fineserve_jax.pallas_kernels.formats import FORMATS
-from fineserve_jax.pallas_kernels.xla.tiles import TileShape
+from fineserve_jax.pallas_kernels.softmax import PartialAttention
+from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 GROUP = 3
 SIZE = SMALL.page_size
 SLOT_PAGES = 6
 SLOTS = SLOT_PAGES * SIZE
-SHAPE = TileShape(num_rows=SLOT_PAGES, max_pages=PAGES, rows=1, pages=4, num_formats=len(FORMATS), segments_per_row=2)
+NAMES = ("fp32", "bf16", "int8", "int4")
+CACHED = AttentionSpec(
+    SMALL,
+    tuple(ALL_FORMATS[name] for name in NAMES),
+    num_rows=SLOT_PAGES,
+    num_queries=SLOTS,
+    max_pages=PAGES,
+    segments_per_row=2,
+    implementation="xla",
+)
+Chunk = tuple[int, list[tuple[str, int]]]  # tokens; cached prefix: (format, tokens)
 
 
 @st.composite
 def chunk_batches(draw):
-    """Chunks that share `SLOT_PAGES` pages of slots: (tokens, cached prefix), with unused pages behind the last."""
+    """Chunks that share `SLOT_PAGES` pages of slots, with unused pages behind the last."""
     chunks, room = [], SLOTS
     while room and len(chunks) < draw(st.integers(1, 3)):
         count = min(room, draw(st.one_of(st.sampled_from([1, SIZE, SIZE + 1]), st.integers(1, SLOTS))))
-        names = draw(st.permutations(list(FORMATS)))[: draw(st.integers(0, 2))]
+        names = draw(st.lists(st.sampled_from(NAMES), max_size=2))
         prefix = [(name, draw(st.integers(0, PAGES)) * SIZE - draw(st.sampled_from([0, 0, 3]))) for name in names]
         chunks.append((count, [(name, max(0, num_tokens)) for name, num_tokens in prefix]))
         room -= -(-count // SIZE) * SIZE
     return chunks, draw(st.integers(0, 2**32 - 1))
 
 
-def check(chunks: list[tuple[int, list[tuple[str, int]]]], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    cache = Cache(SMALL, rng)
-    chunk_of_page, first = np.full(SLOT_PAGES, -1, np.int32), 0
-    for chunk, (count, prefix) in enumerate(chunks):
-        num_pages = -(-count // SIZE)
-        chunk_of_page[first : first + num_pages] = chunk
-        first += num_pages
-        for name, num_tokens in prefix:
-            cache.add(chunk, name, num_tokens)
-    q = rng.standard_normal((SMALL.kv_heads, SLOTS, GROUP, SMALL.head_dim), np.float32) / SMALL.head_dim**0.5
-    pages = (SMALL.kv_heads, SLOT_PAGES, SIZE, SMALL.head_dim)
-    # The same tokens in two precisions may differ as much as they like here.
-    own, earlier = ([rng.standard_normal(pages, np.float32) for _ in "kv"] for _ in range(2))
-    tiles = cache.tiles(SHAPE)
-    for layer in range(SMALL.num_layers):
-        output = np.asarray(
-            chunk_attention(q, own, earlier, chunk_of_page, cache.arena, tiles, layer, cache.formats, SMALL)
-        )
-        assert output.shape == q.shape
+class Batch:
+    """Chunks with random tokens. The same tokens in two precisions may differ as much as they like here."""
+
+    def __init__(self, chunks: list[Chunk], seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.chunks, self.cache = chunks, Cache(SMALL, self.rng, CACHED.formats)
+        self.chunk_of_page, self.starts = np.full(SLOT_PAGES, -1, np.int32), []
+        first = 0
+        for chunk, (count, prefix) in enumerate(chunks):
+            self.starts.append(first * SIZE)
+            self.chunk_of_page[first : first + -(-count // SIZE)] = chunk
+            first += -(-count // SIZE)
+            for name, num_tokens in prefix:
+                self.cache.add(chunk, name, num_tokens)
+        shape = (SLOTS, SMALL.kv_heads, GROUP, SMALL.head_dim)
+        self.q = self.rng.standard_normal(shape, np.float32) / np.float32(SMALL.head_dim**0.5)
+        pages = (SMALL.kv_heads, SLOT_PAGES, SIZE, SMALL.head_dim)
+        self.own, self.earlier = ([self.rng.standard_normal(pages, np.float32) for _ in "kv"] for _ in range(2))
+
+    def within(self) -> PartialAttention:
+        """f32[SLOTS, kv_heads, group], among the step's own tokens."""
+        seen = attend_within(self.q.swapaxes(0, 1), tuple(self.own), tuple(self.earlier), self.chunk_of_page)
+        return PartialAttention(*(np.asarray(part).swapaxes(0, 1) for part in seen))
+
+    def to_cached(self, layer: int) -> PartialAttention:
+        runs = [
+            QueryRun(start, count, self.cache.next_position(chunk))
+            for chunk, (start, (count, _)) in enumerate(zip(self.starts, self.chunks, strict=True))
+        ]
+        flat = self.q.reshape(SLOTS, -1, SMALL.head_dim)
+        seen = paged_attention(CACHED, flat, self.cache.arena, self.cache.plan(CACHED, runs), layer)
+        return PartialAttention(*(part.reshape(*self.q.shape[:3], *part.shape[2:]) for part in seen))
+
+    def check(self, seen: PartialAttention, layer: int | None = None) -> None:
+        """Against the oracle; with a layer, cached tokens are seen too."""
+        output, log_sum_exp = np.asarray(seen.output()), np.asarray(seen.log_sum_exp)
         assert np.isfinite(output).all()
-        for chunk, (count, _) in enumerate(chunks):
-            start = int(np.argmax(chunk_of_page == chunk)) * SIZE
-            tokens = [start + i for i in {0, 1, SIZE - 1, SIZE, count // 2, count - 1} if i < count]
-            expected = [_seen_by(slot, start, q, own, earlier, cache.of(chunk, layer)) for slot in tokens]
-            error = relative_error(output[:, tokens], np.stack(expected, axis=1))
-            assert error < TOLERANCE, (chunk, chunks[chunk])
+        for chunk, (start, (count, _)) in enumerate(zip(self.starts, self.chunks, strict=True)):
+            for slot in {start + i for i in (0, 1, SIZE - 1, SIZE, count // 2, count - 1) if i < count}:
+                exact = exact_attention(self.q[slot][None], *self._seen_by(slot, start, chunk, layer))
+                assert relative_error(output[slot], exact.output[0]) < TOLERANCE, (chunk, self.chunks[chunk])
+                np.testing.assert_allclose(log_sum_exp[slot], exact.log_sum_exp[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+    def _seen_by(self, slot: int, start: int, chunk: int, layer: int | None) -> list[np.ndarray]:
+        """Keys and values: the chunk's cached tokens, its earlier pages, and a slot's own page up to itself."""
+        page, parts = slot // SIZE, []
+        for i in (0, 1):
+            earlier = self.earlier[i].reshape(SMALL.kv_heads, SLOTS, -1)[:, start : page * SIZE]
+            seen = [earlier, self.own[i][:, page, : slot % SIZE + 1]]
+            if layer is not None:
+                seen.insert(0, self.cache.of(chunk, layer)[1 + i])
+            parts.append(np.concatenate(seen, axis=1))
+        return parts
 
 
-def _seen_by(slot: int, start: int, q, own, earlier, cached) -> np.ndarray:
-    """Attention of a slot to its chunk's cached tokens, its earlier pages, and its own page up to itself."""
-    page = slot // SIZE
-    parts = []
-    for before, same_page, cached_part in zip(earlier, own, cached, strict=True):
-        flat = before.reshape(SMALL.kv_heads, SLOTS, -1)
-        parts.append([cached_part, flat[:, start : page * SIZE], same_page[:, page, : slot % SIZE + 1]])
-    keys, values = (np.concatenate(part, axis=1) for part in parts)
-    return exact_attention(q[:, slot], keys, values)
+def check_merged(chunks: list[Chunk], seed: int) -> None:
+    batch = Batch(chunks, seed)
+    for layer in range(SMALL.num_layers):
+        batch.check(batch.to_cached(layer).merge(batch.within()), layer)
 
 
 @settings(max_examples=20, deadline=None)
 @given(chunk_batches())
-def test_chunks_see_their_cached_prefix_and_themselves(batch):
-    check(*batch)
+def test_a_token_sees_its_page_as_it_is_now_and_earlier_pages_of_its_chunk_as_they_will_be_kept(case):
+    batch = Batch(*case)
+    batch.check(batch.within())
+
+
+@settings(max_examples=15, deadline=None)
+@given(chunk_batches())
+def test_merged_with_their_cached_prefix(case):
+    check_merged(*case)
 
 
 def test_three_chunks_of_different_formats_with_partial_last_pages():
-    check([(SIZE + 3, [("int4", 3 * SIZE)]), (1, [("int8", 5 * SIZE)]), (2 * SIZE, [("bf16", SIZE)])], seed=1)
+    check_merged([(SIZE + 3, [("int4", 3 * SIZE)]), (1, [("int8", 5 * SIZE)]), (2 * SIZE, [("bf16", SIZE)])], seed=1)
 
 
 def test_a_chunk_alone_fills_all_slots_and_has_no_prefix():
-    check([(SLOTS, [])], seed=2)
+    check_merged([(SLOTS, [])], seed=2)
 
 
 def test_a_long_prefix_of_two_formats_takes_several_tiles():
-    check([(5, [("int4", PAGES * SIZE), ("fp32", PAGES * SIZE)]), (SIZE, [])], seed=3)
+    check_merged([(5, [("int4", PAGES * SIZE), ("fp32", PAGES * SIZE)]), (SIZE, [])], seed=3)
+
+
+def test_a_single_page_of_slots_has_no_earlier_pages():
+    rng = np.random.default_rng(4)
+    q = rng.standard_normal((SMALL.kv_heads, SIZE, GROUP, SMALL.head_dim), np.float32)
+    pages = (SMALL.kv_heads, 1, SIZE, SMALL.head_dim)
+    (k, v), nothing = (rng.standard_normal((2, *pages), np.float32), np.full((2, *pages), np.nan, np.float32))
+    output = np.asarray(attend_within(q, (k, v), tuple(nothing), np.zeros(1, np.int32)).output())
+    exact = functools.partial(exact_attention, k=k[:, 0], v=v[:, 0], visible=np.tri(SIZE, dtype=bool))
+    assert relative_error(output.swapaxes(0, 1), exact(q.swapaxes(0, 1)).output) < TOLERANCE

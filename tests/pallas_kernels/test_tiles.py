@@ -1,93 +1,183 @@
-"""Tiles cover a batch's segments exactly, in as few programs' worth of shape as promised."""
+"""Tiles cover a batch's segments exactly, for every block of queries, within the static shape that was promised."""
 
 from collections import Counter
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fineserve_jax.pallas_kernels.xla.tiles import BatchSegment, TileShape, plan_tiles
+from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, TileShape, plan_tiles
 
 PAGE_SIZE = 4
 
 
+def make_shape(**changes) -> TileShape:
+    shape = {"num_rows": 4, "num_queries": 4, "max_pages": 8, "num_formats": 1, "segments_per_row": 1}
+    return TileShape(**shape | {"rows": 1, "pages": 1, "queries": 1} | changes)
+
+
 @st.composite
 def batches(draw):
-    """A tile shape and segments that fit it: a row has no two of one format."""
+    """A tile shape, and segments and queries that fit it: any number of segments of a row may share a format."""
+    decodes, num_rows = draw(st.booleans()), draw(st.integers(1, 6))
     shape = TileShape(
-        num_rows=draw(st.integers(1, 9)),
+        num_rows=num_rows,
+        num_queries=num_rows if decodes else draw(st.integers(1, 40)),
         max_pages=draw(st.integers(1, 9)),
+        num_formats=draw(st.integers(1, 4)),
+        segments_per_row=draw(st.integers(1, 3)),
         rows=draw(st.integers(1, 5)),
         pages=draw(st.integers(1, 5)),
-        num_formats=draw(st.integers(1, 4)),
-        segments_per_row=draw(st.integers(1, 2)),
+        queries=1 if decodes else draw(st.sampled_from([1, 2, 4, 16])),
     )
-    segments = []
-    for row in range(shape.num_rows):
-        formats = draw(st.permutations(range(shape.num_formats)))
-        for format_id in formats[: draw(st.integers(0, shape.segments_per_row))]:
+    segments, runs, slot = [], [], 0
+    for row in range(num_rows):
+        position = 0
+        for i in range(draw(st.integers(0, shape.segments_per_row))):
             num_tokens = draw(st.integers(0, shape.max_pages * PAGE_SIZE))
-            pages = [1000 * row + 100 * format_id + i for i in range(-(-num_tokens // PAGE_SIZE))]
-            segments.append(BatchSegment(row, format_id, pages, num_tokens))
-    return shape, draw(st.permutations(segments))
+            pages = [1000 * row + 100 * i + page for page in range(-(-num_tokens // PAGE_SIZE))]
+            position += draw(st.integers(0, 3))
+            segments.append(BatchSegment(row, draw(st.integers(0, shape.num_formats - 1)), pages, num_tokens, position))
+            position += num_tokens
+        if decodes:
+            runs.append(QueryRun(row, draw(st.integers(0, 1)), draw(st.integers(0, 100))))
+        else:
+            slot += draw(st.integers(0, min(2, shape.num_queries - slot)))
+            count = draw(st.integers(0, shape.num_queries - slot))
+            runs.append(QueryRun(slot, count, draw(st.integers(0, 100))))
+            slot += count
+    return shape, draw(st.permutations(segments)), runs
 
 
-def pieces(tiles) -> Counter:
-    """(format, row, page, how many of its tokens count) of every page that the tiles cover."""
+def every_batch(test):
+    return settings(max_examples=40, deadline=None)(given(batches())(test))
+
+
+def plan(batch):
+    shape, segments, runs = batch
+    return plan_tiles(segments, runs, shape, PAGE_SIZE)
+
+
+def blocks_of(tiles, run: QueryRun) -> set[int]:
+    return set(tiles.block_of_query[run.first_slot : run.first_slot + run.num_queries].tolist())
+
+
+def pieces(tiles, shape: TileShape) -> Counter:
+    """(format, block, page, position of its first token, tokens that count) of every page that the tiles cover."""
     found = Counter()
-    for format_id in range(len(tiles.starts) - 1):
-        for tile in range(tiles.starts[format_id], tiles.starts[format_id + 1]):
-            for row, pages, num_tokens in zip(tiles.rows[tile], tiles.pages[tile], tiles.num_tokens[tile], strict=True):
-                for i in range(-(-int(num_tokens) // PAGE_SIZE)):
-                    found[format_id, int(row), int(pages[i]), min(PAGE_SIZE, num_tokens - i * PAGE_SIZE)] += 1
+    for tile, format_id in enumerate(tiles.format_ids):
+        for place, num_tokens in enumerate(tiles.num_tokens[tile]):
+            block = int(tiles.slots[tile, place]) // shape.segments_per_row
+            for i in range(-(-int(num_tokens) // PAGE_SIZE)):
+                done = i * PAGE_SIZE
+                page, position = int(tiles.pages[tile, place, i]), int(tiles.positions[tile, place]) + done
+                found[int(format_id), block, page, position, min(PAGE_SIZE, int(num_tokens) - done)] += 1
     return found
 
 
-@given(batches())
-def test_the_tiles_cover_every_token_of_every_segment_once(batch):
-    shape, segments = batch
+@every_batch
+def test_the_tiles_cover_every_token_of_every_segment_once_for_each_block_of_its_rows_queries(batch):
+    (shape, segments, runs), tiles = batch, plan(batch)
     expected = Counter(
-        (segment.format_id, segment.row, page, min(PAGE_SIZE, segment.num_tokens - i * PAGE_SIZE))
+        (segment.format_id, block, page, segment.first_position + done, min(PAGE_SIZE, segment.num_tokens - done))
         for segment in segments
-        for i, page in enumerate(segment.pages)
+        for block in blocks_of(tiles, runs[segment.row])
+        for page, done in zip(segment.pages, range(0, segment.num_tokens, PAGE_SIZE), strict=True)
     )
-    assert pieces(plan_tiles(segments, shape, PAGE_SIZE)) == expected
+    assert pieces(tiles, shape) == expected
 
 
-@given(batches())
+@every_batch
+def test_blocks_cut_each_rows_queries_into_runs_of_the_most_a_block_holds(batch):
+    (shape, _, runs), tiles = batch, plan(batch)
+    block_of, place_in = np.full(shape.num_queries, shape.num_blocks), np.zeros(shape.num_queries, int)
+    for run in runs:
+        for i in range(run.num_queries):
+            slot = run.first_slot + i
+            block_of[slot], place_in[slot] = tiles.block_of_query[slot], i % shape.queries
+            assert tiles.query_slots[block_of[slot]] + place_in[slot] == slot
+            assert tiles.query_positions[block_of[slot]] + place_in[slot] == run.first_position + i
+            assert tiles.query_counts[block_of[slot]] == min(shape.queries, run.num_queries - i + place_in[slot])
+        assert len(blocks_of(tiles, run)) == -(-run.num_queries // shape.queries)
+    np.testing.assert_array_equal(tiles.block_of_query, block_of)
+    np.testing.assert_array_equal(tiles.place_in_block, place_in)
+    assert tiles.query_counts.sum() == sum(run.num_queries for run in runs)
+
+
+@every_batch
+def test_with_one_query_a_block_a_block_is_its_slot(batch):
+    """Whichever rows have one."""
+    (shape, _, runs), tiles = batch, plan(batch)
+    if shape.queries == 1:
+        for run in runs:
+            own = range(run.first_slot, run.first_slot + run.num_queries)
+            assert tiles.block_of_query[own.start : own.stop].tolist() == list(own)
+
+
+@every_batch
 def test_the_tiles_of_a_format_follow_those_of_the_one_before_within_the_static_shape(batch):
-    shape, segments = batch
-    tiles = plan_tiles(segments, shape, PAGE_SIZE)
-    assert tiles.rows.shape == tiles.num_tokens.shape == (shape.max_tiles, shape.rows)
-    assert tiles.pages.shape == (shape.max_tiles, shape.rows, shape.pages)
+    (shape, *_), tiles = batch, plan(batch)
+    by_segment, by_block = (shape.max_tiles, shape.rows), (shape.num_blocks,)
+    assert tiles.slots.shape == tiles.num_tokens.shape == tiles.positions.shape == by_segment
+    assert tiles.pages.shape == (*by_segment, shape.pages)
+    assert tiles.block_tiles.shape == (*by_block, shape.tiles_per_block)
+    assert tiles.query_slots.shape == tiles.query_counts.shape == tiles.query_positions.shape == by_block
+    assert tiles.block_of_query.shape == tiles.place_in_block.shape == (shape.num_queries,)
+    assert {part.dtype for part in tiles} == {np.dtype(np.int32)}
     assert tiles.starts[0] == 0
     assert (np.diff(tiles.starts) >= 0).all()
-    assert tiles.starts[-1] <= shape.max_tiles
-    assert {part.dtype for part in tiles} == {np.dtype(np.int32)}
+    ids = [*np.repeat(np.arange(shape.num_formats), np.diff(tiles.starts))]
+    assert tiles.format_ids.tolist() == ids + [shape.num_formats] * (shape.max_tiles - len(ids))
 
 
-@given(batches())
+@every_batch
 def test_places_without_tokens_point_at_the_null_page(batch):
-    shape, segments = batch
-    tiles = plan_tiles(segments, shape, PAGE_SIZE)
+    (shape, *_), tiles = batch, plan(batch)
     used = np.arange(shape.pages) * PAGE_SIZE < tiles.num_tokens[..., None]
     assert not tiles.pages[~used].any()
-    assert ((tiles.rows < shape.num_rows) | ((tiles.rows == shape.num_rows) & (tiles.num_tokens == 0))).all()
-    assert (tiles.rows[tiles.starts[-1] :] == shape.num_rows).all()
+    empty = tiles.slots == shape.num_slots
+    assert (tiles.slots <= shape.num_slots).all()
+    assert not tiles.num_tokens[empty].any()
+    assert empty[tiles.starts[-1] :].all()
+    assert not empty[: tiles.starts[-1], 0].any()
 
 
-@given(batches())
-def test_no_row_is_twice_in_a_tile(batch):
-    """The decode kernel scatters a tile's rows back, which two of a kind would spoil."""
-    shape, segments = batch
-    for rows in plan_tiles(segments, shape, PAGE_SIZE).rows:
-        real = rows[rows < shape.num_rows]
-        assert len(set(real.tolist())) == len(real)
+@every_batch
+def test_no_slot_is_twice_in_a_tile_or_in_two_formats(batch):
+    """XLA's decode scatters a tile's sums back by slot, which two of a kind would spoil."""
+    (shape, *_), tiles = batch, plan(batch)
+    formats: dict[int, int] = {}
+    for slots, format_id in zip(tiles.slots, tiles.format_ids, strict=True):
+        real = slots[slots < shape.num_slots].tolist()
+        assert len(set(real)) == len(real)
+        assert all(formats.setdefault(slot, int(format_id)) == format_id for slot in real)
+
+
+@every_batch
+def test_a_block_knows_the_tiles_it_has_a_part_in(batch):
+    (shape, *_), tiles = batch, plan(batch)
+    blocks = tiles.slots // shape.segments_per_row
+    for block, listed in enumerate(tiles.block_tiles):
+        own = np.flatnonzero((blocks == block).any(axis=1)).tolist()
+        assert listed.tolist() == own + [shape.max_tiles] * (len(listed) - len(own))
 
 
 def test_segments_of_like_length_share_tiles():
     """Long ones first: one long segment among short ones does not make all of them take many tiles."""
-    shape = TileShape(num_rows=4, max_pages=8, rows=2, pages=1, num_formats=1, segments_per_row=1)
     lengths = [1, 8 * PAGE_SIZE, 1, 8 * PAGE_SIZE]
     segments = [BatchSegment(i, 0, list(range(1, 9)), n) for i, n in enumerate(lengths)]
-    assert plan_tiles(segments, shape, PAGE_SIZE).starts.tolist() == [0, 9]
+    runs = [QueryRun(i, 1, n) for i, n in enumerate(lengths)]
+    assert plan_tiles(segments, runs, make_shape(rows=2), PAGE_SIZE).starts.tolist() == [0, 9]
+
+
+def test_more_segments_than_the_shape_has_room_for_are_refused():
+    segments, runs = [BatchSegment(0, 0, [1], 1, i) for i in range(3)], [QueryRun(0, 1, 3)]
+    with pytest.raises(ValueError, match="row 0 has more than segments_per_row=2 segments"):
+        plan_tiles(segments, runs, make_shape(segments_per_row=2), PAGE_SIZE)
+
+
+def test_a_segment_longer_than_the_shape_allows_is_refused():
+    segments, runs = [BatchSegment(0, 0, list(range(1, 10)), 33)], [QueryRun(0, 1, 33)]
+    with pytest.raises(ValueError, match="33 tokens is longer than 8 pages"):
+        plan_tiles(segments, runs, make_shape(), PAGE_SIZE)

@@ -195,7 +195,7 @@ def _forward(kv_precision: str, params, tokens):
 def _as_kept(kv_format, k, v):
     """f32[tokens, kv_heads, D] as pages of the format keep them."""
     pages = (CONFIG.num_kv_heads, -1, PAGE_SIZE, CONFIG.head_dim)
-    words = kv_format.encode(GEOMETRY, *(part.swapaxes(0, 1).reshape(pages) for part in (k, v)))
-    read = map(kv_format.from_basis, kv_format.decode(GEOMETRY, words))
+    words = kv_format.encode_vectors(*(part.swapaxes(0, 1).reshape(pages) for part in (k, v)))
+    read = kv_format.decode_vectors(words)
     flat = (CONFIG.num_kv_heads, k.shape[0], CONFIG.head_dim)
     return [part.reshape(flat).swapaxes(0, 1) for part in read]

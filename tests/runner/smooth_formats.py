@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax.numpy as jnp
+import numpy as np
 
-from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, PageWords, register
+from fineserve_jax.pallas_kernels.formats import FORMATS, register
 from fineserve_jax.pallas_kernels.formats.wide import Float32
 
 
@@ -20,33 +21,27 @@ class Bent(Float32):
 
     name = "bent"
 
-    def encode(self, geometry, k, v):
-        return super().encode(geometry, k + 0.5 * jnp.sin(2 * k), v + 0.5 * jnp.cos(2 * v))
+    def encode(self, k, v):
+        k, v = (k[0] + 0.5 * jnp.sin(2 * k[0]),), (v[0] + 0.5 * jnp.cos(2 * v[0]),)
+        return super().encode(k, v)
 
 
-class Woven(KVFormat):
-    """Page-wise: each token takes something from the others of its page; vectors are kept in a basis of its own."""
+class Woven(Float32):
+    """Page-wise: each token takes something from the others of its page; vectors are kept in a basis of its own.
+
+    (Means over a page are for XLA alone: kernels know minima and maxima.)
+    """
 
     name = "woven"
-    value_bits = 32
     tail = "bent"
-    _wide = Float32()
 
-    def aux_words(self, geometry):
-        return 0
+    def encode(self, k, v):
+        k, v = ((part[0] - 0.7 * part[0].mean(axis=-2, keepdims=True),) for part in (k, v))
+        return super().encode(k, v)
 
-    def encode(self, geometry, k, v):
-        k, v = (part - 0.7 * part.mean(axis=-2, keepdims=True) for part in (k, v))
-        return self._wide.encode(geometry, self.to_basis(k), self.to_basis(v))
-
-    def unpack(self, geometry, words: PageWords):
-        return self._wide.unpack(geometry, words)
-
-    def to_basis(self, vectors):
-        return jnp.roll(vectors, 5, axis=-1)
-
-    def from_basis(self, vectors):
-        return jnp.roll(vectors, -5, axis=-1)
+    def rotation(self, head_dim):
+        """Moves every channel five places on."""
+        return np.roll(np.eye(head_dim, dtype=np.float32), 5, axis=-1)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ import pytest
 from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make_request, tiny_model
 
 from fineserve_jax.pallas_kernels.formats import FORMATS
+from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.request import StepPlan, Work
-from fineserve_jax.runner.inputs import NOWHERE, build_inputs
+from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.shapes import MIN_ROWS, StepShape, StepSpec, chunk_buckets, pick, row_buckets
 
 NAMES = tuple(FORMATS)
@@ -81,20 +82,38 @@ def test_a_chunk_before_a_prompts_last_samples_nothing():
     assert inputs.chunk.targets[:32].tolist() == request.token_ids[1:33]
 
 
+def cached_tokens(tiles) -> dict[str, list[tuple[list[int], int, int]]]:
+    """Format -> (pages, tokens, position of the first) of each tile's first segment."""
+    columns = (tiles.pages, tiles.num_tokens, tiles.positions)
+    parts = list(zip(*(column[:, 0].tolist() for column in columns), strict=True))
+    found = {NAMES[f]: parts[slice(*tiles.starts[f : f + 2])] for f in range(len(NAMES))}
+    return {name: tiles for name, tiles in found.items() if tiles}
+
+
 def test_cached_tokens_are_those_before_the_work():
-    """In int4: the full pages, and in bf16 what the tail holds."""
+    """In int4: the full pages, and in bf16 what the tail holds; both at their positions."""
     kv = make_kv()
     request = grown(kv, "a", "int4", 40)
     inputs, _ = build_inputs(spec(0), StepPlan((Work(request, 39, 1),), ()), kv)
     tiles, held = inputs.decode.tiles, kv.holds(request)
-    by_format = {
-        NAMES[f]: [(tiles.pages[t, 0].tolist(), int(tiles.num_tokens[t, 0])) for t in range(*tiles.starts[f : f + 2])]
-        for f in range(len(NAMES))
-    }
     padding = [0] * (tiles.pages.shape[2] - 1)
-    assert by_format.pop("int4") == [([*held.pages, *padding[1:]], 32)]
-    assert by_format.pop("bf16") == [([held.tail, *padding], 7)]
-    assert not any(by_format.values())
+    assert cached_tokens(tiles) == {
+        "int4": [([*held.pages, *padding[1:]], 32, 0)],
+        "bf16": [([held.tail, *padding], 7, 32)],
+    }
+    assert tiles.query_counts.tolist() == [1] + [0] * (ROWS - 1)
+    assert tiles.query_positions[0] == 39
+
+
+def test_a_chunks_queries_follow_what_is_cached():
+    kv = make_kv()
+    first, second = grown(kv, "a", "int8", 30), grown(kv, "b", "int8", 40)
+    works = (Work(first, 0, 30), Work(second, 16, 24))
+    tiles = build_inputs(spec(), StepPlan((), works), kv)[0].chunk.tiles
+    assert cached_tokens(tiles) == {"int8": [([kv.holds(second).pages[0], *[0] * (tiles.pages.shape[2] - 1)], 16, 0)]}
+    blocks = [(tiles.query_slots[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
+    assert blocks == [(0, 30, 0), (32, 24, 16)]
+    assert not tiles.query_counts[2:].any()
 
 
 @pytest.mark.parametrize("most", [1, 8, 9, 100])

@@ -95,11 +95,11 @@ def test_a_prompt_in_each_real_format_may_be_cut_in_any_way(world, kv_precision,
 
 @pytest.mark.parametrize("cuts", [CUTS["token by token"], (PAGE_SIZE - 3, *(1,) * 20)], ids=["decode", "both"])
 def test_requests_of_all_formats_share_a_batch(world, cuts):
-    """Four prompts fill a step's chunk slots, and one or two requests decode beside them."""
+    """Four prompts fill a step's chunk slots, and the other formats, and one of theirs, decode beside them."""
     world.spoil()
-    names = REAL
-    feeds = [Feed(name, tokens_of(seed, sum(cuts)), cuts) for seed, name in enumerate(names[1:])]
-    feeds += [Feed(name, tokens_of(9, len(cuts)), (1,) * len(cuts)) for name in (names[0], names[-1])]
+    prompts, others = REAL[-4:], (*REAL[:-4], REAL[-1])
+    feeds = [Feed(name, tokens_of(seed, sum(cuts)), cuts) for seed, name in enumerate(prompts)]
+    feeds += [Feed(name, tokens_of(9, len(cuts)), (1,) * len(cuts)) for name in others]
     assert_all_as_expected(world, feeds)
 
 

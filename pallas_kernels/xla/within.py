@@ -1,20 +1,15 @@
-"""Attention of prefill chunks: among a step's own tokens, and over their cached tokens.
+"""Attention of prefill chunks among a step's own tokens.
 
 A step's chunks lie side by side on one token axis of C slots, each starting at a multiple of the page size, so that a
 slot's page is `slot // page_size`. Queries are kept heads first, f32[kv_heads, C, group, head_dim].
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats import KVFormat, PageVectors
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.formats import PageVectors
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.xla.attend import attend
-from fineserve_jax.pallas_kernels.xla.fold import fold_tiles, read_tile
-from fineserve_jax.pallas_kernels.xla.tiles import Tiles
 
 
 def attend_within(
@@ -46,50 +41,6 @@ def attend_within(
     visible = jnp.repeat(jnp.repeat(same_chunk & earlier, page_size * group, axis=0), page_size, axis=1)
     k, v = (part.reshape(kv_heads, pages * page_size, head_dim) for part in earlier_pages)
     return own.merge(_regroup(attend(_ungroup(q), _exact(k, v), visible), q))
-
-
-def extend_over_pages(
-    so_far: PartialAttention,
-    q: jax.Array,
-    chunk_of_slot: jax.Array,
-    arena: jax.Array,
-    tiles: Tiles,
-    layer: int | jax.Array,
-    formats: tuple[KVFormat, ...],
-    geometry: PageGeometry,
-) -> PartialAttention:
-    """Adds every chunk's cached tokens to its attention so far.
-
-    Args:
-        so_far: of f32[kv_heads, C, group].
-        q: f32[kv_heads, C, group, head_dim], already multiplied by the softmax scale.
-        chunk_of_slot: i32[C].
-        tiles: the chunks' cached tokens; tiles of one segment by P pages, whose rows are chunks.
-        arena, layer, formats, geometry: as for `decode.extend_over_pages`.
-    """
-    add = functools.partial(
-        _add_tile, chunk_of_slot=chunk_of_slot, arena=arena, tiles=tiles, layer=layer, geometry=geometry
-    )
-    return fold_tiles(so_far, add, q, tiles, formats)
-
-
-def _add_tile(
-    index: jax.Array,
-    so_far: PartialAttention,
-    *,
-    q: jax.Array,
-    chunk_of_slot: jax.Array,
-    arena: jax.Array,
-    tiles: Tiles,
-    layer: int | jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-) -> PartialAttention:
-    """Adds one tile's tokens to the attention of its chunk. `q` is in the format's basis."""
-    vectors, counts = read_tile(arena, tiles.pages[index, 0], tiles.num_tokens[index, 0], layer, kv_format, geometry)
-    own = jnp.repeat(chunk_of_slot == tiles.rows[index, 0], q.shape[2])
-    part = attend(_ungroup(q), vectors, own[:, None] & counts)
-    return so_far.merge(_regroup(part._replace(total=kv_format.from_basis(part.total)), q))
 
 
 def _exact(k: jax.Array, v: jax.Array) -> PageVectors:
