@@ -152,26 +152,12 @@ def plan_tiles(
         queries: of each row, in order.
 
     Raises:
-        ValueError: more segments in a row, or longer ones, than the shape provides for.
+        ValueError: more segments in a row, or longer ones, than the shape provides for; a segment of no such row.
     """
     tiles = _empty_tiles(shape)
-    blocks_of_row = _cut_queries(tiles, queries, shape)
-    by_format: list[list[_Piece]] = [[] for _ in range(shape.num_formats)]
-    used = np.zeros(shape.num_blocks, np.int32)
-    for segment in segments:
-        if not segment.num_tokens:
-            continue
-        if -(-segment.num_tokens // page_size) > shape.max_pages:
-            raise ValueError(f"a segment of {segment.num_tokens} tokens is longer than {shape.max_pages} pages")
-        for block in blocks_of_row[segment.row]:
-            if used[block] == shape.segments_per_row:
-                raise ValueError(f"row {segment.row} has more than segments_per_row={shape.segments_per_row} segments")
-            slot = block * shape.segments_per_row + int(used[block])
-            used[block] += 1
-            by_format[segment.format_id].append(_Piece(slot, block, segment))
+    by_format = _place_segments(segments, _cut_queries(tiles, queries, shape), shape, page_size)
     count, per_block = 0, np.zeros(shape.num_blocks, np.int32)
     for format_id, same in enumerate(by_format):
-        same.sort(key=lambda piece: -piece.segment.num_tokens)
         for first in range(0, len(same), shape.rows):
             group = same[first : first + shape.rows]
             num_tiles = _cut_group(tiles, count, group, shape, page_size)
@@ -183,6 +169,37 @@ def plan_tiles(
         tiles.starts[format_id + 1] = count
         tiles.format_ids[tiles.starts[format_id] : count] = format_id
     return tiles
+
+
+def _place_segments(
+    segments: Sequence[BatchSegment], blocks_of_row: list[range], shape: TileShape, page_size: int
+) -> list[list[_Piece]]:
+    """Gives every segment a slot in each block of its row; returns them by format, longest first."""
+    by_format: list[list[_Piece]] = [[] for _ in range(shape.num_formats)]
+    used = np.zeros(shape.num_blocks, np.int32)
+    for segment in segments:
+        if not segment.num_tokens:
+            continue
+        row, num_pages = segment.row, -(-segment.num_tokens // page_size)
+        if not 0 <= row < len(blocks_of_row):
+            raise ValueError(f"a segment is of row {row}, and queries are given for {len(blocks_of_row)} rows only")
+        if num_pages > shape.max_pages:
+            raise ValueError(
+                f"a segment of row {row} has {num_pages} pages, more than max_pages={shape.max_pages}; "
+                "cut it in two, or give the spec a larger max_pages"
+            )
+        for block in blocks_of_row[row]:
+            if used[block] == shape.segments_per_row:
+                raise ValueError(
+                    f"row {row} has more than segments_per_row={shape.segments_per_row} segments; "
+                    "give the spec a larger segments_per_row"
+                )
+            slot = block * shape.segments_per_row + int(used[block])
+            used[block] += 1
+            by_format[segment.format_id].append(_Piece(slot, block, segment))
+    for same in by_format:
+        same.sort(key=lambda piece: -piece.segment.num_tokens)
+    return by_format
 
 
 def _empty_tiles(shape: TileShape) -> Tiles:

@@ -105,6 +105,8 @@ class KVFormat(ABC):
     def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
         """What words stand for, in the format's own basis (see `rotation`), scales left as factors.
 
+        Where every word is 0, auxiliary parts included, it must be finite: kernels read unused tokens so.
+
         Args:
             k, v: the words, u16[..., T, width].
             numbers: what `read_aux` gave. Kernels may have spread the parts to any shape that broadcasts, [T, width]

@@ -1,0 +1,222 @@
+"""Paged attention on TPUs: one launch for segments of all formats (see `kernel`)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fineserve_jax.pallas_kernels.bases import Bases
+from fineserve_jax.pallas_kernels.formats import KVFormat
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.mosaic_tpu.kernel import kernel
+from fineserve_jax.pallas_kernels.mosaic_tpu.launch import BUFFERS, ROW_MULTIPLE, Launch, Memory, TileTable
+from fineserve_jax.pallas_kernels.mosaic_tpu.rows import LANES, SUBLANES, TILE_WORDS, PageRows
+from fineserve_jax.pallas_kernels.pallas_api import (
+    BlockSpec,
+    TpuDMASemaphore,
+    TpuPrefetchScalarGridSpec,
+    TpuVMEM,
+    pallas_call,
+    tpu_in_place,
+    tpu_interpret,
+    tpu_params,
+)
+from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
+from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.tiles import Tiles
+
+# Tokens of a step: enough work to hide a step's latencies, and copies long enough to reach the memory's bandwidth.
+DECODE_STEP_TOKENS = 128
+RAGGED_STEP_TOKENS = 256
+MAX_LOGITS = 1 << 16  # of a step and a block of heads
+MAX_TABLE_BYTES = 3 << 18  # of scalar memory's 1 MiB
+VMEM_LIMIT_BYTES = 100 << 20  # of the 128 MiB that v5e and v6e have
+
+
+def attend_pages(
+    spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
+) -> PartialAttention:
+    """Attention of query tokens to the cached tokens of their rows.
+
+    Args:
+        q: f32 or bf16[num_queries, kv_heads, group, head_dim], already multiplied by the softmax scale.
+        arena: u16[num_units, 8, 128].
+        tiles: of one segment each.
+        layer: i32[].
+
+    Returns:
+        of f32[num_queries, kv_heads, group].
+
+    Raises:
+        ValueError: the arena's units are no TPU tiles, or the page tables are too long for a TPU's scalar memory.
+    """
+    _check(spec)
+    launch = plan_launch(spec, q.shape[2], q.dtype)
+    total, stats = _call(spec, launch, tabulate(spec, launch, tiles), tiles, layer, _to_blocks(launch, q, tiles), arena)
+    parts = (stats[..., 0], NEGATIVE), (stats[..., 1], 0.0), (total, 0.0)
+    return PartialAttention(*(_to_slots(spec, launch, tiles, blocks, empty) for blocks, empty in parts))
+
+
+def _check(spec: AttentionSpec) -> None:
+    if spec.geometry.unit_words != TILE_WORDS:
+        raise ValueError(
+            f"an arena with units of {spec.geometry.unit_words} words cannot be copied on a TPU; make the geometry "
+            f"with unit_words={TILE_WORDS}, as choose_unit_words(..., tpu=True) does"
+        )
+    shape = spec.tile_shape
+    table_bytes = 4 * shape.max_tiles * shape.pages
+    if table_bytes > MAX_TABLE_BYTES:
+        raise ValueError(
+            f"page tables of {shape.max_tiles} segments of {shape.pages} pages take {table_bytes} bytes; a TPU's "
+            f"scalar memory has room for {MAX_TABLE_BYTES}: use longer pages, fewer rows or shorter sequences"
+        )
+
+
+def plan_launch(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Launch:
+    """The sizes of a launch: pages of a step, heads of a block, rows of queries."""
+    geometry, queries = spec.geometry, spec.tile_shape.queries
+    tokens = DECODE_STEP_TOKENS if spec.decodes else RAGGED_STEP_TOKENS
+    pages = max(1, min(tokens // geometry.page_size, spec.tile_shape.pages))
+    head_rows = group * queries
+    return Launch(
+        formats=tuple(_page_rows(geometry, kv_format, pages, head_rows) for kv_format in spec.formats),
+        bases=_rotations(spec),
+        tiles_per_block=spec.tile_shape.tiles_per_block,
+        group=group,
+        queries=queries,
+        query_rows=_round_up(geometry.kv_heads * head_rows, ROW_MULTIPLE),
+        dtype=jnp.dtype(dtype),
+        window=spec.window,
+        soft_cap=spec.soft_cap,
+    )
+
+
+def _rotations(spec: AttentionSpec) -> tuple[int | None, ...]:
+    head_dim = spec.geometry.head_dim
+    index = Bases(spec.formats, head_dim).index
+    return tuple(None if f.rotation(head_dim) is None else basis for f, basis in zip(spec.formats, index, strict=True))
+
+
+def _page_rows(geometry: PageGeometry, kv_format: KVFormat, pages: int, head_rows: int) -> PageRows:
+    """How many heads to take at a time.
+
+    Few steps are fast, but logits of one head's queries with another's keys are waste, and grow with the heads' square.
+    """
+    best = PageRows(kv_format, geometry, geometry.kv_heads, pages)
+    tokens = pages * geometry.page_size
+    for heads in range(geometry.kv_heads - 1, 0, -1):
+        if best.heads**2 * head_rows * tokens <= MAX_LOGITS:
+            break
+        fewer = dataclasses.replace(best, heads=heads)
+        if fewer.splits_evenly and heads * head_rows % ROW_MULTIPLE == 0:
+            best = fewer
+    return best
+
+
+def tabulate(spec: AttentionSpec, launch: Launch, tiles: Tiles) -> TileTable:
+    """What the kernel has to know of each grid step: each block's tiles, one after the other."""
+    page_size, shape = spec.geometry.page_size, spec.tile_shape
+    blocks = jnp.repeat(jnp.arange(shape.num_blocks), launch.tiles_per_block)
+    tile = tiles.block_tiles.reshape(-1)
+    used, of = tile < shape.max_tiles, jnp.minimum(tile, shape.max_tiles - 1)
+    counts = tiles.query_counts[blocks]
+    offsets = tiles.query_positions[blocks] - tiles.positions[of, 0]
+    num_tokens = jnp.clip(offsets + counts, 0, jnp.where(used, tiles.num_tokens[of, 0], 0))
+    end = -(-num_tokens // page_size)
+    first = jnp.zeros_like(end)
+    if spec.window is not None:
+        first = jnp.clip((offsets - spec.window + 1) // page_size, 0, end)
+    table = TileTable(
+        format_ids=jnp.where(used, tiles.format_ids[of], len(spec.formats)),
+        first_pages=of * shape.pages + first,
+        num_pages=end - first,
+        tokens_before=first * page_size,
+        num_tokens=num_tokens,
+        offsets=offsets,
+        blocks=jnp.where(counts > 0, blocks, 0),
+        outputs=jnp.where(counts > 0, blocks, shape.num_blocks),
+    )
+    none = TileTable(len(spec.formats), *[0] * (len(table) - 1))
+    both = zip(table, none, strict=True)
+    return TileTable(*(jnp.pad(part.astype(jnp.int32), (0, 1), constant_values=end) for part, end in both))
+
+
+def _to_blocks(launch: Launch, q: jax.Array, tiles: Tiles) -> jax.Array:
+    """[num_queries, kv_heads, group, D] -> [num_blocks, query_rows, D], rows of (kv head, group, query)."""
+    slots = jnp.minimum(tiles.query_slots[:, None] + jnp.arange(launch.queries), len(q) - 1)
+    blocks = jnp.moveaxis(q[slots], 1, 3)
+    rows = blocks.reshape(len(blocks), -1, q.shape[-1])
+    return jnp.pad(rows, ((0, 0), (0, launch.query_rows - rows.shape[1]), (0, 0)))
+
+
+def _to_slots(spec: AttentionSpec, launch: Launch, tiles: Tiles, blocks: jax.Array, empty: float) -> jax.Array:
+    """[num_blocks + 1, query_rows, ...] -> [num_queries, kv_heads, group, ...], `empty` without a query."""
+    kv_heads, group, queries, rest = spec.geometry.kv_heads, launch.group, launch.queries, blocks.shape[2:]
+    rows = blocks[:, : kv_heads * group * queries].reshape(-1, kv_heads, group, queries, *rest)
+    rows = jnp.moveaxis(rows, 3, 1).reshape(-1, kv_heads, group, *rest)
+    known = (tiles.block_of_query < spec.tile_shape.num_blocks).reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.where(known, rows[tiles.block_of_query * queries + tiles.place_in_block], empty)
+
+
+def _call(
+    spec: AttentionSpec,
+    launch: Launch,
+    table: TileTable,
+    tiles: Tiles,
+    layer: jax.Array,
+    q: jax.Array,
+    arena: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Total and stats of each block, see `Outputs`; one more holds anything."""
+    head_dim, num_rows = spec.geometry.head_dim, launch.query_rows
+    fields, num_blocks = len(table), spec.tile_shape.num_blocks
+    rotations = Bases(spec.formats, head_dim).rotate(jnp.eye(head_dim, dtype=jnp.float32))
+
+    def body(*refs: Any) -> None:
+        kernel(launch, TileTable(*refs[:fields]), *refs[fields:])
+
+    def query_block(tile: Any, *scalars: Any) -> tuple[Any, ...]:
+        return TileTable(*scalars[:fields]).blocks[tile], 0, 0
+
+    def output_block(tile: Any, *scalars: Any) -> tuple[Any, ...]:
+        return TileTable(*scalars[:fields]).outputs[tile], 0, 0
+
+    scalars = (*table, tiles.pages.reshape(-1), layer.reshape(1))
+    outputs = (1, num_rows, head_dim), (1, num_rows, LANES)
+    launched = pallas_call(
+        body,
+        grid_spec=TpuPrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(num_blocks * launch.tiles_per_block,),
+            in_specs=[
+                BlockSpec((1, num_rows, head_dim), query_block),
+                BlockSpec(rotations.shape, lambda *_: (0, 0, 0)),
+                tpu_in_place(),
+            ],
+            out_specs=[BlockSpec(shape, output_block) for shape in outputs],
+            scratch_shapes=_memory(launch),
+        ),
+        out_shape=[jax.ShapeDtypeStruct((num_blocks + 1, *shape[1:]), jnp.float32) for shape in outputs],
+        compiler_params=tpu_params(("arbitrary",), VMEM_LIMIT_BYTES),
+        interpret=tpu_interpret() if spec.interpret else False,
+        name="attend_pages",
+    )
+    total, stats = launched(*scalars, q, rotations, arena)
+    return total, stats
+
+
+def _memory(launch: Launch) -> Memory:
+    return Memory(
+        pages=TpuVMEM((BUFFERS, launch.pages, launch.page_tiles, SUBLANES, LANES), jnp.uint16),
+        semaphores=TpuDMASemaphore((BUFFERS,)),
+        spare=TpuVMEM((launch.spare_rows, LANES), jnp.int32),
+        arranged=TpuVMEM((launch.arranged_rows, LANES), launch.dtype),
+        peak=TpuVMEM((launch.query_rows, LANES), jnp.float32),
+        weight=TpuVMEM((launch.query_rows, LANES), jnp.float32),
+        total=TpuVMEM((launch.max_planes, launch.query_rows, LANES), jnp.float32),
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

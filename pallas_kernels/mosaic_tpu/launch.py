@@ -1,0 +1,134 @@
+"""What is static of a launch of the Mosaic attention kernel, and the tables and memory that its grid steps use."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fineserve_jax.pallas_kernels.mosaic_tpu.page_reader import buffer_tiles
+from fineserve_jax.pallas_kernels.mosaic_tpu.rows import PageRows
+
+Ref = Any
+ROW_MULTIPLE = 16  # rows of a bf16 tile
+BUFFERS = 3  # two for the steps of a tile by turns, one for the first pages of the next tile
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is static of a launch.
+
+    Attributes:
+        formats: how each format's pages lie.
+        bases: of each format, which rotation its vectors are kept in; None: none.
+        tiles_per_block: grid steps of each block of queries.
+        group: query heads of a KV head.
+        queries: query tokens of a block.
+        query_rows: rows of a block's queries, `(kv head, group, query)`, padded.
+        dtype: of queries and products.
+        window, soft_cap: see `AttentionSpec`.
+    """
+
+    formats: tuple[PageRows, ...]
+    bases: tuple[int | None, ...]
+    tiles_per_block: int
+    group: int
+    queries: int
+    query_rows: int
+    dtype: jnp.dtype
+    window: int | None
+    soft_cap: float | None
+
+    @property
+    def pages(self) -> int:
+        """Pages of a step."""
+        return self.formats[0].pages
+
+    @property
+    def page_tiles(self) -> int:
+        return max(buffer_tiles(rows) for rows in self.formats)
+
+    @property
+    def spare_rows(self) -> int:
+        """Rows that have to be picked apart by phase."""
+        return max([rows.groups * rows.period for rows in self.formats if rows.period > 1], default=8)
+
+    @property
+    def arranged_rows(self) -> int:
+        """Rows of queries arranged as keys lie in their rows."""
+        return max(rows.num_planes * rows.sharing for rows in self.formats) * self.query_rows
+
+    @property
+    def max_planes(self) -> int:
+        return max(rows.num_planes for rows in self.formats)
+
+    @property
+    def precision(self) -> lax.Precision:
+        return lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+    def dot(self, a: jax.Array, b: jax.Array, *, transposed: bool = False) -> jax.Array:
+        """a @ b, or a @ b.T, at the precision of the queries; sums in f32."""
+        return dot(a.astype(self.dtype), b.astype(self.dtype), self.precision, transposed=transposed)
+
+
+class TileTable(NamedTuple):
+    """Of each grid step, i32[steps + 1]; behind the last there is one that has no tile.
+
+    Attributes:
+        format_ids: `len(formats)` if there is no tile.
+        first_pages: where in the page table begin the pages that some query sees.
+        num_pages: how many these are.
+        tokens_before: tokens of the tile before these pages.
+        num_tokens: tokens of the tile, up to the last one that some query sees.
+        offsets: position of the block's first query less that of the tile's first token.
+        blocks: whose queries attend.
+        outputs: where a block's result goes.
+    """
+
+    format_ids: Any
+    first_pages: Any
+    num_pages: Any
+    tokens_before: Any
+    num_tokens: Any
+    offsets: Any
+    blocks: Any
+    outputs: Any
+
+
+class Memory(NamedTuple):
+    """What outlives a grid step, or is too large for registers.
+
+    Attributes:
+        pages: u16[BUFFERS, pages, page_tiles, 8, 128]; semaphores: one for each buffer.
+        spare: i32[spare_rows, 128].
+        arranged: dtype[arranged_rows, 128], the queries, for each block of heads, plane and vector of a group.
+        peak, weight: f32[query_rows, 128], a block's, equal in all lanes.
+        total: f32[max_planes, query_rows, 128], a tile's, in the lanes in which values lie in their rows.
+    """
+
+    pages: Ref
+    semaphores: Ref
+    spare: Ref
+    arranged: Ref
+    peak: Ref
+    weight: Ref
+    total: Ref
+
+
+class Outputs(NamedTuple):
+    """A block's sums over its tiles so far.
+
+    Attributes:
+        total: f32[1, query_rows, head_dim], in the model's basis.
+        stats: f32[1, query_rows, 128]: lane 0 the peak, lane 1 the weight.
+    """
+
+    total: Ref
+    stats: Ref
+
+
+def dot(a: jax.Array, b: jax.Array, precision: lax.Precision, *, transposed: bool = False) -> jax.Array:
+    """a @ b, or a @ b.T, summed in f32."""
+    dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

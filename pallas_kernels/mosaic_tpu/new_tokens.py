@@ -1,0 +1,277 @@
+"""Writing new tokens on TPUs.
+
+Only whole units can be copied to the arena, and a token's words lie scattered over all of a page's layer, some in each
+head's block. So a page's layers are read, changed in vector memory and written back, a group of layers at a time:
+several groups are on their way at once, to hide what it takes a copy to arrive.
+
+XLA prepares the new words of a layer as units of their own. First come the vectors, K of all heads, then V, in rows of
+128 lanes, each shifted to the lanes in which it will lie:
+
+    |        | vector .......................... | row 0        R rows each, more than one if it crosses rows
+    | ... vector |                               | row 1
+
+Then come the auxiliary words, every word in all T places that it could take:
+
+    | scale of head 0, T times | scale of head 1, T times | ...        aligned as in the page
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
+from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry
+from fineserve_jax.pallas_kernels.mosaic_tpu.page_layout import joined
+from fineserve_jax.pallas_kernels.pallas_api import (
+    TpuDMASemaphore,
+    TpuPrefetchScalarGridSpec,
+    TpuVMEM,
+    ds,
+    pallas_call,
+    tpu_async_copy,
+    tpu_in_place,
+    tpu_interpret,
+    tpu_params,
+    when,
+)
+
+SUBLANES, LANES = TPU_TILE
+TILE_WORDS = SUBLANES * LANES
+BUFFERS, AHEAD = 4, 2  # groups of layers in vector memory, and how many of them are being read
+GROUP_UNITS = 256  # of a group, 512 KiB, unless a layer is larger
+
+Ref = Any
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of a launch."""
+
+    kv_format: KVFormat
+    geometry: PageGeometry
+
+    @property
+    def vector(self) -> int:
+        """Words of a vector."""
+        return self.kv_format.vector_words(self.geometry)
+
+    @property
+    def shift_step(self) -> int:
+        """Vectors begin in lanes that are multiples of this."""
+        return math.gcd(self.vector, LANES)
+
+    @property
+    def rows(self) -> int:
+        """Rows of lanes that a vector touches at most."""
+        return -(-(self.vector + LANES - self.shift_step) // LANES)
+
+    @property
+    def vector_units(self) -> int:
+        """Units of new vectors of a layer."""
+        return -(-2 * self.geometry.kv_heads * self.rows // SUBLANES)
+
+    @property
+    def aux_words(self) -> tuple[int, int]:
+        """Where in a page's layer auxiliary words begin and end."""
+        end = self.kv_format.words_per_layer(self.geometry)
+        return min((*self.kv_format.aux_starts(self.geometry), end)), end
+
+    @property
+    def aux_units(self) -> range:
+        """Units of a page's layer with auxiliary words."""
+        start, end = self.aux_words
+        return range(start // TILE_WORDS, -(-end // TILE_WORDS) if end > start else start // TILE_WORDS)
+
+    @property
+    def new_units(self) -> int:
+        return self.vector_units + len(self.aux_units)
+
+    @property
+    def layer_units(self) -> int:
+        return self.kv_format.units_per_layer(self.geometry)
+
+    @property
+    def group(self) -> int:
+        """Layers of a group: a divisor of their number."""
+        layers = self.geometry.num_layers
+        return max(size for size in range(1, layers + 1) if layers % size == 0 and size <= self._most_layers)
+
+    @property
+    def _most_layers(self) -> int:
+        return max(1, GROUP_UNITS // self.layer_units)
+
+    @property
+    def groups(self) -> int:
+        return self.geometry.num_layers // self.group
+
+
+def write_tokens(
+    arena: jax.Array,
+    words: PageWords,
+    pages: jax.Array,
+    offsets: jax.Array,
+    kv_format: KVFormat,
+    geometry: PageGeometry,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """Writes one token into each of N pages. See `writing.write_tokens`."""
+    layout = _Layout(kv_format, geometry)
+    order = jnp.argsort(pages >= len(arena))  # those to be written come first
+    count = jnp.sum(pages < len(arena), dtype=jnp.int32)
+    new = jnp.concatenate([_vector_units(words, offsets, layout), *_aux_units(words, layout)], axis=2)
+    return pallas_call(
+        functools.partial(_kernel, layout),
+        grid_spec=TpuPrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(1,),
+            in_specs=[tpu_in_place()] * 2,
+            out_specs=tpu_in_place(),
+            scratch_shapes=[
+                TpuVMEM((BUFFERS, layout.group * layout.layer_units, SUBLANES, LANES), jnp.uint16),
+                TpuVMEM((BUFFERS, layout.group, layout.new_units, SUBLANES, LANES), jnp.uint16),
+                TpuDMASemaphore((3, BUFFERS)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(arena.shape, arena.dtype),
+        input_output_aliases={5: 0},
+        compiler_params=tpu_params(("arbitrary",)),
+        interpret=tpu_interpret() if interpret else False,
+        name="write_tokens",
+    )(count.reshape(1), order, pages, offsets, new, arena)
+
+
+def _vector_units(words: PageWords, offsets: jax.Array, layout: _Layout) -> jax.Array:
+    """The new vectors, u16[N, layers, vector_units, 8, 128]."""
+    vectors = jnp.concatenate([joined(words.k), joined(words.v)], axis=1)[:, :, :, 0]  # layers, blocks, N, W
+    vectors = jnp.moveaxis(vectors, 2, 0)
+    num_tokens, layers, blocks, width = vectors.shape
+    lane = (jnp.arange(blocks) * layout.geometry.page_size + offsets[:, None]) * width % LANES
+    room = layout.rows * LANES - width
+    rows = jnp.zeros((num_tokens, layers, blocks, layout.rows * LANES), jnp.uint16)
+    for shift in range(0, LANES, layout.shift_step):
+        shifted = jnp.pad(vectors, [(0, 0)] * 3 + [(shift, room - shift)])
+        rows = jnp.where(lane[:, None, :, None] == shift, shifted, rows)
+    rows = rows.reshape(num_tokens, layers, -1)
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, layout.vector_units * TILE_WORDS - rows.shape[-1])])
+    return rows.reshape(num_tokens, layers, -1, SUBLANES, LANES)
+
+
+def _aux_units(words: PageWords, layout: _Layout) -> list[jax.Array]:
+    """The new auxiliary words, u16[N, layers, aux_units, 8, 128], if there are any."""
+    if not words.aux:
+        return []
+    parts = [jnp.moveaxis(part[:, :, :, 0], 2, 0) for part in words.aux]  # N, layers, heads, 1
+    places = [jnp.broadcast_to(part, (*part.shape[:3], layout.geometry.page_size)) for part in parts]
+    flat = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in places], axis=-1)
+    start, _ = layout.aux_words
+    before = start - layout.aux_units.start * TILE_WORDS
+    behind = len(layout.aux_units) * TILE_WORDS - before - flat.shape[-1]
+    flat = jnp.pad(flat, [(0, 0), (0, 0), (before, behind)])
+    return [flat.reshape(*flat.shape[:2], -1, SUBLANES, LANES)]
+
+
+def _kernel(
+    layout: _Layout,
+    count: Ref,
+    order: Ref,
+    pages: Ref,
+    offsets: Ref,
+    new: Ref,
+    _arena_before: Ref,
+    arena: Ref,
+    old_buffers: Ref,
+    new_buffers: Ref,
+    semaphores: Ref,
+) -> None:
+    """Takes groups of layers, token by token, as steps, each with its buffer:
+
+    step s:   start reading s + 2   |   wait for s to be read   |   change it   |   start writing s
+
+    The buffer of step s + 2 is that of s - 2, which has to be written before.
+    """
+    steps = count[0] * layout.groups
+
+    def token(step: jax.Array) -> jax.Array:
+        return order[lax.div(step, layout.groups)]
+
+    def units(step: jax.Array) -> Ref:
+        size = layout.group * layout.layer_units
+        return arena.at[ds(pages[token(step)] + lax.rem(step, layout.groups) * size, size)]
+
+    def reads(step: jax.Array) -> list[Any]:
+        buffer, group = lax.rem(step, BUFFERS), lax.rem(step, layout.groups)
+        words = new.at[token(step), ds(group * layout.group, layout.group)]
+        return [
+            tpu_async_copy(units(step), old_buffers.at[buffer], semaphores.at[0, buffer]),
+            tpu_async_copy(words, new_buffers.at[buffer], semaphores.at[1, buffer]),
+        ]
+
+    def write(step: jax.Array) -> Any:
+        buffer = lax.rem(step, BUFFERS)
+        return tpu_async_copy(old_buffers.at[buffer], units(step), semaphores.at[2, buffer])
+
+    def start_reads(step: jax.Array) -> None:
+        for copy in reads(step):
+            copy.start()
+
+    def wait_for_write(step: jax.Array) -> None:
+        write(step).wait()
+
+    def take(step: jax.Array, _: None) -> None:
+        ahead = step + AHEAD
+        when((ahead >= BUFFERS) & (ahead < steps))(functools.partial(wait_for_write, ahead - BUFFERS))
+        when(ahead < steps)(functools.partial(start_reads, ahead))
+        for copy in reads(step):
+            copy.wait()
+        buffer = lax.rem(step, BUFFERS)
+        new_words, old_words = new_buffers.at[buffer], old_buffers.at[buffer]
+        change_layer = functools.partial(_change_layer, layout, new_words, old_words, offsets[token(step)])
+        lax.fori_loop(0, layout.group, change_layer, None)
+        write(step).start()
+
+    for step in range(AHEAD):
+        when(step < steps)(functools.partial(start_reads, jnp.int32(step)))
+    lax.fori_loop(0, steps, take, None)
+    for last in range(1, BUFFERS + 1):
+        when(steps >= last)(functools.partial(wait_for_write, steps - last))
+
+
+def _change_layer(layout: _Layout, new: Ref, old: Ref, offset: jax.Array, layer: jax.Array, _: None) -> None:
+    """Puts the new words of one layer of a group, `new[layer]`, into its units, of which `old` holds all layers'."""
+    first_unit = layer * layout.layer_units
+    sublane = lax.broadcasted_iota(jnp.int32, TPU_TILE, 0)
+    word = sublane * LANES + lax.broadcasted_iota(jnp.int32, TPU_TILE, 1)
+
+    def change(unit: jax.Array | int, mask: jax.Array, values: jax.Array) -> None:
+        before = old[first_unit + unit].astype(jnp.int32)
+        old[first_unit + unit] = jnp.where(mask, values, before).astype(jnp.uint16)
+
+    for block in range(2 * layout.geometry.kv_heads):
+        start = (block * layout.geometry.page_size + offset) * layout.vector
+        end, first_row = start + layout.vector, lax.div(start, LANES)
+        rows = [_new_row(new, layer, block * layout.rows + i) for i in range(layout.rows)]
+        for further in range(1 if TILE_WORDS % layout.vector == 0 else 2):
+            unit = jnp.minimum(lax.div(start, TILE_WORDS) + further, layout.layer_units - 1)
+            here = unit * TILE_WORDS + word
+            values = rows[0]
+            for i in range(1, layout.rows):
+                values = jnp.where(unit * SUBLANES + sublane == first_row + i, rows[i], values)
+            change(unit, (here >= start) & (here < end), values)
+    aux_start, aux_end = layout.aux_words
+    for i, aux_unit in enumerate(layout.aux_units):
+        here = aux_unit * TILE_WORDS + word
+        own = (here - aux_start) & (layout.geometry.page_size - 1) == offset
+        values = new[layer, layout.vector_units + i].astype(jnp.int32)
+        change(aux_unit, own & (here >= aux_start) & (here < aux_end), values)
+
+
+def _new_row(new: Ref, layer: jax.Array, row: int) -> jax.Array:
+    """A row of the new vectors in all sublanes, i32[8, 128]."""
+    unit = new[layer, row // SUBLANES].astype(jnp.int32)
+    return jnp.broadcast_to(unit[row % SUBLANES :][:1], TPU_TILE)

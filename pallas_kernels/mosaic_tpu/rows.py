@@ -1,0 +1,159 @@
+"""How the heads-first words of a page lie in rows of 128 lanes, the form in which a TPU holds them.
+
+A block of H heads is a run of H * T vectors of W words. Where W divides 128 several vectors share a row; elsewhere they
+straddle rows, in a pattern that repeats: a group of `period` rows holds exactly `sharing` vectors.
+
+W = 32, sharing 4, period 1:
+
+    | vector 0 | vector 1 | vector 2 | vector 3 |           group 0
+    | vector 4 | vector 5 | vector 6 | vector 7 |           group 1
+
+W = 96, sharing 4, period 3:
+
+    | vector 0                      | vector 1 ...          group 0, phase 0
+       ... vector 1         | vector 2                      group 0, phase 1
+                    | vector 3                      |       group 0, phase 2
+
+Row i * period + j is phase j of group i; the vectors of group i are i * sharing + b. So all vectors with the same b lie
+in the same lanes of the same phases, and one arrangement of the query, zero in all other lanes, serves them all.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fineserve_jax.pallas_kernels.formats import KVFormat
+from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry
+
+SUBLANES, LANES = TPU_TILE
+TILE_WORDS = SUBLANES * LANES
+NOWHERE = 1 << 30  # the index in its segment of what is no token
+
+
+@dataclass(frozen=True)
+class PageRows:
+    """The rows of a block of heads in a few pages of one format, joined page after page.
+
+    Attributes:
+        kv_format, geometry: of the pages.
+        heads: heads of a block; blocks are taken one after the other.
+        pages: pages at a time.
+    """
+
+    kv_format: KVFormat
+    geometry: PageGeometry
+    heads: int
+    pages: int
+
+    @cached_property
+    def words(self) -> int:
+        """Words of a vector (W)."""
+        return self.kv_format.vector_words(self.geometry)
+
+    @cached_property
+    def width(self) -> int:
+        """Words of each of a vector's parts."""
+        return self.kv_format.width(self.geometry)
+
+    @cached_property
+    def sharing(self) -> int:
+        return LANES // math.gcd(self.words, LANES)
+
+    @cached_property
+    def period(self) -> int:
+        return self.words // math.gcd(self.words, LANES)
+
+    @cached_property
+    def phases(self) -> tuple[int, ...]:
+        """The phases in which values begin; others hold only further parts of values (as in fp32)."""
+        starts = {(vector * self.words + lane) // LANES for vector in range(self.sharing) for lane in range(self.width)}
+        return tuple(sorted(starts))
+
+    @cached_property
+    def vectors(self) -> int:
+        """Vectors of a page's block of heads."""
+        return self.heads * self.geometry.page_size
+
+    @cached_property
+    def page_groups(self) -> int:
+        """Groups read of a page's block of heads: whole tiles. What lies beyond the block's own belongs to no token."""
+        return _round_up(-(-self.vectors // self.sharing), SUBLANES)
+
+    @cached_property
+    def groups(self) -> int:
+        """Groups of all pages."""
+        return self.pages * self.page_groups
+
+    @cached_property
+    def num_blocks(self) -> int:
+        return self.geometry.kv_heads // self.heads
+
+    @cached_property
+    def num_planes(self) -> int:
+        """Arrangements of 128 lanes that a vector's values lie in: planes of each phase."""
+        return len(self.phases) * self.kv_format.planes
+
+    @cached_property
+    def value_starts(self) -> tuple[int, int]:
+        """Where in a page's layer K and V begin, in words."""
+        return 0, self.geometry.kv_heads * self.kv_format.block_words(self.geometry)
+
+    @property
+    def splits_evenly(self) -> bool:
+        """Whether each block of heads fills whole tiles, so that blocks can be told apart by their tile alone."""
+        whole = self.vectors % (self.sharing * SUBLANES) == 0 and self.vectors * self.words % TILE_WORDS == 0
+        return self.geometry.kv_heads % self.heads == 0 and (whole or self.heads == self.geometry.kv_heads)
+
+    # -- what lies where: i32 arrays for inside the kernel -------------------------------------------------------
+
+    def lane_vector(self, phase: int, shape: tuple[int, int], axis: int) -> tuple[jax.Array, jax.Array]:
+        """Of every lane, which vector of its group it belongs to, and which word of that vector it is."""
+        flat = phase * LANES + lax.broadcasted_iota(jnp.int32, shape, axis)
+        vector = divide(flat, self.words)
+        return vector, flat - vector * self.words
+
+    def places(self, phase: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of every word of a phase, i32[groups, 128]: head in the block, token in the joined pages, word in the vector.
+
+        `NOWHERE` is the token of words that begin no value, too.
+        """
+        shape = (self.groups, LANES)
+        vector, word = self.lane_vector(phase, shape, 1)
+        head, token = self._head_and_token(lax.broadcasted_iota(jnp.int32, shape, 0), vector)
+        return head, jnp.where(word < self.width, token, NOWHERE), word
+
+    def columns(self) -> tuple[jax.Array, jax.Array]:
+        """Of vector b of every group, i32[sharing, groups]: head in the block, and token in the joined pages."""
+        shape = (self.sharing, self.groups)
+        group, vector = lax.broadcasted_iota(jnp.int32, shape, 1), lax.broadcasted_iota(jnp.int32, shape, 0)
+        return self._head_and_token(group, vector)
+
+    def _head_and_token(self, group: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`NOWHERE` is the token of vectors beyond the block; their head is beyond the block's too."""
+        page = divide(group, self.page_groups)
+        flat = (group - page * self.page_groups) * self.sharing + vector
+        head = divide(flat, self.geometry.page_size)
+        token = page * self.geometry.page_size + flat - head * self.geometry.page_size
+        return head, jnp.where(head < self.heads, token, NOWHERE)
+
+    def plane_lanes(self, phase: int, plane: int, dtype: jnp.dtype) -> jax.Array:
+        """[head_dim, 128], 1 where a lane of the phase holds the value of the plane, so that q @ this arranges q."""
+        shape = (self.geometry.head_dim, LANES)
+        _, word = self.lane_vector(phase, shape, 1)
+        value = jnp.where(word < self.width, word + plane * self.width, NOWHERE)
+        return (lax.broadcasted_iota(jnp.int32, shape, 0) == value).astype(jnp.float32).astype(dtype)
+
+
+def divide(dividend: jax.Array, divisor: int) -> jax.Array:
+    """Quotients, rounded down, of i32 below 2**20. A vector unit has no integer division."""
+    if divisor & (divisor - 1) == 0:
+        return dividend >> divisor.bit_length() - 1
+    return ((dividend.astype(jnp.float32) + 0.5) * (1 / divisor)).astype(jnp.int32)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,78 @@
+"""All that the kernels use of Pallas, in one file, because Pallas renames and moves things from release to release.
+
+Holds for JAX 0.10.2 to 0.12. Kernels import names from here and nothing from `jax.experimental.pallas`; what is called
+differently in some release is told apart here, by what is there and not by version numbers.
+
+Three groups of names: what all kernels share, `triton_*` for GPUs, `tpu_*` for TPUs.
+"""
+
+from typing import Any
+
+from jax.experimental import pallas as _pallas
+from jax.experimental.pallas import tpu as _tpu
+from jax.experimental.pallas import triton as _triton
+
+# -- shared ----------------------------------------------------------------------------------------------------
+
+BlockSpec = _pallas.BlockSpec
+GridSpec = _pallas.GridSpec
+cdiv = _pallas.cdiv
+ds = _pallas.ds
+multiple_of = _pallas.multiple_of
+num_programs = _pallas.num_programs
+pallas_call = _pallas.pallas_call
+program_id = _pallas.program_id
+run_scoped = _pallas.run_scoped
+when = _pallas.when
+
+# -- GPUs, through Triton --------------------------------------------------------------------------------------
+
+# Loads and stores with masks; `triton_dot` contracts at least 16 elements.
+triton_load = _triton.load
+triton_store = _triton.store
+triton_dot = _triton.dot
+triton_debug_barrier = _triton.debug_barrier
+
+
+def triton_params(num_warps: int, num_stages: int) -> Any:
+    """Compiler parameters that choose Triton, and how many warps a program has and how deep loops are pipelined."""
+    return _triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+
+
+def triton_whole_array(shape: tuple[int, ...]) -> _pallas.BlockSpec:
+    """The block spec of an array that every program sees whole, as a pointer: nothing is copied."""
+    return _pallas.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+
+# -- TPUs, through Mosaic --------------------------------------------------------------------------------------
+
+TpuPrefetchScalarGridSpec = _tpu.PrefetchScalarGridSpec
+tpu_async_copy = _tpu.make_async_copy
+tpu_bitcast = _tpu.bitcast
+tpu_roll = _tpu.roll
+TpuDMASemaphore = _tpu.SemaphoreType.DMA
+TpuVMEM = _tpu.VMEM
+TpuSMEM = _tpu.SMEM
+
+
+def tpu_in_place(memory_space: Any = None) -> _pallas.BlockSpec:
+    """The block spec of an array that stays where it is, in HBM unless said otherwise; kernels copy parts of it."""
+    return _pallas.BlockSpec(memory_space=_pallas.ANY if memory_space is None else memory_space)
+
+
+def tpu_params(dimension_semantics: tuple[str, ...] | None = None, vmem_limit_bytes: int | None = None) -> Any:
+    """Compiler parameters that choose Mosaic.
+
+    Args:
+        dimension_semantics: "parallel" or "arbitrary" for each grid axis.
+        vmem_limit_bytes: vector memory that the kernel may use; None: the compiler's default.
+    """
+    return _tpu.CompilerParams(dimension_semantics=dimension_semantics, vmem_limit_bytes=vmem_limit_bytes)
+
+
+def tpu_interpret(detect_races: bool = False) -> Any:
+    """The `interpret` argument of `pallas_call` that runs a TPU kernel, asynchronous copies included, on a CPU.
+
+    What no copy has written reads as NaN (in integers, as their largest value).
+    """
+    return _tpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races)
