@@ -60,7 +60,7 @@ def tpu_in_place(memory_space: Any = None) -> _pallas.BlockSpec:
     return _pallas.BlockSpec(memory_space=_pallas.ANY if memory_space is None else memory_space)
 
 
-def tpu_params(dimension_semantics: tuple[str, ...] | None = None, vmem_limit_bytes: int | None = None) -> Any:
+def tpu_params(dimension_semantics: Any = None, vmem_limit_bytes: int | None = None) -> Any:
     """Compiler parameters that choose Mosaic.
 
     Args:

@@ -95,7 +95,7 @@ class KVFormat(ABC):
         """Encodes vectors that are in the format's basis. `k`, `v`: `planes` of f32[..., T, width]."""
 
     def read_aux(self, aux: Planes) -> Planes:
-        """The auxiliary parts, u16, as the numbers that `unpack` needs, f32 of shapes that broadcast alike.
+        """The auxiliary parts, u16 or wider integers, as the numbers that `unpack` needs: f32 of like shapes.
 
         Apart from `unpack` so that XLA can be kept from computing a scale again for each value it covers.
         """
@@ -108,7 +108,7 @@ class KVFormat(ABC):
         Where every word is 0, auxiliary parts included, it must be finite: kernels read unused tokens so.
 
         Args:
-            k, v: the words, u16[..., T, width].
+            k, v: the words, u16[..., T, width]; kernels may give them as wider integers of the same values.
             numbers: what `read_aux` gave. Kernels may have spread the parts to any shape that broadcasts, [T, width]
                 included, so this must not rely on their shapes.
         """

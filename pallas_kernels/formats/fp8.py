@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import Aux, KVFormat, PageVectors, PageWords, Planes
-from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, largest, pack_planar, words_to_f32
+from fineserve_jax.pallas_kernels.formats.base import Planes
+from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
 
 LARGEST = 448.0
 SMALLEST_NORMAL = 2.0**-6
 SUBNORMAL_STEP = 2.0**-9
-# The smallest scale: keeps an all-zero vector from dividing by zero, and is a normal bf16.
-SMALLEST_SCALE = 2.0**-100
 
 DROPPED_BITS = 20  # of f32's 23 bits of mantissa
 ROUND_UP = (1 << DROPPED_BITS - 1) - 1  # one less than half of what is dropped
@@ -30,37 +28,19 @@ GRID = 2.0**14
 GRID_BITS = 0x4680_0000
 
 
-class Float8(KVFormat):
-    """x ~ scale * e4m3, scale = max|x| / 448 rounded to bf16; the e4m3 is chosen for the rounded scale."""
+class Float8(ScaledFormat):
+    """Codes are e4m3 numbers."""
 
     name = "fp8"
     value_bits = 8
-    aux = (Aux.TOKEN, Aux.TOKEN)  # the scales of K, then of V
+    largest_code = LARGEST
 
-    def encode(self, k: Planes, v: Planes) -> PageWords:
-        k_words, k_scale = _quantise(k)
-        v_words, v_scale = _quantise(v)
-        return PageWords((k_words,), (v_words,), (k_scale, v_scale))
+    def to_codes(self, values: jax.Array) -> jax.Array:
+        return f32_to_e4m3(values)
 
-    def read_aux(self, aux: Planes) -> Planes:
-        return tuple(words_to_f32(scale) for scale in aux)
-
-    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
-        k_scale, v_scale = numbers
-        return PageVectors(_unpack(*k), _unpack(*v), k_scale, v_scale)
-
-
-def _quantise(planes: Planes) -> tuple[jax.Array, jax.Array]:
-    """The words of f32[..., T, width] planes, and the bits of their scales, u16[..., T, 1]."""
-    scale = jnp.maximum(largest(tuple(jnp.abs(plane) for plane in planes)) / LARGEST, SMALLEST_SCALE)
-    scale_words = bf16_to_words(scale)
-    scale = words_to_f32(scale_words)
-    return pack_planar(tuple(f32_to_e4m3(plane / scale) for plane in planes), 8), scale_words
-
-
-def _unpack(words: jax.Array) -> Planes:
-    wide = words.astype(jnp.int32)
-    return e4m3_to_f32(wide), e4m3_to_f32(wide >> 8)
+    def from_words(self, words: jax.Array) -> Planes:
+        wide = words.astype(jnp.int32)
+        return e4m3_to_f32(wide), e4m3_to_f32(wide >> 8)
 
 
 def f32_to_e4m3(values: jax.Array) -> jax.Array:
