@@ -15,8 +15,9 @@ demo: install
 	$(BIN)/fineserve-jax batch --model smollm2-135m -i examples/prompts.jsonl -o answers.jsonl --overwrite
 	$(BIN)/python examples/show_answers.py examples/prompts.jsonl answers.jsonl
 
+# A file's tests stay in one process, since they share compiled programs.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -5,6 +5,7 @@ It branches on the tile's format, walks the tokens in chunks and writes a partia
 by a second launch (`merge`), as in flash-decoding: long rows occupy many cores, and sums have a fixed order.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ WIDE_ROWS, NARROW_ROWS = 32, 64  # queries x query heads that a program attends 
 CHUNK_VALUES, MAX_TOKENS = 32 * 128, 32  # of keys, and as many of values, that a program multiplies at a time
 LEAST = 16  # rows and tokens
 STAGES = 3
+LOAD_WORDS, THREADS = 8, 32  # of 128 bits, and of a warp
 
 Ref = Any
 
@@ -76,6 +78,12 @@ class Shape:
     def chunk(self) -> int:
         """Tokens of a chunk."""
         return self.pages * self.tokens
+
+    def for_words(self, lanes: int, parts: int, page_size: int) -> "Shape":
+        """The same for vectors of `parts` times `lanes` words: enough tokens for every thread to load 128 bits."""
+        chunk = max(LEAST, self.chunk // parts, LOAD_WORDS * THREADS * self.warps // lanes)
+        tokens = min(chunk, page_size)
+        return dataclasses.replace(self, pages=chunk // tokens, tokens=tokens)
 
 
 def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
@@ -149,7 +157,7 @@ def _kernel(q: Ref, arena: Ref, tables: Tables, *out: Ref, spec: AttentionSpec, 
     tile, head, row_block = program_id(0), program_id(1), program_id(2)
     program = _Program(spec, shape, q, arena, tables, PartialAttention(*out), tile, head, row_block)
     branches: list[Callable[[], None]] = [
-        functools.partial(program.attend, kv_format, basis)
+        functools.partial(program.for_format(kv_format).attend, kv_format, basis)
         for kv_format, basis in zip(spec.formats, bases.index, strict=True)
     ]
     lax.switch(load(tables.format_ids.at[tile]), [*branches, lambda: None])
@@ -177,6 +185,13 @@ class _Program:
     tile: jax.Array
     head: jax.Array
     row_block: jax.Array
+
+    def for_format(self, kv_format: KVFormat) -> "_Program":
+        if self.q.dtype == jnp.float32:  # its products have no registers to spare
+            return self
+        geometry = self.spec.geometry
+        lanes = padded(kv_format.width(geometry))
+        return dataclasses.replace(self, shape=self.shape.for_words(lanes, kv_format.word_parts, geometry.page_size))
 
     def attend(self, kv_format: KVFormat, basis: int) -> None:
         """Attends to the tile, whose format is `kv_format`."""

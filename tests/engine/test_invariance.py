@@ -6,7 +6,7 @@ from engine_cases import serve
 
 from fineserve_jax.sampling_params import SamplingParams
 
-FORMATS = ["fp32", "bf16", "fp16", "int8", "int4"]
+FORMATS = ["fp32", "bf16", "int8", "int4"]
 SAMPLINGS = [
     SamplingParams(max_tokens=40, ignore_eos=True),
     SamplingParams(max_tokens=40, ignore_eos=True, temperature=1.0, top_p=0.9, top_k=40, seed=11),

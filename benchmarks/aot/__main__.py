@@ -1,0 +1,79 @@
+"""The command line: see the package's docstring."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+# Before jax is imported. XLA must not look for a GPU to time kernels on, nor JAX mind that there is none.
+ENVIRONMENT = {
+    "gpu": {"XLA_FLAGS": "--xla_gpu_autotune_level=0", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
+    "tpu": {"JAX_PLATFORMS": "cpu"},
+}
+SAVED = Path("build/aot")
+
+
+def main(
+    job: Annotated[Literal["gpu", "tpu", "report"], tyro.conf.Positional],
+    only: str = "",
+    full: bool = False,
+    folder: Path = SAVED,
+    docs: Path = Path("docs/aot.md"),
+    verbose: bool = False,
+) -> int:
+    """Compiles the kernels for chips that are not there.
+
+    Args:
+        job: gpu, tpu: compile for that platform and save the results; report: print what was saved, write it down.
+        only: compile just the cases whose title (operation, model, formats) contains this.
+        full: compile formats by themselves for every model; takes half as long again.
+        folder: where results are saved, as JSON.
+        docs: where the report goes.
+        verbose: show why a case failed in full.
+    """
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.CRITICAL)
+    for noisy in ("jax", "absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    return _report(folder, docs) if job == "report" else _compile(job, only, full, folder)
+
+
+def _compile(job: Literal["gpu", "tpu"], only: str, full: bool, folder: Path) -> int:
+    os.environ |= ENVIRONMENT[job]
+    from benchmarks.aot import matrix, results
+
+    console, found, started = Console(width=160), [], time.perf_counter()
+    cases = [case for case in matrix.all_cases(job, full) if only in case.title]
+    for result in matrix.run(job, cases):
+        found.append(result)
+        state = "; ".join(result.problems()) or "ok"
+        title = f"{result.target} {result.operation}, {result.model}, {result.formats}"
+        console.print(f"{title}: {result.compile_s:.1f} s, {state[:600]}", highlight=False, markup=False)
+    results.save(found, folder / f"{job}.json")
+    console.print(f"{len(found)} programs in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _report(folder: Path, docs: Path) -> int:
+    from benchmarks.aot import results, table
+
+    saved = [result for path in sorted(folder.glob("*.json")) for result in results.load(path)]
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    if not saved:
+        console.print(f"no results in {folder}; compile first, as `make aot` does")
+        return 1
+    table.show(saved, console)
+    docs.write_text(table.markdown(saved))
+    problems = table.problem_lines(saved)
+    for line in (*table.remark_lines(saved), *problems):
+        console.print(line, highlight=False, markup=False)
+    console.print(f"{len(saved)} programs, {len(problems)} errors; {docs} written")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

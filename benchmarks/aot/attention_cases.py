@@ -1,0 +1,79 @@
+"""Attention: decoding and ragged batches, every KV format alone and all in one launch."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.aot.batches import AttentionBatch
+from benchmarks.aot.cases import (
+    ARENA_WORDS,
+    IMPLEMENTATION,
+    MODELS,
+    ODD_MODELS,
+    Case,
+    Model,
+    arena_shape,
+    models_of_single_formats,
+    shapes_of,
+    without_aux,
+)
+from benchmarks.aot.targets import Platform
+from fineserve_jax.pallas_kernels import FORMATS, AttentionSpec, KVFormat
+from fineserve_jax.pallas_kernels.attention import paged_attention
+
+ROWS, CONTEXT, CHUNK_TOKENS = 64, 8192, 512
+# What one engine serves side by side; fp32 and fp16, for exactness and for comparison, are compiled by themselves.
+MIXED = tuple(FORMATS[name] for name in ("bf16", "int8", "fp8", "int4"))
+
+
+def attention_cases(platform: Platform, full: bool) -> Iterator[Case]:
+    for operation in ("decode", "ragged"):
+        for model in models_of_single_formats(full):
+            for name, kv_format in FORMATS.items():
+                yield attention_case(platform, operation, model, name, (kv_format,))
+        for model in (*MODELS, *ODD_MODELS):
+            yield attention_case(platform, operation, model, "+".join(f.name for f in MIXED), MIXED)
+
+
+def attention_case(platform: Platform, operation: str, model: Model, name: str, formats: tuple[KVFormat, ...]) -> Case:
+    """Attention of `ROWS` decoding rows, or of a chunk of tokens of several rows."""
+    case = _case(platform, operation, model, name, formats)
+    if platform == "tpu" or not any(kv_format.aux for kv_format in formats):
+        return case
+    bare = _case(platform, operation, model, name, tuple(map(without_aux, formats)))
+    return dataclasses.replace(case, without_aux=bare)
+
+
+def _case(platform: Platform, operation: str, model: Model, name: str, formats: tuple[KVFormat, ...]) -> Case:
+    geometry = model.geometry(platform)
+    decodes = operation == "decode"
+    spec = AttentionSpec(
+        geometry,
+        formats,
+        num_rows=ROWS if decodes else CHUNK_TOKENS // geometry.page_size,
+        max_pages=CONTEXT // geometry.page_size,
+        num_queries=None if decodes else CHUNK_TOKENS,
+        segments_per_row=2 if any(kv_format.tail for kv_format in formats) else 1,
+        window=model.window,
+        soft_cap=model.soft_cap,
+        implementation=IMPLEMENTATION[platform],
+        interpret=False,
+    )
+    q = jax.ShapeDtypeStruct((spec.tile_shape.num_queries, model.heads, model.head_dim), jnp.bfloat16)
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    return Case(
+        operation,
+        model.name,
+        name,
+        functools.partial(paged_attention, spec),
+        (q, arena_shape(geometry), shapes_of(spec.plan([], [])), layer),
+        ARENA_WORDS,
+        model.head_dim,
+        reads_pages=True,
+        batch=AttentionBatch(spec, model.heads),
+        # Chunks of many queries are taken in blocks of rows, each of which reads the pages, from the L2 cache mostly.
+        strict_bytes=decodes,
+    )

@@ -1,0 +1,102 @@
+"""Writing the arena: new tokens, whole pages, and pages that change format."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.aot.cases import (
+    ARENA_WORDS,
+    IMPLEMENTATION,
+    QWEN_32B,
+    Case,
+    Model,
+    arena_shape,
+    models_of_single_formats,
+    without_aux,
+)
+from benchmarks.aot.targets import Platform
+from benchmarks.aot.writing_batches import CommitBatch, RequantiseBatch
+from fineserve_jax.pallas_kernels import FORMATS, KVFormat, commit, commit_pages, get_format, requantise
+
+ROWS, PAGES = 16, 8  # compilers take longer for more, and say the same
+# Every format once, to a narrower one.
+SOME_CHANGES = (("fp32", "bf16"), ("fp16", "fp8"), ("bf16", "int8"), ("bf16", "int4"), ("int8", "int4"))
+
+
+def writing_cases(platform: Platform, full: bool) -> Iterator[Case]:
+    """Commits are programs of one kernel for each format: all formats in one program are compiled for one model."""
+    token_formats = tuple(kv_format for kv_format in FORMATS.values() if kv_format.tail is None)
+    for model in models_of_single_formats(full):
+        for kv_format in token_formats:
+            yield _commit_case(platform, model, kv_format.name, (kv_format,), "commit")
+        for kv_format in FORMATS.values():
+            yield _commit_case(platform, model, kv_format.name, (kv_format,), "commit pages")
+    yield _commit_case(platform, QWEN_32B, "all mixed", token_formats, "commit")
+    yield _commit_case(platform, QWEN_32B, "all mixed", tuple(FORMATS.values()), "commit pages")
+    every = tuple((a.name, b.name) for a in FORMATS.values() for b in FORMATS.values() if a.value_bits > b.value_bits)
+    for model in models_of_single_formats(full):
+        for source, target in every if full else SOME_CHANGES:
+            yield _requantise_case(platform, model, get_format(source), get_format(target))
+    yield _requantise_case(platform, QWEN_32B, get_format("bf16"), get_format("int4"))
+
+
+def _i32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _commit_case(platform: Platform, model: Model, name: str, formats: tuple[KVFormat, ...], operation: str) -> Case:
+    geometry = model.geometry(platform)
+    options: dict[str, Any] = {"formats": formats, "geometry": geometry} | _implementation(platform)
+    layers = (geometry.num_layers, geometry.kv_heads)
+    if operation == "commit":
+        vectors = jax.ShapeDtypeStruct((*layers, ROWS, geometry.head_dim), jnp.bfloat16)
+        function, numbers = functools.partial(commit, **options), [_i32(ROWS)] * 3
+    else:
+        vectors = jax.ShapeDtypeStruct((*layers, PAGES, geometry.page_size, geometry.head_dim), jnp.bfloat16)
+        function, numbers = functools.partial(commit_pages, **options), [_i32(PAGES)] * 2
+    arguments = (arena_shape(geometry), vectors, vectors, *numbers)
+    return Case(
+        operation,
+        model.name,
+        name,
+        function,
+        arguments,
+        ARENA_WORDS,
+        model.head_dim,
+        donate=(0,),
+        batch=CommitBatch(IMPLEMENTATION[platform], formats, geometry, whole_pages=operation == "commit pages"),
+        # A TPU writes whole tiles: to change one token's words it has to copy the others of the tile too.
+        strict_bytes=platform == "gpu" or operation == "commit pages",
+    )
+
+
+def _requantise_case(platform: Platform, model: Model, source: KVFormat, target: KVFormat) -> Case:
+    geometry = model.geometry(platform)
+
+    def case(source: KVFormat) -> Case:
+        function = functools.partial(
+            requantise, source_format=source, target_format=target, geometry=geometry, **_implementation(platform)
+        )
+        return Case(
+            "requantise",
+            model.name,
+            f"{source.name} → {target.name}",
+            function,
+            (arena_shape(geometry), _i32(PAGES), _i32(PAGES), _i32()),
+            ARENA_WORDS,
+            model.head_dim,
+            donate=(0,),
+            reads_pages=True,
+            batch=RequantiseBatch(IMPLEMENTATION[platform], source, target, geometry),
+        )
+
+    bare = case(without_aux(source)) if platform == "gpu" and source.aux else None
+    return dataclasses.replace(case(source), without_aux=bare)
+
+
+def _implementation(platform: Platform) -> dict:
+    return {"implementation": IMPLEMENTATION[platform], "interpret": False}
