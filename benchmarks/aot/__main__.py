@@ -31,7 +31,7 @@ def main(
     Args:
         job: gpu, tpu: compile for that platform and save the results; report: print what was saved, write it down.
         only: compile just the cases whose title (operation, model, formats) contains this.
-        full: compile formats by themselves for every model; takes half as long again.
+        full: compile formats by themselves for every model; takes twice as long.
         folder: where results are saved, as JSON.
         docs: where the report goes.
         verbose: show why a case failed in full.

@@ -124,9 +124,9 @@ def remark_lines(results: Sequence[Result]) -> list[str]:
 INTRODUCTION = """\
 # The kernels, compiled ahead of time
 
-`make aot` writes this file. It compiles every operation, in each KV format alone and in all of them in one launch, for
-chips that need not be there: {targets}. On GPUs the figures are those of `ptxas -v` and of the PTX; on TPUs those of
-the compiled program.
+`make aot` writes this file. It compiles every operation, in each KV format alone and in several of them in one program,
+for chips that need not be there: {targets}. On GPUs the figures are those of `ptxas -v` and of the PTX; on TPUs those
+of the compiled program.
 
 - **registers, spilled bytes, VMEM**: the largest figure of each kernel, in the order in which the kernels are named.
 - **page loads**: instructions that load keys and values from the arena, times the bits a thread loads at once. They
@@ -136,8 +136,9 @@ the compiled program.
   in pages that are copied by whole units (TPU).
 - **compiled**: seconds on the machine that wrote this, or why not.
 
-A failed compilation, a spill, a page load narrower than 128 bits, or an attention kernel that moves more than 1.05
-times the bytes it must is an error: {num_problems} here.
+A failed compilation, a spill, a page load of attention narrower than 128 bits, or a kernel that moves more than 1.05
+times the bytes it must (but for single tokens on TPUs, which copy whole tiles) is an error: {num_problems} here. Narrow
+loads of requantisation, and more registers than the goal, are short of a goal and no error.
 """
 
 

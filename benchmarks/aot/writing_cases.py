@@ -36,7 +36,7 @@ def writing_cases(platform: Platform, full: bool) -> Iterator[Case]:
         for kv_format in FORMATS.values():
             yield _commit_case(platform, model, kv_format.name, (kv_format,), "commit pages")
     yield _commit_case(platform, QWEN_32B, "all mixed", token_formats, "commit")
-    yield _commit_case(platform, QWEN_32B, "all mixed", tuple(FORMATS.values()), "commit pages")
+    yield _commit_case(platform, QWEN_32B, "int4", (get_format("int4"),), "commit pages")
     every = tuple((a.name, b.name) for a in FORMATS.values() for b in FORMATS.values() if a.value_bits > b.value_bits)
     for model in models_of_single_formats(full):
         for source, target in every if full else SOME_CHANGES:

@@ -11,9 +11,11 @@ roofline's own seconds.
 """
 
 import numpy as np
+from scipy.optimize import nnls
 
 from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost
 
+NNLS_ITERATIONS = 100  # of five unknowns
 FORGETTING = 0.995
 """Weight of an observation falls by this factor with each later one: a memory of some 200 steps."""
 
@@ -100,20 +102,7 @@ class StepProfile:
 
 
 def _nonnegative_least_squares(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """The x >= 0 that minimises x'Gx - 2m'x for a positive definite G, by an active set: what comes out
-    negative is held at 0, and let go again while its gradient says that raising it would help (Lawson and
-    Hanson, 1974, ch. 23)."""
-    size = len(moment)
-    free = np.ones(size, bool)
-    for _ in range(3 * size):
-        x = np.zeros(size)
-        x[free] = np.linalg.solve(gram[np.ix_(free, free)], moment[free])
-        if (x < 0).any():
-            free &= x > 0
-            continue
-        gain = np.where(free, 0.0, moment - gram @ x)
-        best = int(gain.argmax())
-        if gain[best] <= 1e-9 * np.abs(moment).max():
-            return x
-        free[best] = True
-    return np.maximum(x, 0.0)
+    """The x >= 0 that minimises x'Gx - 2m'x for a positive definite G = LL', which is |L'x - m/L|^2 but for a constant."""
+    lower = np.linalg.cholesky(gram)
+    x, _ = nnls(lower.T, np.linalg.solve(lower, moment), maxiter=NNLS_ITERATIONS)
+    return x

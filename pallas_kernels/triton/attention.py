@@ -27,11 +27,12 @@ from fineserve_jax.pallas_kernels.triton.merge import merge_tiles
 from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader, at, padded
 
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
-# thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied.
+# thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
+# take longer than loads, or padding takes registers, two are enough.
 WIDE_ROWS, NARROW_ROWS = 32, 64  # queries x query heads that a program attends from: of long vectors, of short ones
 CHUNK_VALUES, MAX_TOKENS = 32 * 128, 32  # of keys, and as many of values, that a program multiplies at a time
 LEAST = 16  # rows and tokens
-STAGES = 3
+DECODE_STAGES, STAGES = 3, 2
 LOAD_WORDS, THREADS = 8, 32  # of 128 bits, and of a warp
 
 Ref = Any
@@ -60,7 +61,7 @@ class Shape:
         group: query heads of a KV head.
         rows: of a block's queries x group rows, those of a program, padded.
         pages, tokens: of a chunk, pages and tokens of each.
-        warps: of a program.
+        warps, stages: of a program.
     """
 
     queries: int
@@ -69,6 +70,7 @@ class Shape:
     pages: int
     tokens: int
     warps: int
+    stages: int
 
     @property
     def row_blocks(self) -> int:
@@ -97,7 +99,9 @@ def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
     rows = max(LEAST, min(rows, padded(queries * group)))
     chunk = max(LEAST, chunk)
     tokens = min(chunk, geometry.page_size)
-    return Shape(queries, group, rows, chunk // tokens, tokens, warps=8 if exact or lanes > 128 else 4)
+    warps = 8 if exact or lanes > 128 else 4
+    stages = DECODE_STAGES if queries == 1 and lanes == geometry.head_dim else STAGES
+    return Shape(queries, group, rows, chunk // tokens, tokens, warps, stages)
 
 
 def attend_pages(
@@ -146,7 +150,7 @@ def _attend_tiles(
         functools.partial(_kernel, spec=spec, bases=bases, shape=shape),
         grid=(max_tiles, kv_heads, shape.row_blocks),
         out_shape=[jax.ShapeDtypeStruct(dims, jnp.float32) for dims in (rows, rows, (*rows, head_dim))],
-        compiler_params=triton_params(num_warps=shape.warps, num_stages=STAGES),
+        compiler_params=triton_params(num_warps=shape.warps, num_stages=shape.stages),
         interpret=spec.interpret,
         name="paged_attention",
     )
