@@ -22,7 +22,7 @@ from benchmarks.aot.targets import Platform
 from benchmarks.aot.writing_batches import CommitBatch, RequantiseBatch
 from fineserve_jax.pallas_kernels import FORMATS, KVFormat, commit, commit_pages, get_format, requantise
 
-ROWS, PAGES = 16, 8  # compilers take longer for more, and say the same
+ROWS, PAGES = 8, 2  # compilers take longer for more, and say the same
 # Every format once, to a narrower one.
 SOME_CHANGES = (("fp32", "bf16"), ("fp16", "fp8"), ("bf16", "int8"), ("bf16", "int4"), ("int8", "int4"))
 

@@ -102,7 +102,7 @@ class StepProfile:
 
 
 def _nonnegative_least_squares(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """The x >= 0 that minimises x'Gx - 2m'x for a positive definite G = LL', which is |L'x - m/L|^2 but for a constant."""
+    """The x >= 0 that minimises x'Gx - 2m'x for a positive definite G = LL': |L'x - m/L|^2 less a constant."""
     lower = np.linalg.cholesky(gram)
     x, _ = nnls(lower.T, np.linalg.solve(lower, moment), maxiter=NNLS_ITERATIONS)
     return x

@@ -29,7 +29,7 @@ from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader, a
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
 # thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
 # take longer than loads, or padding takes registers, two are enough.
-WIDE_ROWS, NARROW_ROWS = 32, 64  # queries x query heads that a program attends from: of long vectors, of short ones
+MAX_ROWS = 32  # queries x query heads that a program attends from; padded vectors take more registers
 CHUNK_VALUES, MAX_TOKENS = 32 * 128, 32  # of keys, and as many of values, that a program multiplies at a time
 LEAST = 16  # rows and tokens
 DECODE_STAGES, STAGES = 3, 2
@@ -92,14 +92,14 @@ def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
     """How a launch for `group` query heads a KV head, with products at `dtype`, is cut."""
     geometry, queries = spec.geometry, spec.tile_shape.queries
     lanes = padded(geometry.head_dim)
-    rows, chunk = WIDE_ROWS if lanes > 64 else NARROW_ROWS, min(MAX_TOKENS, CHUNK_VALUES // lanes)
+    rows, chunk = MAX_ROWS if lanes == geometry.head_dim else LEAST, min(MAX_TOKENS, CHUNK_VALUES // lanes)
     exact = dtype == jnp.float32  # not for tensor cores: operands fill the registers
     if exact:
         rows, chunk = LEAST, LEAST
     rows = max(LEAST, min(rows, padded(queries * group)))
     chunk = max(LEAST, chunk)
     tokens = min(chunk, geometry.page_size)
-    warps = 8 if exact or lanes > 128 else 4
+    warps = 8 if exact or lanes > 128 else 4 if lanes > 64 else 2
     stages = DECODE_STAGES if queries == 1 and lanes == geometry.head_dim else STAGES
     return Shape(queries, group, rows, chunk // tokens, tokens, warps, stages)
 
