@@ -7,7 +7,7 @@ from fineserve_jax.compilation_cache import use_compilation_cache
 from fineserve_jax.config import EngineConfig
 from fineserve_jax.engine import Engine, EngineStats
 from fineserve_jax.errors import RequestError
-from fineserve_jax.loaders import load_model, render_chat
+from fineserve_jax.loaders import encode_chat, load_model
 from fineserve_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.sampling_params import SamplingParams
@@ -82,8 +82,8 @@ class LLM:
         """
         single = conversations and isinstance(conversations[0], Mapping)
         listed: list[Any] = [conversations] if single else list(conversations)
-        texts = [render_chat(self.tokenizer, messages) for messages in listed]
-        tokenized = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        encoded = [encode_chat(self.tokenizer, messages) for messages in listed]
+        texts, tokenized = [text for text, _ in encoded], [token_ids for _, token_ids in encoded]
         return self._run(texts, tokenized, sampling_params, kv_precision, on_step)
 
     def stream(
@@ -101,8 +101,7 @@ class LLM:
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: one answer at a time can be streamed; use n=1, or generate()")
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            text = render_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
-            token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+            _, token_ids = encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
         else:
             token_ids = self._tokenize(prompt)  # type: ignore[arg-type]
         self.engine.check(token_ids, sampling, kv_precision)

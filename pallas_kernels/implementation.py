@@ -9,8 +9,6 @@ Implementation = Literal["xla", "triton", "mosaic_tpu"]
 
 VARIABLE = "FINESERVE_ATTENTION"
 BY_PLATFORM: dict[str, Implementation] = {"cpu": "xla", "gpu": "triton", "tpu": "mosaic_tpu"}
-# Where the kernels are compiled; elsewhere they are interpreted.
-HOME: dict[Implementation, str] = {"xla": "", "triton": "gpu", "mosaic_tpu": "tpu"}
 
 
 def default_implementation() -> Implementation:
@@ -35,4 +33,4 @@ def check_implementation(name: str, source: str = "implementation") -> Implement
 
 def is_interpreted(implementation: Implementation) -> bool:
     """Whether kernels of this implementation have to be interpreted on JAX's default platform."""
-    return HOME[implementation] not in ("", jax.default_backend())
+    return implementation not in ("xla", BY_PLATFORM.get(jax.default_backend()))

@@ -15,23 +15,17 @@ from jax.experimental.pallas import triton as _triton
 # -- shared ----------------------------------------------------------------------------------------------------
 
 BlockSpec = _pallas.BlockSpec
-GridSpec = _pallas.GridSpec
-cdiv = _pallas.cdiv
 ds = _pallas.ds
 multiple_of = _pallas.multiple_of
-num_programs = _pallas.num_programs
 pallas_call = _pallas.pallas_call
 program_id = _pallas.program_id
-run_scoped = _pallas.run_scoped
 when = _pallas.when
 
 # -- GPUs, through Triton --------------------------------------------------------------------------------------
 
-# Loads and stores with masks; `triton_dot` contracts at least 16 elements.
+# Loads and stores take masks.
 triton_load = _triton.load
 triton_store = _triton.store
-triton_dot = _triton.dot
-triton_debug_barrier = _triton.debug_barrier
 
 
 def triton_params(num_warps: int, num_stages: int) -> Any:
@@ -39,25 +33,18 @@ def triton_params(num_warps: int, num_stages: int) -> Any:
     return _triton.CompilerParams(num_warps=num_warps, num_stages=num_stages)
 
 
-def triton_whole_array(shape: tuple[int, ...]) -> _pallas.BlockSpec:
-    """The block spec of an array that every program sees whole, as a pointer: nothing is copied."""
-    return _pallas.BlockSpec(shape, lambda *_: (0,) * len(shape))
-
-
 # -- TPUs, through Mosaic --------------------------------------------------------------------------------------
 
 TpuPrefetchScalarGridSpec = _tpu.PrefetchScalarGridSpec
 tpu_async_copy = _tpu.make_async_copy
-tpu_bitcast = _tpu.bitcast
 tpu_roll = _tpu.roll
 TpuDMASemaphore = _tpu.SemaphoreType.DMA
 TpuVMEM = _tpu.VMEM
-TpuSMEM = _tpu.SMEM
 
 
-def tpu_in_place(memory_space: Any = None) -> _pallas.BlockSpec:
-    """The block spec of an array that stays where it is, in HBM unless said otherwise; kernels copy parts of it."""
-    return _pallas.BlockSpec(memory_space=_pallas.ANY if memory_space is None else memory_space)
+def tpu_in_place() -> _pallas.BlockSpec:
+    """The block spec of an array that stays where it is; kernels copy parts of it."""
+    return _pallas.BlockSpec(memory_space=_pallas.ANY)
 
 
 def tpu_params(dimension_semantics: Any = None, vmem_limit_bytes: int | None = None) -> Any:
@@ -70,9 +57,9 @@ def tpu_params(dimension_semantics: Any = None, vmem_limit_bytes: int | None = N
     return _tpu.CompilerParams(dimension_semantics=dimension_semantics, vmem_limit_bytes=vmem_limit_bytes)
 
 
-def tpu_interpret(detect_races: bool = False) -> Any:
-    """The `interpret` argument of `pallas_call` that runs a TPU kernel, asynchronous copies included, on a CPU.
+def tpu_interpret(wanted: bool) -> Any:
+    """The `interpret` argument of `pallas_call` of a TPU kernel: to run it on a CPU, or to compile it.
 
-    What no copy has written reads as NaN (in integers, as their largest value).
+    Interpreted, copies too, what none has written reads as NaN (in integers, as their largest value).
     """
-    return _tpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races)
+    return _tpu.InterpretParams(uninitialized_memory="nan") if wanted else False

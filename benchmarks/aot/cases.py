@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from benchmarks.aot.results import Bytes
+from benchmarks.aot.results import Bytes, Result
 from benchmarks.aot.targets import Platform
 from fineserve_jax.pallas_kernels import KVFormat, PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.formats import Planes
@@ -90,6 +90,14 @@ class Case:
     @property
     def title(self) -> str:
         return f"{self.operation}, {self.model}, {self.formats}"
+
+    def jitted(self, sharding: jax.sharding.Sharding) -> Any:
+        """The function as it is compiled for a device."""
+        return jax.jit(self.function, in_shardings=sharding, out_shardings=sharding, donate_argnums=self.donate)
+
+    def result(self, target: str, **found: Any) -> Result:
+        """What was found of it for a chip."""
+        return Result(target, self.operation, self.model, self.formats, self.head_dim, **found)
 
 
 def models_of_single_formats(full: bool) -> tuple[Model, ...]:

@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -68,12 +67,8 @@ class GpuCompiler:
             for name, (of_arena, others) in split.items()
         ]
         memory = compiled.memory_analysis()
-        return Result(
+        return case.result(
             self.target.name,
-            case.operation,
-            case.model,
-            case.formats,
-            case.head_dim,
             compile_s=compile_s,
             kernels=tuple(kernels),
             temp_bytes=memory.temp_size_in_bytes,
@@ -81,10 +76,7 @@ class GpuCompiler:
         )
 
     def _compile(self, case: Case, dump: Path) -> tuple[Any, Any]:
-        jitted = jax.jit(
-            case.function, in_shardings=self.sharding, out_shardings=self.sharding, donate_argnums=case.donate
-        )
-        traced = jitted.trace(*case.arguments)
+        traced = case.jitted(self.sharding).trace(*case.arguments)
         return traced.jaxpr, traced.lower().compile(compiler_options={"xla_dump_to": str(dump)})
 
     def _page_loads(self, case: Case, arenas: dict[str, set[int]], split: Split) -> dict[str, Widths]:

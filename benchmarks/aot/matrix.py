@@ -62,9 +62,7 @@ def _attempt(compiler: Compiler, case: Case) -> Result:
     except Exception as error:
         log.debug("%s", case.title, exc_info=True)
         message = f"{type(error).__name__}: {error}"
-        return Result(
-            compiler.target.name, case.operation, case.model, case.formats, case.head_dim, error=message[:2000]
-        )
+        return case.result(compiler.target.name, error=message[:2000])
 
 
 def _count(case: Case) -> tuple[Bytes | None, str]:

@@ -40,12 +40,8 @@ class TpuCompiler:
         compiled = self._compile(case)
         compile_s = time.perf_counter() - started
         memory = compiled.memory_analysis()
-        return Result(
+        return case.result(
             self.target.name,
-            case.operation,
-            case.model,
-            case.formats,
-            case.head_dim,
             compile_s=compile_s,
             kernels=tuple(parse_hlo(compiled.as_text())),
             temp_bytes=memory.temp_size_in_bytes,
@@ -53,11 +49,8 @@ class TpuCompiler:
         )
 
     def _compile(self, case: Case) -> Any:
-        jitted = jax.jit(
-            case.function, in_shardings=self.sharding, out_shardings=self.sharding, donate_argnums=case.donate
-        )
         with jax.sharding.set_mesh(self.mesh):  # where Pallas looks up which TPU it lowers for
-            return jitted.lower(*case.arguments).compile()
+            return case.jitted(self.sharding).lower(*case.arguments).compile()
 
 
 def parse_hlo(text: str) -> list[Kernel]:

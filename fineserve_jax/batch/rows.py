@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fineserve_jax.loaders import Tokenizer, render_chat
+from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.sampling_params import SamplingParams
 
 TARGETS = ("ttft_slo_s", "tpot_slo_s")
@@ -88,7 +88,8 @@ def parse_row(line: bytes, number: int) -> Row | BadRow:
 def prompt_tokens(row: Row, tokenizer: Tokenizer) -> list[int]:
     """The row's prompt as token ids. Raises `RequestError`."""
     if row.messages is not None:
-        return tokenizer.encode(render_chat(tokenizer, row.messages), add_special_tokens=False)
+        _, token_ids = encode_chat(tokenizer, row.messages)
+        return token_ids
     if isinstance(row.prompt, str):
         return tokenizer.encode_prompt(row.prompt)
     return list(row.prompt or ())

@@ -1,6 +1,6 @@
 """Models from disk: GGUF files, Hugging Face and converted (Orbax) directories, and aliases that fetch."""
 
-from fineserve_jax.loaders.chat import render_chat
+from fineserve_jax.loaders.chat import encode_chat, render_chat
 from fineserve_jax.loaders.fetch import ALIASES, fetch
 from fineserve_jax.loaders.load import LoadedModel, convert, load_model
 from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
@@ -11,6 +11,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "convert",
+    "encode_chat",
     "fetch",
     "load_model",
     "render_chat",

@@ -43,6 +43,12 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add
         raise RequestError(f"the model's chat template fails on these messages: {error!r}") from error
 
 
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+    """Messages as the text that `render_chat` makes of them, and its token ids. Raises RequestError as that does."""
+    text = render_chat(tokenizer, messages)
+    return text, tokenizer.encode(text, add_special_tokens=False)
+
+
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(

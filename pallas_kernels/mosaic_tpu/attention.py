@@ -199,7 +199,7 @@ def _call(
         ),
         out_shape=[jax.ShapeDtypeStruct((num_blocks + 1, *shape[1:]), jnp.float32) for shape in outputs],
         compiler_params=tpu_params(("arbitrary",), VMEM_LIMIT_BYTES),
-        interpret=tpu_interpret() if spec.interpret else False,
+        interpret=tpu_interpret(bool(spec.interpret)),
         name="attend_pages",
     )
     total, stats = launched(*scalars, q, rotations, arena)

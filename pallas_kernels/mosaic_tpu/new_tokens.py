@@ -26,7 +26,7 @@ from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry
-from fineserve_jax.pallas_kernels.mosaic_tpu.page_layout import joined
+from fineserve_jax.pallas_kernels.page_layout import joined
 from fineserve_jax.pallas_kernels.pallas_api import (
     TpuDMASemaphore,
     TpuPrefetchScalarGridSpec,
@@ -141,7 +141,7 @@ def write_tokens(
         out_shape=jax.ShapeDtypeStruct(arena.shape, arena.dtype),
         input_output_aliases={5: 0},
         compiler_params=tpu_params(("arbitrary",)),
-        interpret=tpu_interpret() if interpret else False,
+        interpret=tpu_interpret(interpret),
         name="write_tokens",
     )(count.reshape(1), order, pages, offsets, new, arena)
 

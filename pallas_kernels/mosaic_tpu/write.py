@@ -17,7 +17,7 @@ from jax import lax
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.mosaic_tpu.new_tokens import write_tokens
-from fineserve_jax.pallas_kernels.mosaic_tpu.page_layout import lay_out, take_apart
+from fineserve_jax.pallas_kernels.page_layout import lay_out, take_apart
 from fineserve_jax.pallas_kernels.pallas_api import (
     TpuDMASemaphore,
     TpuPrefetchScalarGridSpec,
@@ -82,7 +82,8 @@ def requantise(
             lax.dynamic_slice(units, (step * at_a_time,), (at_a_time,)) for units in (source_units, target_units)
         )
         units = _copy_out(arena, source, source_format.page_units(part), interpret)
-        vectors = source_format.decode_vectors(take_apart(units, source_format, part))
+        layers = units.reshape(at_a_time, part.num_layers, -1)
+        vectors = source_format.decode_vectors(take_apart(layers, source_format, part))
         encoded = lay_out(target_format.encode_vectors(*vectors), target_format, part)
         return _copy_into(arena, encoded, target, interpret)
 
@@ -104,14 +105,15 @@ def _values(geometry: PageGeometry) -> int:
 
 
 def _copy_into(arena: jax.Array, units: jax.Array, pages: jax.Array, interpret: bool) -> jax.Array:
-    """Copies u16[N, page_units, 8, 128] to the units from i32[N] `pages` on, but for pages beyond the arena."""
+    """Copies u16[N, layers, units_per_layer, 8, 128] to the units from i32[N] `pages` on, if these are in the arena."""
+    units = units.reshape(len(units), -1, *units.shape[3:])
     return pallas_call(
         _copy_into_kernel,
         grid_spec=_grid_spec(num_inputs=2),
         out_shape=jax.ShapeDtypeStruct(arena.shape, arena.dtype),
         input_output_aliases={2: 0},
         compiler_params=tpu_params(("arbitrary",)),
-        interpret=tpu_interpret() if interpret else False,
+        interpret=tpu_interpret(interpret),
         name="write_pages",
     )(pages, units, arena)
 
@@ -123,7 +125,7 @@ def _copy_out(arena: jax.Array, pages: jax.Array, page_units: int, interpret: bo
         grid_spec=_grid_spec(num_inputs=1),
         out_shape=jax.ShapeDtypeStruct((len(pages), page_units, *arena.shape[1:]), arena.dtype),
         compiler_params=tpu_params(("arbitrary",)),
-        interpret=tpu_interpret() if interpret else False,
+        interpret=tpu_interpret(interpret),
         name="read_pages",
     )(pages, arena)
 

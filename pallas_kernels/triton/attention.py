@@ -24,7 +24,8 @@ from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
 from fineserve_jax.pallas_kernels.spec import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
 from fineserve_jax.pallas_kernels.triton.merge import merge_tiles
-from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader, at, padded
+from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader
+from fineserve_jax.pallas_kernels.triton.placing import at, padded
 
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
 # thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products

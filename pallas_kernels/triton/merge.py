@@ -15,7 +15,7 @@ from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
 from fineserve_jax.pallas_kernels.spec import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
-from fineserve_jax.pallas_kernels.triton.page_reader import at, padded
+from fineserve_jax.pallas_kernels.triton.placing import at, padded
 
 HEADS = 8  # query heads that a program merges
 VALUES = 8192  # of totals that it holds at a time

@@ -16,20 +16,9 @@ from jax import lax
 from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, Planes
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-
-LEAST_LANES = 16  # what a product on tensor cores contracts at least
+from fineserve_jax.pallas_kernels.triton.placing import padded, words_at
 
 Ref = Any
-
-
-def padded(size: int, least: int = LEAST_LANES) -> int:
-    """The next power of two, `least` or more."""
-    return max(least, 1 << (size - 1).bit_length())
-
-
-def at(ref: Ref, *indices: jax.Array | int) -> Ref:
-    """The elements of `ref` that the indices name, broadcast against each other."""
-    return ref.at[tuple(jnp.broadcast_arrays(*indices))]
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ class PageReader:
         first = block * self.kv_format.block_words(self.geometry) + chunk.token * vector
         inside = lane < self.width
         return tuple(
-            self._load(arena, chunk.first_unit, first + (part * self.width + lane), chunk.counts & inside)
+            _load(arena, chunk.first_unit, first + (part * self.width + lane), chunk.counts & inside)
             for part in range(self.kv_format.word_parts)
         )
 
@@ -95,11 +84,10 @@ class PageReader:
         parts = []
         for kind, start, size in zip(self.kv_format.aux, starts, sizes, strict=True):
             place, counts = places[kind]
-            parts.append(self._load(arena, chunk.first_unit, start + head * size + place, counts))
+            parts.append(_load(arena, chunk.first_unit, start + head * size + place, counts))
         return tuple(parts)
 
-    def _load(self, arena: Ref, first_unit: jax.Array, word: jax.Array, mask: jax.Array) -> jax.Array:
-        """The words at `word`, counted from unit `first_unit`; 0 where the mask is not set."""
-        unit_words = self.geometry.unit_words
-        words = at(arena, first_unit + lax.div(word, unit_words), lax.rem(word, unit_words))
-        return load(words, mask=mask, other=jnp.uint16(0))
+
+def _load(arena: Ref, first_unit: jax.Array, words: jax.Array, mask: jax.Array) -> jax.Array:
+    """The words `words`, counted from unit `first_unit`; 0 where the mask is not set."""
+    return load(words_at(arena, first_unit, words), mask=mask, other=jnp.uint16(0))

@@ -1,4 +1,4 @@
-"""Storing words at places of a page's layer, from inside a Triton kernel."""
+"""Where words lie, seen from inside a Triton kernel, and storing and loading them there."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +12,8 @@ from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
 
+LEAST_LANES = 16  # what a product on tensor cores contracts at least
+
 Ref = Any
 
 
@@ -24,20 +26,33 @@ def powers_of_two(size: int) -> Iterator[tuple[int, int]]:
         start += length
 
 
+def padded(size: int, least: int = LEAST_LANES) -> int:
+    """The next power of two, `least` or more."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def at(ref: Ref, *indices: jax.Array | int) -> Ref:
+    """The elements of `ref` that the indices name, broadcast against each other."""
+    return ref.at[tuple(jnp.broadcast_arrays(*indices))]
+
+
+def words_at(arena: Ref, first_unit: jax.Array, words: jax.Array) -> Ref:
+    """The words `words`, counted from where unit `first_unit` begins.
+
+    By unit and word, two indices, because their product may take more than 32 bits. Pallas then computes in 64.
+    """
+    unit_words = arena.shape[1]
+    return at(arena, first_unit + lax.div(words, unit_words), lax.rem(words, unit_words))
+
+
 def store_words(arena: Ref, first_unit: jax.Array, words: jax.Array, values: jax.Array) -> None:
     """Stores u16 `values` at `words`, i32 of the same shape, counted from where unit `first_unit` begins."""
-    store(arena.at[_place(arena, first_unit, words)], values)
+    store(words_at(arena, first_unit, words), values)
 
 
 def load_words(arena: Ref, first_unit: jax.Array, words: jax.Array) -> jax.Array:
     """Loads what lies at `words`, counted from where unit `first_unit` begins."""
-    return load(arena.at[_place(arena, first_unit, words)])
-
-
-def _place(arena: Ref, first_unit: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Unit and word: as two indices, because their product may take more than 32 bits. Pallas then computes in 64."""
-    unit_words = arena.shape[1]
-    return first_unit + lax.div(words, unit_words), lax.rem(words, unit_words)
+    return load(words_at(arena, first_unit, words))
 
 
 def clear_padding(arena: Ref, first_unit: jax.Array, kv_format: KVFormat, geometry: PageGeometry) -> None:

@@ -29,8 +29,7 @@ from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords, Plane
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-from fineserve_jax.pallas_kernels.triton.page_reader import padded
-from fineserve_jax.pallas_kernels.triton.placing import clear_padding, load_words, store_words
+from fineserve_jax.pallas_kernels.triton.placing import at, clear_padding, load_words, padded, store_words
 
 LANES_AT_A_TIME = 16  # contracted by one product; the fewest there can be
 BLOCK_VALUES = 32 * 128  # keys, and as many values, that a program converts if it is free to choose
@@ -198,8 +197,7 @@ def rotated(reader: _HeadOfPage, target: KVFormat, change: Ref) -> tuple[Planes,
         parts = [[jnp.where(inside, plane, 0.0) for plane in planes] for planes in reader.load(source_lane)]
         row, (k, v) = source_lane.reshape(-1, 1), sums
         for i, (k_part, v_part) in enumerate(zip(*parts, strict=True)):
-            places = [jnp.broadcast_arrays(i * source_width + row, j * width + lane) for j in range(target.planes)]
-            blocks = [load(change.at[tuple(place)]) for place in places]
+            blocks = [load(at(change, i * source_width + row, j * width + lane)) for j in range(target.planes)]
             k = tuple(total + _product(k_part, block) for total, block in zip(k, blocks, strict=True))
             v = tuple(total + _product(v_part, block) for total, block in zip(v, blocks, strict=True))
         return k, v

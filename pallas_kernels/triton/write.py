@@ -18,7 +18,7 @@ from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-from fineserve_jax.pallas_kernels.triton.placing import clear_padding, powers_of_two, store_words
+from fineserve_jax.pallas_kernels.triton.placing import at, clear_padding, powers_of_two, store_words
 from fineserve_jax.pallas_kernels.triton.requantise import requantise
 
 __all__ = ["requantise", "write_pages", "write_tokens"]
@@ -174,5 +174,5 @@ def _copy_block(
         place = place + destination[1]
     for start, length in powers_of_two(part.width):
         lane = start + lax.broadcasted_iota(jnp.int32, (1, length), 1)
-        values = load(source.at[tuple(jnp.broadcast_arrays(source_row, lane))])
+        values = load(at(source, source_row, lane))
         store_words(arena, destination[0], part.start + place * part.stride + lane, values)

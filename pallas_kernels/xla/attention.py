@@ -14,7 +14,7 @@ from fineserve_jax.pallas_kernels.tiles import Tiles
 from fineserve_jax.pallas_kernels.xla.attend import attend, flatten_pages
 from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers, settled
 
-AddTile = Callable[[jax.Array, PartialAttention, jax.Array, KVFormat], PartialAttention]
+AddTile = Callable[[jax.Array, KVFormat, jax.Array, PartialAttention], PartialAttention]
 
 
 def attend_pages(
@@ -40,7 +40,7 @@ def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Til
     num_rows, *heads, head_dim = q.shape
     per_row = shape.segments_per_row
 
-    def add_tile(index: jax.Array, so_far: PartialAttention, q: jax.Array, kv_format: KVFormat) -> PartialAttention:
+    def add_tile(q: jax.Array, kv_format: KVFormat, index: jax.Array, so_far: PartialAttention) -> PartialAttention:
         slots = tiles.slots[index]
         rows = jnp.minimum(slots // per_row, num_rows - 1)
         part = attend_tile(index, q[rows], tiles.query_positions[rows][:, None], kv_format)
@@ -60,7 +60,7 @@ def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Til
     shape = spec.tile_shape
     num_queries, kv_heads, group, head_dim = q.shape
 
-    def add_tile(index: jax.Array, so_far: PartialAttention, q: jax.Array, kv_format: KVFormat) -> PartialAttention:
+    def add_tile(q: jax.Array, kv_format: KVFormat, index: jax.Array, so_far: PartialAttention) -> PartialAttention:
         block = tiles.slots[index, 0] // shape.segments_per_row
         first, place = tiles.query_slots[block], jnp.arange(shape.queries)
 
@@ -88,15 +88,9 @@ def _fold(
 ) -> PartialAttention:
     """Takes the attention so far through every tile, format by format. `q` is in the model's basis."""
     for format_id, kv_format in enumerate(spec.formats):
-        add = functools.partial(_call_with, add_tile, kv_format.to_basis(q), kv_format)
+        add = functools.partial(add_tile, kv_format.to_basis(q), kv_format)
         so_far = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], add, so_far)
     return so_far
-
-
-def _call_with(
-    add_tile: AddTile, q: jax.Array, kv_format: KVFormat, index: jax.Array, so_far: PartialAttention
-) -> PartialAttention:
-    return add_tile(index, so_far, q, kv_format)
 
 
 def _attend_tile(

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords, Planes
+from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords, Planes
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.page_layout import split, take_aux_apart
 
 
 def settled(*arrays: jax.Array) -> Planes:
@@ -47,20 +48,9 @@ def gather_page_layers(
     aux_rows = -(-kv_heads * sum(kv_format.aux_sizes(geometry)) // row_words)
     index = first[..., None] + aux_row + jnp.arange(aux_rows, dtype=jnp.int32)
     aux = _take(rows, index).reshape(*pages.shape, aux_rows * row_words)
-    *keys_and_values, aux = settled(values(0), values(kv_heads * block_rows), aux)
-    k, v = (tuple(jnp.split(part, kv_format.word_parts, axis=-1)) for part in keys_and_values)
-    return PageWords(k, v, _split_aux(aux, kv_format, geometry))
-
-
-def _split_aux(aux: jax.Array, kv_format: KVFormat, geometry: PageGeometry) -> Planes:
-    """u16[..., P, words] -> the auxiliary parts, u16[..., kv_heads, P, ...]."""
-    parts, start = [], 0
-    for kind, size in zip(kv_format.aux, kv_format.aux_sizes(geometry), strict=True):
-        part = aux[..., start : start + geometry.kv_heads * size]
-        part = jnp.moveaxis(part.reshape(*aux.shape[:-1], geometry.kv_heads, size), -2, -3)
-        parts.append(part[..., None] if kind is Aux.TOKEN else part[..., None, :])
-        start += geometry.kv_heads * size
-    return tuple(parts)
+    k, v, aux = settled(values(0), values(kv_heads * block_rows), aux)
+    aux_parts = (jnp.moveaxis(part, -3, -4) for part in take_aux_apart(aux, kv_format, geometry))
+    return PageWords(split(k, kv_format), split(v, kv_format), tuple(aux_parts))
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:

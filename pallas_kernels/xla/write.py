@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords, Planes
+from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.page_layout import joined, lay_out
 from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
 
 PAGES_AT_A_TIME = 4
@@ -26,16 +27,12 @@ def write_tokens(
     page_size, vector = geometry.page_size, kv_format.vector_words(geometry)
     first = pages + jnp.arange(layers, dtype=jnp.int32)[:, None] * kv_format.units_per_layer(geometry)
     token = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * page_size + offsets
-    parts = [(_joined(words.k), 0, vector), (_joined(words.v), kv_heads * kv_format.block_words(geometry), vector)]
+    parts = [(joined(words.k), 0, vector), (joined(words.v), kv_heads * kv_format.block_words(geometry), vector)]
     parts += [(part, start, 1) for part, start in zip(words.aux, kv_format.aux_starts(geometry), strict=True)]
     units = arena.reshape(len(arena), -1)
     for values, start, width in parts:
         units = _write_runs(units, values[:, :, :, 0], first[:, None], start + token * width)
     return units.reshape(arena.shape)
-
-
-def _joined(parts: Planes) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def _write_runs(arena: jax.Array, runs: jax.Array, units: jax.Array, address: jax.Array) -> jax.Array:
@@ -59,15 +56,12 @@ def write_pages(
     arena: jax.Array, words: PageWords, pages: jax.Array, kv_format: KVFormat, geometry: PageGeometry
 ) -> jax.Array:
     """Writes whole pages, all layers. See `writing.write_pages`."""
-    layers, _, count, *_ = words.k[0].shape
+    layers = len(words.k[0])
     units_per_layer = kv_format.units_per_layer(geometry)
-    parts = [part.swapaxes(1, 2) for part in (_joined(words.k), _joined(words.v), *words.aux)]
-    content = jnp.concatenate([part.reshape(layers, count, -1) for part in parts], axis=-1)
-    padding = units_per_layer * geometry.unit_words - content.shape[-1]
-    rows = jnp.pad(content, [(0, 0), (0, 0), (0, padding)])
     layer_starts = jnp.arange(layers, dtype=jnp.int32)[:, None, None] * units_per_layer
     units = pages[:, None] + layer_starts + jnp.arange(units_per_layer, dtype=jnp.int32)
-    return arena.at[units].set(rows.reshape(*units.shape, *geometry.unit_shape), mode="drop")
+    by_page = jax.tree.map(lambda part: part.swapaxes(1, 2), words)
+    return arena.at[units].set(lay_out(by_page, kv_format, geometry), mode="drop")
 
 
 def requantise(

@@ -1,152 +1,26 @@
-"""The Mosaic attention kernel, in TPU interpret mode on a CPU, equals textbook attention in float64.
-
-Arenas are written here word by word from the layout that `geometry` documents. Whatever no query may see is NaN.
-"""
+"""The Mosaic attention kernel, in TPU interpret mode on a CPU, equals textbook attention in float64."""
 
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from attention_cases import LAYERS, Segment
+from attention_cases import check as check_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ALL_FORMATS, exact_attention
+from kernel_cases import ALL_FORMATS, make_geometry
 
-from fineserve_jax.pallas_kernels.attention import paged_attention
-from fineserve_jax.pallas_kernels.formats import FORMATS, Aux, KVFormat
-from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry, choose_unit_words
+from fineserve_jax.pallas_kernels.formats import FORMATS
+from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry
 from fineserve_jax.pallas_kernels.mosaic_tpu.attention import attend_pages, plan_launch
 from fineserve_jax.pallas_kernels.spec import AttentionSpec
-from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun
+from fineserve_jax.pallas_kernels.tiles import QueryRun
 
-NAN_WORD = 0xFFFF
-LAYERS = 2
-F32_TOLERANCE, BF16_TOLERANCE = 1e-5, 1e-2
-
-
-class Segment(NamedTuple):
-    """Cached tokens of a row, in a format, from a position on."""
-
-    row: int
-    name: str
-    num_tokens: int
-    first_position: int = 0
-
-
-# -- cached tokens -----------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def encode(kv_format, k, v):
-    """The words of pages f32[..., T, head_dim], and the keys and values they stand for."""
-    words = kv_format.encode_vectors(k, v)
-    return words, kv_format.decode_vectors(words)
-
-
-def page_layer(kv_format: KVFormat, geometry: PageGeometry, words, num_tokens: int) -> np.ndarray:
-    """A layer of a page, u16; `words` are [kv_heads, ...]. Token-wise formats have NaN behind the last token."""
-    tokens = geometry.page_size if kv_format.tail else min(num_tokens, geometry.page_size)
-    flat = np.full(kv_format.units_per_layer(geometry) * geometry.unit_words, NAN_WORD, np.uint16)
-    shape = (2, geometry.kv_heads, geometry.page_size, kv_format.vector_words(geometry))
-    values = flat[: np.prod(shape)].reshape(shape)
-    for which, parts in enumerate((words.k, words.v)):
-        values[which, :, :tokens] = np.concatenate(parts, axis=-1)[:, :tokens]
-    starts, sizes = kv_format.aux_starts(geometry), kv_format.aux_sizes(geometry)
-    for kind, start, size, part in zip(kv_format.aux, starts, sizes, words.aux, strict=True):
-        count = tokens if kind is Aux.TOKEN else size
-        own = flat[start : start + geometry.kv_heads * size].reshape(geometry.kv_heads, size)
-        own[:, :count] = part.reshape(geometry.kv_heads, size)[:, :count]
-    return flat
-
-
-class Cache:
-    """An arena of NaN, where segments lie in pages at random places; `kept[row]` is what they stand for."""
-
-    def __init__(self, spec: AttentionSpec, segments: list[Segment], rng: np.random.Generator) -> None:
-        geometry = spec.geometry
-        longest = max(kv_format.page_units(geometry) for kv_format in spec.formats)
-        num_pages = [-(-segment.num_tokens // geometry.page_size) for segment in segments]
-        # As many as there can be, since a program is compiled for each size of arena.
-        places = list((1 + rng.permutation(spec.num_rows * spec.segments_per_row * spec.max_pages)) * longest)
-        self.arena = np.full(((1 + len(places)) * longest, *geometry.unit_shape), NAN_WORD, np.uint16)
-        self.segments: list[BatchSegment] = []
-        self.kept: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(spec.num_rows)]
-        for segment, count in zip(segments, num_pages, strict=True):
-            pages = [int(places.pop()) for _ in range(count)]
-            self._write(spec, segment, pages, rng)
-
-    def _write(self, spec: AttentionSpec, segment: Segment, pages: list[int], rng: np.random.Generator) -> None:
-        geometry, kv_format = spec.geometry, ALL_FORMATS[segment.name]
-        # Always as many pages, so that few programs are compiled.
-        shape = (LAYERS, geometry.kv_heads, spec.max_pages, geometry.page_size, geometry.head_dim)
-        words, decoded = encode(kv_format, *(rng.standard_normal(shape, np.float32) for _ in "kv"))
-        words = jax.tree.map(np.asarray, words)
-        units = kv_format.units_per_layer(geometry)
-        for index, page in enumerate(pages):
-            for layer in range(LAYERS):
-                own = jax.tree.map(lambda part: part[layer, :, index], words)  # noqa: B023
-                flat = page_layer(kv_format, geometry, own, segment.num_tokens - index * geometry.page_size)
-                first = page + layer * units
-                self.arena[first : first + units] = flat.reshape(units, *geometry.unit_shape)
-        k, v = (np.asarray(part, np.float64).reshape(*shape[:2], -1, shape[-1]) for part in decoded)
-        positions = segment.first_position + np.arange(segment.num_tokens)
-        self.kept[segment.row].append((positions, k[:, :, : len(positions)], v[:, :, : len(positions)]))
-        format_id = spec.formats.index(kv_format)
-        self.segments.append(BatchSegment(segment.row, format_id, pages, segment.num_tokens, segment.first_position))
-
-    def of(self, row: int, layer: int, geometry: PageGeometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions [tokens], and float64 k and v [kv_heads, tokens, D]."""
-        nothing = np.zeros((LAYERS, geometry.kv_heads, 0, geometry.head_dim))
-        positions, k, v = zip((np.zeros(0, int), nothing, nothing), *self.kept[row], strict=True)
-        return np.concatenate(positions), *(np.concatenate(part, axis=2)[layer] for part in (k, v))
-
-
-# -- against the oracle ------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def attend(spec, q, arena, tiles, layer):
-    seen = paged_attention(spec, q, arena, tiles, layer)
-    return seen.output(), seen.log_sum_exp
-
-
-def check(spec: AttentionSpec, group: int, segments: list[Segment], runs: list[QueryRun], dtype=jnp.float32) -> None:
-    """Queries of rows of a batch, and NaN where no query is."""
-    geometry, rng = spec.geometry, np.random.default_rng(len(segments))
-    cache = Cache(spec, segments, rng)
-    rng.shuffle(cache.segments)
-    shape = (spec.tile_shape.num_queries, geometry.kv_heads, group, geometry.head_dim)
-    q = np.full(shape, np.nan, np.float32)
-    for run in runs:
-        own = rng.standard_normal((run.num_queries, *shape[1:]), np.float32) * 2 / geometry.head_dim**0.5
-        q[run.first_slot : run.first_slot + run.num_queries] = own
-    q = np.asarray(jnp.asarray(q, dtype))
-    layer = LAYERS - 1
-    flat = (shape[0], -1, shape[-1])
-    output, log_sum = attend(spec, q.reshape(flat), cache.arena, spec.plan(cache.segments, runs), layer)
-    output, log_sum = np.asarray(output).reshape(shape), np.asarray(log_sum).reshape(shape[:3])
-    expected, expected_log_sum = np.zeros(shape), np.full(shape[:3], -np.inf)
-    for row, run in enumerate(runs):
-        positions, k, v = cache.of(row, layer, geometry)
-        slots = slice(run.first_slot, run.first_slot + run.num_queries)
-        ahead = run.first_position + np.arange(run.num_queries)[:, None] - positions
-        visible = (ahead >= 0) & (ahead < (np.inf if spec.window is None else spec.window))
-        exact = exact_attention(q[slots].astype(np.float64), k, v, visible, spec.soft_cap)
-        expected[slots], expected_log_sum[slots] = exact.output, exact.log_sum_exp
-    tolerance = F32_TOLERANCE if dtype == jnp.float32 else BF16_TOLERANCE
-    flat = (len(q), -1)
-    error = np.linalg.norm((output - expected).reshape(flat), axis=-1)
-    allowed = tolerance * np.linalg.norm(expected.reshape(flat), axis=-1)
-    assert (error <= allowed).all(), (error / allowed.clip(1e-300)).max() * tolerance
-    np.testing.assert_allclose(log_sum, expected_log_sum, rtol=tolerance, atol=tolerance)
-
-
-def geometry_of(kv_heads: int, head_dim: int, page_size: int) -> PageGeometry:
-    return PageGeometry(LAYERS, kv_heads, head_dim, page_size, choose_unit_words(head_dim, page_size, tpu=True))
+geometry_of = functools.partial(make_geometry, num_layers=LAYERS, tpu=True)
+# One layer, but the first: interpreting is slow.
+check = functools.partial(check_attention, layers=[LAYERS - 1])
 
 
 def spec_of(geometry: PageGeometry, names: Iterable[str], num_rows: int, **more) -> AttentionSpec:
