@@ -1,6 +1,6 @@
 """What a user may set of the scheduler."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,9 @@ class SchedulerConfig(Validated):
             token is a decode row.
         ageing_s: no request is overtaken by one that arrived more than this many seconds after it; see
             `policies.fineserve` and `admission`.
+        preemption: how a preempted request comes back: "recompute", "swap" (its pages are kept in host memory, as
+            far as that has room), or "auto", whichever is predicted to be faster.
+        narrow_keep_pages: newest full pages of a request that are never narrowed.
         growth_reserve_pages: free pages that admission leaves for each admitted request that can still grow.
 
     Raises:
@@ -33,6 +36,8 @@ class SchedulerConfig(Validated):
     chunked_prefill: bool = True
     page_size: int = Field(default=16, ge=2)
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
+    preemption: Literal["auto", "recompute", "swap"] = "auto"
+    narrow_keep_pages: int = Field(default=2, ge=0)
     growth_reserve_pages: int = Field(default=1, ge=0)
 
     @field_validator("policy")
