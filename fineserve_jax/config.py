@@ -11,6 +11,8 @@ from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.validation import Validated
 
+Weights = Literal["fp32", "bf16", "int8", "int4"]
+
 
 class EngineConfig(Validated):
     """Settings of an engine. Each is honoured or refused with a `ConfigError`; none is ignored.
@@ -37,7 +39,7 @@ class EngineConfig(Validated):
         seed: of requests that name none.
     """
 
-    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    weights: Weights | None = None
     kv_precision: str = "bf16"
     kv_formats: tuple[str, ...] | None = None
     kv_memory: int | float | str | None = None

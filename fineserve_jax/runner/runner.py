@@ -1,4 +1,4 @@
-"""Runs plans on the device: the only holder of the arena and of compiled programs."""
+"""Runs plans on the device: the only holder of compiled programs."""
 
 import functools
 import logging
@@ -14,10 +14,11 @@ import numpy as np
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.models import CausalLM
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.pallas_kernels.geometry import PageGeometry, new_arena
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.request import Request, StepPlan
 from fineserve_jax.runner import step as stages
+from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.sampler import Sampled, build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
@@ -65,12 +66,12 @@ class StepResult:
 
 
 class ModelRunner:
-    """One model on the device, its arena, and a compiled program for each shape that has occurred.
+    """One model on the device, and a compiled program for each shape that has occurred.
 
     Args:
         model, params: the model and its weights.
         geometry: of its pages.
-        num_units: units of the arena.
+        arena: where its pages are, beside those of other models.
         kv: the host's half of the cache.
         max_rows: most requests in a step.
         max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
@@ -83,7 +84,7 @@ class ModelRunner:
         model: CausalLM,
         params: dict[str, Any],
         geometry: PageGeometry,
-        num_units: int,
+        arena: Arena,
         kv: KVManager,
         *,
         max_rows: int,
@@ -91,8 +92,7 @@ class ModelRunner:
         max_seq_len: int,
         implementation: Implementation = "xla",
     ) -> None:
-        self.model, self.params, self.geometry, self.kv = model, params, geometry, kv
-        self.arena = new_arena(geometry, num_units)
+        self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
         self.max_seq_len, self.implementation = max_seq_len, implementation
@@ -148,11 +148,11 @@ class ModelRunner:
         stream = programs.embed(self.params, inputs)
         words = []
         for index, params in enumerate(self.layer_params):
-            stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena, inputs)
+            stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
             words.append(encoded)
         outputs = programs.head(self.params, stream, inputs, sampling)
         scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
-        self.arena = programs.commit(self.arena, words, inputs)
+        self.arena.units = programs.commit(self.arena.units, words, inputs)
         sampled, scored = jax.device_get((outputs, scored))
         seconds = time.perf_counter() - start
         compilations = programs.num_compiled - compiled_before
