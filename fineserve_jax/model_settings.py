@@ -48,8 +48,13 @@ class ModelSource(ModelSettings):
     model: str
     weights: Weights | None = None
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
 
-def model_sources(models: Mapping[str, Any]) -> dict[str, ModelSource]:
+
+def model_sources(models: Mapping[str, Any] | None) -> dict[str, ModelSource]:
     """What a user says of several models, checked: name -> alias or path, or a table of the fields of `ModelSource`.
 
     Raises:
@@ -91,7 +96,7 @@ def _checked_name(name: Any) -> str:
 
 def _model_source(name: str, value: Any) -> ModelSource:
     if isinstance(value, str | Path):
-        return ModelSource(model=str(value))
+        return ModelSource.model_validate({"model": value})
     if isinstance(value, ModelSource):
         return value
     if not isinstance(value, Mapping):
