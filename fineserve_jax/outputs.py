@@ -50,6 +50,7 @@ class RequestOutput:
     Attributes:
         request_id: as given or assigned.
         prompt: the text, None if the prompt came as tokens.
+        model: name of the model that answered.
         kv_precision: KV format its cache was kept in.
         outputs: its `n` samples.
     """
@@ -57,6 +58,7 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    model: str
     kv_precision: str
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
