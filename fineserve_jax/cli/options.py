@@ -33,6 +33,8 @@ from fineserve_jax.sampling_params import SamplingParams
 MODEL_KEYS = ("model", "models")
 NOT_STREAMED = ("n", "logprobs")
 """Fields of `SamplingParams` that do not concern `generate`: it streams one answer, as text."""
+NOT_SCORED = ("max_batch_size", "max_seq_len", "quotas", "policy", "ageing_s", "seed")
+"""Fields of `EngineConfig` that do not concern `perplexity`."""
 
 ModelFlag = Annotated[str | None, tyro.conf.arg(help_behavior_hint=f"(default: {DEFAULT_MODEL})")]
 ModelFlags = Annotated[
@@ -78,11 +80,12 @@ if TYPE_CHECKING:
     PerplexityFlags: TypeAlias = Mapping[str, Any]
 else:
     # The engine's and a request's seed would be one flag. It is the engine's, from which requests' seeds are drawn.
-    EngineFlags = flags_of(EngineConfig)
+    # Quotas are tables of tables, which a YAML file holds well and a flag does not.
+    EngineFlags = flags_of(EngineConfig, leave_out=["quotas"])
     SamplingFlags = flags_of(SamplingParams, leave_out=["seed"])
     GenerateFlags = flags_of(SamplingParams, leave_out=["seed", *NOT_STREAMED])
     # One window at a time is scored, and nothing is sampled.
-    PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "policy", "ageing_s", "seed"])
+    PerplexityFlags = flags_of(EngineConfig, leave_out=NOT_SCORED)
 
 
 @dataclass(frozen=True)
