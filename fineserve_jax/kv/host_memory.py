@@ -35,6 +35,7 @@ class HostMemory:
     Attributes:
         saved: by request.
         used_bytes: bytes of all of them.
+        num_saved: requests saved since the start.
     """
 
     def __init__(self, kv: "KVManager", max_bytes: int) -> None:
@@ -42,6 +43,7 @@ class HostMemory:
         self.max_bytes = max_bytes
         self.saved: dict[Request, Saved] = {}
         self.used_bytes = 0
+        self.num_saved = 0
 
     def num_bytes(self, request: Request) -> int:
         """Bytes that saving what the request holds would take: the pages of its computed tokens."""
@@ -65,6 +67,7 @@ class HostMemory:
         self._kv.release(request)
         self.saved[request] = saved
         self.used_bytes += self._bytes(pages)
+        self.num_saved += 1
 
     def load(self, request: Request, num_tokens: int, leaving: Mapping[PageClass, int] | None) -> bool:
         """Give a saved request pages for its first `num_tokens` tokens, and queue the copy of what was saved."""

@@ -23,7 +23,7 @@ from fineserve_jax.kv.prefix import PrefixCache
 from fineserve_jax.kv.sharing import Sharing
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.kv.table import Handles, PageTable
-from fineserve_jax.kv.usage import KVUsage, measure_usage
+from fineserve_jax.kv.usage import KVCounts, KVUsage, count_events, measure_usage
 from fineserve_jax.request import Request
 
 Demand = Mapping[PageClass, int]
@@ -299,6 +299,10 @@ class KVManager:
     def usage(self) -> KVUsage:
         """Bytes needed, reserved and free, by format and in all."""
         return measure_usage(self)
+
+    def counts(self) -> KVCounts:
+        """What was done with pages since the start."""
+        return count_events(self)
 
     def check_integrity(self) -> None:
         """Check the allocator's books, and that pages are held by exactly those who are counted as their holders.
