@@ -130,7 +130,7 @@ class World:
         reserve = min(max(2, allocator.num_slabs // 64), allocator.num_slabs // 8) if memory.compacts else 0
         self.kv = KVManager(allocator, classes, prefix_cache="off", reserve_slabs=reserve)
         if not memory.compacts:
-            self.kv.compaction.max_step_bytes = 0
+            self.kv.compaction.enabled = False
         page_size = next(iter(classes.values())).page_size
         config = SchedulerConfig(
             max_batch_size=100_000, max_chunk_tokens=chunk_tokens, page_size=page_size, ageing_s=ageing_s

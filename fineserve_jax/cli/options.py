@@ -33,8 +33,6 @@ from fineserve_jax.sampling_params import SamplingParams
 MODEL_KEYS = ("model", "models")
 NOT_STREAMED = ("n", "logprobs")
 """Fields of `SamplingParams` that do not concern `generate`: it streams one answer, as text."""
-NOT_SCORED = ("max_batch_size", "max_seq_len", "quotas", "policy", "ageing_s", "seed")
-"""Fields of `EngineConfig` that do not concern `perplexity`."""
 
 ModelFlag = Annotated[str | None, tyro.conf.arg(help_behavior_hint=f"(default: {DEFAULT_MODEL})")]
 ModelFlags = Annotated[
@@ -84,8 +82,9 @@ else:
     EngineFlags = flags_of(EngineConfig, leave_out=["quotas"])
     SamplingFlags = flags_of(SamplingParams, leave_out=["seed"])
     GenerateFlags = flags_of(SamplingParams, leave_out=["seed", *NOT_STREAMED])
-    # One window at a time is scored, and nothing is sampled.
-    PerplexityFlags = flags_of(EngineConfig, leave_out=NOT_SCORED)
+    # One window at a time is scored, in memory of its own, and nothing is sampled.
+    ONE_AT_A_TIME = ["prefix_cache", "min_kv_precision", "preemption", "swap_memory", "policy", "ageing_s", "quotas"]
+    PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "seed", *ONE_AT_A_TIME])
 
 
 @dataclass(frozen=True)

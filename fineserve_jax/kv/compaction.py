@@ -31,13 +31,15 @@ class Compaction:
     """Moves pages of a KV manager.
 
     Attributes:
-        max_step_bytes: most bytes moved between two steps.
+        enabled: whether any are moved; off only to compare.
+        max_step_bytes: most bytes moved between two steps, unless a request would lose its pages otherwise.
         num_pages: pages moved since the start.
         is_cut_short: whether more would have been moved in this step.
     """
 
     def __init__(self, kv: "KVManager") -> None:
         self._kv = kv
+        self.enabled = True
         self.max_step_bytes = MAX_STEP_BYTES
         self.num_pages = 0
         self.is_cut_short = False
@@ -48,16 +50,21 @@ class Compaction:
         """Another step's worth of bytes may be moved; a few are."""
         self._moved_bytes = 0
         self.is_cut_short = False
-        if self.max_step_bytes:
+        if self.enabled:
             self._tidy()
 
-    def move(self) -> bool:
-        """Move pages out of one slab; False if no slab can be freed so, or no more may be moved in this step."""
-        pool = self._cheapest(list(self._kv.allocator.pools.values()))
+    def move(self, at_once: bool = False) -> bool:
+        """Move pages out of one slab; False if no slab can be freed so, or no more may be moved in this step.
+
+        Args:
+            at_once: move all of the slab's pages, however much was moved in this step.
+        """
+        pool = self._cheapest(list(self._kv.allocator.pools.values())) if self.enabled else None
         if pool is None:
             return False
-        self.is_cut_short = not self._empty_a_slab(pool, self.max_step_bytes)
-        return not self.is_cut_short
+        is_moved = self._empty_a_slab(pool, None if at_once else self.max_step_bytes)
+        self.is_cut_short |= not is_moved
+        return is_moved
 
     def _tidy(self) -> None:
         """Move pages together in pools with many free ones; not while only one pool was used since all was free."""
@@ -73,10 +80,10 @@ class Compaction:
             if pool is None or not self._empty_a_slab(pool, limit):
                 return
 
-    def _empty_a_slab(self, pool: SlabPool, limit: int) -> bool:
+    def _empty_a_slab(self, pool: SlabPool, limit: int | None) -> bool:
         """Move pages out of the pool's emptiest slab; False if the `limit` of bytes in this step allows none."""
         page_bytes = pool.page_units * self._kv.allocator.unit_bytes
-        most = (limit - self._moved_bytes) // page_bytes
+        most = pool.capacity if limit is None else (limit - self._moved_bytes) // page_bytes
         if most < 1:
             return False
         slab = pool.emptiest

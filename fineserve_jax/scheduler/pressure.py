@@ -31,7 +31,6 @@ class Pressure:
 
     Attributes:
         transfer_bytes_per_s: measured rate of copies between device and host memory.
-        num_saved: preempted requests whose pages went to host memory.
         may_narrow: whether a row's pages may be narrowed for others; told by quotas.
         on_narrowing: told of each request whose pages were.
     """
@@ -45,7 +44,6 @@ class Pressure:
     ) -> None:
         self._config, self._kv, self._rows, self._profiles = config, kv, rows, profiles
         self.transfer_bytes_per_s = ASSUMED_BYTES_PER_S
-        self.num_saved = 0
         self.may_narrow: Callable[[Row], bool] = lambda row: True
         self.on_narrowing: Callable[[Request], None] = lambda request: None
 
@@ -87,7 +85,6 @@ class Pressure:
         request = row.request
         if self._saves(request):
             self._kv.host.save(request)
-            self.num_saved += 1
         else:
             self._kv.release(request)
             request.num_computed_tokens = 0
