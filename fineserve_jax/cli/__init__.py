@@ -1,4 +1,4 @@
-"""The command line: `fineserve-jax batch | generate | perplexity | convert | fetch`."""
+"""The command line: `fineserve-jax batch | generate | perplexity | slabs | convert | fetch`."""
 
 import os
 import sys
