@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.kv.quotas import Quota, check_quotas
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.validation import Validated
@@ -45,6 +46,9 @@ class EngineConfig(Validated):
         preemption: how requests come back that lost their memory: "recompute", "swap" (from host memory), or "auto",
             whichever is predicted to be faster.
         swap_memory: host memory for preempted requests, as kv_memory is given, or 0; None: as much as kv_memory.
+        quotas: shares of the KV memory that a tenant's requests or those in a KV precision are guaranteed, and that
+            they may take at most: {"tenant:alice": {"guaranteed": 0.3, "max": 0.6}, "precision:int8": {"max": 0.5}}.
+            Others use what is guaranteed and not wanted. Not with slab_policy="partitioned".
         policy: order of admission: fineserve, fcfs, sjf or edf.
         ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later; with
             "edf", the deadline of requests that name none.
@@ -66,6 +70,7 @@ class EngineConfig(Validated):
     min_kv_precision: str | None = None
     preemption: Literal["auto", "recompute", "swap"] = "auto"
     swap_memory: int | float | str | None = None
+    quotas: dict[str, Quota] | None = None
     policy: str = "fineserve"
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
@@ -95,6 +100,9 @@ class EngineConfig(Validated):
             raise ValueError(
                 f"slab_shares has no meaning with slab_policy={self.slab_policy!r}; use slab_policy='partitioned'"
             )
+        if self.quotas and self.slab_policy == "partitioned":
+            raise ValueError("quotas have no meaning with slab_policy='partitioned', which divides memory for good")
+        check_quotas(self.quotas or {}, self.served_formats)
         self.scheduler()  # raises for what the scheduler refuses
         return self
 
@@ -108,6 +116,7 @@ class EngineConfig(Validated):
             page_size=self.page_size,
             ageing_s=self.ageing_s,
             preemption=self.preemption,
+            quotas=self.quotas or {},
         )
 
     @property

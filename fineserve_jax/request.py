@@ -56,6 +56,7 @@ class Request:
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
+        tenant: on whose behalf it is, for quotas; None: nobody's in particular.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
     """
 
@@ -73,6 +74,7 @@ class Request:
     min_kv_precision: str | None = None
     shares_prefix: bool = True
     fork_of: "Request | None" = None
+    tenant: str | None = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     status: RequestStatus = RequestStatus.WAITING

@@ -142,6 +142,10 @@ class SlabAllocator:
             known = ", ".join(map(str, self.members)) or "none"
             raise ConfigError(f"{page_class} is no class of this arena ({known}); register it first") from None
 
+    def page_units(self, page_class: PageClass) -> int:
+        """Units that a page of the class takes here: under "uniform" as many as the longest class's."""
+        return self.member(page_class).pool.page_units
+
     # -- what fits -----------------------------------------------------------------------------------------
 
     def can_allocate(self, demand: Mapping[PageClass, int], spare_slabs: int = 0) -> bool:

@@ -1,6 +1,6 @@
-"""The waiting queue: one heap for each (model, KV format), since requests of one group fail for want of the
-same memory. A walk looks at the groups' heads only, so it costs nothing for the thousands behind a head that
-cannot be had.
+"""The waiting queue: one heap for each (model, KV format), and with quotas for each tenant besides, since requests of
+one group fail for want of the same memory. A walk looks at the groups' heads only, so it costs nothing for the
+thousands behind a head that cannot be had.
 """
 
 import heapq
@@ -11,7 +11,7 @@ from typing import TypeAlias
 from fineserve_jax.request import Request
 from fineserve_jax.scheduler.policies import SortKey
 
-Group: TypeAlias = tuple[str, str]
+Group: TypeAlias = tuple[str | None, ...]
 Entry: TypeAlias = tuple[SortKey, int, Request]
 """Sort key, `Request.sequence` (distinct, so that requests are never compared), request."""
 
@@ -30,10 +30,14 @@ class WaitingQueue:
 
     Args:
         key_of: a request's sort key; asked once, when the request is pushed.
+        group_of: a request's group.
     """
 
-    def __init__(self, key_of: Callable[[Request], SortKey]) -> None:
+    def __init__(
+        self, key_of: Callable[[Request], SortKey], group_of: Callable[[Request], Group] | None = None
+    ) -> None:
         self._key_of = key_of
+        self.group_of = group_of or model_and_format
         self._waiting: set[Request] = set()
         self._heaps: dict[Group, _Heaps] = {}
 
@@ -48,7 +52,7 @@ class WaitingQueue:
         return [group for group, heaps in self._heaps.items() if heaps.num_waiting]
 
     def push(self, request: Request) -> None:
-        heaps = self._heaps.setdefault(group_of(request), _Heaps())
+        heaps = self._heaps.setdefault(self.group_of(request), _Heaps())
         heapq.heappush(heaps.by_key, (self._key_of(request), request.sequence, request))
         heapq.heappush(heaps.by_arrival, (request.sequence, request))
         self._waiting.add(request)
@@ -57,7 +61,7 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         self._waiting.remove(request)
-        self._heaps[group_of(request)].num_waiting -= 1
+        self._heaps[self.group_of(request)].num_waiting -= 1
 
     def head(self, group: Group) -> Entry | None:
         """The group's first request in the policy's order."""
@@ -87,5 +91,9 @@ class WaitingQueue:
             heapq.heapify(heaps.by_arrival)
 
 
-def group_of(request: Request) -> Group:
+def model_and_format(request: Request) -> Group:
     return (request.model, request.kv_precision)
+
+
+def model_format_and_tenant(request: Request) -> Group:
+    return (request.model, request.kv_precision, request.tenant)
