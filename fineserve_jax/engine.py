@@ -148,6 +148,7 @@ class Engine:
         kv_precision: str | None = None,
         model: str | None = None,
         min_kv_precision: str | None = None,
+        tenant: str | None = None,
     ) -> None:
         """Raises `RequestError` for a request that can never be served, saying what is wrong and what to do."""
         served = self.served(model)
@@ -187,6 +188,7 @@ class Engine:
                 f"a request of up to {total} tokens in {precision.start} does not fit the KV memory, which holds "
                 f"{longest} such tokens; lower max_tokens, choose a narrower kv_precision or raise kv_memory"
             )
+        self.scheduler.quotas.check(served.name, precision.start, tenant, total)
 
     def add_request(
         self,
@@ -199,6 +201,7 @@ class Engine:
         request_id: str | None = None,
         sample_index: int = 0,
         fork_of: Request | None = None,
+        tenant: str | None = None,
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
     ) -> Request:
@@ -214,13 +217,14 @@ class Engine:
             request_id: unique; None assigns one.
             sample_index: which of several samples of one prompt this is; moves its seed.
             fork_of: another sample of the same prompt, to start from its pages if they are still there.
+            tenant: whose quota it counts against.
             ttft_slo_s, tpot_slo_s: see `Request`.
 
         Raises:
             RequestError: see `check`.
         """
         sampling = sampling or SamplingParams()
-        self.check(token_ids, sampling, kv_precision, model, min_kv_precision)
+        self.check(token_ids, sampling, kv_precision, model, min_kv_precision, tenant)
         served, sequence = self.served(model), self._num_requests
         total = self._max_total_tokens(served, token_ids, sampling)
         precision = self._precision(served, kv_precision, min_kv_precision, total)
@@ -230,6 +234,7 @@ class Engine:
             kv_precision=precision.start,
             min_kv_precision=precision.floor,
             fork_of=fork_of,
+            tenant=tenant,
             sampling=sampling,
             token_ids=list(token_ids),
             num_prompt_tokens=len(token_ids),

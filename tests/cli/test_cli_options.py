@@ -29,7 +29,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "ageing_s": (["1.5"], 1.5),
     "seed": (["3"], 3),
     "prefix_cache": (["convert"], "convert"),
-    "min_kv_precision": (["int4"], "int4"),
+    "min_kv_precision": (["int8"], "int8"),
     "preemption": (["swap"], "swap"),
     "swap_memory": (["64MiB"], "64MiB"),
     "record": (["run.jsonl"], Path("run.jsonl")),

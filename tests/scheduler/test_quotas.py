@@ -198,6 +198,8 @@ class QuotaMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.engine.step()
             self.check()
+            self.steps_owed = self.steps_owed + 1 if self.somebody_is_owed() else 0
+            assert self.steps_owed <= MOST_STEPS_OWED
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data())
@@ -208,8 +210,6 @@ class QuotaMachine(RuleBasedStateMachine):
     def check(self):
         self.account.check()
         assert all(self.account.used[name] <= most for name, most in self.account.most.items())
-        self.steps_owed = self.steps_owed + 1 if self.somebody_is_owed() else 0
-        assert self.steps_owed <= MOST_STEPS_OWED
 
     def somebody_is_owed(self):
         """Whether the first of a group lies within a guarantee and its maxima, and still waits."""
