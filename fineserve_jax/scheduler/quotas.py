@@ -6,7 +6,8 @@
     held back   a waiting request whose quota would exceed its maximum
 
 What an owner does not use is lent: anyone may be admitted to it. Guarantees are always to be had: protected rows of
-others hold no more than their guarantees, all guarantees together fit, and everything else can be reclaimed.
+others hold no more than their guarantees, all guarantees together fit, and everything else can be reclaimed. They are
+of memory: where protected rows have all places of a batch, an owner waits for one.
 """
 
 from collections.abc import Callable, Mapping

@@ -212,14 +212,14 @@ class QuotaMachine(RuleBasedStateMachine):
         assert all(self.account.used[name] <= most for name, most in self.account.most.items())
 
     def somebody_is_owed(self):
-        """Whether the first of a group lies within a guarantee and its maxima, and still waits."""
+        """Whether the first of a group lies within a guarantee and its maxima, and still waits, though not for a place
+        among rows that are all protected."""
         scheduler = self.engine.scheduler
-        queue = scheduler._queue
-        heads = [queue.head(group)[2] for group in queue.groups()]
-        return any(
-            scheduler.quotas.is_owed(head) and scheduler.quotas.admits(scheduler._admission._row(queue.head(
-                queue.group_of(head)))) for head in heads
-        )  # fmt: skip
+        queue, rows = scheduler._queue, scheduler._rows.values()
+        if len(rows) == scheduler.config.max_batch_size and not any(map(scheduler.quotas.may_give_way, rows)):
+            return False
+        heads = [scheduler._admission._row(queue.head(group)) for group in queue.groups()]
+        return any(scheduler.quotas.is_owed(row.request) and scheduler.quotas.admits(row) for row in heads)
 
     def teardown(self):
         if not hasattr(self, "engine"):
