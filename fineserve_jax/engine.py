@@ -125,6 +125,8 @@ class Engine:
         sample_index: int = 0,
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
+        drop_when_late: bool = False,
+        tenant: str = "",
     ) -> Request:
         """Lets a request wait for its turn.
 
@@ -134,7 +136,7 @@ class Engine:
             kv_precision: KV format; None for the engine's.
             request_id: unique; None assigns one.
             sample_index: which of several samples of one prompt this is; moves its seed.
-            ttft_slo_s, tpot_slo_s: see `Request`.
+            ttft_slo_s, tpot_slo_s, drop_when_late, tenant: see `Request`.
 
         Raises:
             RequestError: see `check`.
@@ -156,6 +158,8 @@ class Engine:
             stop_ids=self._stop_ids(sampling),
             ttft_slo_s=ttft_slo_s,
             tpot_slo_s=tpot_slo_s,
+            drop_when_late=drop_when_late,
+            tenant=tenant,
         )
         self.scheduler.add(request)
         self._num_requests += 1
@@ -181,6 +185,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished."""
         plan = self.scheduler.schedule(self.clock())
+        for request in self.scheduler.take_dropped():
+            self.texts[request].finish()
         if plan is None:
             return []
         start = time.perf_counter()

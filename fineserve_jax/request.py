@@ -24,6 +24,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    LATE = "late"
 
 
 @dataclass(slots=True)
@@ -52,6 +53,9 @@ class Request:
         seed: of its random numbers.
         stop_ids: tokens that end it: the model's end-of-sequence tokens unless ignored, and `stop_token_ids`.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
+        drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
+            it then waits behind those that still can.
+        tenant: whose it is; lengths are learnt and memory can be shared by it.
     """
 
     request_id: str
@@ -67,6 +71,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    drop_when_late: bool = False
+    tenant: str = ""
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0

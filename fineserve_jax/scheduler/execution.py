@@ -4,13 +4,17 @@ Every row whose prompt is computed decodes. Decoding is bound by bandwidth, so p
 many tokens as the profile says fit under the tightest time-per-token target among the decoding rows, or
 without a target as many as `max_chunk_tokens`, which gives the most tokens a second.
 
+A target is for a row's tokens on average, so what counts is when the next one is *due*: as long after the first as
+the target allows to the tokens between. A row that is ahead lends its time to prefill; one that is behind asks for
+steps that are shorter than its target until it has caught up.
+
     pages of a prompt   |----|----|----|----|--|        page_size 4, 18 tokens
     chunks              |=========|====|====|==|        each begins at a page and ends at one, or at the last token
 """
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fineserve_jax.request import Request, StepPlan, Work
 from fineserve_jax.scheduler.config import SchedulerConfig
@@ -18,14 +22,21 @@ from fineserve_jax.scheduler.costs import StepCost, step_cost
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.rows import Row
 
+CATCHING_UP = 0.75
+"""Seconds of a step, of a row's target, for one that is behind."""
 
-def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile) -> StepPlan:
+MOST_TURNS_LEFT_OUT = 16
+"""Steps of other models after which one that has rows is due, whatever its targets."""
+
+
+def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile, now: float) -> StepPlan:
     """The next step of one model.
 
     Args:
         rows: its admitted rows, in the order of admission; those that decode have grown already.
         config: chunk rules.
         profile: predicts the model's step time.
+        now: when the step begins.
     """
     decodes: list[Work] = []
     prefilling: list[Row] = []
@@ -38,12 +49,87 @@ def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile
             continue
         decodes.append(Work(request, computed, 1))
         if request.tpot_slo_s is not None:
-            target_s = min(target_s, request.tpot_slo_s)
+            target_s = min(target_s, _time_for_step(request, request.tpot_slo_s, now))
     if not prefilling:
         return StepPlan(tuple(decodes), ())
+    if not config.slo_aware:
+        target_s = math.inf
     prefilling.sort(key=lambda row: (row.walk, row.key, row.request.num_uncomputed_tokens, row.request.sequence))
     chunks = _ChunkPicker(config, profile, decodes, target_s).pick([row.request for row in prefilling])
     return StepPlan(tuple(decodes), tuple(chunks))
+
+
+def _time_for_step(request: Request, tpot_slo_s: float, now: float) -> float:
+    """How long the next step may take for a decoding row."""
+    return max(_due_s(request, tpot_slo_s, now) - now, CATCHING_UP * tpot_slo_s)
+
+
+def _due_s(request: Request, tpot_slo_s: float, now: float) -> float:
+    """When the row's next token is due."""
+    first = request.times.first_token_s
+    return now + tpot_slo_s if first is None else first + tpot_slo_s * request.num_output_tokens
+
+
+class _ModelRows:
+    """What the choice between models looks at: how many rows, what they read, and when the first is due."""
+
+    __slots__ = ("due_s", "has_prefill", "kv_bytes", "num_decodes")
+
+    def __init__(self) -> None:
+        self.due_s, self.has_prefill, self.kv_bytes, self.num_decodes = math.inf, False, 0.0, 0
+
+    def add(self, request: Request, bytes_per_token: float, now: float) -> None:
+        self.kv_bytes += request.num_computed_tokens * bytes_per_token
+        if len(request.token_ids) - request.num_computed_tokens > 1:
+            self.has_prefill = True
+            return
+        self.num_decodes += 1
+        if request.tpot_slo_s is not None:
+            due_s = _due_s(request, request.tpot_slo_s, now)
+            # One that is far behind has missed its target: it goes along, but hurries nobody.
+            if due_s > now - 10 * request.tpot_slo_s:
+                self.due_s = min(self.due_s, due_s)
+
+
+def next_model(
+    rows: Iterable[Row], profiles: Mapping[str, StepProfile], last_turns: Mapping[str, int], turn: int, now: float
+) -> str:
+    """Whose step is next, of several models: in this order
+
+    - one that was left out for `MOST_TURNS_LEFT_OUT` steps, or one with a row that would be late if another
+      model's step came first: whichever is due first;
+    - one with prompts to compute, since the rows it gains make its steps worth more: the longest left out;
+    - the one whose step gives the most tokens a second. A step reads the weights however few its rows, so that a
+      model with few of them should run as seldom as its targets allow.
+    """
+    models: dict[str, _ModelRows] = {}
+    for row in rows:
+        request = row.request
+        of_model = models.get(request.model)
+        if of_model is None:
+            of_model = models[request.model] = _ModelRows()
+        bytes_per_token = profiles[request.model].model.formats[request.kv_precision].bytes_per_token
+        of_model.add(request, bytes_per_token, now)
+    if len(models) == 1:
+        return next(iter(models))
+    seconds = {
+        name: profiles[name].predict(StepCost(of_model.num_decodes, 0, of_model.kv_bytes))
+        for name, of_model in models.items()
+    }
+    longest_s = max(seconds.values())
+    due = {}
+    for name, of_model in models.items():
+        start_s = of_model.due_s - seconds[name]
+        if turn - last_turns[name] >= MOST_TURNS_LEFT_OUT:
+            start_s = min(start_s, now)
+        if start_s < now + longest_s:
+            due[name] = start_s
+    if due:
+        return min(due, key=lambda name: (due[name], last_turns[name]))
+    prefilling = [name for name, of_model in models.items() if of_model.has_prefill]
+    if prefilling:
+        return min(prefilling, key=last_turns.__getitem__)
+    return max(models, key=lambda name: (models[name].num_decodes / seconds[name], -last_turns[name]))
 
 
 class _ChunkPicker:
