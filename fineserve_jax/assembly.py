@@ -13,12 +13,13 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.loaders import LoadedModel
-from fineserve_jax.memory import format_bytes, kv_memory_bytes
+from fineserve_jax.memory import format_bytes, host_memory_bytes, kv_memory_bytes
 from fineserve_jax.models import ModelConfig, build_model
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
 from fineserve_jax.pallas_kernels.writing import NOWHERE
+from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.roofline import device_roofline
 from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import FormatCost, ModelCost, Scheduler
@@ -48,6 +49,7 @@ def assemble(model: LoadedModel, config: EngineConfig) -> EngineParts:
     _check_one_request_fits(kv, model.name, config, max_seq_len, size)
     cost = model_cost(model, geometry, config.served_formats)
     scheduler = Scheduler(config.scheduler(), kv, {model.name: cost}, device_roofline(device))
+    operations = PageOperations({model.name: geometry}, kv.allocator.slab_units, implementation)
     longest = -(-max_seq_len // config.page_size) * config.page_size
     runner = ModelRunner(
         build_model(model.config, model.weights),
@@ -55,6 +57,7 @@ def assemble(model: LoadedModel, config: EngineConfig) -> EngineParts:
         geometry,
         kv.allocator.num_units,
         kv,
+        operations,
         max_rows=config.max_batch_size,
         max_chunk_tokens=config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens),
         max_seq_len=max_seq_len,
@@ -149,7 +152,18 @@ def _kv_manager(
     allocator = SlabAllocator(
         num_units, slab_units, config.slab_policy, classes.values(), config.slab_shares, unit_bytes=unit_bytes
     )
-    return KVManager(allocator, classes)
+    return KVManager(
+        allocator,
+        classes,
+        prefix_cache=config.prefix_cache,
+        reserve_slabs=_reserve_slabs(allocator.num_slabs),
+        host_bytes=size if config.swap_memory is None else host_memory_bytes(config.swap_memory),
+    )
+
+
+def _reserve_slabs(num_slabs: int) -> int:
+    """Free slabs to keep at hand: 2 or one in 64, but none of an arena that has few."""
+    return min(max(2, num_slabs // 64), num_slabs // 8)
 
 
 def _check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:

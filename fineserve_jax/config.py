@@ -31,6 +31,14 @@ class EngineConfig(Validated):
         slab_policy: "elastic" moves slabs between precisions; "partitioned" fixes each one's share; "uniform" gives
             every page the length of the widest.
         slab_shares: with "partitioned", KV format -> share of the memory; equal if None.
+        prefix_cache: "exact" lets requests of one KV format that begin alike share pages; "convert" also serves a
+            request from pages in a wider format, encoded anew, so that its tokens depend on what was cached; "off"
+            shares nothing.
+        min_kv_precision: KV format to which older tokens of requests may be narrowed when memory is short, for those
+            that do not name one; None: not narrowed. With kv_precision="auto" the narrowest there is.
+        preemption: how requests come back that lost their memory: "recompute", "swap" (from host memory), or "auto",
+            whichever is predicted to be faster.
+        swap_memory: host memory for preempted requests, as kv_memory is given, or 0; None: as much as kv_memory.
         policy: order of admission: fineserve, fcfs, sjf or edf.
         ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later; with
             "edf", the deadline of requests that name none.
@@ -48,6 +56,10 @@ class EngineConfig(Validated):
     chunked_prefill: bool = True
     slab_policy: Literal["elastic", "partitioned", "uniform"] = "elastic"
     slab_shares: dict[str, float] | None = None
+    prefix_cache: Literal["exact", "convert", "off"] = "exact"
+    min_kv_precision: str | None = None
+    preemption: Literal["auto", "recompute", "swap"] = "auto"
+    swap_memory: int | float | str | None = None
     policy: str = "fineserve"
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
@@ -84,6 +96,7 @@ class EngineConfig(Validated):
             chunked_prefill=self.chunked_prefill,
             page_size=self.page_size,
             ageing_s=self.ageing_s,
+            preemption=self.preemption,
         )
 
     @property

@@ -37,9 +37,20 @@ def kv_memory_bytes(setting: int | float | str | None, device: jax.Device) -> in
     return size
 
 
-def _parse(setting: int | float | str, capacity: int) -> int:
+def host_memory_bytes(setting: int | float | str) -> int:
+    """Bytes of host memory that `swap_memory` asks for; as `kv_memory_bytes`, but 0 is allowed."""
+    capacity = host_capacity_bytes()
+    size = _parse(setting, capacity, "swap_memory")
+    if not 0 <= size <= capacity:
+        raise ConfigError(
+            f"swap_memory={setting!r} is {format_bytes(size)}; give 0 to {format_bytes(capacity)}, the host's memory"
+        )
+    return size
+
+
+def _parse(setting: int | float | str, capacity: int, name: str = "kv_memory") -> int:
     not_a_size = ConfigError(
-        f"kv_memory={setting!r} is not a size; give bytes, a size such as '256MiB' or '2GB', "
+        f"{name}={setting!r} is not a size; give bytes, a size such as '256MiB' or '2GB', "
         "or a fraction of the device's memory such as 0.25"
     )
     try:
@@ -59,8 +70,11 @@ def _parse(setting: int | float | str, capacity: int) -> int:
 
 def device_memory_bytes(device: jax.Device) -> int:
     """Memory of the device; for a CPU the machine's, or what this process's control group may use."""
-    if device.platform != "cpu":
-        return int(device.memory_stats()["bytes_limit"])
+    return host_capacity_bytes() if device.platform == "cpu" else int(device.memory_stats()["bytes_limit"])
+
+
+def host_capacity_bytes() -> int:
+    """Memory of the machine, or what this process's control group may use of it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
     return total if limit == "max" else min(total, int(limit))

@@ -130,6 +130,7 @@ def _score_window(engine: Engine, token_ids: list[int], kv_precision: str) -> np
         max_total_tokens=len(token_ids),
         sequence=0,
         times=RequestTimes(engine.clock()),
+        shares_prefix=False,
     )
     if not kv.grow(request, len(token_ids)):
         raise RequestError(f"no KV memory is free for a window of {len(token_ids)} tokens; let other requests finish")

@@ -52,6 +52,10 @@ class Request:
         sequence: order of arrival, a strictly increasing number.
         seed: of its random numbers.
         stop_ids: tokens that end it: the model's end-of-sequence tokens unless ignored, and `stop_token_ids`.
+        min_kv_precision: name of the narrowest KV format its older pages may be narrowed to when memory is short;
+            None: they stay as they are.
+        shares_prefix: whether it may start from pages that others computed, and leave its own to others.
+        fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
         drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
             it then waits behind those that still can.
@@ -69,6 +73,9 @@ class Request:
     times: RequestTimes
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
+    min_kv_precision: str | None = None
+    shares_prefix: bool = True
+    fork_of: "Request | None" = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     drop_when_late: bool = False

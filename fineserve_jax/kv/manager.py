@@ -1,49 +1,32 @@
 """The host half of the KV cache: which pages each request holds.
 
-Pages of a format that encodes token by token hold tokens from the first position on. A format that encodes
-whole pages keeps its newest, unfilled page in a wider format, its *tail*:
+    grow      pages for more tokens; a new request gets what it can share: a prefix, or another sample's pages
+    release   all pages back; full ones stay as a cached prefix until their memory is wanted
+    take_operations             what the device has to copy before the next step
 
-    positions   0 .. T-1   T .. 2T-1   2T .. 2T+k-1
-    int8        pages[0]   pages[1]    pages[2], filled up to k
-    int4        pages[0]   pages[1]    tail (bf16); when full it is encoded into pages[2] and begins anew
+Sharing (`sharing`), narrowing (`narrowing`), compaction (`compaction`) and host memory (`host_memory`) work on the
+same books.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import numpy as np
+from array import array
+from collections.abc import Iterable, Mapping
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.kv.errors import IntegrityError, PageError
+from fineserve_jax.kv.compaction import Compaction
+from fineserve_jax.kv.errors import PageError
+from fineserve_jax.kv.host_memory import HostMemory
+from fineserve_jax.kv.integrity import check_manager
+from fineserve_jax.kv.operations import Copy, PageOperation
+from fineserve_jax.kv.pages import RequestPages, Segment
+from fineserve_jax.kv.prefix import PrefixCache
+from fineserve_jax.kv.sharing import Sharing
 from fineserve_jax.kv.slabs import SlabAllocator
+from fineserve_jax.kv.table import Handles, PageTable
 from fineserve_jax.kv.usage import KVUsage, measure_usage
 from fineserve_jax.request import Request
 
-
-@dataclass(slots=True)
-class RequestPages:
-    """What one request holds.
-
-    Attributes:
-        page_class: class of `pages`; the tail is of `page_class.tail`.
-        pages: first units, in the order of positions.
-        tail: first unit of the tail page; None for a format without one, and before the first page.
-    """
-
-    page_class: PageClass
-    pages: list[int] = field(default_factory=list)
-    tail: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of a request's cached tokens in one format: `num_tokens` from `first_position` on, in `pages`."""
-
-    kv_format: str
-    pages: list[int]
-    first_position: int
-    num_tokens: int
+Demand = Mapping[PageClass, int]
 
 
 class KVManager:
@@ -52,12 +35,35 @@ class KVManager:
     Args:
         allocator: owner of the arena's pages; nobody else may allocate from it.
         classes: page class of each model and KV format that requests may name.
+        prefix_cache: see `sharing`.
+        reserve_slabs: free slabs that eviction and compaction keep at hand, and that admission leaves alone.
+        host_bytes: most bytes of preempted requests' pages to keep in host memory.
+
+    Attributes:
+        held: what each request holds.
+        prefix: full pages by what they hold.
+        compaction, host: see there.
     """
 
-    def __init__(self, allocator: SlabAllocator, classes: Mapping[tuple[str, str], PageClass]) -> None:
+    def __init__(
+        self,
+        allocator: SlabAllocator,
+        classes: Mapping[tuple[str, str], PageClass],
+        *,
+        prefix_cache: str = "exact",
+        reserve_slabs: int = 0,
+        host_bytes: int = 0,
+    ) -> None:
         self.allocator = allocator
+        self.table = PageTable()
+        self.prefix = PrefixCache()
+        self.reserve_slabs = reserve_slabs
+        self.sharing = Sharing(self, prefix_cache)
+        self.compaction = Compaction(self)
+        self.host = HostMemory(self, host_bytes)
         self.classes: dict[tuple[str, str], PageClass] = {}
         self.held: dict[Request, RequestPages] = {}
+        self._operations: list[PageOperation] = []
         for page_class in classes.values():
             self.register(page_class)
 
@@ -86,42 +92,144 @@ class KVManager:
         return RequestPages(self.class_of(request.model, request.kv_precision)) if held is None else held
 
     def demand(self, request: Request, num_tokens: int) -> dict[PageClass, int]:
-        """Pages the request still lacks, by class, so that its first `num_tokens` tokens have a home."""
+        """Pages the request still lacks, by class, so that its first `num_tokens` tokens have a home; for one that
+        holds nothing, as if it shared nothing."""
         held = self.held.get(request)
         if held is None:
             return self.class_of(request.model, request.kv_precision).demand(num_tokens)
-        lacking = held.page_class.num_pages(num_tokens) - len(held.pages)
+        lacking = held.page_class.num_pages(num_tokens) - held.num_pages
         return {held.page_class: lacking} if lacking > 0 else {}
 
-    def can_grow(self, request: Request, num_tokens: int) -> bool:
-        """Whether `grow` of the same would succeed now."""
-        return self.allocator.can_allocate(self.demand(request, num_tokens))
+    def grow(self, request: Request, num_tokens: int, leaving: Demand | None = None) -> bool:
+        """Give the request all pages that its first `num_tokens` tokens need, or none; it never shrinks.
 
-    def grow(self, request: Request, num_tokens: int) -> bool:
-        """Give the request all pages that its first `num_tokens` tokens need, or none; it never shrinks."""
+        A request that holds nothing may find some of them: saved in host memory, held by the sample it is forked
+        from, or in the prefix cache. Its `num_computed_tokens` is set to what these hold.
+
+        Args:
+            leaving: pages that must be left for others; besides, `reserve_slabs` are. None: nothing need be left.
+        """
+        held = self.held.get(request)
+        if held is None:
+            return self._start(request, num_tokens, leaving)
         demand = self.demand(request, num_tokens)
         if not demand:
             return True
-        pages = self.allocator.allocate(demand)
+        pages = self.take(demand, leaving)
         if pages is None:
             return False
-        held = self.held.get(request)
-        if held is None:
-            page_class = self.class_of(request.model, request.kv_precision)
-            held = self.held[request] = RequestPages(page_class)
-            if page_class.tail is not None:
-                (held.tail,) = pages.pop(page_class.tail)
-        held.pages += pages.get(held.page_class, ())
+        held.append(held.page_class, pages[held.page_class])
         return True
 
     def release(self, request: Request) -> None:
         """Take back all that the request holds; nothing to do for one that holds nothing."""
+        self.host.forget(request)
         held = self.held.pop(request, None)
         if held is None:
             return
-        self.allocator.free(held.page_class, held.pages)
-        if held.page_class.tail is not None and held.tail is not None:
-            self.allocator.free(held.page_class.tail, [held.tail])
+        handles = [handle for run in held.runs for handle in run.handles]
+        for handle in handles[held.num_ready : held.num_listed]:
+            listed = self.prefix.by_handle.get(handle)
+            if listed is not None and listed.writer is request:
+                listed.writer = None
+        self.let_go(reversed(handles))  # so that a prefix is evicted from its end on
+        if held.tail is not None:
+            self.let_go([held.tail])
+
+    def _start(self, request: Request, num_tokens: int, leaving: Demand | None) -> bool:
+        if request in self.host.saved:
+            return self.host.load(request, num_tokens, leaving)
+        return self.sharing.fork(request, num_tokens, leaving) or self.sharing.start(request, num_tokens, leaving)
+
+    # -- pages, for the parts of this package ----------------------------------------------------------------
+
+    def take(self, demand: Demand, leaving: Demand | None = None) -> "dict[PageClass, array[int]] | None":
+        """Handles of new pages, or None if they cannot all be had even after evicting what nobody holds."""
+        wanted = dict(demand)
+        for page_class, count in (leaving or {}).items():
+            wanted[page_class] = wanted.get(page_class, 0) + count
+        spare_slabs = 0 if leaving is None else self.reserve_slabs
+        if not self.make_room(wanted, spare_slabs):
+            return None
+        units = self.allocator.allocate(demand)
+        assert units is not None, "what fits with others left room fits without"
+        return {
+            page_class: self.table.add(pages, self.allocator.member(page_class).tag)
+            for page_class, pages in units.items()
+        }
+
+    def make_room(self, wanted: Demand, spare_slabs: int = 0) -> bool:
+        """Whether that many pages can be had now, pages that nobody holds evicted and pages moved as need be."""
+        allocator = self.allocator
+        if allocator.can_allocate(wanted, spare_slabs):
+            return True
+        units = sum(allocator.member(page_class).pool.page_units * count for page_class, count in wanted.items())
+        units += spare_slabs * allocator.slab_units
+        if allocator.free_units + self.prefix.idle_units < units:
+            return False
+        shares = {allocator.member(page_class).pool.share for page_class in wanted}
+        idle = iter(list(self.prefix.idle))
+        while not allocator.can_allocate(wanted, spare_slabs):
+            if self.compaction.move():
+                continue
+            handle = None if self.compaction.is_cut_short else next(idle, None)
+            if handle is None:
+                return False
+            if allocator.member(self.prefix.by_handle[handle].page_class).pool.share in shares:
+                self._evict(handle)
+        return True
+
+    def forget_prefixes(self) -> None:
+        """Give up all pages that nobody holds."""
+        for handle in list(self.prefix.idle):
+            self._evict(handle)
+
+    def begin_step(self) -> None:
+        """To be called once before each step: restores the reserve of free slabs, as far as that moves or evicts
+        pages that nobody holds."""
+        self.compaction.begin_step()
+        if len(self.allocator.free_slabs) < self.reserve_slabs:
+            self.make_room({}, self.reserve_slabs)
+
+    def _evict(self, handle: int) -> None:
+        self.prefix.forget(handle)
+        self.prefix.stats.evicted_pages += 1
+        self._free([handle])
+
+    def let_go(self, handles: Iterable[int]) -> None:
+        """One holder less of each page; those without any are freed unless the prefix cache keeps them."""
+        self._free([handle for handle in self.table.drop(handles) if not self.prefix.keep(handle)])
+
+    def share(self, handles: Handles) -> None:
+        """One holder more of each page."""
+        for handle in handles:
+            self.prefix.hold(handle)
+        self.table.share(handles)
+
+    def _free(self, handles: list[int]) -> None:
+        by_tag: dict[int, list[int]] = {}
+        for handle in handles:
+            by_tag.setdefault(self.table.tags[handle], []).append(handle)
+        for tag, same in by_tag.items():
+            self.allocator.free(self.allocator.by_tag[tag].page_class, self.table.remove(same))
+
+    def ask(self, operation: PageOperation) -> None:
+        """Queue an operation for the device."""
+        self._operations.append(operation)
+
+    def copy_units(self, source: int, target: int, page_class: PageClass) -> None:
+        """Queue the copy of a page, first unit to first unit."""
+        self.ask(Copy(source, target, page_class, page_class))
+
+    def copy(self, source: int, target: int, source_class: PageClass, target_class: PageClass) -> None:
+        """Queue the copy of a page, handle to handle."""
+        units = self.table.units
+        self.ask(Copy(units[source], units[target], source_class, target_class))
+
+    def take_operations(self) -> list[PageOperation]:
+        """What the device has to do, in this order, before it computes the next step."""
+        operations, self._operations = self._operations, []
+        return operations
 
     # -- what would fit ------------------------------------------------------------------------------------
 
@@ -153,15 +261,29 @@ class KVManager:
             short = ", ".join(f"{count} of {page_class}" for page_class, count in lacking.items())
             raise PageError(f"request {request.request_id}: {num_cached} tokens need {short} more; grow it first")
         held = self.holds(request)
-        page_class, size = held.page_class, held.page_class.page_size
-        num_pages = page_class.num_pages(num_cached)
-        in_pages = min(num_cached, num_pages * size)
-        segments = []
-        if in_pages:
-            segments.append(Segment(page_class.kv_format, held.pages[:num_pages], 0, in_pages))
-        if page_class.tail is not None and held.tail is not None and num_cached > in_pages:
-            segments.append(Segment(page_class.tail.kv_format, [held.tail], in_pages, num_cached - in_pages))
+        size, segments, first = held.page_class.page_size, [], 0
+        for run in held.parts(0, held.page_class.num_pages(num_cached)):
+            count = min(num_cached - first, len(run.handles) * size)
+            segments.append(Segment(run.page_class.kv_format, self.table.units_of(run.handles), first, count))
+            first += count
+        if held.tail is not None and held.page_class.tail is not None and num_cached > first:
+            tail = self.table.units_of([held.tail])
+            segments.append(Segment(held.page_class.tail.kv_format, tail, first, num_cached - first))
         return segments
+
+    def page_units(self, request: Request, first: int, count: int) -> list[int]:
+        """First units of `count` of the request's pages from the page `first` on, the tail aside."""
+        parts = self.holds(request).parts(first, first + count)
+        return [unit for run in parts for unit in self.table.units_of(run.handles)]
+
+    def page_unit(self, request: Request, page: int) -> int:
+        """First unit of one of the request's pages, the tail aside."""
+        return self.table.units[self.held[request].page(page)[1]]
+
+    def tail_unit(self, request: Request) -> int | None:
+        """First unit of the request's tail page, if it has one."""
+        tail = self.holds(request).tail
+        return None if tail is None else self.table.units[tail]
 
     # -- accounts ------------------------------------------------------------------------------------------
 
@@ -170,26 +292,9 @@ class KVManager:
         return measure_usage(self)
 
     def check_integrity(self) -> None:
-        """Check the allocator's books, and that requests hold exactly the pages it has out, each page once.
+        """Check the allocator's books, and that pages are held by exactly those who are counted as their holders.
 
         Raises:
             IntegrityError: naming what does not add up.
         """
-        self.allocator.check_integrity()
-        pages: dict[PageClass, list[int]] = {page_class: [] for page_class in self.allocator.members}
-        for held in self.held.values():
-            pages[held.page_class] += held.pages
-            if held.page_class.tail is not None and held.tail is not None:
-                pages[held.page_class.tail].append(held.tail)
-        for page_class, listed in pages.items():
-            held_units, owned_units = (
-                np.sort(np.array(listed, np.int64)),
-                self.allocator.owned_pages(page_class),
-            )
-            repeated = held_units[1:][held_units[1:] == held_units[:-1]]
-            if repeated.size:
-                raise IntegrityError(f"page {repeated[0]} of {page_class} is held twice")
-            odd = np.setxor1d(held_units, owned_units, assume_unique=True)
-            if odd.size:
-                who = "held by a request but not allocated" if odd[0] in held_units else "allocated but held by nobody"
-                raise IntegrityError(f"page {odd[0]} of {page_class} is {who} ({odd.size} such pages)")
+        check_manager(self)

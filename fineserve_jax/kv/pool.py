@@ -62,6 +62,11 @@ class SlabPool:
         if not bucket:
             self.occupied ^= 1 << free
 
+    @property
+    def emptiest(self) -> int:
+        """A slab with the most free pages. There must be one that is not full."""
+        return next(iter(self.buckets[self.occupied.bit_length() - 1]))
+
     def pop_fullest(self) -> tuple[int, int] | None:
         """Take out a slab with the fewest free pages: its number and how many. None when all are full."""
         if not self.occupied:

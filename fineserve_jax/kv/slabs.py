@@ -64,6 +64,7 @@ class SlabAllocator:
         self.num_slabs = num_units // slab_units
         self.policy = slab_policy(policy, shares)
         self.members: dict[PageClass, Member] = {}
+        self.by_tag: dict[int, Member] = {}
         self.pools: dict[tuple[str, ...], SlabPool] = {}
         self.shares: dict[str, Share] = {}
         self.tags = PageTags(self.num_slabs, slab_units)
@@ -101,7 +102,8 @@ class SlabAllocator:
         pool = self.pools.setdefault(self.policy.pool_name(page_class), new_pool)
         pool.page_units = max(pool.page_units, page_class.page_units)
         pool.capacity = self.slab_units // pool.page_units
-        self.members[page_class] = Member(page_class, len(self.members) + 1, pool)
+        member = self.members[page_class] = Member(page_class, len(self.members) + 1, pool)
+        self.by_tag[member.tag] = member
         self.tags.widen(pool.capacity)
 
     def _check_class(self, page_class: PageClass) -> None:
@@ -142,22 +144,22 @@ class SlabAllocator:
 
     # -- what fits -----------------------------------------------------------------------------------------
 
-    def can_allocate(self, demand: Mapping[PageClass, int]) -> bool:
-        """Whether `allocate` of the same demand would succeed now."""
-        return self._fits(demand, empty=False)
+    def can_allocate(self, demand: Mapping[PageClass, int], spare_slabs: int = 0) -> bool:
+        """Whether `allocate` of the same demand would succeed now, and leave so many slabs free."""
+        return self._fits(demand, empty=False, spare_slabs=spare_slabs)
 
     def fits_empty(self, demand: Mapping[PageClass, int]) -> bool:
         """Whether `allocate` of the same demand would succeed if no page were in use."""
         return self._fits(demand, empty=True)
 
-    def _fits(self, demand: Mapping[PageClass, int], empty: bool) -> bool:
+    def _fits(self, demand: Mapping[PageClass, int], empty: bool, spare_slabs: int = 0) -> bool:
         wanted: dict[SlabPool, int] = {}
         for page_class, count in demand.items():
             if count < 0:
                 raise ValueError(f"a demand of {count} pages of {page_class}; it must be 0 or more")
             pool = self.member(page_class).pool
             wanted[pool] = wanted.get(pool, 0) + count
-        slabs_left = self.usable_slabs if empty else len(self.free_slabs)
+        slabs_left = (self.usable_slabs if empty else len(self.free_slabs)) - spare_slabs
         new_slabs: dict[Share, int] = {}
         for pool, count in wanted.items():
             missing = count if empty else count - pool.free_pages
@@ -168,6 +170,12 @@ class SlabAllocator:
         return slabs_left >= 0 and all(
             slabs <= share.limit - (0 if empty else share.bound) for share, slabs in new_slabs.items()
         )
+
+    @property
+    def free_units(self) -> int:
+        """Units of the free slabs and of the free pages in bound ones."""
+        in_pools = sum(pool.free_pages * pool.page_units for pool in self.pools.values())
+        return len(self.free_slabs) * self.slab_units + in_pools
 
     def allocatable(self, page_class: PageClass) -> int:
         """Pages of the class that could be had now, if no other class took any."""
@@ -243,6 +251,33 @@ class SlabAllocator:
                 pool.put(slab, after)
             else:
                 self._unbind(pool, slab)
+
+    def move_pages(self, pool: SlabPool, slab: int, most: int) -> list[tuple[int, int, int]]:
+        """Give up to `most` pages of a slab other places, in the fullest other slabs of its pool.
+
+        Returns:
+            (tag, first unit it had, first unit it has) of each page moved. The slab is free when none is left.
+        """
+        moves = []
+        free = self.slab_free[slab]
+        pool.remove(slab, free)
+        for place, tag in self.tags.pages_in(slab, pool)[:most]:
+            fullest = pool.pop_fullest()
+            if fullest is None:
+                break
+            target, room = fullest
+            (unit,) = self.tags.take(self.by_tag[tag], target, room, 1)
+            self.slab_free[target] = room - 1
+            if room > 1:
+                pool.put(target, room - 1)
+            moves.append((tag, self.tags.leave(place, pool), unit))
+            free += 1
+        if free == pool.capacity:
+            self._unbind(pool, slab)
+        else:
+            self.slab_free[slab] = free
+            pool.put(slab, free)
+        return moves
 
     def _unbind(self, pool: SlabPool, slab: int) -> None:
         self.slab_free[slab] = 0

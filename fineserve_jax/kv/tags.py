@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fineserve_jax.kv.errors import PageError
-from fineserve_jax.kv.pool import Member
+from fineserve_jax.kv.pool import Member, SlabPool
 
 
 class PageTags:
@@ -88,6 +88,18 @@ class PageTags:
         for place in places:
             data[place] = 0
         return Counter([place // slots for place in places])
+
+    def pages_in(self, slab: int, pool: SlabPool) -> list[tuple[int, int]]:
+        """Place and tag of each page in use in a slab."""
+        base = slab * self.slots
+        tags = enumerate(self.data[base : base + pool.capacity], base)
+        return [(place, tag) for place, tag in tags if tag]
+
+    def leave(self, place: int, pool: SlabPool) -> int:
+        """Mark a page as free; its first unit."""
+        self.data[place] = 0
+        slab, slot = divmod(place, self.slots)
+        return slab * self.slab_units + slot * pool.page_units
 
     def pages_of(self, member: Member) -> np.ndarray:
         """First units of the pages that the class owns, i64[pages], ascending."""

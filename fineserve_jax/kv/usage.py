@@ -1,6 +1,6 @@
 """Bytes that cached tokens need, and bytes that are reserved for them."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ class FormatUsage:
 
     Attributes:
         needed_bytes: exact bytes of the cached tokens' values and scales.
-        reserved_bytes: bytes of the slabs that serve the format, tails and free pages included.
+        reserved_bytes: bytes of the slabs that serve the format, tails and free pages included, less `cached_bytes`.
+        cached_bytes: bytes of pages that nobody holds, kept for requests that begin alike until memory is wanted.
         free_bytes: bytes it could still take; a free slab counts for every format that may take it.
         cached_tokens: tokens whose K and V lie in pages of the format.
         owned_pages: pages that requests hold.
@@ -25,6 +26,7 @@ class FormatUsage:
 
     needed_bytes: int
     reserved_bytes: int
+    cached_bytes: int
     free_bytes: int
     cached_tokens: int
     owned_pages: int
@@ -37,6 +39,7 @@ class KVUsage:
     formats: dict[str, FormatUsage]
     needed_bytes: int
     reserved_bytes: int
+    cached_bytes: int
     free_bytes: int
     usable_bytes: int
     cached_tokens: int
@@ -45,14 +48,16 @@ class KVUsage:
 def measure_usage(manager: "KVManager") -> KVUsage:
     stats = manager.allocator.stats()
     tokens = _cached_tokens(manager)
+    idle = Counter(manager.prefix.by_handle[handle].page_class for handle in manager.prefix.idle)
     formats = {
-        kv_format: _format_usage(manager, kv_format, stats, tokens)
+        kv_format: _format_usage(manager, kv_format, stats, tokens, idle)
         for kv_format in dict.fromkeys(page_class.kv_format for page_class in stats.classes)
     }
     return KVUsage(
         formats=formats,
         needed_bytes=sum(usage.needed_bytes for usage in formats.values()),
-        reserved_bytes=stats.reserved_bytes,
+        reserved_bytes=stats.reserved_bytes - manager.prefix.idle_units * manager.allocator.unit_bytes,
+        cached_bytes=manager.prefix.idle_units * manager.allocator.unit_bytes,
         free_bytes=stats.free_bytes,
         usable_bytes=stats.usable_slabs * stats.slab_bytes,
         cached_tokens=sum(tokens.values()),
@@ -60,29 +65,41 @@ def measure_usage(manager: "KVManager") -> KVUsage:
 
 
 def _cached_tokens(manager: "KVManager") -> dict[PageClass, int]:
-    """Tokens in the cache, by the class of page that each lies in."""
+    """Tokens in the cache, by the class of page that each lies in; those in shared pages once."""
     tokens: defaultdict[PageClass, int] = defaultdict(int)
+    holders, seen = manager.table.holders, set()
     for request, held in manager.held.items():
-        page_class, cached = held.page_class, request.num_computed_tokens
-        in_tail = 0 if page_class.tail is None else cached % page_class.page_size
-        tokens[page_class] += cached - in_tail
-        if page_class.tail is not None:
-            tokens[page_class.tail] += in_tail
+        cached, size = request.num_computed_tokens, held.page_class.page_size
+        for run in held.parts(0, held.page_class.num_pages(cached)):
+            shared = [handle for handle in run.handles if holders[handle] > 1]
+            counted = sum(handle in seen for handle in shared)
+            seen.update(shared)
+            in_run = min(cached, len(run.handles) * size)
+            tokens[run.page_class] += in_run - counted * size
+            cached -= in_run
+        if held.page_class.tail is not None:
+            tokens[held.page_class.tail] += cached
     return tokens
 
 
 def _format_usage(
-    manager: "KVManager", kv_format: str, stats: AllocatorStats, tokens: dict[PageClass, int]
+    manager: "KVManager",
+    kv_format: str,
+    stats: AllocatorStats,
+    tokens: dict[PageClass, int],
+    idle: Counter[PageClass],
 ) -> FormatUsage:
     allocator = manager.allocator
     classes = [page_class for page_class in stats.classes if page_class.kv_format == kv_format]
     pools = {allocator.members[page_class].pool for page_class in classes}
     free_slabs = max(allocator.available_slabs(pool) for pool in pools)
     free_units = sum(pool.free_pages * pool.page_units for pool in pools)
+    cached_bytes = sum(idle[c] * allocator.member(c).pool.page_units for c in classes) * allocator.unit_bytes
     return FormatUsage(
         needed_bytes=sum(-(-tokens[c] * c.page_bytes // c.page_size) for c in classes),
-        reserved_bytes=sum(stats.classes[c].reserved_bytes for c in classes),
+        reserved_bytes=sum(stats.classes[c].reserved_bytes for c in classes) - cached_bytes,
+        cached_bytes=cached_bytes,
         free_bytes=free_units * allocator.unit_bytes + free_slabs * stats.slab_bytes,
         cached_tokens=sum(tokens[c] for c in classes),
-        owned_pages=sum(stats.classes[c].owned_pages for c in classes),
+        owned_pages=sum(stats.classes[c].owned_pages - idle[c] for c in classes),
     )

@@ -123,15 +123,14 @@ class _Builder:
         row, position, request = self.num_decodes, work.start, work.request
         self.num_decodes += 1
         self.tokens[row], self.positions[row] = request.token_ids[position], position
-        held, page = self.kv.holds(request), position // self.page_size
-        if held.tail is None:
-            self.row_pages[row] = held.pages[page]
+        tail, page = self.kv.tail_unit(request), position // self.page_size
+        if tail is None:
+            self.row_pages[row] = self.kv.page_unit(request, page)
         else:
-            self.row_pages[row] = held.tail
+            self.row_pages[row] = tail
             if position % self.page_size == self.page_size - 1:
-                self._close(request.kv_precision, held.tail, held.pages[page])
-        tail = get_format(request.kv_precision).tail
-        self.row_formats[row] = self.format_ids[tail or request.kv_precision]
+                self._close(request.kv_precision, tail, self.kv.page_unit(request, page))
+        self.row_formats[row] = self.format_ids[get_format(request.kv_precision).tail or request.kv_precision]
         self.decode_queries.append(QueryRun(row, 1, position))
         self._add_segments(self.decode_segments, row, work)
         self._sample(work, row)
@@ -149,14 +148,14 @@ class _Builder:
         self.targets[slot : slot + len(successors)] = successors
 
         own = slice(first, first + num_pages)
-        held, page = self.kv.holds(request), work.start // self.page_size
+        tail, page = self.kv.tail_unit(request), work.start // self.page_size
         full = self.format_ids[request.kv_precision]
         newest = self.format_ids[get_format(request.kv_precision).tail or request.kv_precision]
         self.chunk_of_page[own] = chunk
         self.full[own], self.written[own], self.newest[own] = full, full, newest
-        pages = list(held.pages[page : page + num_pages])
-        if held.tail is not None and work.count % self.page_size:
-            pages = [*pages[: num_pages - 1], held.tail]
+        pages = self.kv.page_units(request, page, num_pages)
+        if tail is not None and work.count % self.page_size:
+            pages = [*pages[: num_pages - 1], tail]
             self.written[first + num_pages - 1] = newest
         self.chunk_pages[own] = pages
         self.chunk_queries.append(QueryRun(slot, work.count, work.start))

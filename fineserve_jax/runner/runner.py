@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.narrowing import MAX_RUNS
 from fineserve_jax.models import CausalLM
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, new_arena
@@ -19,6 +21,7 @@ from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.request import Request, StepPlan
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.sampler import Sampled, build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
 
@@ -75,6 +78,7 @@ class ModelRunner:
         max_rows: most requests in a step.
         max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
         max_seq_len: most tokens of a request.
+        operations: what is done with whole pages, before a step and between two.
         implementation: of the kernels.
     """
 
@@ -85,6 +89,7 @@ class ModelRunner:
         geometry: PageGeometry,
         num_units: int,
         kv: KVManager,
+        operations: PageOperations,
         *,
         max_rows: int,
         max_chunk_tokens: int,
@@ -92,6 +97,7 @@ class ModelRunner:
         implementation: Implementation = "xla",
     ) -> None:
         self.model, self.params, self.geometry, self.kv = model, params, geometry, kv
+        self.operations = operations
         self.arena = new_arena(geometry, num_units)
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
@@ -99,7 +105,13 @@ class ModelRunner:
         self.row_buckets = row_buckets(max_rows)
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
         self.format_names: tuple[str, ...] = ()
-        self.num_compilations = 0
+        self.max_runs = 1
+        self._num_compilations = 0
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled, or loaded from JAX's compilation cache, since the start."""
+        return self._num_compilations + self.operations.num_compilations
 
     def use_formats(self, names: Iterable[str]) -> None:
         """Makes the steps from now on serve these KV formats too, and the tails they need.
@@ -110,6 +122,10 @@ class ModelRunner:
         wanted |= {tail for name in wanted if (tail := get_format(name).tail)}
         self.format_names = tuple(name for name in FORMATS if name in wanted)
 
+    def use_narrowing(self) -> None:
+        """Makes the steps from now on serve requests with pages in several formats."""
+        self.max_runs = MAX_RUNS
+
     def warm_up(self) -> int:
         """Compiles all shapes that steps of the formats in use can take; returns how many programs that took."""
         before = self.num_compilations
@@ -118,10 +134,20 @@ class ModelRunner:
         empty = StepPlan((), ())
         for shape in shapes:
             self._run(self._spec(shape), empty)
+        self.arena = self.operations.warm_up(self.arena, self._copies(), self.kv.host.max_bytes > 0)
         return self.num_compilations - before
+
+    def _copies(self) -> list[tuple[PageClass, PageClass]]:
+        """Between which classes pages may be copied: within each, and, where requests are narrowed or converted, from
+        wider to narrower ones."""
+        classes = [c for c in self.kv.classes.values() if c.kv_format in self.format_names]
+        narrower = self.max_runs > 1 or self.kv.sharing.prefix_cache == "convert"
+        return [(a, b) for a in classes for b in classes if a is b or (narrower and b.page_bytes < a.page_bytes)]
 
     def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
         """Computes a step; its keys and values are in the arena when this returns.
+
+        What the KV manager has queued for the device is done first.
 
         Args:
             scores: also give the log-probability of each chunk token's successor, as perplexity needs it.
@@ -137,9 +163,12 @@ class ModelRunner:
 
     def _spec(self, shape: StepShape) -> StepSpec:
         max_pages = -(-self.max_seq_len // self.geometry.page_size)
-        return StepSpec(self.model, self.geometry, self.format_names, shape, max_pages, self.implementation)
+        return StepSpec(
+            self.model, self.geometry, self.format_names, shape, max_pages, self.max_runs, self.implementation
+        )
 
     def _run(self, spec: StepSpec, plan: StepPlan, scores: bool = False) -> StepResult:
+        self.arena = self.operations.apply(self.arena, self.kv.take_operations())
         host_inputs, requests = build_inputs(spec, plan, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
@@ -156,7 +185,7 @@ class ModelRunner:
         sampled, scored = jax.device_get((outputs, scored))
         seconds = time.perf_counter() - start
         compilations = programs.num_compiled - compiled_before
-        self.num_compilations += compilations
+        self._num_compilations += compilations
         if compilations:
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
         return StepResult(_collect(requests, sampled), scored, seconds, bool(compilations))

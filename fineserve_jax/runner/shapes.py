@@ -37,6 +37,7 @@ class StepSpec:
         format_names: KV formats the step reads and writes; format ids are indices into it. A format's tail is in it.
         shape: slots of the step.
         max_pages: pages of the longest sequence.
+        max_runs: most runs of pages of different formats that a request has, its tail aside.
         implementation: of the kernels.
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
     """
@@ -46,6 +47,7 @@ class StepSpec:
     format_names: tuple[str, ...]
     shape: StepShape
     max_pages: int
+    max_runs: int = 1
     implementation: Implementation = "xla"
     interpret: bool | None = None
 
@@ -94,7 +96,7 @@ class StepSpec:
             num_rows,
             self.max_pages,
             num_queries,
-            segments_per_row=2 if self.paged_formats else 1,
+            segments_per_row=self.max_runs + (1 if self.paged_formats else 0),
             implementation=self.implementation,
             interpret=self.interpret,
         )

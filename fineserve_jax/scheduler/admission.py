@@ -20,6 +20,7 @@ before it.)
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.rows import GrowthReserve, Row, shares_of
 from fineserve_jax.scheduler.waiting import Entry, Group, WaitingQueue, group_of
 
@@ -32,11 +33,20 @@ class Admission:
         kv: gives the pages.
         queue: the waiting requests; admitted ones are removed from it.
         reserve: what the admitted rows may still want; new rows are added to it.
+        pressure: makes room by narrowing pages of the admitted rows.
     """
 
-    def __init__(self, config: SchedulerConfig, kv: KVManager, queue: WaitingQueue, reserve: GrowthReserve) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVManager,
+        queue: WaitingQueue,
+        reserve: GrowthReserve,
+        pressure: Pressure,
+    ) -> None:
         self._config = config
         self._reserve = reserve
+        self._pressure = pressure
         self._kv = kv
         self._queue = queue
         self._num_walks = 0
@@ -73,14 +83,11 @@ class Admission:
 
     def _grow(self, row: Row) -> bool:
         """Give the row its pages if that leaves the reserve; a row alone in its memory needs none."""
-        request = row.request
-        demand = self._reserve.beside(row)
-        if demand is not None:
-            for page_class, pages in self._kv.demand(request, request.num_tokens).items():
-                demand[page_class] = demand.get(page_class, 0) + pages
-            if not self._kv.allocator.can_allocate(demand):
+        request, leaving = row.request, self._reserve.beside(row)
+        while not self._kv.grow(request, request.num_tokens, leaving):
+            if not self._pressure.narrow(row.shares):
                 return False
-        return self._kv.grow(request, request.num_tokens)
+        return True
 
     def _close(self, row: Row, groups: list[Group], now: float) -> list[Group]:
         """Groups that stay open after `row` found no memory."""

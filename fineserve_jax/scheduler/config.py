@@ -1,6 +1,6 @@
 """What a user may set of the scheduler."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,6 +29,9 @@ class SchedulerConfig(Validated):
         overtaking_limit_s: whatever the policy and the targets, no request is overtaken by one that arrived more
             than this many seconds after it.
         tenant_weights: with the policy "tenants", weight of each; 1 for those not named.
+        preemption: how a preempted request comes back: "recompute", "swap" (its pages are kept in host memory, as
+            far as that has room), or "auto", whichever is predicted to be faster.
+        narrow_keep_pages: newest full pages of a request that are never narrowed.
         growth_reserve_pages: free pages that admission leaves for each admitted request that can still grow.
 
     Raises:
@@ -44,6 +47,8 @@ class SchedulerConfig(Validated):
     slo_aware: bool = True
     overtaking_limit_s: float = Field(default=600.0, ge=0.0, allow_inf_nan=False)
     tenant_weights: dict[str, float] | None = None
+    preemption: Literal["auto", "recompute", "swap"] = "auto"
+    narrow_keep_pages: int = Field(default=2, ge=0)
     growth_reserve_pages: int = Field(default=1, ge=0)
 
     @field_validator("policy")

@@ -9,7 +9,7 @@ It decides when a token is computed, never which token comes out.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
@@ -20,6 +20,7 @@ from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost, s
 from fineserve_jax.scheduler.execution import next_model, plan_step
 from fineserve_jax.scheduler.lengths import OutputLengths
 from fineserve_jax.scheduler.policies import find_policy, policy_context
+from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.rows import GrowthReserve, Row
 from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue
@@ -36,6 +37,7 @@ class Scheduler:
 
     Attributes:
         profiles: each model's step-time profile.
+        pressure: what is done when memory is short.
         num_preemptions: how often a request lost its pages since the start.
     """
 
@@ -59,7 +61,8 @@ class Scheduler:
             lambda request: policy(request, context), self._latest_start_s, config.overtaking_limit_s
         )
         self._reserve = GrowthReserve(config.growth_reserve_pages)
-        self._admission = Admission(config, kv, self._queue, self._reserve)
+        self.pressure = Pressure(config, kv, self._rows, self.profiles)
+        self._admission = Admission(config, kv, self._queue, self._reserve, self.pressure)
         self._dropped: list[Request] = []
         self._walk_may_help = False  # a request arrived, or memory or a place was freed, since the last walk
         self._last_turns: dict[str, int] = dict.fromkeys(models, 0)
@@ -110,12 +113,13 @@ class Scheduler:
     def finish(self, request: Request, reason: FinishReason, now: float | None) -> None:
         """End a request and free what it holds."""
         del self._requests[request.request_id]
-        if (row := self._rows.get(request)) is not None:
-            self._leave(row)
+        if (row := self._rows.pop(request, None)) is not None:
+            self._reserve.remove(row)
         else:
             self._queue.remove(request)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._lengths.observe(request)
+        self._kv.release(request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
         request.times.finished_s = now
         self._walk_may_help = True
@@ -154,9 +158,12 @@ class Scheduler:
 
         When decoding rows have to be preempted to make room, nothing is admitted in the same call.
         """
+        self._kv.begin_step()
+        self.pressure.restore_reserve()
         preempted = self._make_room()
         if self._walk_may_help and not preempted:
             self._admit(now)
+            self._walk_may_help |= self._kv.compaction.is_cut_short
         if not self._rows:
             return None
         return self._plan(self._next_model(now), now)
@@ -182,6 +189,7 @@ class Scheduler:
             if request.status is RequestStatus.FINISHED:
                 continue
             request.num_computed_tokens = work.start + work.count
+            self._kv.sharing.note_computed(request)
             if request.num_computed_tokens == len(request.token_ids):
                 request.token_ids.append(int(token))
                 if request.times.first_token_s is None:
@@ -225,9 +233,9 @@ class Scheduler:
         return min({row.request.model: None for row in self._rows.values()}, key=self._last_turns.__getitem__)
 
     def _plan(self, model: str, now: float) -> StepPlan:
-        rows: Iterable[Row] = self._rows.values()
-        if len(self.profiles) > 1:
-            rows = [row for row in rows if row.request.model == model]
+        rows = [
+            row for row in self._rows.values() if row.request.model == model and self._kv.sharing.can_go_on(row.request)
+        ]
         plan = plan_step(rows, self.config, self.profiles[model], now)
         self._num_steps += 1
         self._last_turns[model] = self._num_steps
@@ -250,6 +258,8 @@ class Scheduler:
         """Grow a row to hold its known tokens, or preempt it when nobody can give way to it."""
         request = row.request
         while not self._kv.grow(request, request.num_tokens):
+            if self.pressure.narrow(row.shares):
+                continue
             victim = self._victim(row)
             self._preempt(victim)
             if victim is row:
@@ -278,15 +288,11 @@ class Scheduler:
         return other or row
 
     def _preempt(self, row: Row) -> None:
-        """Take a row's pages; its tokens stay, to be computed again."""
+        """Take a row's pages; its tokens stay."""
         request = row.request
-        self._leave(row)
-        request.num_computed_tokens = 0
+        del self._rows[request]
+        self._reserve.remove(row)
+        self.pressure.release(row)
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._wait(request)
-
-    def _leave(self, row: Row) -> None:
-        del self._rows[row.request]
-        self._reserve.remove(row)
-        self._kv.release(row.request)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.operations import Copy
 from fineserve_jax.request import FinishReason, Request, RequestTimes, StepPlan
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import Scheduler, StepCost
@@ -210,7 +211,9 @@ class Simulator:
     def _step(self, plan: StepPlan) -> None:
         works, scheduler, start = plan.works, self._scheduler, self._now
         model = works[0].request.model
-        cost = step_cost(works, scheduler.profiles[model].model.formats)
+        # Pages that are moved before the step are read and written.
+        moved = 2.0 * sum(move.source_class.page_bytes for move in self._kv.take_operations() if isinstance(move, Copy))
+        cost = step_cost(works, scheduler.profiles[model].model.formats) + StepCost(0, 0, moved)
         seconds = self._timers[model].predict(cost)
         self._now = start + seconds
         advanced = scheduler.commit(plan, [0] * len(works), self._now)
@@ -224,7 +227,7 @@ class Simulator:
             request.token_ids = []  # an hour of trace has many
         count = 1
         if self._fast and not plan.chunks and not ended:
-            count += self._repeat(plan, cost)
+            count += self._repeat(plan)
         if self._record_steps:
             chunks = tuple((work.request.request_id, work.start, work.count) for work in plan.chunks)
             self._run.steps.append(Step(start, self._now, model, len(plan.decodes), chunks, count))
@@ -236,7 +239,7 @@ class Simulator:
     def _left(self, request: Request) -> int:
         return self._arrivals[request.sequence].output_tokens - request.num_output_tokens
 
-    def _repeat(self, plan: StepPlan, cost: StepCost) -> int:
+    def _repeat(self, plan: StepPlan) -> int:
         """Take the steps that would follow `plan` and be like it; how many."""
         scheduler, works = self._scheduler, plan.decodes
         if not scheduler.is_settled or scheduler.num_running != len(works):
@@ -249,6 +252,7 @@ class Simulator:
         growth = sum(formats[work.request.kv_precision].bytes_per_token for work in works)
         until = self._arrivals[self._next].arrival_s if self._next < len(self._arrivals) else float("inf")
         until = until if self._stop_s is None else min(until, self._stop_s)
+        cost = step_cost(works, formats)
         count, now = 0, self._now
         while count < most and now < until:
             count += 1
@@ -257,6 +261,7 @@ class Simulator:
         for work in works:
             work.request.token_ids += [0] * count
             work.request.num_computed_tokens += count
+            self._kv.sharing.note_computed(work.request)
         self._run.num_steps += count
         return count
 

@@ -6,8 +6,9 @@
     prism       blocks on demand in large granules, least slack first (after Prism, arXiv 2505.04021)
     paper       slabs as long as the least common multiple of the pages, late requests dropped (arXiv 2509.06261)
 
-What is another system's is its rules, not its code: all run on the same cost model, which has steps of one model
-at a time, and all but `paper` keep every request.
+What is another system's is its rules, not its code. All run on the same cost model, which has steps of one model at a
+time, and on this engine's pools, which move pages together when memory is short: Prism's and vLLM's do not. All but
+`paper` keep every request.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class System:
 
 # Others admit by their own order only: a request that cannot make it is not told from one that can, and models
 # take turns.
-PLAIN = {"slo_aware": False}
+PLAIN = {"slo_aware": False, "preemption": "recompute"}
 SYSTEMS = {
     system.name: system
     for system in (
@@ -84,6 +85,8 @@ class Cluster:
         kv_formats: KV formats that requests of any model name.
         kv_bytes: memory for KV; None: what the weights and `reserve` leave.
         reserve: share of the device's memory kept for activations.
+        efficiency: what of the device's peaks is reached.
+        prefix_cache: whether requests that begin alike share pages; see `kv.sharing`.
     """
 
     device: Device
@@ -92,6 +95,7 @@ class Cluster:
     kv_bytes: float | None = None
     reserve: float = 0.1
     efficiency: Efficiency = dataclasses.field(default_factory=Efficiency)
+    prefix_cache: str = "off"
 
     @property
     def arena_bytes(self) -> float:
@@ -125,7 +129,7 @@ def build(
     formats = {model: cluster.kv_formats[model.name] for model in cluster.models}
     # With scales in the pages their least common multiple is gigabytes, and nobody would build that.
     classes = page_classes(formats, config.page_size, bare=system.slabs == "lcm")
-    kv = KVManager(_allocator(system, cluster, classes), classes)
+    kv = KVManager(_allocator(system, cluster, classes), classes, prefix_cache=cluster.prefix_cache)
     costs = {model.name: model.cost(names, config.page_size) for model, names in formats.items()}
     rooflines = {model.name: model.roofline(cluster.device, cluster.efficiency) for model in cluster.models}
     scheduler = Scheduler(config, kv, costs, next(iter(rooflines.values())))

@@ -31,6 +31,11 @@ def arena(num_slabs: int, slab_units: int = 20, policy: str = "elastic", **optio
     return SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, classes, unit_bytes=UNIT_BYTES, **options)
 
 
+def pages_of(kv, request) -> list[int]:
+    """First units of the request's pages, in order, the tail aside."""
+    return kv.page_units(request, 0, kv.holds(request).num_pages)
+
+
 def snapshot(state: object) -> bytes:
     """Everything that an allocator or a manager remembers, for comparison."""
     return pickle.dumps(state)

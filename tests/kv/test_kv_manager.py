@@ -1,7 +1,7 @@
 """What would fit alone, what is refused, and what the manager's own audit finds."""
 
 import pytest
-from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena
+from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena, pages_of
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.errors import IntegrityError
@@ -36,18 +36,18 @@ def test_what_fits_alone_does_not_depend_on_what_is_cached():
     before = kv.max_tokens_alone("m", "int4")
     assert kv.grow(request("bf16"), 20)
     assert kv.max_tokens_alone("m", "int4") == before
-    assert not kv.can_grow(request("int4"), before)
+    assert not kv.grow(request("int4"), before)
 
 
 def test_the_tail_is_kept_while_pages_close_behind_it():
     kv, row = manager(6), request("int4")
     assert kv.grow(row, 1)
-    tail = kv.holds(row).tail
+    tail = kv.tail_unit(row)
     assert tail is not None
     assert kv.segments(row, 1) == [Segment("bf16", [tail], 0, 1)]
     assert kv.grow(row, 2 * PAGE_SIZE + 3)
-    pages = kv.holds(row).pages
-    assert kv.holds(row).tail == tail
+    pages = pages_of(kv, row)
+    assert kv.tail_unit(row) == tail
     assert kv.segments(row, 2 * PAGE_SIZE + 3) == [
         Segment("int4", pages, 0, 2 * PAGE_SIZE),
         Segment("bf16", [tail], 2 * PAGE_SIZE, 3),
@@ -68,18 +68,26 @@ def test_a_class_can_be_added_later():
     kv.check_integrity()
 
 
-def test_the_integrity_check_finds_pages_held_twice_lost_or_made_up():
+def test_the_integrity_check_finds_pages_that_are_held_wrongly_lost_or_made_up():
     kv, first, second = manager(6), request("int8"), request("int8")
     assert kv.grow(first, 9)
     assert kv.grow(second, 9)
     kv.check_integrity()
-    lost = kv.holds(first).pages.pop()
-    with pytest.raises(IntegrityError, match=f"page {lost} of m/int8 is allocated but held by nobody"):
+    own = kv.holds(first).runs[0].handles
+    lost = own.pop()
+    with pytest.raises(IntegrityError, match=f"holders of page {lost}: 1 in the books, 0 counted"):
         kv.check_integrity()
-    kv.holds(first).pages.append(kv.holds(second).pages[0])
-    with pytest.raises(IntegrityError, match=f"page {kv.holds(second).pages[0]} of m/int8 is held twice"):
+    own.append(other := kv.holds(second).runs[0].handles[0])
+    with pytest.raises(IntegrityError, match=rf"holders of page ({lost}|{other})"):
         kv.check_integrity()
-    kv.holds(first).pages[-1] = lost
-    kv.holds(first).pages.append(1)
-    with pytest.raises(IntegrityError, match="page 1 of m/int8 is held by a request but not allocated"):
+    own[-1] = lost
+    kv.check_integrity()
+    unit = kv.table.units[lost]
+    kv.table.units[lost] = 1
+    with pytest.raises(IntegrityError, match="page 1 of m/int8 has a handle but is not allocated"):
         kv.check_integrity()
+    kv.table.units[lost] = kv.table.units[own[0]]
+    with pytest.raises(IntegrityError, match="has two handles"):
+        kv.check_integrity()
+    kv.table.units[lost] = unit
+    kv.check_integrity()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from kv_cases import BF16, INT4, INT8, OTHER_INT8, PAGE_SIZE, UNIT_BYTES, arena, snapshot
+from kv_cases import BF16, INT4, INT8, OTHER_INT8, PAGE_SIZE, UNIT_BYTES, arena, pages_of, snapshot
 
 from fineserve_jax.kv.errors import PageError
 from fineserve_jax.kv.manager import KVManager
@@ -52,20 +52,19 @@ class ManagerMachine(RuleBasedStateMachine):
     def grow(self, request, num_tokens):
         key = (request.model, request.kv_precision)
         before = snapshot(self.manager)
-        held = self.manager.holds(request)
-        pages, has_tail = list(held.pages), held.tail is not None
+        pages, has_tail = pages_of(self.manager, request), self.manager.holds(request).tail is not None
         demand = self.manager.demand(request, num_tokens)
         want_pages, want_tail = pages_for(key, num_tokens)
         lacking = {CLASSES[key]: max(0, want_pages - len(pages)), BF16: int(want_tail and not has_tail)}
         if key == ("m", "bf16"):
             lacking = {BF16: max(0, want_pages - len(pages))}
         assert demand == {page_class: count for page_class, count in lacking.items() if count}
-        expected = self.manager.can_grow(request, num_tokens)
+        expected = self.manager.allocator.can_allocate(demand)
         assert self.manager.grow(request, num_tokens) == expected
         if not expected:
             assert snapshot(self.manager) == before
             return
-        assert self.manager.holds(request).pages[: len(pages)] == pages
+        assert pages_of(self.manager, request)[: len(pages)] == pages
         if num_tokens or request in self.tokens:
             self.tokens[request] = max(num_tokens, self.tokens.get(request, 0))
         request.num_computed_tokens = min(num_tokens, self.tokens.get(request, 0))
@@ -82,7 +81,7 @@ class ManagerMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(list(self.tokens)))
         self.manager.release(request)
         del self.tokens[request]
-        assert (self.manager.holds(request).pages, self.manager.holds(request).tail) == ([], None)
+        assert (pages_of(self.manager, request), self.manager.tail_unit(request)) == ([], None)
         before = snapshot(self.manager)
         self.manager.release(request)
         assert snapshot(self.manager) == before
@@ -94,20 +93,21 @@ class ManagerMachine(RuleBasedStateMachine):
             held = self.manager.holds(request)
             key = (request.model, request.kv_precision)
             assert held.page_class == CLASSES[key]
-            assert (len(held.pages), int(held.tail is not None)) == pages_for(key, num_tokens)
+            assert (held.num_pages, int(held.tail is not None)) == pages_for(key, num_tokens)
 
     @invariant()
     def segments_cover_the_cached_tokens_in_order(self):
         for request in self.tokens:
-            held, cached = self.manager.holds(request), request.num_computed_tokens
+            pages, tail = pages_of(self.manager, request), self.manager.tail_unit(request)
+            cached = request.num_computed_tokens
             places = []
             for segment in self.manager.segments(request, cached):
                 assert segment.first_position == len(places)
                 assert 0 < segment.num_tokens <= len(segment.pages) * PAGE_SIZE
                 places += [(segment.kv_format, segment.pages[i // PAGE_SIZE]) for i in range(segment.num_tokens)]
-            closed = cached if held.tail is None else cached // PAGE_SIZE * PAGE_SIZE
-            expected = [(request.kv_precision, held.pages[i // PAGE_SIZE]) for i in range(closed)]
-            assert places == expected + [("bf16", held.tail)] * (cached - closed)
+            closed = cached if tail is None else cached // PAGE_SIZE * PAGE_SIZE
+            expected = [(request.kv_precision, pages[i // PAGE_SIZE]) for i in range(closed)]
+            assert places == expected + [("bf16", tail)] * (cached - closed)
             with pytest.raises(PageError, match="grow it first"):
                 self.manager.segments(request, self.tokens[request] + PAGE_SIZE)
 

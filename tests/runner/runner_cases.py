@@ -18,6 +18,7 @@ from fineserve_jax.kv.slabs import SlabAllocator, choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
+from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.runner import ModelRunner, SampledToken
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -49,7 +50,12 @@ def tiny_model():
 def make_kv(formats: Iterable[str] = FORMATS) -> KVManager:
     classes = page_classes(MODEL, GEOMETRY, formats)
     slab_units = choose_slab_units([c.page_units for c in classes.values()], NUM_UNITS)
-    return KVManager(SlabAllocator(NUM_UNITS, slab_units, classes=classes.values()), classes)
+    return KVManager(SlabAllocator(NUM_UNITS, slab_units, classes=classes.values()), classes, prefix_cache="off")
+
+
+def pages_of(kv: KVManager, request: Request) -> list[int]:
+    """First units of the request's pages, in order, the tail aside."""
+    return kv.page_units(request, 0, kv.holds(request).num_pages)
 
 
 def make_request(name: str, kv_precision: str, token_ids: Sequence[int], **params) -> Request:
@@ -99,6 +105,7 @@ class World:
             GEOMETRY,
             NUM_UNITS,
             self.kv,
+            PageOperations({MODEL: GEOMETRY}, self.kv.allocator.slab_units),
             max_rows=8,
             max_chunk_tokens=4 * PAGE_SIZE,
             max_seq_len=MAX_SEQ_LEN,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make_request, tiny_model
+from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make_request, pages_of, tiny_model
 
 from fineserve_jax.pallas_kernels.formats import FORMATS
 from fineserve_jax.pallas_kernels.writing import NOWHERE
@@ -33,7 +33,7 @@ def test_a_decoded_token_goes_to_its_page_or_to_the_tail():
     assert sampled == [int8, int4]
     assert decode.tokens[:2].tolist() == [int8.token_ids[39], int4.token_ids[39]]
     assert decode.positions[:2].tolist() == [39, 39]
-    assert decode.pages[:2].tolist() == [kv.holds(int8).pages[2], kv.holds(int4).tail]
+    assert decode.pages[:2].tolist() == [kv.page_unit(int8, 2), kv.tail_unit(int4)]
     assert [NAMES[i] for i in decode.format_ids[:2]] == ["int8", "bf16"]
     assert inputs.sample_slots[:2].tolist() == [0, 1]
     assert inputs.chunk is None
@@ -46,10 +46,13 @@ def test_a_tail_is_closed_by_the_token_that_fills_it(position):
     kv = make_kv()
     request = grown(kv, "a", "int4", position + 1)
     inputs, _ = build_inputs(spec(0), StepPlan((Work(request, position, 1),), ()), kv)
-    held, closing = kv.holds(request), inputs.closing
+    closing = inputs.closing
     if position % PAGE_SIZE == PAGE_SIZE - 1:
         assert closing.counts.tolist() == [1]
-        assert (closing.sources[0, 0], closing.targets[0, 0]) == (held.tail, held.pages[position // PAGE_SIZE])
+        assert (closing.sources[0, 0], closing.targets[0, 0]) == (
+            kv.tail_unit(request),
+            kv.page_unit(request, position // PAGE_SIZE),
+        )
     else:
         assert closing.counts.tolist() == [0]
 
@@ -58,10 +61,10 @@ def test_chunks_lie_side_by_side_from_page_boundaries_on():
     kv = make_kv()
     int8, int4 = grown(kv, "a", "int8", 30), grown(kv, "b", "int4", 40)
     inputs, sampled = build_inputs(spec(), StepPlan((), (Work(int8, 16, 14), Work(int4, 16, 24))), kv)
-    chunk, first, second = inputs.chunk, kv.holds(int8), kv.holds(int4)
+    chunk = inputs.chunk
     assert sampled == [int8, int4]
     assert chunk.chunk_of_page.tolist() == [0, 1, 1, -1]
-    assert chunk.pages.tolist() == [first.pages[1], second.pages[1], second.tail, NOWHERE]
+    assert chunk.pages.tolist() == [kv.page_unit(int8, 1), kv.page_unit(int4, 1), kv.tail_unit(int4), NOWHERE]
     assert [NAMES[i] for i in chunk.written_format_ids[:3]] == ["int8", "int4", "bf16"]
     assert [NAMES[i] for i in chunk.newest_format_ids[:3]] == ["int8", "bf16", "bf16"]
     assert [NAMES[i] for i in chunk.full_format_ids[:3]] == ["int8", "int4", "int4"]
@@ -78,7 +81,7 @@ def test_a_chunk_before_a_prompts_last_samples_nothing():
     request = grown(kv, "a", "int4", 40)
     inputs, sampled = build_inputs(spec(), StepPlan((), (Work(request, 0, 32),)), kv)
     assert sampled == []
-    assert inputs.chunk.pages.tolist() == [*kv.holds(request).pages, NOWHERE, NOWHERE]
+    assert inputs.chunk.pages.tolist() == [*pages_of(kv, request), NOWHERE, NOWHERE]
     assert inputs.chunk.targets[:32].tolist() == request.token_ids[1:33]
 
 
@@ -95,11 +98,11 @@ def test_cached_tokens_are_those_before_the_work():
     kv = make_kv()
     request = grown(kv, "a", "int4", 40)
     inputs, _ = build_inputs(spec(0), StepPlan((Work(request, 39, 1),), ()), kv)
-    tiles, held = inputs.decode.tiles, kv.holds(request)
+    tiles = inputs.decode.tiles
     padding = [0] * (tiles.pages.shape[2] - 1)
     assert cached_tokens(tiles) == {
-        "int4": [([*held.pages, *padding[1:]], 32, 0)],
-        "bf16": [([held.tail, *padding], 7, 32)],
+        "int4": [([*pages_of(kv, request), *padding[1:]], 32, 0)],
+        "bf16": [([kv.tail_unit(request), *padding], 7, 32)],
     }
     assert tiles.query_counts.tolist() == [1] + [0] * (ROWS - 1)
     assert tiles.query_positions[0] == 39
@@ -110,7 +113,7 @@ def test_a_chunks_queries_follow_what_is_cached():
     first, second = grown(kv, "a", "int8", 30), grown(kv, "b", "int8", 40)
     works = (Work(first, 0, 30), Work(second, 16, 24))
     tiles = build_inputs(spec(), StepPlan((), works), kv)[0].chunk.tiles
-    assert cached_tokens(tiles) == {"int8": [([kv.holds(second).pages[0], *[0] * (tiles.pages.shape[2] - 1)], 16, 0)]}
+    assert cached_tokens(tiles) == {"int8": [([kv.page_unit(second, 0), *[0] * (tiles.pages.shape[2] - 1)], 16, 0)]}
     blocks = [(tiles.query_slots[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
     assert blocks == [(0, 30, 0), (32, 24, 16)]
     assert not tiles.query_counts[2:].any()

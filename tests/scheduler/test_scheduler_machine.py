@@ -72,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             whole = request.num_tokens == request.max_total_tokens
             assert whole == (request.finish_reason is FinishReason.LENGTH)
         assert not self.kv.held
+        self.kv.forget_prefixes()
         assert len(self.kv.allocator.free_slabs) == self.kv.allocator.usable_slabs
 
 

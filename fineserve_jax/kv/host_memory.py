@@ -1,0 +1,118 @@
+"""Pages of preempted requests in host memory, to be copied back instead of computed again."""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.operations import HostPages, Load, Save
+from fineserve_jax.kv.pages import RequestPages
+from fineserve_jax.request import Request
+
+if TYPE_CHECKING:
+    from fineserve_jax.kv.manager import KVManager
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a request held: `runs` (class, pages) in the order of positions, and then its tail if it has one."""
+
+    pages: HostPages
+    page_class: PageClass
+    runs: list[tuple[PageClass, int]]
+    has_tail: bool
+    exact: bool
+
+
+class HostMemory:
+    """Saves and restores what requests hold.
+
+    Args:
+        kv: whose pages.
+        max_bytes: most bytes to keep.
+
+    Attributes:
+        saved: by request.
+        used_bytes: bytes of all of them.
+    """
+
+    def __init__(self, kv: "KVManager", max_bytes: int) -> None:
+        self._kv = kv
+        self.max_bytes = max_bytes
+        self.saved: dict[Request, Saved] = {}
+        self.used_bytes = 0
+
+    def num_bytes(self, request: Request) -> int:
+        """Bytes that saving what the request holds would take: the pages of its computed tokens."""
+        return self._bytes(self._runs(self._kv.held[request], request))
+
+    def has_room(self, request: Request) -> bool:
+        return self.used_bytes + self.num_bytes(request) <= self.max_bytes
+
+    def save(self, request: Request) -> None:
+        """Queue the copy of a request's pages to host memory, and take them back. It must have room."""
+        held = self._kv.held[request]
+        runs = self._runs(held, request)
+        handles = [list(run.handles) for run in held.parts(0, sum(count for _, count in runs))]
+        pages = [*runs]
+        if held.tail is not None and held.page_class.tail is not None:
+            pages.append((held.page_class.tail, 1))
+            handles.append([held.tail])
+        host = HostPages([page_class for page_class, _ in pages], [count for _, count in pages])
+        self._kv.ask(Save(host, [self._kv.table.units_of(part) for part in handles]))
+        saved = Saved(host, held.page_class, runs, held.tail is not None, held.exact)
+        self._kv.release(request)
+        self.saved[request] = saved
+        self.used_bytes += self._bytes(pages)
+
+    def load(self, request: Request, num_tokens: int, leaving: Mapping[PageClass, int] | None) -> bool:
+        """Give a saved request pages for its first `num_tokens` tokens, and queue the copy of what was saved."""
+        saved = self.saved[request]
+        demand: dict[PageClass, int] = {}
+        for page_class, count in self._wanted(saved, num_tokens):
+            demand[page_class] = demand.get(page_class, 0) + count
+        pages = self._kv.take(demand, leaving)
+        if pages is None:
+            return False
+        held = RequestPages(saved.page_class, exact=saved.exact)
+        if saved.has_tail and saved.page_class.tail is not None:
+            held.tail = pages[saved.page_class.tail].pop()
+        units = []
+        for page_class, count in saved.runs:
+            own = pages[page_class]
+            units.append(self._kv.table.units_of(own[:count]))
+            held.append(page_class, own[:count])
+            del own[:count]
+        held.append(saved.page_class, pages.get(saved.page_class, array("i")))
+        if held.tail is not None:
+            units.append(self._kv.table.units_of([held.tail]))
+        self._kv.ask(Load(saved.pages, units))
+        self._kv.held[request] = held
+        held.num_ready = request.num_computed_tokens // saved.page_class.page_size
+        self.forget(request)
+        return True
+
+    def forget(self, request: Request) -> None:
+        """Give up what is saved of a request, if anything is."""
+        saved = self.saved.pop(request, None)
+        if saved is not None:
+            self.used_bytes -= saved.pages.num_units * self._kv.allocator.unit_bytes
+
+    def _runs(self, held: RequestPages, request: Request) -> list[tuple[PageClass, int]]:
+        """Class and number of the pages that hold computed tokens, run by run."""
+        computed = held.page_class.num_pages(request.num_computed_tokens)
+        return [(run.page_class, len(run.handles)) for run in held.parts(0, computed)]
+
+    def _wanted(self, saved: Saved, num_tokens: int) -> list[tuple[PageClass, int]]:
+        """Pages by class that a saved request needs: those it had, and more for tokens not computed yet."""
+        more = saved.page_class.num_pages(num_tokens) - sum(count for _, count in saved.runs)
+        wanted = [*saved.runs]
+        if more > 0:
+            wanted.append((saved.page_class, more))
+        if saved.has_tail and saved.page_class.tail is not None:
+            wanted.append((saved.page_class.tail, 1))
+        return wanted
+
+    def _bytes(self, runs: list[tuple[PageClass, int]]) -> int:
+        return sum(page_class.page_units * count for page_class, count in runs) * self._kv.allocator.unit_bytes

@@ -1,0 +1,102 @@
+"""What one request holds: runs of pages, each in one format, in the order of positions.
+
+    positions        0 .. 2T-1    2T .. 4T-1    4T .. 5T-1   5T .. 5T+k-1
+    int8             run of 6 pages, the last filled up to k
+    int4             run of 5 pages                          tail (bf16), filled up to k
+    bf16, narrowed   run (int4)   run (int8)    run of 2 pages (bf16)
+
+A format that encodes whole pages keeps its newest, unfilled page in a wider format, its *tail*. When it is full it is
+encoded into a page of its own and begins anew.
+"""
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fineserve_jax.kv.classes import PageClass
+
+
+def _no_handles() -> "array[int]":
+    return array("i")
+
+
+@dataclass(slots=True)
+class PageRun:
+    """Adjacent pages of one class, by handle (see `kv/table.py`)."""
+
+    page_class: PageClass
+    handles: "array[int]" = field(default_factory=_no_handles)
+
+
+@dataclass(slots=True)
+class RequestPages:
+    """What one request holds.
+
+    Attributes:
+        page_class: class of its newest pages, and of all until some are narrowed.
+        runs: its pages, in the order of positions.
+        tail: handle of the tail page; None for a format without one, and before the first page.
+        num_listed: leading pages that the prefix cache was told of, or gave.
+        num_ready: leading pages of those that are known to hold their keys and values.
+        digest: of the listed pages' tokens.
+        waits: whether some of its leading pages are yet to be computed by another request.
+        exact: whether its keys and values are what computing it alone in its format would have given: not after
+            pages that later tokens see were converted from another format.
+    """
+
+    page_class: PageClass
+    runs: list[PageRun] = field(default_factory=list)
+    tail: int | None = None
+    num_listed: int = 0
+    num_ready: int = 0
+    digest: bytes = b""
+    waits: bool = False
+    exact: bool = True
+
+    @property
+    def num_pages(self) -> int:
+        """Pages, the tail aside."""
+        return sum(len(run.handles) for run in self.runs)
+
+    def append(self, page_class: PageClass, handles: "array[int]") -> None:
+        """Add pages behind the last."""
+        if not handles:
+            return
+        if not self.runs or self.runs[-1].page_class is not page_class:
+            self.runs.append(PageRun(page_class))
+        self.runs[-1].handles.extend(handles)
+
+    def page(self, index: int) -> tuple[PageClass, int]:
+        """Class and handle of a page, counted from the first position on."""
+        for run in self.runs:
+            if index < len(run.handles):
+                return run.page_class, run.handles[index]
+            index -= len(run.handles)
+        raise IndexError(f"page {index} beyond the last")
+
+    def parts(self, first: int, stop: int) -> Iterator[PageRun]:
+        """The pages from `first` to `stop`, run by run."""
+        for run in self.runs:
+            part = run.handles[max(0, first) : max(0, stop)]
+            if part:
+                yield PageRun(run.page_class, part)
+            first, stop = first - len(run.handles), stop - len(run.handles)
+
+    def replace(self, first: int, page_class: PageClass, handles: "array[int]") -> "array[int]":
+        """Put other pages in the place of as many from `first` on; the handles that these had."""
+        stop, total = first + len(handles), self.num_pages
+        before, old, after = (list(self.parts(*ends)) for ends in ((0, first), (first, stop), (stop, total)))
+        self.runs = []
+        for run in (*before, PageRun(page_class, handles), *after):
+            self.append(run.page_class, run.handles)
+        return array("i", (handle for run in old for handle in run.handles))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of a request's cached tokens in one format: `num_tokens` from `first_position` on, in `pages`."""
+
+    kv_format: str
+    pages: list[int]
+    first_position: int
+    num_tokens: int

@@ -1,0 +1,115 @@
+"""Full pages by what they hold, so that requests which begin alike share them.
+
+A page's *digest* covers its tokens and, through the digest of the page before, all tokens ahead of them. Pages that
+nobody holds any more stay where they are until their memory is wanted, and are then evicted, the one that was let go
+of first first. A page is listed when a request is about to compute it, so that others which arrive meanwhile wait for
+it instead of computing it again.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.request import Request
+
+
+@dataclass(eq=False, slots=True)
+class ListedPage:
+    """A full page of known tokens.
+
+    Attributes:
+        digest: of its tokens and all before them.
+        tokens: its token ids, i32 as bytes, compared on every hit.
+        writer: who is to compute it; None: it holds its keys and values, or whoever needs them next computes them.
+        ready: whether it holds its keys and values.
+    """
+
+    page_class: PageClass
+    digest: bytes
+    tokens: bytes
+    handle: int
+    writer: Request | None = None
+    ready: bool = False
+
+
+@dataclass(slots=True)
+class PrefixStats:
+    """Counts since the start: tokens asked for, tokens found, pages converted from another format, pages evicted."""
+
+    asked_tokens: int = 0
+    hit_tokens: int = 0
+    converted_pages: int = 0
+    evicted_pages: int = 0
+
+
+class PrefixCache:
+    """Which page holds which tokens. It holds no pages itself: an idle page's handle has no holders."""
+
+    def __init__(self) -> None:
+        self.stats = PrefixStats()
+        self.by_handle: dict[int, ListedPage] = {}
+        self.idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.idle_units = 0
+        self._by_digest: dict[tuple[bytes, PageClass], ListedPage] = {}
+
+    def find(self, page_class: PageClass, digest: bytes, tokens: bytes) -> ListedPage | None:
+        """The page of that class with those tokens, after those that the digest covers."""
+        listed = self._by_digest.get((digest, page_class))
+        return listed if listed is not None and listed.tokens == tokens else None
+
+    def add(self, listed: ListedPage) -> bool:
+        """List a page, unless another one is listed for the same tokens; whether it was."""
+        key = (listed.digest, listed.page_class)
+        if key in self._by_digest:
+            return False
+        self._by_digest[key] = self.by_handle[listed.handle] = listed
+        return True
+
+    def forget(self, handle: int) -> None:
+        """Strike a page off the list, if it is on it."""
+        listed = self.by_handle.pop(handle, None)
+        if listed is None:
+            return
+        del self._by_digest[listed.digest, listed.page_class]
+        if handle in self.idle:
+            del self.idle[handle]
+            self.idle_units -= listed.page_class.page_units
+
+    def hold(self, handle: int) -> None:
+        """A listed page gets a holder."""
+        if handle in self.idle:
+            del self.idle[handle]
+            self.idle_units -= self.by_handle[handle].page_class.page_units
+
+    def keep(self, handle: int) -> bool:
+        """Whether a page that has lost its last holder is kept, as the most recently used."""
+        listed = self.by_handle.get(handle)
+        if listed is None:
+            return False
+        if not listed.ready:
+            self.forget(handle)
+            return False
+        self.idle[handle] = None
+        self.idle_units += listed.page_class.page_units
+        return True
+
+
+def page_tokens(token_ids: Sequence[int], page: int, page_size: int) -> bytes:
+    """A page's token ids, i32 as bytes."""
+    return array("i", token_ids[page * page_size : (page + 1) * page_size]).tobytes()
+
+
+def next_digest(digest: bytes, tokens: bytes) -> bytes:
+    """The digest that covers one more page; 16 bytes, so that two prefixes practically never share one."""
+    return hashlib.blake2b(tokens, digest_size=16, key=digest).digest()
+
+
+def prefix_pages(token_ids: Sequence[int], page_size: int, digest: bytes, first: int) -> Iterator[tuple[bytes, bytes]]:
+    """Digest and tokens of each full page from the page `first` on, `digest` being that of the pages before."""
+    for page in range(first, len(token_ids) // page_size):
+        tokens = page_tokens(token_ids, page, page_size)
+        digest = next_digest(digest, tokens)
+        yield digest, tokens

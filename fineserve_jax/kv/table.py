@@ -1,0 +1,91 @@
+"""The page table: where each page lies, and how many hold it.
+
+Whoever holds a page (a request, a prefix that several requests share, the prefix cache) holds its *handle*, a small
+number that stays the same for as long as the page lives:
+
+    handle      0    1    2    3    4
+    unit        120  -    840  36   -        first unit in the arena; 0: the handle is not in use
+    holders     1    -    3    1    -
+
+So moving a page to another place in the arena changes one number here, and nobody who holds it notices.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from fineserve_jax.kv.errors import PageError
+
+Handles = Sequence[int]
+
+
+class PageTable:
+    """Handles of pages. Nine bytes a page; handles that became free are used again first."""
+
+    def __init__(self) -> None:
+        self.units = array("i")
+        self.holders = array("i")
+        self.tags = bytearray()
+        self._free = array("i")
+
+    def __len__(self) -> int:
+        """Handles in use."""
+        return len(self.units) - len(self._free)
+
+    def add(self, units: Sequence[int], tag: int) -> "array[int]":
+        """Handles of pages that have one holder from now on.
+
+        Args:
+            units: first units.
+            tag: of the pages' class, see `kv/pool.py`.
+        """
+        reused = min(len(units), len(self._free))
+        handles = self._free[len(self._free) - reused :]
+        del self._free[len(self._free) - reused :]
+        for handle, unit in zip(handles, units, strict=False):
+            self.units[handle], self.holders[handle], self.tags[handle] = unit, 1, tag
+        new = units[reused:]
+        handles.extend(range(len(self.units), len(self.units) + len(new)))
+        self.units.extend(new)
+        self.holders.extend([1] * len(new))
+        self.tags.extend(bytes([tag]) * len(new))
+        return handles
+
+    def share(self, handles: Iterable[int]) -> None:
+        """Count one more holder of each page."""
+        for handle in handles:
+            self.holders[handle] += 1
+
+    def drop(self, handles: Iterable[int]) -> list[int]:
+        """Count one holder less of each page; those that nobody holds any more, which still have their places.
+
+        Raises:
+            PageError: a page that nobody holds.
+        """
+        unheld = []
+        for handle in handles:
+            left = self.holders[handle] - 1
+            if left < 0:
+                raise PageError(f"page {handle} is let go by someone who does not hold it; let go of it once")
+            self.holders[handle] = left
+            if not left:
+                unheld.append(handle)
+        return unheld
+
+    def remove(self, handles: Handles) -> list[int]:
+        """Forget pages that nobody holds; the first units they had."""
+        units = [self.units[handle] for handle in handles]
+        for handle in handles:
+            self.units[handle] = self.tags[handle] = 0
+        self._free.extend(handles)
+        return units
+
+    def units_of(self, handles: Handles) -> list[int]:
+        """First units of pages, in the order of `handles`."""
+        units = self.units
+        return [units[handle] for handle in handles]
+
+    def used(self) -> np.ndarray:
+        """The handles in use, i64[handles], ascending."""
+        return np.flatnonzero(np.frombuffer(self.units, np.int32)) if self.units else np.zeros(0, np.int64)

@@ -1,0 +1,205 @@
+"""Carries out on the device what the host's bookkeeping has queued: pages copied, converted, saved and loaded.
+
+Adjacent copies between the same two classes go into one program, as long as none touches what another of them wrote:
+the programs promise no order within a call.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.operations import Copy, Load, PageOperation, Save
+from fineserve_jax.pallas_kernels.formats import get_format
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.implementation import Implementation
+from fineserve_jax.pallas_kernels.writing import NOWHERE, requantise
+
+COPIES = 64  # of a call, the rest being padding
+TRANSFERRED_PAGES = 16  # of a call that saves or loads
+PAGES_AT_A_TIME = 4
+
+
+class PageOperations:
+    """Programs that work on whole pages.
+
+    Args:
+        geometries: of each model's pages.
+        slab_units: units of a slab; pages in different slabs do not overlap.
+        implementation: of the conversions.
+
+    Attributes:
+        num_compilations: programs compiled, or loaded from JAX's compilation cache.
+        bytes_per_s: measured rate of saving and loading; None before the first.
+    """
+
+    def __init__(
+        self, geometries: Mapping[str, PageGeometry], slab_units: int, implementation: Implementation = "xla"
+    ) -> None:
+        self.geometries, self.slab_units, self.implementation = dict(geometries), slab_units, implementation
+        self.num_compilations = 0
+        self.bytes_per_s: float | None = None
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def apply(self, arena: jax.Array, operations: Sequence[PageOperation]) -> jax.Array:
+        """The arena after the operations, in their order. The arena given is used up."""
+        for batch in _batches(operations, self.slab_units):
+            first = batch[0]
+            if isinstance(first, Copy):
+                copies = np.zeros((2, COPIES), np.int32)
+                copies[:, : len(batch)] = [[c.source for c in batch], [c.target for c in batch]]
+                program = self._copy(first.source_class, first.target_class)
+                arena = program(arena, *copies, np.int32(len(batch)))
+            elif isinstance(first, Save):
+                self._timed(self._save, arena, first)
+            else:
+                arena = self._timed(self._load, arena, first)
+        return arena
+
+    def warm_up(self, arena: jax.Array, pairs: Iterable[tuple[PageClass, PageClass]], transfers: bool) -> jax.Array:
+        """Compiles the copies between these classes, and saving and loading their pages; the arena, unchanged."""
+        pairs = list(pairs)
+        nowhere = np.full(COPIES, NOWHERE, np.int32)
+        for pair in pairs:
+            arena = self._copy(*pair)(arena, np.zeros(COPIES, np.int32), nowhere, np.int32(0))
+        for page_class in dict.fromkeys(page_class for pair in pairs for page_class in pair) if transfers else ():
+            words = self._gather(page_class)(arena, np.zeros(TRANSFERRED_PAGES, np.int32))
+            arena = self._scatter(page_class)(arena, np.asarray(words), nowhere[:TRANSFERRED_PAGES])
+        return arena
+
+    # -- between device and host ---------------------------------------------------------------------------------
+
+    def _save(self, arena: jax.Array, save: Save) -> jax.Array:
+        for page_class, units in zip(save.pages.classes, save.units, strict=True):
+            parts = [np.asarray(self._gather(page_class)(arena, part))[:count] for part, count in _chunks(units, 0)]
+            save.pages.words.append(np.concatenate(parts))
+        return arena
+
+    def _load(self, arena: jax.Array, load: Load) -> jax.Array:
+        for page_class, units, words in zip(load.pages.classes, load.units, load.pages.words, strict=True):
+            first = 0
+            for part, count in _chunks(units, NOWHERE):
+                padded = np.zeros((TRANSFERRED_PAGES, *words.shape[1:]), words.dtype)
+                padded[:count] = words[first : first + count]
+                arena, first = self._scatter(page_class)(arena, padded, part), first + count
+        return jax.block_until_ready(arena)
+
+    def _timed(self, transfer: Callable[[jax.Array, Any], jax.Array], arena: jax.Array, what: Save | Load) -> jax.Array:
+        compiled, start = self.num_compilations, time.perf_counter()
+        arena = transfer(arena, what)
+        seconds = time.perf_counter() - start
+        if compiled == self.num_compilations:
+            rate = sum(words.nbytes for words in what.pages.words) / seconds
+            self.bytes_per_s = rate if self.bytes_per_s is None else 0.8 * self.bytes_per_s + 0.2 * rate
+        return arena
+
+    # -- programs ------------------------------------------------------------------------------------------------
+
+    def _copy(self, source: PageClass, target: PageClass) -> Callable[..., jax.Array]:
+        if source is target or source.kv_format == target.kv_format:
+            units = source.page_units
+            return self._program(("copy", units), functools.partial(copy_pages, page_units=units))
+        convert = functools.partial(
+            requantise,
+            source_format=get_format(source.kv_format),
+            target_format=get_format(target.kv_format),
+            geometry=self.geometries[source.model],
+            implementation=self.implementation,
+        )
+        return self._program(("convert", source, target), convert)
+
+    def _gather(self, page_class: PageClass) -> Callable[..., jax.Array]:
+        units = page_class.page_units
+        gather = functools.partial(_gather_pages, page_units=units)
+        return self._program(("gather", units), gather, donate=False)
+
+    def _scatter(self, page_class: PageClass) -> Callable[..., jax.Array]:
+        return self._program(("scatter", page_class.page_units), _scatter_pages)
+
+    def _program(self, key: Any, function: Callable[..., Any], donate: bool = True) -> Callable[..., Any]:
+        if key not in self._programs:
+
+            def traced(*arguments: Any) -> Any:
+                self.num_compilations += 1  # runs while jax traces, so once for each program
+                return function(*arguments)
+
+            self._programs[key] = jax.jit(traced, donate_argnums=0 if donate else ())
+        return self._programs[key]
+
+
+def copy_pages(
+    arena: jax.Array, sources: jax.Array, targets: jax.Array, count: jax.Array, page_units: int
+) -> jax.Array:
+    """Copies pages as they are.
+
+    Args:
+        arena: u16[num_units, *unit_shape]; donate it.
+        sources, targets: i32[N], first units. No target overlaps a source or another target.
+        count: i32[], how many of them count.
+        page_units: units of a page.
+    """
+    padding = [(0, -len(sources) % PAGES_AT_A_TIME)]
+    sources, targets = jnp.pad(sources, padding), jnp.pad(targets, padding)
+
+    def copy(step: jax.Array, arena: jax.Array) -> jax.Array:
+        start = step * PAGES_AT_A_TIME
+        source, target = (lax.dynamic_slice(pages, (start,), (PAGES_AT_A_TIME,)) for pages in (sources, targets))
+        target = jnp.where(start + jnp.arange(PAGES_AT_A_TIME) < count, target, NOWHERE)
+        return _scatter_pages(arena, _gather_pages(arena, source, page_units), target)
+
+    return lax.fori_loop(0, -(-count // PAGES_AT_A_TIME), copy, arena)
+
+
+def _gather_pages(arena: jax.Array, pages: jax.Array, page_units: int) -> jax.Array:
+    """Whole pages, u16[N, page_units, *unit_shape]."""
+    return arena.at[pages[:, None] + jnp.arange(page_units, dtype=jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _scatter_pages(arena: jax.Array, words: jax.Array, pages: jax.Array) -> jax.Array:
+    """The arena with whole pages written; those directed to NOWHERE are not."""
+    units = pages[:, None] + jnp.arange(words.shape[1], dtype=jnp.int32)
+    return arena.at[units].set(words, mode="drop")
+
+
+def _chunks(units: Sequence[int], padding: int) -> Iterator[tuple[np.ndarray, int]]:
+    """First units i32[TRANSFERRED_PAGES] at a time, and how many of them count."""
+    for first in range(0, len(units), TRANSFERRED_PAGES):
+        part = units[first : first + TRANSFERRED_PAGES]
+        padded = np.full(TRANSFERRED_PAGES, padding, np.int32)
+        padded[: len(part)] = part
+        yield padded, len(part)
+
+
+def _batches(operations: Sequence[PageOperation], slab_units: int) -> Iterator[list[Any]]:
+    """The operations in order: copies that can go into one call together, others one by one."""
+    batch: list[Copy] = []
+    read: set[int] = set()
+    written: dict[int, PageClass] = {}
+    for operation in operations:
+        if not isinstance(operation, Copy):
+            if batch:
+                yield batch
+            batch, read, written = [], set(), {}
+            yield [operation]
+            continue
+        source, target = operation.source // slab_units, operation.target // slab_units
+        clashes = (
+            source in written
+            or target in read
+            or written.get(target, operation.target_class) != (operation.target_class)
+        )
+        classes = (operation.source_class, operation.target_class)
+        if batch and (clashes or len(batch) == COPIES or classes != (batch[0].source_class, batch[0].target_class)):
+            yield batch
+            batch, read, written = [], set(), {}
+        batch.append(operation)
+        read.add(source)
+        written[target] = operation.target_class
+    if batch:
+        yield batch

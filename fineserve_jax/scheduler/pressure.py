@@ -1,0 +1,93 @@
+"""What is done when memory is short, after pages that nobody holds are evicted: narrow, and then preempt.
+
+Narrowing encodes older pages of requests that allow it (`min_kv_precision`) in a narrower format; the latest admitted
+request goes first. A request that is preempted loses its pages, and is computed again later or, where that is cheaper
+and host memory has room, copied back from there.
+"""
+
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.narrowing import narrow
+from fineserve_jax.request import Request
+from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.scheduler.costs import StepCost
+from fineserve_jax.scheduler.profile import StepProfile
+from fineserve_jax.scheduler.rows import Row
+
+PAGES_AT_A_TIME = 32
+ASSUMED_BYTES_PER_S = 4e9
+"""Rate of copies between device and host memory before one was timed."""
+
+
+class Pressure:
+    """Relieves a KV manager that is short of memory.
+
+    Args:
+        config: newest pages to keep wide, and how to preempt.
+        kv: whose pages.
+        rows: the admitted requests in the order of admission; the scheduler's, read only here.
+        profiles: predict what computing a request again takes.
+
+    Attributes:
+        transfer_bytes_per_s: measured rate of copies between device and host memory.
+        num_saved: preempted requests whose pages went to host memory.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVManager,
+        rows: dict[Request, Row],
+        profiles: dict[str, StepProfile],
+    ) -> None:
+        self._config, self._kv, self._rows, self._profiles = config, kv, rows, profiles
+        self.transfer_bytes_per_s = ASSUMED_BYTES_PER_S
+        self.num_saved = 0
+
+    def restore_reserve(self) -> None:
+        """Narrow pages until the reserve of free slabs is whole, while there still are some to work with."""
+        while len(self._kv.allocator.free_slabs) < self._kv.reserve_slabs and self.narrow(None):
+            self._kv.make_room({}, self._kv.reserve_slabs)
+
+    def narrow(self, shares: frozenset[str] | None) -> bool:
+        """Narrow some pages of one request; whether any could be.
+
+        Args:
+            shares: names of the memory shares that are short; None: any.
+        """
+        for row in reversed(self._rows.values()):
+            if row.request.min_kv_precision is None or (shares is not None and row.shares.isdisjoint(shares)):
+                continue
+            if narrow(self._kv, row.request, PAGES_AT_A_TIME, self._config.narrow_keep_pages):
+                return True
+        return False
+
+    def release(self, row: Row) -> None:
+        """Take a preempted row's pages, and save what they hold if that pays."""
+        request = row.request
+        if self._saves(request):
+            self._kv.host.save(request)
+            self.num_saved += 1
+        else:
+            self._kv.release(request)
+            request.num_computed_tokens = 0
+
+    def _saves(self, request: Request) -> bool:
+        if self._config.preemption == "recompute" or not request.num_computed_tokens:
+            return False
+        if self._kv.held[request].waits or not self._kv.host.has_room(request):
+            return False
+        if self._config.preemption == "swap":
+            return True
+        both_ways_s = 2 * self._kv.host.num_bytes(request) / self.transfer_bytes_per_s
+        return both_ways_s < self._recompute_s(request)
+
+    def _recompute_s(self, request: Request) -> float:
+        """Predicted time of computing a request's tokens again in chunks."""
+        profile, chunk = self._profiles[request.model], self._config.max_chunk_tokens
+        seconds = 0.0
+        for start in range(0, request.num_computed_tokens, chunk):
+            count = min(chunk, request.num_computed_tokens - start)
+            pairs = count * start + count * (count + 1) // 2
+            kv_bytes = start * profile.model.formats[request.kv_precision].bytes_per_token
+            seconds += profile.predict(StepCost(count, pairs, kv_bytes))
+        return seconds
