@@ -34,7 +34,7 @@ class Summary:
         ttft, tpot, end_to_end: of answered requests.
         attainment_by_format: `attainment` of each KV format.
         end_to_end_p99_by_format: seconds, of each KV format.
-        reserved_over_needed: bytes reserved over bytes needed, mean over the samples that need any.
+        reserved_over_needed: bytes reserved over bytes needed, each summed over the samples.
         occupancy: bytes needed over the usable, mean over the samples.
         mean_running: requests that held memory, mean over the samples.
         num_preemptions, num_steps: counts.
@@ -78,7 +78,7 @@ def summarize(run: Run) -> Summary:
     in_time = [one for one in done if one.in_time]
     formats = sorted({one.arrival.kv_precision for one in served})
     by_format = {name: [one for one in served if one.arrival.kv_precision == name] for name in formats}
-    samples = [sample for sample in run.samples if sample.needed_bytes]
+    needed = sum(sample.needed_bytes for sample in run.samples)
     errors = [error for error in run.prediction_error.values() if error is not None]
     return Summary(
         num_requests=len(served),
@@ -95,7 +95,7 @@ def summarize(run: Run) -> Summary:
         end_to_end=_latency(map(end_to_end_s, done)),
         attainment_by_format={name: sum(one.in_time for one in ones) / len(ones) for name, ones in by_format.items()},
         end_to_end_p99_by_format={name: _latency(map(end_to_end_s, ones)).p99 for name, ones in by_format.items()},
-        reserved_over_needed=_mean([s.reserved_bytes / s.needed_bytes for s in samples]) if samples else None,
+        reserved_over_needed=sum(s.reserved_bytes for s in run.samples) / needed if needed else None,
         occupancy=_mean([s.needed_bytes / run.usable_bytes for s in run.samples]),
         mean_running=_mean([s.num_running for s in run.samples]),
         num_preemptions=run.num_preemptions,

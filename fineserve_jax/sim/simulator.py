@@ -23,6 +23,8 @@ from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.workload import Arrival
 
 GREEDY = SamplingParams()
+PREFIXES = 10**8
+"""Tokens from here on stand for prefixes, smaller ones for requests."""
 OBSERVED_AT_FIRST = 64
 OBSERVED_LATER = 16
 """The scheduler's own profile learns from the first steps, then from one in so many: it fits at every one."""
@@ -122,6 +124,12 @@ class Run:
     prediction_error: dict[str, float | None] = field(default_factory=dict)
 
 
+def _tokens(number: int, arrival: Arrival) -> list[int]:
+    """A prompt: after the prefix that the workload tells of, it has nothing in common with any other."""
+    shared = min(arrival.prefix_tokens, arrival.prompt_tokens - 1)
+    return [PREFIXES + arrival.prefix] * shared + [number] + [0] * (arrival.prompt_tokens - shared - 1)
+
+
 class Simulator:
     """Serves arrivals with a scheduler whose steps take as long as cost models say.
 
@@ -194,8 +202,7 @@ class Simulator:
             model=arrival.model,
             kv_precision=arrival.kv_precision,
             sampling=GREEDY,
-            # Prompts begin differently, so that a prefix cache finds nothing in common that no trace tells of.
-            token_ids=[number] + [0] * (prompt - 1),
+            token_ids=_tokens(number, arrival),
             num_prompt_tokens=prompt,
             max_total_tokens=prompt + max(arrival.output_tokens, self._max_output_tokens),
             sequence=number,

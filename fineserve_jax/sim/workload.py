@@ -31,6 +31,7 @@ class Arrival:
         tenant: whose it is.
         ttft_slo_s, tpot_slo_s: targets; None: none.
         drop_when_late: whether it wants to be dropped when its first token cannot come in time any more.
+        prefix, prefix_tokens: requests with the same `prefix` have their first `prefix_tokens` tokens in common.
     """
 
     arrival_s: float
@@ -42,6 +43,8 @@ class Arrival:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     drop_when_late: bool = False
+    prefix: int = 0
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
