@@ -104,12 +104,12 @@ class Request:
         return len(self.token_ids) - self.num_computed_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # frozen, it would take a microsecond more to create, for every row and step
 class Work:
     """What a step computes of one request: its tokens `[start, start + count)`.
 
     `count == 1` goes through the step's decode rows, anything longer is a prefill chunk. A chunk starts at a
-    multiple of the page size.
+    multiple of the page size. Nobody changes one.
     """
 
     request: Request

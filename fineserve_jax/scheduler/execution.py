@@ -40,28 +40,33 @@ def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile
     """
     decodes: list[Work] = []
     prefilling: list[Row] = []
-    target_s = math.inf
     for row in rows:
         request = row.request
         computed = request.num_computed_tokens
         if len(request.token_ids) - computed > 1:
             prefilling.append(row)
-            continue
-        decodes.append(Work(request, computed, 1))
-        if request.tpot_slo_s is not None:
-            target_s = min(target_s, _time_for_step(request, request.tpot_slo_s, now))
+        else:
+            decodes.append(Work(request, computed, 1))
     if not prefilling:
         return StepPlan(tuple(decodes), ())
-    if not config.slo_aware:
-        target_s = math.inf
+    target_s = _time_for_step(decodes, now) if config.slo_aware else math.inf
     prefilling.sort(key=lambda row: (row.walk, row.key, row.request.num_uncomputed_tokens, row.request.sequence))
     chunks = _ChunkPicker(config, profile, decodes, target_s).pick([row.request for row in prefilling])
     return StepPlan(tuple(decodes), tuple(chunks))
 
 
-def _time_for_step(request: Request, tpot_slo_s: float, now: float) -> float:
-    """How long the next step may take for a decoding row."""
-    return max(_due_s(request, tpot_slo_s, now) - now, CATCHING_UP * tpot_slo_s)
+def _time_for_step(decodes: Iterable[Work], now: float) -> float:
+    """How long the next step may take for the decoding rows; written out, as it is run for each row of a step."""
+    shortest_s = math.inf
+    for work in decodes:
+        request = work.request
+        tpot_slo_s = request.tpot_slo_s
+        if tpot_slo_s is None:
+            continue
+        least_s = CATCHING_UP * tpot_slo_s
+        if least_s < shortest_s:
+            shortest_s = min(shortest_s, max(_due_s(request, tpot_slo_s, now) - now, least_s))
+    return shortest_s
 
 
 def _due_s(request: Request, tpot_slo_s: float, now: float) -> float:

@@ -183,14 +183,15 @@ class Scheduler:
         works = plan.works
         if len(sampled) != len(works):
             raise ValueError(f"{len(sampled)} sampled tokens for a plan of {len(works)} works")
-        advanced = []
+        advanced, note_computed, page_size = [], self._kv.sharing.note_computed, self.config.page_size
         for work, token in zip(works, sampled, strict=True):
             request = work.request
             if request.status is RequestStatus.FINISHED:
                 continue
-            request.num_computed_tokens = work.start + work.count
-            self._kv.sharing.note_computed(request)
-            if request.num_computed_tokens == len(request.token_ids):
+            request.num_computed_tokens = computed = work.start + work.count
+            if work.count > 1 or not computed % page_size:  # a page may be full
+                note_computed(request)
+            if computed == len(request.token_ids):
                 request.token_ids.append(int(token))
                 if request.times.first_token_s is None:
                     request.times.first_token_s = now
