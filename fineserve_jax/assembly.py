@@ -1,7 +1,9 @@
-"""From a model and settings to the parts of an engine: page geometry, KV manager, scheduler, runner."""
+"""From models and settings to the parts of an engine: page geometries, KV manager, scheduler, arena, runners."""
 
+import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -12,13 +14,16 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
-from fineserve_jax.loaders import LoadedModel
+from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.memory import format_bytes, host_memory_bytes, kv_memory_bytes
+from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.models import ModelConfig, build_model
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
 from fineserve_jax.pallas_kernels.writing import NOWHERE
+from fineserve_jax.precision import resolve_precision
+from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.roofline import device_roofline
 from fineserve_jax.runner.runner import ModelRunner
@@ -30,40 +35,74 @@ DEFAULT_MAX_SEQ_LEN = 2048
 WORD_BYTES = 2
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model in an engine.
+
+    Attributes:
+        name: what requests call it.
+        model: its weights and tokenizer.
+        config: the engine's settings as this model has them: its `kv_precision` and `max_seq_len` may be its own.
+        geometry: of its pages.
+        max_seq_len: most tokens of its requests.
+        runner: computes its steps.
+    """
+
+    name: str
+    model: LoadedModel
+    config: EngineConfig
+    geometry: PageGeometry
+    max_seq_len: int
+    runner: ModelRunner
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+
 class EngineParts(NamedTuple):
     kv: KVManager
     scheduler: Scheduler
-    runner: ModelRunner
-    max_seq_len: int
+    arena: Arena
+    operations: PageOperations
+    models: dict[str, ServedModel]
 
 
-def assemble(model: LoadedModel, config: EngineConfig) -> EngineParts:
-    """Builds the parts of an engine. Raises `ConfigError` for settings that the model or the device rules out."""
+def assemble(
+    models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
+) -> EngineParts:
+    """Builds the parts of an engine.
+
+    Args:
+        models: what it serves, by the names that requests use.
+        config: its settings.
+        settings: of single models, where they differ; by name.
+
+    Raises:
+        ConfigError: settings that a model or the device rules out, or that are for no model.
+    """
     device = jax.devices()[0]
     implementation = kernel_implementation()
-    max_seq_len = _max_seq_len(model, config)
-    geometry = page_geometry(model.config, config.page_size, tpu=implementation == "mosaic_tpu")
-    classes = page_classes(model.name, geometry, config.served_formats)
+    configs = _model_configs(models, config, settings)
+    limits = {name: _max_seq_len(name, model, configs[name]) for name, model in models.items()}
+    geometries = page_geometries(models, config.page_size, tpu=implementation == "mosaic_tpu")
+    classes: dict[tuple[str, str], PageClass] = {}
+    for name, geometry in geometries.items():
+        classes |= page_classes(name, geometry, config.served_formats)
     size = kv_memory_bytes(config.kv_memory, device)
-    kv = _kv_manager(config, geometry, classes, size)
-    _check_one_request_fits(kv, model.name, config, max_seq_len, size)
-    cost = model_cost(model, geometry, config.served_formats)
-    scheduler = Scheduler(config.scheduler(), kv, {model.name: cost}, device_roofline(device))
-    operations = PageOperations({model.name: geometry}, kv.allocator.slab_units, implementation)
-    longest = -(-max_seq_len // config.page_size) * config.page_size
-    runner = ModelRunner(
-        build_model(model.config, model.weights),
-        model.params,
-        geometry,
-        kv.allocator.num_units,
-        kv,
-        operations,
-        max_rows=config.max_batch_size,
-        max_chunk_tokens=config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens),
-        max_seq_len=max_seq_len,
-        implementation=implementation,
-    )
-    return EngineParts(kv, scheduler, runner, max_seq_len)
+    unit_words = next(iter(geometries.values())).unit_words
+    kv = _kv_manager(config, unit_words, classes, size)
+    for name in models:
+        _check_one_request_fits(kv, name, configs[name], limits[name], size)
+    costs = {name: model_cost(model, geometries[name], config.served_formats) for name, model in models.items()}
+    scheduler = Scheduler(config.scheduler(), kv, costs, device_roofline(device))
+    arena = Arena(next(iter(geometries.values())), kv.allocator.num_units)
+    operations = PageOperations(arena, geometries, kv.allocator.slab_units, implementation)
+    served = {}
+    for name, model in models.items():
+        runner = _runner(model, geometries[name], arena, kv, config, limits[name], implementation)
+        served[name] = ServedModel(name, model, configs[name], geometries[name], limits[name], runner)
+    return EngineParts(kv, scheduler, arena, operations, served)
 
 
 def kernel_implementation() -> Implementation:
@@ -78,9 +117,19 @@ def kernel_implementation() -> Implementation:
 
 
 def page_geometry(model: ModelConfig, page_size: int, *, tpu: bool = False) -> PageGeometry:
-    """How the model's pages lie in an arena."""
+    """How the model's pages lie in an arena of its own."""
     unit_words = choose_unit_words(model.head_dim, page_size, tpu=tpu)
     return PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, page_size, unit_words)
+
+
+def page_geometries(models: Mapping[str, LoadedModel], page_size: int, *, tpu: bool = False) -> dict[str, PageGeometry]:
+    """How the pages of several models lie in one arena: in units of one length, which suits all.
+
+    Lengths of units are powers of two, so the least divides the others.
+    """
+    alone = {name: page_geometry(model.config, page_size, tpu=tpu) for name, model in models.items()}
+    unit_words = min(geometry.unit_words for geometry in alone.values())
+    return {name: dataclasses.replace(geometry, unit_words=unit_words) for name, geometry in alone.items()}
 
 
 def page_classes(model: str, geometry: PageGeometry, formats: Iterable[str]) -> dict[tuple[str, str], PageClass]:
@@ -123,7 +172,41 @@ def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str
     )
 
 
-def _max_seq_len(model: LoadedModel, config: EngineConfig) -> int:
+def _model_configs(
+    models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
+) -> dict[str, EngineConfig]:
+    """Each model's settings, by name."""
+    if not models:
+        raise ConfigError("the engine was given no model; give at least one")
+    if unknown := [name for name in settings if name not in models]:
+        raise ConfigError(f"settings are for the model {unknown[0]!r}; the models are: {', '.join(models)}")
+    return {name: settings[name].over(config) if name in settings else config for name in models}
+
+
+def _runner(
+    model: LoadedModel,
+    geometry: PageGeometry,
+    arena: Arena,
+    kv: KVManager,
+    config: EngineConfig,
+    max_seq_len: int,
+    implementation: Implementation,
+) -> ModelRunner:
+    longest = -(-max_seq_len // config.page_size) * config.page_size
+    return ModelRunner(
+        build_model(model.config, model.weights),
+        model.params,
+        geometry,
+        arena,
+        kv,
+        max_rows=config.max_batch_size,
+        max_chunk_tokens=config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens),
+        max_seq_len=max_seq_len,
+        implementation=implementation,
+    )
+
+
+def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:
     limit = model.config.max_position
     if model.config.sliding_window is not None:
         limit = min(limit, model.config.sliding_window)  # up to here the window hides nothing
@@ -131,16 +214,16 @@ def _max_seq_len(model: LoadedModel, config: EngineConfig) -> int:
         return min(DEFAULT_MAX_SEQ_LEN, limit)
     if config.max_seq_len > limit:
         raise ConfigError(
-            f"max_seq_len={config.max_seq_len} is more than the {limit} tokens that {model.name} can attend to here; "
+            f"max_seq_len={config.max_seq_len} is more than the {limit} tokens that {name} can attend to here; "
             f"use at most {limit}"
         )
     return config.max_seq_len
 
 
 def _kv_manager(
-    config: EngineConfig, geometry: PageGeometry, classes: dict[tuple[str, str], PageClass], size: int
+    config: EngineConfig, unit_words: int, classes: dict[tuple[str, str], PageClass], size: int
 ) -> KVManager:
-    unit_bytes = geometry.unit_words * WORD_BYTES
+    unit_bytes = unit_words * WORD_BYTES
     num_units = min(size // unit_bytes, NOWHERE)
     longest = max(page_class.page_units for page_class in classes.values())
     if num_units < 2 * longest:
@@ -167,13 +250,14 @@ def _reserve_slabs(num_slabs: int) -> int:
 
 
 def _check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:
-    longest = kv.max_tokens_alone(model, config.kv_precision)
+    kv_precision = resolve_precision(kv, model, config.served_formats, config.kv_precision, None, max_seq_len).start
+    longest = kv.max_tokens_alone(model, kv_precision)
     if longest < max_seq_len:
         wanted = format_bytes(1.2 * size * max_seq_len / max(longest, config.page_size))
         remedy = f"give about {wanted}, or use a narrower kv_precision or a smaller max_seq_len"
         if config.slab_policy == "partitioned":
-            remedy += f", or a larger share of {config.kv_precision} in slab_shares"
+            remedy += f", or a larger share of {kv_precision} in slab_shares"
         raise ConfigError(
             f"kv_memory={format_bytes(size)} is too small for one request: it holds {longest} tokens in "
-            f"{config.kv_precision}, max_seq_len is {max_seq_len}; {remedy}"
+            f"{kv_precision} of {model}, max_seq_len is {max_seq_len}; {remedy}"
         )

@@ -11,6 +11,12 @@ from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.validation import Validated
 
+Weights = Literal["fp32", "bf16", "int8", "int4"]
+
+
+AUTO = "auto"
+"""KV precision of requests that are kept as wide as 16 bits while there is room, and narrowed when there is not."""
+
 
 class EngineConfig(Validated):
     """Settings of an engine. Each is honoured or refused with a `ConfigError`; none is ignored.
@@ -18,7 +24,7 @@ class EngineConfig(Validated):
     Attributes:
         weights: precision of the weights: fp32, bf16, int8 (8-bit activations too) or int4 (weights only). None:
             bf16, or what a converted checkpoint holds.
-        kv_precision: KV format of requests that do not name one.
+        kv_precision: KV format of requests that do not name one; or "auto": bf16 while there is room.
         kv_formats: KV formats that requests may name; None: all that are registered. Baseline slab policies divide
             memory by this list.
         kv_memory: size of the KV arena: bytes, a string such as "256MiB", or a fraction of the device's memory such
@@ -45,7 +51,7 @@ class EngineConfig(Validated):
         seed: of requests that name none.
     """
 
-    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    weights: Weights | None = None
     kv_precision: str = "bf16"
     kv_formats: tuple[str, ...] | None = None
     kv_memory: int | float | str | None = None
@@ -67,7 +73,12 @@ class EngineConfig(Validated):
     @field_validator("kv_precision")
     @classmethod
     def _known_format(cls, value: str) -> str:
-        return get_format(value).name
+        return value if value == AUTO else get_format(value).name
+
+    @field_validator("min_kv_precision")
+    @classmethod
+    def _known_floor(cls, value: str | None) -> str | None:
+        return value if value is None else get_format(value).name
 
     @field_validator("kv_formats")
     @classmethod
@@ -76,10 +87,10 @@ class EngineConfig(Validated):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.kv_formats is not None and self.kv_precision not in self.kv_formats:
-            raise ValueError(
-                f"kv_precision={self.kv_precision!r} is not among kv_formats={list(self.kv_formats)}; add it there"
-            )
+        for name in ("kv_precision", "min_kv_precision"):
+            value = getattr(self, name)
+            if self.kv_formats is not None and value not in (*self.kv_formats, AUTO, None):
+                raise ValueError(f"{name}={value!r} is not among kv_formats={list(self.kv_formats)}; add it there")
         if self.slab_shares is not None and self.slab_policy != "partitioned":
             raise ValueError(
                 f"slab_shares has no meaning with slab_policy={self.slab_policy!r}; use slab_policy='partitioned'"

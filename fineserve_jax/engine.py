@@ -1,21 +1,42 @@
 """The engine: requests in, tokens out. A step is schedule -> execute -> commit."""
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fineserve_jax.assembly import assemble
-from fineserve_jax.config import EngineConfig
+from fineserve_jax.assembly import ServedModel, assemble
+from fineserve_jax.config import AUTO, EngineConfig
 from fineserve_jax.errors import RequestError
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.narrowing import ladder
+from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.kv.usage import FormatUsage
-from fineserve_jax.loaders import LoadedModel
+from fineserve_jax.loaders import LoadedModel, Tokenizer
+from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.outputs import GrowingText
+from fineserve_jax.precision import Precision, resolve_precision
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, StepPlan
-from fineserve_jax.runner.runner import SampledToken, StepResult
+from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
 from fineserve_jax.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """How one model of an engine stands.
+
+    Attributes:
+        weights: precision of its weights.
+        kv: per KV format, what its pages take of the arena.
+        prediction_error: typical relative error of its predicted step times; None before there is one.
+    """
+
+    weights: str
+    kv: dict[str, ClassStats]
+    prediction_error: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +44,15 @@ class EngineStats:
     """How the engine stands and what it did so far.
 
     Attributes:
-        kv: per KV format, bytes needed, reserved and free.
+        kv: per KV format, over all models, bytes needed, reserved and free.
         kv_bytes: the arena's size.
         num_waiting, num_running: requests without and with memory.
         num_prompt_tokens, num_output_tokens: computed and sampled tokens since the start.
         output_tokens_per_s: sampled tokens over the time spent in steps, compilation included.
         num_steps, num_preemptions, num_compilations: since the start.
-        prediction_error: typical relative error of predicted step times; None before there is one.
+        prediction_error: typical relative error of predicted step times, the largest of the models'; None before there
+            is one.
+        models: each model's part, by name.
     """
 
     kv: dict[str, FormatUsage]
@@ -43,45 +66,90 @@ class EngineStats:
     num_preemptions: int
     num_compilations: int
     prediction_error: float | None
+    models: dict[str, ModelStats]
 
 
 class Engine:
-    """Serves requests of one model, each with its KV cache in its own precision.
+    """Serves requests of one model or of several, each with its KV cache in its own precision.
 
     Not thread-safe: one thread adds requests and calls `step`.
 
     Args:
-        model: as `loaders.load_model` gives it.
+        model: as `loaders.load_model` gives it; or several, by the names that requests use.
         config: settings.
         clock: seconds, monotonic.
+        settings: of single models, where they differ from `config`; by name.
+
+    Attributes:
+        models: what it serves, by name. `model`, `tokenizer`, `runner` and `max_seq_len` are those of the only one.
 
     Raises:
-        ConfigError: settings that this model or device rules out.
+        ConfigError: settings that a model or the device rules out.
     """
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: LoadedModel | Mapping[str, LoadedModel],
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        settings: Mapping[str, ModelSettings] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
-        self.model, self.tokenizer = model, model.tokenizer
-        self.kv, self.scheduler, self.runner, self.max_seq_len = assemble(model, self.config)
+        models = {model.name: model} if isinstance(model, LoadedModel) else model
+        parts = assemble(models, self.config, settings or {})
+        self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
         self.clock = clock
         self.formats = self.config.served_formats  # as of now: formats registered later have no pages here
         self.texts: dict[Request, GrowingText] = {}
         self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_output_tokens = 0
         self._busy_s = 0.0
 
+    # -- models --------------------------------------------------------------------------------------------------
+
+    def served(self, model: str | None = None) -> ServedModel:
+        """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
+        known = ", ".join(self.models)
+        if model is None:
+            if len(self.models) > 1:
+                raise RequestError(f"no model is named, and there are several; give model as one of {known}")
+            return next(iter(self.models.values()))
+        if model not in self.models:
+            raise RequestError(f"model={model!r} is not served; choose one of {known}")
+        return self.models[model]
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.served().model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.served().tokenizer
+
+    @property
+    def runner(self) -> ModelRunner:
+        return self.served().runner
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.served().max_seq_len
+
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def check(self, token_ids: Sequence[int], sampling: SamplingParams, kv_precision: str | None = None) -> None:
+    def check(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        kv_precision: str | None = None,
+        model: str | None = None,
+        min_kv_precision: str | None = None,
+    ) -> None:
         """Raises `RequestError` for a request that can never be served, saying what is wrong and what to do."""
-        kv_precision = self._kv_precision(kv_precision)
+        served = self.served(model)
+        max_seq_len, total = served.max_seq_len, self._max_total_tokens(self.served(model), token_ids, sampling)
+        precision = self._precision(served, kv_precision, min_kv_precision, total)
         if not token_ids:
             raise RequestError("the prompt is empty; give at least one token")
-        vocab_size = self.model.config.vocab_size
+        vocab_size = served.model.config.vocab_size
         named = {
             "prompt": token_ids,
             "logit_bias": sampling.logit_bias,
@@ -90,28 +158,27 @@ class Engine:
         for name, ids in named.items():
             if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
                 wrong = next(token for token in ids if not 0 <= token < vocab_size)
-                raise RequestError(f"{name} has token {wrong}; {self.model.name} has tokens 0 to {vocab_size - 1}")
-        if len(token_ids) >= self.max_seq_len:
+                raise RequestError(f"{name} has token {wrong}; {served.name} has tokens 0 to {vocab_size - 1}")
+        if len(token_ids) >= max_seq_len:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; with max_seq_len={self.max_seq_len} it may have "
-                f"{self.max_seq_len - 1}, one being left to generate; shorten it or raise max_seq_len"
+                f"the prompt has {len(token_ids)} tokens; with max_seq_len={max_seq_len} it may have "
+                f"{max_seq_len - 1}, one being left to generate; shorten it or raise max_seq_len"
             )
-        if sampling.min_tokens > self.max_seq_len - len(token_ids):
+        if sampling.min_tokens > max_seq_len - len(token_ids):
             raise RequestError(
                 f"min_tokens={sampling.min_tokens} after a prompt of {len(token_ids)} tokens is more than "
-                f"max_seq_len={self.max_seq_len}; lower it or raise max_seq_len"
+                f"max_seq_len={max_seq_len}; lower it or raise max_seq_len"
             )
-        num_stop_ids = len(self._stop_ids(sampling))
+        num_stop_ids = len(self._stop_ids(served, sampling))
         if sampling.min_tokens and num_stop_ids > MAX_STOP_IDS:
             raise RequestError(
                 f"min_tokens={sampling.min_tokens} has to hold back {num_stop_ids} tokens, end-of-sequence tokens "
                 f"included; it can hold back {MAX_STOP_IDS}; use fewer stop_token_ids or min_tokens=0"
             )
-        total = self._max_total_tokens(token_ids, sampling)
-        if not self.kv.fits_alone(self.model.name, kv_precision, total):
-            longest = self.kv.max_tokens_alone(self.model.name, kv_precision)
+        if not self.kv.fits_alone(served.name, precision.start, total):
+            longest = self.kv.max_tokens_alone(served.name, precision.start)
             raise RequestError(
-                f"a request of up to {total} tokens in {kv_precision} does not fit the KV memory, which holds "
+                f"a request of up to {total} tokens in {precision.start} does not fit the KV memory, which holds "
                 f"{longest} such tokens; lower max_tokens, choose a narrower kv_precision or raise kv_memory"
             )
 
@@ -121,8 +188,11 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         kv_precision: str | None = None,
+        min_kv_precision: str | None = None,
+        model: str | None = None,
         request_id: str | None = None,
         sample_index: int = 0,
+        fork_of: Request | None = None,
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
         drop_when_late: bool = False,
@@ -133,29 +203,37 @@ class Engine:
         Args:
             token_ids: the prompt.
             sampling: how to sample; greedy if None. Its `n` is the caller's business: one request is one sample.
-            kv_precision: KV format; None for the engine's.
+            kv_precision: KV format, or "auto"; None for the model's own, which is the engine's unless it has another.
+            min_kv_precision: KV format its older tokens may be narrowed to when memory is short; None for the
+                engine's, if that has one. With "auto" the narrowest unless another is named.
+            model: who answers; None for the only one there is.
             request_id: unique; None assigns one.
             sample_index: which of several samples of one prompt this is; moves its seed.
+            fork_of: another sample of the same prompt, to start from its pages if they are still there.
             ttft_slo_s, tpot_slo_s, drop_when_late, tenant: see `Request`.
 
         Raises:
             RequestError: see `check`.
         """
         sampling = sampling or SamplingParams()
-        self.check(token_ids, sampling, kv_precision)
-        sequence = self._num_requests
+        self.check(token_ids, sampling, kv_precision, model, min_kv_precision)
+        served, sequence = self.served(model), self._num_requests
+        total = self._max_total_tokens(served, token_ids, sampling)
+        precision = self._precision(served, kv_precision, min_kv_precision, total)
         request = Request(
             request_id=f"request-{sequence}" if request_id is None else request_id,
-            model=self.model.name,
-            kv_precision=self._kv_precision(kv_precision),
+            model=served.name,
+            kv_precision=precision.start,
+            min_kv_precision=precision.floor,
+            fork_of=fork_of,
             sampling=sampling,
             token_ids=list(token_ids),
             num_prompt_tokens=len(token_ids),
-            max_total_tokens=self._max_total_tokens(token_ids, sampling),
+            max_total_tokens=total,
             sequence=sequence,
             times=RequestTimes(self.clock()),
             seed=self._seed(sampling, sequence, sample_index),
-            stop_ids=self._stop_ids(sampling),
+            stop_ids=self._stop_ids(served, sampling),
             ttft_slo_s=ttft_slo_s,
             tpot_slo_s=tpot_slo_s,
             drop_when_late=drop_when_late,
@@ -163,8 +241,8 @@ class Engine:
         )
         self.scheduler.add(request)
         self._num_requests += 1
-        self.runner.use_formats([request.kv_precision])
-        self.texts[request] = GrowingText(self.tokenizer, sampling.stop)
+        self._use(served, precision)
+        self.texts[request] = GrowingText(served.tokenizer, sampling.stop)
         return request
 
     def abort(self, request: Request) -> None:
@@ -180,6 +258,28 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
+    def warm_up(self, kv_precisions: Sequence[str] = ()) -> int:
+        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
+
+        Returns:
+            how many programs that took. Serving those formats compiles nothing from then on.
+        """
+        before = self._num_compilations
+        pairs: list[tuple[PageClass, PageClass]] = []
+        for served in self.models.values():
+            precisions = [self._precision(served, name, None) for name in (None, *kv_precisions)]
+            for precision in precisions:
+                self._use(served, precision)
+                steps = self._ladder(served, precision)
+                pairs += itertools.pairwise(steps)
+                pairs += [(step, step) for step in (*steps, *(step.tail for step in steps if step.tail))]
+            served.runner.warm_up()
+        if self.kv.sharing.prefix_cache == "convert":
+            used = {page_class for pair in pairs for page_class in pair}
+            pairs += [(a, b) for a in used for b in used if a.model == b.model and a.page_bytes > b.page_bytes]
+        self.page_operations.warm_up(pairs, transfers=self.kv.host.max_bytes > 0)
+        return self._num_compilations - before
+
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
@@ -190,11 +290,17 @@ class Engine:
         if plan is None:
             return []
         start = time.perf_counter()
-        result = self.runner.execute(plan)
+        result = self.execute(plan)
         advanced = self._commit(plan, result)
         self._busy_s += time.perf_counter() - start
         self._num_steps += 1
         return advanced
+
+    def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
+        """Does what the KV manager has queued for the device, and computes a plan; see `ModelRunner.execute`."""
+        self.page_operations.apply(self.kv.take_operations())
+        self.scheduler.pressure.note_rate(self.page_operations.bytes_per_s)
+        return self.models[plan.works[0].request.model].runner.execute(plan, scores)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[Request]:
         prompt_tokens = sum(
@@ -222,40 +328,57 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.texts[request].finish()
+        request.kv_tokens = self.kv.tokens_by_format(request)
         self.scheduler.finish(request, reason, self.clock())
         if not self.scheduler.has_unfinished:
             self.kv.check_integrity()
 
     # -- what follows from a request's parameters ------------------------------------------------------------------
 
-    def _kv_precision(self, kv_precision: str | None) -> str:
-        name = kv_precision or self.config.kv_precision
-        if name not in self.formats:
-            raise RequestError(f"kv_precision={name!r} is not served; choose one of {', '.join(self.formats)}")
-        return name
+    def _precision(
+        self, served: ServedModel, kv_precision: str | None, min_kv_precision: str | None, num_tokens: int = 1
+    ) -> Precision:
+        name, floor = kv_precision or served.config.kv_precision, min_kv_precision or served.config.min_kv_precision
+        if min_kv_precision is None and floor is not None and name not in (AUTO, served.config.kv_precision):
+            floor = None  # the engine's floor belongs to the engine's precision
+        return resolve_precision(self.kv, served.name, self.formats, name, floor, num_tokens)
 
-    def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        ends = () if sampling.ignore_eos else self.tokenizer.eos_token_ids
+    def _use(self, served: ServedModel, precision: Precision) -> None:
+        """Make the model's programs serve requests of this precision."""
+        served.runner.use_formats(step.kv_format for step in self._ladder(served, precision))
+        if precision.floor is not None:
+            served.runner.use_narrowing()
+
+    def _ladder(self, served: ServedModel, precision: Precision) -> list[PageClass]:
+        return ladder(self.kv, served.name, precision.start, precision.floor)
+
+    def _stop_ids(self, served: ServedModel, sampling: SamplingParams) -> frozenset[int]:
+        ends = () if sampling.ignore_eos else served.tokenizer.eos_token_ids
         return frozenset(sampling.stop_token_ids).union(ends)
 
-    def _max_total_tokens(self, token_ids: Sequence[int], sampling: SamplingParams) -> int:
+    def _max_total_tokens(self, served: ServedModel, token_ids: Sequence[int], sampling: SamplingParams) -> int:
         if sampling.max_tokens is None:
-            return self.max_seq_len
-        return min(len(token_ids) + sampling.max_tokens, self.max_seq_len)
+            return served.max_seq_len
+        return min(len(token_ids) + sampling.max_tokens, served.max_seq_len)
 
     def _seed(self, sampling: SamplingParams, sequence: int, sample_index: int) -> int:
         if sampling.seed is not None:
             return (sampling.seed + sample_index) % 2**32
         return int(np.random.SeedSequence((self.config.seed, sequence)).generate_state(1)[0])
 
+    @property
+    def _num_compilations(self) -> int:
+        return self.page_operations.num_compilations + sum(m.runner.num_compilations for m in self.models.values())
+
     # -- accounts --------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
         """Where the engine stands now."""
-        profile = self.scheduler.profiles[self.model.name]
+        models = self._model_stats()
+        errors = [model.prediction_error for model in models.values() if model.prediction_error is not None]
         return EngineStats(
             kv=self.kv.usage().formats,
-            kv_bytes=self.runner.arena.nbytes,
+            kv_bytes=self.arena.nbytes,
             num_waiting=self.scheduler.num_waiting,
             num_running=self.scheduler.num_running,
             num_prompt_tokens=self._num_prompt_tokens,
@@ -263,6 +386,17 @@ class Engine:
             output_tokens_per_s=self._num_output_tokens / self._busy_s if self._busy_s else 0.0,
             num_steps=self._num_steps,
             num_preemptions=self.scheduler.num_preemptions,
-            num_compilations=self.runner.num_compilations,
-            prediction_error=profile.error,
+            num_compilations=self._num_compilations,
+            prediction_error=max(errors, default=None),
+            models=models,
         )
+
+    def _model_stats(self) -> dict[str, ModelStats]:
+        kv: dict[str, dict[str, ClassStats]] = {name: {} for name in self.models}
+        for page_class, stats in self.kv.allocator.stats().classes.items():
+            kv[page_class.model][page_class.kv_format] = stats
+        profiles = self.scheduler.profiles
+        return {
+            name: ModelStats(served.model.weights, kv[name], profiles[name].error)
+            for name, served in self.models.items()
+        }

@@ -1,13 +1,16 @@
 """The synchronous front door: prompts in, answers out, in order."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
-from fineserve_jax.compilation_cache import use_compilation_cache
+from fineserve_jax.assembly import ServedModel
 from fineserve_jax.config import EngineConfig
 from fineserve_jax.engine import Engine, EngineStats
-from fineserve_jax.errors import RequestError
-from fineserve_jax.loaders import encode_chat, load_model
+from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.load_engine import load_engine
+from fineserve_jax.loaders import Tokenizer, encode_chat
+from fineserve_jax.model_settings import model_sources
 from fineserve_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.sampling_params import SamplingParams
@@ -17,14 +20,21 @@ Conversation = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """A model that answers prompts, each with its KV cache in the precision it asks for.
+    """A model, or several, that answer prompts, each with its KV cache in the precision it asks for.
 
     >>> llm = LLM("smollm2-135m", kv_precision="int8", kv_memory="256MiB")
     >>> outs = llm.generate(["The sky is", "Grass is"], SamplingParams(max_tokens=8), kv_precision=["int4", "bf16"])
     >>> outs[0].outputs[0].text
 
+    Several models share the KV memory, and then each prompt names its model:
+
+    >>> llm = LLM(models={"exact": "smollm2-135m", "fast": {"model": "smollm2-135m", "weights": "int8"}})
+    >>> llm.generate(["The sky is", "Grass is"], model=["exact", "fast"])
+
     Args:
         model: an alias, a .gguf file, a Hugging Face directory, or a directory that `fineserve-jax convert` wrote.
+        models: instead of `model`, several by name: each such a source, or a table of `model` and, where they differ
+            from the options, `weights`, `kv_precision` and `max_seq_len`.
         options: the fields of `EngineConfig`.
 
     Raises:
@@ -32,13 +42,16 @@ class LLM:
         ConfigError: an option that is unknown or cannot be honoured.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **options: Any) -> None:
+        if (model is None) == (models is None):
+            given = "neither model nor models" if model is None else "both model and models"
+            raise ConfigError(f"the LLM was given {given}; give one model, or several by name as models")
         config = EngineConfig(**options)
-        use_compilation_cache()
-        self.engine = Engine(load_model(model, config.weights), config)
+        self.engine = load_engine(model_sources(models) if model is None else model, config)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
+        """The only model's; those of several are in `engine.models`."""
         return self.engine.tokenizer
 
     def generate(
@@ -46,7 +59,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        kv_precision: str | Sequence[str] | None = None,
+        kv_precision: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str] | None = None,
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, all in one batch as far as memory allows.
@@ -54,7 +68,8 @@ class LLM:
         Args:
             prompts: texts or lists of token ids; or a single one.
             sampling_params: one for all, or one for each prompt; greedy if None.
-            kv_precision: KV format, one for all or one for each; the engine's if None.
+            kv_precision: KV format, one for all or one for each; the model's own if None.
+            model: who answers, one name for all or one for each; None if there is only one model.
             on_step: called after every step, to show progress.
 
         Returns:
@@ -64,16 +79,18 @@ class LLM:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
         """
         listed = _prompt_list(prompts)
-        tokenized = [self._tokenize(prompt) for prompt in listed]
+        models = self._models(model, len(listed))
+        tokenized = [_tokenize(served.tokenizer, prompt) for served, prompt in zip(models, listed, strict=True)]
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
-        return self._run(texts, tokenized, sampling_params, kv_precision, on_step)
+        return self._run(models, texts, tokenized, sampling_params, kv_precision, on_step)
 
     def chat(
         self,
         conversations: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        kv_precision: str | Sequence[str] | None = None,
+        kv_precision: str | Sequence[str | None] | None = None,
+        model: str | Sequence[str] | None = None,
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
         """Continues conversations, lists of {"role": ..., "content": ...}, through the model's chat template.
@@ -82,9 +99,10 @@ class LLM:
         """
         single = conversations and isinstance(conversations[0], Mapping)
         listed: list[Any] = [conversations] if single else list(conversations)
-        encoded = [encode_chat(self.tokenizer, messages) for messages in listed]
+        models = self._models(model, len(listed))
+        encoded = [encode_chat(served.tokenizer, messages) for served, messages in zip(models, listed, strict=True)]
         texts, tokenized = [text for text, _ in encoded], [token_ids for _, token_ids in encoded]
-        return self._run(texts, tokenized, sampling_params, kv_precision, on_step)
+        return self._run(models, texts, tokenized, sampling_params, kv_precision, on_step)
 
     def stream(
         self,
@@ -92,6 +110,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         kv_precision: str | None = None,
+        model: str | None = None,
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
@@ -100,29 +119,35 @@ class LLM:
         sampling = sampling_params or SamplingParams()
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: one answer at a time can be streamed; use n=1, or generate()")
+        tokenizer = self.engine.served(model).tokenizer
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            _, token_ids = encode_chat(self.tokenizer, prompt)  # type: ignore[arg-type]
+            _, token_ids = encode_chat(tokenizer, prompt)  # type: ignore[arg-type]
         else:
-            token_ids = self._tokenize(prompt)  # type: ignore[arg-type]
-        self.engine.check(token_ids, sampling, kv_precision)
-        return self._pieces(token_ids, sampling, kv_precision)
+            token_ids = _tokenize(tokenizer, prompt)  # type: ignore[arg-type]
+        self.engine.check(token_ids, sampling, kv_precision, model)
+        return self._pieces(token_ids, sampling, kv_precision, model)
 
     def warm_up(self, kv_precisions: Sequence[str] = ()) -> int:
-        """Compiles ahead all programs that requests in these KV formats, and in the engine's own, can need.
+        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
 
         Returns:
             how many programs that took. Serving those formats compiles nothing from then on.
         """
-        self.engine.runner.use_formats([self.engine.config.kv_precision, *kv_precisions])
-        return self.engine.runner.warm_up()
+        programs = 0
+        for served in self.engine.models.values():
+            served.runner.use_formats([served.config.kv_precision, *kv_precisions])
+            programs += served.runner.warm_up()
+        return programs
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
         return self.engine.stats()
 
-    def _pieces(self, token_ids: list[int], sampling: SamplingParams, kv_precision: str | None) -> Iterator[str]:
+    def _pieces(
+        self, token_ids: list[int], sampling: SamplingParams, kv_precision: str | None, model: str | None
+    ) -> Iterator[str]:
         # Runs from the first piece asked for: a stream that nobody reads holds nothing.
-        request = self.engine.add_request(token_ids, sampling, kv_precision=kv_precision)
+        request = self.engine.add_request(token_ids, sampling, kv_precision=kv_precision, model=model)
         try:
             while True:
                 # Steps of other calls may have moved this request on, even to its end.
@@ -135,32 +160,36 @@ class LLM:
             self.engine.abort(request)
             self.engine.release(request)
 
-    def _tokenize(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+    def _models(self, model: str | Sequence[str] | None, count: int) -> list[ServedModel]:
+        """The model of each of `count` prompts."""
+        return [self.engine.served(name) for name in _one_each(model, str | None, count, "model")]
 
     def _run(
         self,
+        models: Sequence[ServedModel],
         texts: Sequence[str | None],
         tokenized: Sequence[list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        kv_precision: str | Sequence[str] | None,
+        kv_precision: str | Sequence[str | None] | None,
         on_step: Callable[[EngineStats], None] | None,
     ) -> list[RequestOutput]:
         """Serves tokenized prompts to the end. Nothing stays behind in the engine, whatever happens."""
         count = len(tokenized)
         params = _one_each(sampling_params or SamplingParams(), SamplingParams, count, "sampling_params")
-        formats = _one_each(kv_precision or self.engine.config.kv_precision, str, count, "kv_precision")
-        for i, (token_ids, sampling, name) in enumerate(zip(tokenized, params, formats, strict=True)):
+        formats = _one_each(kv_precision or None, str | None, count, "kv_precision")
+        for i, (token_ids, sampling, name, served) in enumerate(zip(tokenized, params, formats, models, strict=True)):
             try:
-                self.engine.check(token_ids, sampling, name)
+                self.engine.check(token_ids, sampling, name, served.name)
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
         groups: list[list[Request]] = []
         try:
-            for token_ids, sampling, name in zip(tokenized, params, formats, strict=True):
+            for token_ids, sampling, name, served in zip(tokenized, params, formats, models, strict=True):
                 groups.append([])
                 for sample in range(sampling.n):
-                    added = self.engine.add_request(token_ids, sampling, kv_precision=name, sample_index=sample)
+                    added = self.engine.add_request(
+                        token_ids, sampling, kv_precision=name, model=served.name, sample_index=sample
+                    )
                     groups[-1].append(added)
             while any(request.status is not RequestStatus.FINISHED for group in groups for request in group):
                 self.engine.step()
@@ -182,6 +211,7 @@ def request_output(engine: Engine, prompt: str | None, samples: Sequence[Request
         request_id=first.request_id,
         prompt=prompt,
         prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+        model=first.model,
         kv_precision=first.kv_precision,
         outputs=[
             CompletionOutput(
@@ -208,7 +238,11 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _one_each(value: Any, kind: type, count: int, name: str) -> list[Any]:
+def _tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    return tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+
+
+def _one_each(value: Any, kind: type | UnionType, count: int, name: str) -> list[Any]:
     """`value` for each of `count` prompts: itself repeated, or its elements."""
     if isinstance(value, kind):
         return [value] * count

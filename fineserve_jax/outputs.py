@@ -51,6 +51,7 @@ class RequestOutput:
     Attributes:
         request_id: as given or assigned.
         prompt: the text, None if the prompt came as tokens.
+        model: name of the model that answered.
         kv_precision: KV format its cache was kept in.
         outputs: its `n` samples.
     """
@@ -58,6 +59,7 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    model: str
     kv_precision: str
     outputs: list[CompletionOutput]
     metrics: RequestMetrics

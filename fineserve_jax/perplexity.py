@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fineserve_jax.assembly import ServedModel
+from fineserve_jax.config import AUTO
 from fineserve_jax.engine import Engine
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.pallas_kernels.formats import get_format
@@ -65,6 +67,7 @@ def measure_perplexity(
     windows: int = 8,
     kv_precision: str | None = None,
     on_window: Callable[[int, float], None] | None = None,
+    model: str | None = None,
 ) -> Perplexity:
     """Perplexity of the first `windows` consecutive runs of `window` tokens, each by itself.
 
@@ -74,18 +77,22 @@ def measure_perplexity(
     Args:
         engine: with nothing else to do meanwhile. Its `max_chunk_tokens` does not change the result.
         token_ids: the text, without special tokens.
-        kv_precision: KV format; the engine's if None.
+        kv_precision: KV format; the model's own if None.
         on_window: called after each window with how many are done and the perplexity so far.
+        model: whose; None for the only one there is.
 
     Raises:
         RequestError: too short a text, or windows that the engine cannot hold.
     """
-    kv_precision = kv_precision or engine.config.kv_precision
-    _check(engine, token_ids, window, windows, kv_precision)
-    engine.runner.use_formats([kv_precision])
+    served = engine.served(model)
+    kv_precision = kv_precision or served.config.kv_precision
+    if kv_precision == AUTO:
+        raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
+    _check(engine, served, token_ids, window, windows, kv_precision)
+    served.runner.use_formats([kv_precision])
     total, tokens = 0.0, 0
     for i in range(windows):
-        logprobs = _score_window(engine, list(token_ids[i * window : (i + 1) * window]), kv_precision)
+        logprobs = _score_window(engine, served, list(token_ids[i * window : (i + 1) * window]), kv_precision)
         total, tokens = total + float(logprobs.sum(dtype=np.float64)), tokens + logprobs.size
         if on_window is not None:
             on_window(i + 1, math.exp(-total / tokens))
@@ -95,13 +102,15 @@ def measure_perplexity(
         window=window,
         windows=windows,
         kv_precision=kv_precision,
-        bits_per_value=get_format(kv_precision).bits_per_value(engine.runner.geometry),
-        model=engine.model.name,
-        weights=engine.model.weights,
+        bits_per_value=get_format(kv_precision).bits_per_value(served.geometry),
+        model=served.name,
+        weights=served.model.weights,
     )
 
 
-def _check(engine: Engine, token_ids: Sequence[int], window: int, windows: int, kv_precision: str) -> None:
+def _check(
+    engine: Engine, served: ServedModel, token_ids: Sequence[int], window: int, windows: int, kv_precision: str
+) -> None:
     if window < 2 or windows < 1:
         raise RequestError(f"window={window}, windows={windows}: at least 2 tokens and 1 window are needed")
     if len(token_ids) < window * windows:
@@ -109,20 +118,20 @@ def _check(engine: Engine, token_ids: Sequence[int], window: int, windows: int, 
             f"the text has {len(token_ids)} tokens, which is {len(token_ids) // window} windows of {window}; "
             f"{windows} were asked for: give a longer text, or fewer or shorter windows"
         )
-    if window > engine.max_seq_len:
-        raise RequestError(f"window={window} is more than max_seq_len={engine.max_seq_len}; shorten it or raise that")
+    if window > served.max_seq_len:
+        raise RequestError(f"window={window} is more than max_seq_len={served.max_seq_len}; shorten it or raise that")
     # The engine's own checks of a request: tokens of its vocabulary, a format it serves, memory for a window.
     for start in range(0, window * windows, window):
         for part in (slice(start, start + window - 1), slice(start + 1, start + window)):
-            engine.check(token_ids[part], SamplingParams(max_tokens=1), kv_precision)
+            engine.check(token_ids[part], SamplingParams(max_tokens=1), kv_precision, served.name)
 
 
-def _score_window(engine: Engine, token_ids: list[int], kv_precision: str) -> np.ndarray:
+def _score_window(engine: Engine, served: ServedModel, token_ids: list[int], kv_precision: str) -> np.ndarray:
     """f32[len(token_ids) - 1], log-probability of each token but the first. Leaves no pages behind."""
-    kv, largest_chunk = engine.kv, engine.runner.chunk_buckets[-1]
+    kv, largest_chunk = engine.kv, served.runner.chunk_buckets[-1]
     request = Request(
         request_id="perplexity",
-        model=engine.model.name,
+        model=served.name,
         kv_precision=kv_precision,
         sampling=SamplingParams(),
         token_ids=token_ids,
@@ -138,7 +147,7 @@ def _score_window(engine: Engine, token_ids: list[int], kv_precision: str) -> np
     try:
         while (count := min(largest_chunk, request.num_uncomputed_tokens)) > 1:  # a last token alone predicts nothing
             work = Work(request, request.num_computed_tokens, count)
-            scores = engine.runner.execute(StepPlan((), (work,)), scores=True).scores
+            scores = engine.execute(StepPlan((), (work,)), scores=True).scores
             if scores is None:
                 raise RuntimeError("the runner returned no scores although they were asked for")
             parts.append(scores[:count])

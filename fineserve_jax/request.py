@@ -55,6 +55,7 @@ class Request:
         min_kv_precision: name of the narrowest KV format its older pages may be narrowed to when memory is short;
             None: they stay as they are.
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
+        kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
         drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
@@ -85,6 +86,7 @@ class Request:
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     logprobs: list = field(default_factory=list)
+    kv_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

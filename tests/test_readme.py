@@ -55,14 +55,17 @@ def test_the_format_of_the_example_can_be_registered():
 
 
 def test_the_readme_calls_the_python_interface_as_it_is():
-    (block,) = (block for block in blocks() if "llm.generate" in block)
-    compile(block, "README.md", "exec")
+    one, several = (block for block in blocks() if "llm.generate" in block)
     from fineserve_jax.config import EngineConfig
+    from fineserve_jax.model_settings import model_sources
     from fineserve_jax.sampling_params import SamplingParams
 
-    arguments = re.search(r"LLM\((.*?)\)", block).group(1)
+    arguments = re.search(r"LLM\((.*?)\)", one).group(1)
     EngineConfig(**eval(f"dict({arguments.split(',', 1)[1]})"))
-    SamplingParams(**eval(f"dict({re.search(r'SamplingParams[(](.*?)[)]', block).group(1)})"))
+    assert list(model_sources(eval(re.search(r"LLM\(models=(.*)\)\n", several).group(1)))) == ["exact", "fast"]
+    for block in (one, several):
+        compile(block, "README.md", "exec")
+        SamplingParams(**eval(f"dict({re.search(r'SamplingParams[(](.*?)[)]', block).group(1)})"))
 
 
 def test_no_figure_is_left_to_fill_in():

@@ -5,6 +5,7 @@ A row of the input is a JSON object on a line of its own, with `prompt` (text, o
 with
 
     id              text or a whole number, its own; else the line's number
+    model           the name of its model, where there are several
     kv_precision    the KV format of this row
     ttft_slo_s      target for its first token, in seconds after it joined the queue
     tpot_slo_s      target for each further token, in seconds
@@ -14,10 +15,10 @@ An answer is
 
     id, text, finish_reason, prompt_tokens, output_tokens, kv_precision
 
-and, where the row asked for them, `logprobs`: for each output token {"token", "text", "logprob"}, with "top",
-a list of such, for the most likely tokens. A row with `n` above 1 has `samples` instead of `text`,
-`finish_reason` and `logprobs`: a list of objects with those and `output_tokens`. A row that cannot be
-answered gives {"id", "line", "error"}.
+and, where there are several models, `model`; where the row asked for them, `logprobs`: for each output token
+{"token", "text", "logprob"}, with "top", a list of such, for the most likely tokens. A row with `n` above 1
+has `samples` instead of `text`, `finish_reason` and `logprobs`: a list of objects with those and
+`output_tokens`. A row that cannot be answered gives {"id", "line", "error"}.
 
 Answers are written as they are complete, in no order; the ids tie them to their rows.
 """

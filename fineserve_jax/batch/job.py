@@ -102,17 +102,19 @@ class BatchJob:
                 self._fail(row.line, row.id, str(error))
 
     def _add(self, row: Row) -> None:
-        tokens, sampling = prompt_tokens(row, self.engine.tokenizer), row_sampling(row, self.sampling)
+        tokenizer = self.engine.served(row.model).tokenizer
+        tokens, sampling = prompt_tokens(row, tokenizer), row_sampling(row, self.sampling)
         if sampling.seed is None:
             seed = int(np.random.SeedSequence((self.engine.config.seed, row.line)).generate_state(1)[0])
             sampling = sampling.model_copy(update={"seed": seed})
-        self.engine.check(tokens, sampling, row.kv_precision)
+        self.engine.check(tokens, sampling, row.kv_precision, row.model)
         opened = OpenRow(row)
         for sample in range(sampling.n):
             request = self.engine.add_request(
                 tokens,
                 sampling,
                 kv_precision=row.kv_precision,
+                model=row.model,
                 sample_index=sample,
                 ttft_slo_s=row.ttft_slo_s,
                 tpot_slo_s=row.tpot_slo_s,
@@ -163,6 +165,7 @@ def answer_row(engine: Engine, row_id: RowId, samples: list[Request]) -> dict[st
         **(written[0] if len(written) == 1 else {"samples": written}),
         "prompt_tokens": first.num_prompt_tokens,
         "output_tokens": sum(request.num_output_tokens for request in samples),
+        **({"model": first.model} if len(engine.models) > 1 else {}),
         "kv_precision": first.kv_precision,
     }
 
@@ -174,8 +177,9 @@ def _sample(engine: Engine, request: Request) -> dict[str, Any]:
         "output_tokens": request.num_output_tokens,
     }
     if request.sampling.logprobs is not None:
+        tokenizer = engine.models[request.model].tokenizer
         tokens = zip(request.output_token_ids, request.logprobs, strict=True)
-        sample["logprobs"] = [_logprobs(engine.tokenizer, token, entry) for token, entry in tokens]
+        sample["logprobs"] = [_logprobs(tokenizer, token, entry) for token, entry in tokens]
     return sample
 
 

@@ -10,7 +10,7 @@ from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.sampling_params import SamplingParams
 
 TARGETS = ("ttft_slo_s", "tpot_slo_s")
-ROW_FIELDS = ("id", "prompt", "messages", "kv_precision", *TARGETS)
+ROW_FIELDS = ("id", "prompt", "messages", "model", "kv_precision", *TARGETS)
 RowId = str | int
 
 
@@ -23,7 +23,8 @@ class Row:
         id: its own, or the line.
         prompt: text or token ids; None if there are messages.
         messages: a conversation; None if there is a prompt.
-        kv_precision: KV format; None for the engine's.
+        model: name of the model; None for the only one.
+        kv_precision: KV format; None for the model's own.
         ttft_slo_s, tpot_slo_s: latency targets in seconds, see `Request`; None for none.
         sampling: the sampling fields it sets, unchecked.
     """
@@ -32,6 +33,7 @@ class Row:
     id: RowId
     prompt: str | list[int] | None
     messages: list[Any] | None
+    model: str | None
     kv_precision: str | None
     ttft_slo_s: float | None
     tpot_slo_s: float | None
@@ -78,6 +80,7 @@ def parse_row(line: bytes, number: int) -> Row | BadRow:
         id=row_id,
         prompt=content.get("prompt"),
         messages=content.get("messages"),
+        model=content.get("model"),
         kv_precision=content.get("kv_precision"),
         ttft_slo_s=content.get("ttft_slo_s"),
         tpot_slo_s=content.get("tpot_slo_s"),
@@ -112,9 +115,10 @@ def _what_is_wrong(content: dict[str, Any]) -> str | None:
         return f"prompt is a JSON {_kind(prompt)}; give text, or a list of token ids"
     if messages is not None and not isinstance(messages, list):
         return f"messages is a JSON {_kind(messages)}; give a list of objects with role and content"
-    kv_precision = content.get("kv_precision")
-    if kv_precision is not None and not isinstance(kv_precision, str):
-        return f'kv_precision={kv_precision!r} is a JSON {_kind(kv_precision)}; give text such as "int8"'
+    for name, example in (("model", "smollm2-135m"), ("kv_precision", "int8")):
+        value = content.get(name)
+        if value is not None and not isinstance(value, str):
+            return f'{name}={value!r} is a JSON {_kind(value)}; give text such as "{example}"'
     for name in TARGETS:
         target = content.get(name)
         if target is not None and not _is_positive(target):

@@ -13,16 +13,16 @@ from fineserve_jax.batch.progress import reporter
 from fineserve_jax.batch.prompts import PromptFile
 from fineserve_jax.batch.rows import read_rows
 from fineserve_jax.batch.summary import BatchSummary
-from fineserve_jax.compilation_cache import use_compilation_cache
 from fineserve_jax.config import EngineConfig
 from fineserve_jax.engine import Engine
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.loaders import load_model
+from fineserve_jax.load_engine import load_engine
+from fineserve_jax.model_settings import model_sources
 from fineserve_jax.sampling_params import SamplingParams
 
 
 def run_batch(
-    model: str,
+    model: str | Mapping[str, Any],
     source: str | Path,
     target: str | Path,
     config: EngineConfig | None = None,
@@ -34,7 +34,7 @@ def run_batch(
     """Answers a file of prompts; progress and a summary go to stderr.
 
     Args:
-        model: alias or path.
+        model: alias or path; or several models by name, see `LLM`, of which every row then names one.
         source: JSON lines, or "-" for stdin.
         target: where the answers go, or "-" for stdout.
         config: the engine's settings.
@@ -49,13 +49,14 @@ def run_batch(
         FineServeError: the output could not be written to its end.
     """
     config, sampling = config or EngineConfig(), sampling or {}
+    if isinstance(model, Mapping):
+        model_sources(model)
     SamplingParams(**sampling)
     with PromptFile(source) as prompts:
         if prompts.is_same_file(target):
             raise ConfigError(f"{target} is the input, too; name another output")
         with AnswerFile(target, resume, overwrite) as answers:
-            use_compilation_cache()
-            engine = Engine(load_model(model, config.weights), config)
+            engine = load_engine(model, config)
             answers.begin()
             summary = _answer(engine, prompts, answers, sampling)
     Console(stderr=True).print(summary.table())

@@ -5,7 +5,7 @@ from typing import Annotated
 import tyro
 
 from fineserve_jax.batch import run_batch
-from fineserve_jax.cli.options import ConfigFlag, EngineFlags, ModelFlag, SamplingFlags, Switch, settle
+from fineserve_jax.cli.options import ConfigFlag, EngineFlags, ModelFlags, SamplingFlags, Switch, settle
 
 
 def batch(
@@ -14,7 +14,7 @@ def batch(
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")],
     resume: Switch = False,
     overwrite: Switch = False,
-    model: ModelFlag = None,
+    model: ModelFlags = (),
     config: ConfigFlag = None,
     engine: EngineFlags,
     sampling: SamplingFlags,
@@ -22,7 +22,7 @@ def batch(
     """Answer every row of a file of prompts, each with its KV cache in the precision it asks for.
 
     A row is a JSON object on a line, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}.
-    It may have "id", "kv_precision" and the sampling options below, as "max_tokens", "temperature" and so
+    It may have "id", "model", "kv_precision" and the sampling options below, as "max_tokens", "temperature" and so
     on, which beat those given here. Each answer is written when it is complete, so their order is not that
     of the rows; the id, by default the line number, ties them. A bad row gives a row with "error", and the
     others are answered.
@@ -33,12 +33,13 @@ def batch(
             two.
         resume: keep what the output holds and answer only rows that have no answer there.
         overwrite: replace the output.
-        model: alias, .gguf file, Hugging Face directory or converted directory.
-        config: YAML file with `model` and defaults for the options below.
+        model: alias, .gguf file, Hugging Face directory or converted directory. Several models are given as
+            NAME=MODEL or NAME=MODEL:WEIGHTS, e.g. small=smollm2-135m:int8, and rows name theirs as "model".
+        config: YAML file with `model` or `models` and defaults for the options below.
     """
     settings = settle(config, model, engine, sampling)
     summary = run_batch(
-        settings.model,
+        settings.models or settings.model,
         input,
         output,
         settings.config(),

@@ -29,8 +29,9 @@ def generate(
 
     Args:
         prompt: the text, or - to read it from stdin.
-        model: alias, .gguf file, Hugging Face directory or converted directory.
-        config: YAML file with `model` and defaults for the options below.
+        model: alias, .gguf file, Hugging Face directory or converted directory; or a name among the `models` of the
+            file.
+        config: YAML file with `model` or `models` and defaults for the options below.
         raw: continue the prompt as it stands, without the chat template.
     """
     settings = settle(config, model, engine, sampling)

@@ -5,7 +5,7 @@ docstring as help. A flag that is given beats the file named by `--config`, whic
 """
 
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -24,15 +24,22 @@ from typing import (
 import tyro
 from pydantic import BaseModel
 
+from fineserve_jax.cli.model_flags import DEFAULT_MODEL, choose_model, choose_models, models_of_file
 from fineserve_jax.config import EngineConfig, read_settings
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.model_settings import ModelSource
 from fineserve_jax.sampling_params import SamplingParams
 
-DEFAULT_MODEL = "smollm2-135m"
+MODEL_KEYS = ("model", "models")
 NOT_STREAMED = ("n", "logprobs")
 """Fields of `SamplingParams` that do not concern `generate`: it streams one answer, as text."""
 
 ModelFlag = Annotated[str | None, tyro.conf.arg(help_behavior_hint=f"(default: {DEFAULT_MODEL})")]
+ModelFlags = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(help_behavior_hint=f"(repeatable; default: {DEFAULT_MODEL})"),
+]
 ConfigFlag = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
@@ -83,12 +90,14 @@ class Settings:
     """What a command works with.
 
     Attributes:
-        model: alias or path.
+        model: alias or path of the only model; empty if there are names.
+        models: by name, with what is special about each; empty for a model without a name.
         engine: fields of `EngineConfig` that the file or a flag sets.
         sampling: fields of `SamplingParams` that the file or a flag sets, checked.
     """
 
     model: str
+    models: dict[str, ModelSource]
     engine: dict[str, Any]
     sampling: dict[str, Any]
 
@@ -99,16 +108,17 @@ class Settings:
 
 def settle(
     config: Path | None,
-    model: str | None,
+    model: str | Sequence[str] | None,
     engine: Mapping[str, Any],
     sampling: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Puts a YAML file and flags together.
 
     Args:
-        config: the file, if any. It may hold `model` and the fields of both settings classes; a command takes
-            from it what concerns it.
-        model: the flag.
+        config: the file, if any. It may hold `model` or `models` and the fields of both settings classes; a
+            command takes from it what concerns it.
+        model: the flag; a sequence of them from a command that takes several models. What is said of a model with a
+            name beats what is said of the engine; a model without a name is special in nothing.
         engine, sampling: flags, as tyro returns them for `flags_of`.
 
     Raises:
@@ -116,14 +126,17 @@ def settle(
         RequestError: a bad sampling value.
     """
     from_file = {} if config is None else _known_settings(config)
-    in_file = from_file.pop("model", DEFAULT_MODEL)
-    if not isinstance(in_file, str):
-        raise ConfigError(f"model={in_file!r} in {config} is not text; give an alias or a path")
+    in_file = models_of_file(config, from_file)
+    chosen = choose_model(model, in_file) if model is None or isinstance(model, str) else choose_models(model, in_file)
+    single = chosen if isinstance(chosen, ModelSource) else None
+    in_model = {} if single is None else single.model_dump(exclude={"model"}, exclude_none=True)
     in_engine = {name: value for name, value in from_file.items() if name in EngineConfig.model_fields}
-    in_sampling = {name: value for name, value in from_file.items() if name not in EngineConfig.model_fields}
+    not_sampling = {*MODEL_KEYS, *EngineConfig.model_fields}
+    in_sampling = {name: value for name, value in from_file.items() if name not in not_sampling}
     settings = Settings(
-        model=model or in_file,
-        engine=in_engine | _given(EngineConfig, engine),
+        model="" if single is None else single.model,
+        models=chosen if isinstance(chosen, dict) else {},
+        engine=in_engine | in_model | _given(EngineConfig, engine),
         sampling=in_sampling | _given(SamplingParams, sampling or {}),
     )
     settings.config()
@@ -133,7 +146,7 @@ def settle(
 
 def _known_settings(path: Path) -> dict[str, Any]:
     settings = read_settings(path)
-    known = ["model", *EngineConfig.model_fields, *SamplingParams.model_fields]
+    known = [*MODEL_KEYS, *EngineConfig.model_fields, *SamplingParams.model_fields]
     if unknown := [str(key) for key in settings if key not in known]:
         raise ConfigError(f"{path} sets {', '.join(map(repr, unknown))}; it may set: {', '.join(dict.fromkeys(known))}")
     return settings

@@ -35,8 +35,9 @@ def perplexity(
         window: tokens of a window.
         windows: how many windows.
         as_json: print one JSON object instead of a sentence.
-        model: alias, .gguf file, Hugging Face directory or converted directory.
-        config: YAML file with `model` and defaults for the options below.
+        model: alias, .gguf file, Hugging Face directory or converted directory; or a name among the `models` of the
+            file.
+        config: YAML file with `model` or `models` and defaults for the options below.
     """
     settings = settle(config, model, engine)
     content = read_text(text, window, windows)

@@ -43,6 +43,7 @@ class KVManager:
         held: what each request holds.
         prefix: full pages by what they hold.
         compaction, host: see there.
+        num_narrowed_pages: pages encoded anew in a narrower format since the start.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class KVManager:
         self.host = HostMemory(self, host_bytes)
         self.classes: dict[tuple[str, str], PageClass] = {}
         self.held: dict[Request, RequestPages] = {}
+        self.num_narrowed_pages = 0
         self._operations: list[PageOperation] = []
         for page_class in classes.values():
             self.register(page_class)
@@ -284,6 +286,13 @@ class KVManager:
         """First unit of the request's tail page, if it has one."""
         tail = self.holds(request).tail
         return None if tail is None else self.table.units[tail]
+
+    def tokens_by_format(self, request: Request) -> dict[str, int]:
+        """How many of the request's computed tokens are kept in each KV format, oldest first."""
+        tokens: dict[str, int] = {}
+        for segment in self.segments(request, request.num_computed_tokens if request in self.held else 0):
+            tokens[segment.kv_format] = tokens.get(segment.kv_format, 0) + segment.num_tokens
+        return tokens
 
     # -- accounts ------------------------------------------------------------------------------------------
 

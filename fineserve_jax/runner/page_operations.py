@@ -20,6 +20,7 @@ from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.writing import NOWHERE, requantise
+from fineserve_jax.runner.arena import Arena
 
 COPIES = 64  # of a call, the rest being padding
 TRANSFERRED_PAGES = 16  # of a call that saves or loads
@@ -27,9 +28,10 @@ PAGES_AT_A_TIME = 4
 
 
 class PageOperations:
-    """Programs that work on whole pages.
+    """Programs that work on whole pages of an arena.
 
     Args:
+        arena: what they change.
         geometries: of each model's pages.
         slab_units: units of a slab; pages in different slabs do not overlap.
         implementation: of the conversions.
@@ -40,64 +42,73 @@ class PageOperations:
     """
 
     def __init__(
-        self, geometries: Mapping[str, PageGeometry], slab_units: int, implementation: Implementation = "xla"
+        self,
+        arena: Arena,
+        geometries: Mapping[str, PageGeometry],
+        slab_units: int,
+        implementation: Implementation = "xla",
     ) -> None:
-        self.geometries, self.slab_units, self.implementation = dict(geometries), slab_units, implementation
+        self.arena, self.geometries = arena, dict(geometries)
+        self.slab_units, self.implementation = slab_units, implementation
         self.num_compilations = 0
         self.bytes_per_s: float | None = None
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def apply(self, arena: jax.Array, operations: Sequence[PageOperation]) -> jax.Array:
-        """The arena after the operations, in their order. The arena given is used up."""
+    def apply(self, operations: Sequence[PageOperation]) -> None:
+        """Carries the operations out, in their order."""
         for batch in _batches(operations, self.slab_units):
             first = batch[0]
             if isinstance(first, Copy):
                 copies = np.zeros((2, COPIES), np.int32)
                 copies[:, : len(batch)] = [[c.source for c in batch], [c.target for c in batch]]
                 program = self._copy(first.source_class, first.target_class)
-                arena = program(arena, *copies, np.int32(len(batch)))
+                self.arena.units = program(self.arena.units, *copies, np.int32(len(batch)))
             elif isinstance(first, Save):
-                self._timed(self._save, arena, first)
+                self._timed(self._save, first)
             else:
-                arena = self._timed(self._load, arena, first)
-        return arena
+                self._timed(self._load, first)
 
-    def warm_up(self, arena: jax.Array, pairs: Iterable[tuple[PageClass, PageClass]], transfers: bool) -> jax.Array:
-        """Compiles the copies between these classes, and saving and loading their pages; the arena, unchanged."""
-        pairs = list(pairs)
+    def warm_up(self, pairs: Iterable[tuple[PageClass, PageClass]], transfers: bool) -> int:
+        """Compiles the copies between these classes, and with `transfers` saving and loading their pages.
+
+        Returns:
+            how many programs that took.
+        """
+        before, pairs = self.num_compilations, list(pairs)
         nowhere = np.full(COPIES, NOWHERE, np.int32)
         for pair in pairs:
-            arena = self._copy(*pair)(arena, np.zeros(COPIES, np.int32), nowhere, np.int32(0))
+            self.arena.units = self._copy(*pair)(self.arena.units, np.zeros(COPIES, np.int32), nowhere, np.int32(0))
         for page_class in dict.fromkeys(page_class for pair in pairs for page_class in pair) if transfers else ():
-            words = self._gather(page_class)(arena, np.zeros(TRANSFERRED_PAGES, np.int32))
-            arena = self._scatter(page_class)(arena, np.asarray(words), nowhere[:TRANSFERRED_PAGES])
-        return arena
+            words = self._gather(page_class)(self.arena.units, np.zeros(TRANSFERRED_PAGES, np.int32))
+            scatter = self._scatter(page_class)
+            self.arena.units = scatter(self.arena.units, np.asarray(words), nowhere[:TRANSFERRED_PAGES])
+        return self.num_compilations - before
 
     # -- between device and host ---------------------------------------------------------------------------------
 
-    def _save(self, arena: jax.Array, save: Save) -> jax.Array:
+    def _save(self, save: Save) -> None:
         for page_class, units in zip(save.pages.classes, save.units, strict=True):
-            parts = [np.asarray(self._gather(page_class)(arena, part))[:count] for part, count in _chunks(units, 0)]
+            gather = self._gather(page_class)
+            parts = [np.asarray(gather(self.arena.units, part))[:count] for part, count in _chunks(units, 0)]
             save.pages.words.append(np.concatenate(parts))
-        return arena
 
-    def _load(self, arena: jax.Array, load: Load) -> jax.Array:
+    def _load(self, load: Load) -> None:
         for page_class, units, words in zip(load.pages.classes, load.units, load.pages.words, strict=True):
             first = 0
             for part, count in _chunks(units, NOWHERE):
                 padded = np.zeros((TRANSFERRED_PAGES, *words.shape[1:]), words.dtype)
                 padded[:count] = words[first : first + count]
-                arena, first = self._scatter(page_class)(arena, padded, part), first + count
-        return jax.block_until_ready(arena)
+                self.arena.units = self._scatter(page_class)(self.arena.units, padded, part)
+                first += count
+        jax.block_until_ready(self.arena.units)
 
-    def _timed(self, transfer: Callable[[jax.Array, Any], jax.Array], arena: jax.Array, what: Save | Load) -> jax.Array:
+    def _timed(self, transfer: Callable[[Any], None], what: Save | Load) -> None:
         compiled, start = self.num_compilations, time.perf_counter()
-        arena = transfer(arena, what)
+        transfer(what)
         seconds = time.perf_counter() - start
         if compiled == self.num_compilations:
             rate = sum(words.nbytes for words in what.pages.words) / seconds
             self.bytes_per_s = rate if self.bytes_per_s is None else 0.8 * self.bytes_per_s + 0.2 * rate
-        return arena
 
     # -- programs ------------------------------------------------------------------------------------------------
 

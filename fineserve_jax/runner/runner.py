@@ -1,4 +1,4 @@
-"""Runs plans on the device: the only holder of the arena and of compiled programs."""
+"""Runs plans on the device: the only holder of compiled programs."""
 
 import functools
 import logging
@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import MAX_RUNS
 from fineserve_jax.models import CausalLM
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.pallas_kernels.geometry import PageGeometry, new_arena
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.request import Request, StepPlan
 from fineserve_jax.runner import step as stages
+from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs
-from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.sampler import Sampled, build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
 
@@ -68,17 +67,16 @@ class StepResult:
 
 
 class ModelRunner:
-    """One model on the device, its arena, and a compiled program for each shape that has occurred.
+    """One model on the device, and a compiled program for each shape that has occurred.
 
     Args:
         model, params: the model and its weights.
         geometry: of its pages.
-        num_units: units of the arena.
+        arena: where its pages are, beside those of other models.
         kv: the host's half of the cache.
         max_rows: most requests in a step.
         max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
         max_seq_len: most tokens of a request.
-        operations: what is done with whole pages, before a step and between two.
         implementation: of the kernels.
     """
 
@@ -87,18 +85,15 @@ class ModelRunner:
         model: CausalLM,
         params: dict[str, Any],
         geometry: PageGeometry,
-        num_units: int,
+        arena: Arena,
         kv: KVManager,
-        operations: PageOperations,
         *,
         max_rows: int,
         max_chunk_tokens: int,
         max_seq_len: int,
         implementation: Implementation = "xla",
     ) -> None:
-        self.model, self.params, self.geometry, self.kv = model, params, geometry, kv
-        self.operations = operations
-        self.arena = new_arena(geometry, num_units)
+        self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
         self.max_seq_len, self.implementation = max_seq_len, implementation
@@ -106,12 +101,7 @@ class ModelRunner:
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
         self.format_names: tuple[str, ...] = ()
         self.max_runs = 1
-        self._num_compilations = 0
-
-    @property
-    def num_compilations(self) -> int:
-        """Programs compiled, or loaded from JAX's compilation cache, since the start."""
-        return self._num_compilations + self.operations.num_compilations
+        self.num_compilations = 0
 
     def use_formats(self, names: Iterable[str]) -> None:
         """Makes the steps from now on serve these KV formats too, and the tails they need.
@@ -134,20 +124,12 @@ class ModelRunner:
         empty = StepPlan((), ())
         for shape in shapes:
             self._run(self._spec(shape), empty)
-        self.arena = self.operations.warm_up(self.arena, self._copies(), self.kv.host.max_bytes > 0)
         return self.num_compilations - before
-
-    def _copies(self) -> list[tuple[PageClass, PageClass]]:
-        """Between which classes pages may be copied: within each, and, where requests are narrowed or converted, from
-        wider to narrower ones."""
-        classes = [c for c in self.kv.classes.values() if c.kv_format in self.format_names]
-        narrower = self.max_runs > 1 or self.kv.sharing.prefix_cache == "convert"
-        return [(a, b) for a in classes for b in classes if a is b or (narrower and b.page_bytes < a.page_bytes)]
 
     def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
         """Computes a step; its keys and values are in the arena when this returns.
 
-        What the KV manager has queued for the device is done first.
+        What the KV manager has queued for the device must have been done.
 
         Args:
             scores: also give the log-probability of each chunk token's successor, as perplexity needs it.
@@ -168,7 +150,6 @@ class ModelRunner:
         )
 
     def _run(self, spec: StepSpec, plan: StepPlan, scores: bool = False) -> StepResult:
-        self.arena = self.operations.apply(self.arena, self.kv.take_operations())
         host_inputs, requests = build_inputs(spec, plan, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
@@ -177,15 +158,15 @@ class ModelRunner:
         stream = programs.embed(self.params, inputs)
         words = []
         for index, params in enumerate(self.layer_params):
-            stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena, inputs)
+            stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
             words.append(encoded)
         outputs = programs.head(self.params, stream, inputs, sampling)
         scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
-        self.arena = programs.commit(self.arena, words, inputs)
+        self.arena.units = programs.commit(self.arena.units, words, inputs)
         sampled, scored = jax.device_get((outputs, scored))
         seconds = time.perf_counter() - start
         compilations = programs.num_compiled - compiled_before
-        self._num_compilations += compilations
+        self.num_compilations += compilations
         if compilations:
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
         return StepResult(_collect(requests, sampled), scored, seconds, bool(compilations))

@@ -6,7 +6,7 @@ and host memory has room, copied back from there.
 """
 
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.narrowing import narrow
+from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import Request
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.costs import StepCost
@@ -43,6 +43,10 @@ class Pressure:
         self.transfer_bytes_per_s = ASSUMED_BYTES_PER_S
         self.num_saved = 0
 
+    def note_rate(self, bytes_per_s: float | None) -> None:
+        """The measured rate of copies between device and host memory, if there is one yet."""
+        self.transfer_bytes_per_s = bytes_per_s or self.transfer_bytes_per_s
+
     def restore_reserve(self) -> None:
         """Narrow pages until the reserve of free slabs is whole, while there still are some to work with."""
         while len(self._kv.allocator.free_slabs) < self._kv.reserve_slabs and self.narrow(None):
@@ -51,15 +55,20 @@ class Pressure:
     def narrow(self, shares: frozenset[str] | None) -> bool:
         """Narrow some pages of one request; whether any could be.
 
+        All requests are narrowed by one step before any is by the next; the latest admitted goes first.
+
         Args:
             shares: names of the memory shares that are short; None: any.
         """
+        candidates = []
         for row in reversed(self._rows.values()):
             if row.request.min_kv_precision is None or (shares is not None and row.shares.isdisjoint(shares)):
                 continue
-            if narrow(self._kv, row.request, PAGES_AT_A_TIME, self._config.narrow_keep_pages):
-                return True
-        return False
+            what = next_narrowing(self._kv, row.request, PAGES_AT_A_TIME, self._config.narrow_keep_pages)
+            if what is not None:
+                candidates.append((row.request, what))
+        candidates.sort(key=lambda candidate: -candidate[1].source.page_bytes)
+        return any(narrow(self._kv, request, what) for request, what in candidates)
 
     def release(self, row: Row) -> None:
         """Take a preempted row's pages, and save what they hold if that pays."""

@@ -3,13 +3,11 @@
 import json
 
 import pytest
+from job_cases import GREEDY, alone, by_id
 from tiny_model import tiny_tokenizer
 
-from fineserve_jax import RequestError, SamplingParams
+from fineserve_jax import RequestError
 from fineserve_jax.batch import AnswerFile, BatchJob, read_rows
-from fineserve_jax.request import RequestStatus
-
-GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
 
 
 @pytest.fixture
@@ -26,22 +24,6 @@ def answer(engine, tmp_path):
         return [json.loads(line) for line in written], summary
 
     return run
-
-
-def by_id(rows):
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: row for row in rows}
-
-
-def alone(engine, prompt, kv_precision, **sampling):
-    """The text that the engine gives to a prompt with nothing else to do."""
-    sampling = SamplingParams(**{**GREEDY, **sampling})
-    request = engine.add_request(engine.tokenizer.encode(prompt), sampling, kv_precision=kv_precision)
-    while request.status is not RequestStatus.FINISHED:
-        engine.step()
-    text = engine.texts[request].text
-    engine.release(request)
-    return text
 
 
 def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):

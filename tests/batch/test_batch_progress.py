@@ -52,7 +52,7 @@ def test_the_last_line_is_not_said_twice():
 
 def stats(prompt_tokens, output_tokens, compilations, **kv):
     usage = {name: FormatUsage(needed, reserved, 0, 0, 0) for name, (needed, reserved) in kv.items()}
-    return EngineStats(usage, 0, 0, 0, prompt_tokens, output_tokens, 0.0, 0, 0, compilations, None)
+    return EngineStats(usage, 0, 0, 0, prompt_tokens, output_tokens, 0.0, 0, 0, compilations, None, {})
 
 
 def test_the_decode_rate_leaves_out_prompts_and_compilation():

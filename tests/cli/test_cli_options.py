@@ -108,7 +108,7 @@ def test_a_flag_beats_the_file_even_with_the_default_value(file):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("kv_precison: int8", r"settings.yaml sets 'kv_precison'; it may set: model, weights, .*max_tokens"),
+        ("kv_precison: int8", r"settings.yaml sets 'kv_precison'; it may set: model, models, weights, .*max_tokens"),
         ("1: 2\nfoo: 3", r"settings.yaml sets '1', 'foo'; it may set"),
         ("kv_precision: int3", r"kv_precision='int3': unknown KV precision"),
         ("weights: int2", r"weights='int2': input should be 'fp32', 'bf16', 'int8' or 'int4'"),
@@ -137,8 +137,9 @@ def test_bad_sampling_values_are_refused_at_once(file):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_the_configurations_that_come_with_the_project_load(path):
-    settings = settle(path, None, {})
-    assert {**settings.engine, **settings.sampling}.keys() >= yaml.safe_load(path.read_text()).keys() - {"model"}
+    settings = settle(path, (), {})
+    found = {**settings.engine, **settings.sampling, "model": settings.model, "models": settings.models}
+    assert found.keys() >= yaml.safe_load(path.read_text()).keys()
 
 
 def test_there_are_configurations():

@@ -23,28 +23,38 @@ def character_tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_token_ids=(EOS,))
 
 
-def random_model() -> LoadedModel:
+def random_model(name: str = "tiny", weights: str = "fp32", **shape: int) -> LoadedModel:
     config = ModelConfig(
-        family="llama",
-        vocab_size=len(CHARACTERS),
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        intermediate_size=96,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-        tie_embeddings=False,
-        max_position=512,
+        **{
+            "family": "llama",
+            "vocab_size": len(CHARACTERS),
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 96,
+            "rope_theta": 10000.0,
+            "norm_eps": 1e-5,
+            "tie_embeddings": False,
+            "max_position": 512,
+            **shape,
+        }
     )
-    return LoadedModel("tiny", config, random_params(config, "fp32", seed=7, scale=0.2), character_tokenizer(), "fp32")
+    return LoadedModel(name, config, random_params(config, weights, seed=7, scale=0.2), character_tokenizer(), weights)
 
 
-def serve(engine: Engine, prompts: list[list[int]], formats: list[str], sampling: SamplingParams) -> list[Request]:
+def serve(
+    engine: Engine,
+    prompts: list[list[int]],
+    formats: list[str],
+    sampling: SamplingParams,
+    models: list[str] | None = None,
+) -> list[Request]:
     """Serves prompts to the end, checking the books after every step."""
     requests = [
-        engine.add_request(prompt, sampling, kv_precision=name) for prompt, name in zip(prompts, formats, strict=True)
+        engine.add_request(prompt, sampling, kv_precision=name, model=model)
+        for prompt, name, model in zip(prompts, formats, models or [None] * len(prompts), strict=True)
     ]
     while engine.has_unfinished:
         engine.step()

@@ -5,7 +5,7 @@ from engine_cases import character_tokenizer, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fineserve_jax import llm as llm_module
+from fineserve_jax import load_engine
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.outputs import GrowingText
@@ -17,8 +17,8 @@ TWENTY = SamplingParams(max_tokens=20, ignore_eos=True)
 
 @pytest.fixture
 def llm(monkeypatch) -> LLM:
-    monkeypatch.setattr(llm_module, "load_model", lambda source, weights: random_model())
-    monkeypatch.setattr(llm_module, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(load_engine, "load_model", lambda source, weights: random_model())
+    monkeypatch.setattr(load_engine, "use_compilation_cache", lambda: None)
     return LLM("tiny", max_seq_len=128, max_batch_size=8, max_chunk_tokens=64, kv_memory="4MiB")
 
 

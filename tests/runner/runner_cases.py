@@ -18,7 +18,7 @@ from fineserve_jax.kv.slabs import SlabAllocator, choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
-from fineserve_jax.runner.page_operations import PageOperations
+from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.runner import ModelRunner, SampledToken
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -103,9 +103,8 @@ class World:
             model,
             params,
             GEOMETRY,
-            NUM_UNITS,
+            Arena(GEOMETRY, NUM_UNITS),
             self.kv,
-            PageOperations({MODEL: GEOMETRY}, self.kv.allocator.slab_units),
             max_rows=8,
             max_chunk_tokens=4 * PAGE_SIZE,
             max_seq_len=MAX_SEQ_LEN,
@@ -115,7 +114,7 @@ class World:
 
     def spoil(self) -> None:
         """Whatever was in the arena is NaN now."""
-        self.runner.arena = jnp.full_like(self.runner.arena, NAN_WORD)
+        self.runner.arena.units = jnp.full_like(self.runner.arena.units, NAN_WORD)
 
     def feed(self, feeds: Sequence[Feed]) -> list[Found]:
         """Computes all feeds side by side, the i-th work of each in step i; then gives their pages back."""

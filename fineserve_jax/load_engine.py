@@ -1,0 +1,25 @@
+"""From what names a model, or several, to an engine that serves them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fineserve_jax.compilation_cache import use_compilation_cache
+from fineserve_jax.config import EngineConfig
+from fineserve_jax.engine import Engine
+from fineserve_jax.loaders import load_model
+from fineserve_jax.model_settings import load_models, model_sources
+
+
+def load_engine(model: str | Path | Mapping[str, Any], config: EngineConfig) -> Engine:
+    """Loads `model`, an alias or a path, or several as `model_sources` takes them, and makes an engine of it.
+
+    Raises:
+        ModelLoadError: a model that cannot be found, read or used.
+        ConfigError: settings that cannot be honoured.
+    """
+    use_compilation_cache()
+    if not isinstance(model, Mapping):
+        return Engine(load_model(model, config.weights), config)
+    sources = model_sources(model)
+    return Engine(load_models(sources, config), config, settings=sources)

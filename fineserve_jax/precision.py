@@ -1,0 +1,67 @@
+"""From what a request says of its KV precision to the format it starts in and the one it may be narrowed to."""
+
+from typing import NamedTuple
+
+from fineserve_jax.config import AUTO
+from fineserve_jax.errors import RequestError
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.manager import KVManager
+
+WIDEST_OF_AUTO = "bf16"
+
+
+class Precision(NamedTuple):
+    """How a request's keys and values are kept.
+
+    Attributes:
+        start: KV format of its newest tokens, and of all until memory is short.
+        floor: narrowest format its older tokens may be narrowed to; None: they stay as they are.
+    """
+
+    start: str
+    floor: str | None
+
+
+def resolve_precision(
+    kv: KVManager,
+    model: str,
+    formats: tuple[str, ...],
+    kv_precision: str,
+    min_kv_precision: str | None,
+    num_tokens: int,
+) -> Precision:
+    """The precision of a request.
+
+    Args:
+        kv: knows how long pages are, and what fits.
+        formats: what is served.
+        kv_precision: a format, or "auto".
+        min_kv_precision: a format; None: none but with "auto", which then goes down to the narrowest.
+        num_tokens: greatest length of the request. With "auto" it starts in the widest format in which that fits.
+
+    Raises:
+        RequestError: a format that is not served, or a floor that is wider than where it starts.
+    """
+    for name, value in (("kv_precision", kv_precision), ("min_kv_precision", min_kv_precision)):
+        if value is not None and value not in formats and (name, value) != ("kv_precision", AUTO):
+            choices = ", ".join((*formats, AUTO) if name == "kv_precision" else formats)
+            raise RequestError(f"{name}={value!r} is not served; choose one of {choices}")
+    classes = {name: kv.class_of(model, name) for name in formats}
+    if kv_precision != AUTO:
+        floor = min_kv_precision
+        if floor is not None and classes[floor].page_bytes > classes[kv_precision].page_bytes:
+            raise RequestError(
+                f"min_kv_precision={floor!r} is wider than kv_precision={kv_precision!r}; give a narrower one, or none"
+            )
+        return Precision(kv_precision, None if floor == kv_precision else floor)
+    floor = min_kv_precision or min(formats, key=lambda name: classes[name].page_bytes)
+    widest = classes[WIDEST_OF_AUTO].page_bytes if WIDEST_OF_AUTO in classes else classes[floor].page_bytes
+    steps = _steps(classes, max(widest, classes[floor].page_bytes), floor)
+    start = next((name for name in steps if kv.fits_alone(model, name, num_tokens)), floor)
+    return Precision(start, None if floor == start else floor)
+
+
+def _steps(classes: dict[str, PageClass], most_bytes: int, floor: str) -> list[str]:
+    """Formats from the widest of at most `most_bytes` a page down to the floor; ties go to bf16."""
+    between = [name for name, c in classes.items() if classes[floor].page_bytes <= c.page_bytes <= most_bytes]
+    return sorted(between, key=lambda name: (-classes[name].page_bytes, name != WIDEST_OF_AUTO))
