@@ -25,6 +25,9 @@ from fineserve_jax.scheduler.rows import Row
 CATCHING_UP = 0.75
 """Seconds of a step, of a row's target, for one that is behind."""
 
+FAR_BEHIND = 10
+"""Tokens by which a row is behind when its target no longer hurries its model."""
+
 MOST_TURNS_LEFT_OUT = 16
 """Steps of other models after which one that has rows is due, whatever its targets."""
 
@@ -72,28 +75,42 @@ def _time_for_step(decodes: Iterable[Work], now: float) -> float:
 def _due_s(request: Request, tpot_slo_s: float, now: float) -> float:
     """When the row's next token is due."""
     first = request.times.first_token_s
-    return now + tpot_slo_s if first is None else first + tpot_slo_s * request.num_output_tokens
+    return (
+        now + tpot_slo_s if first is None else first + tpot_slo_s * (len(request.token_ids) - request.num_prompt_tokens)
+    )
 
 
 class _ModelRows:
     """What the choice between models looks at: how many rows, what they read, and when the first is due."""
 
-    __slots__ = ("due_s", "has_prefill", "kv_bytes", "num_decodes")
+    __slots__ = ("due_s", "formats", "has_prefill", "kv_bytes", "num_decodes")
 
-    def __init__(self) -> None:
+    def __init__(self, profile: StepProfile) -> None:
+        self.formats = profile.model.formats
         self.due_s, self.has_prefill, self.kv_bytes, self.num_decodes = math.inf, False, 0.0, 0
 
-    def add(self, request: Request, bytes_per_token: float, now: float) -> None:
-        self.kv_bytes += request.num_computed_tokens * bytes_per_token
-        if len(request.token_ids) - request.num_computed_tokens > 1:
-            self.has_prefill = True
-            return
-        self.num_decodes += 1
-        if request.tpot_slo_s is not None:
-            due_s = _due_s(request, request.tpot_slo_s, now)
+
+def _by_model(rows: Iterable[Row], profiles: Mapping[str, StepProfile], now: float) -> dict[str, _ModelRows]:
+    """Rows by model, in one loop that is run for every row and step."""
+    models: dict[str, _ModelRows] = {}
+    for row in rows:
+        request = row.request
+        of_model = models.get(request.model)
+        if of_model is None:
+            of_model = models[request.model] = _ModelRows(profiles[request.model])
+        computed = request.num_computed_tokens
+        of_model.kv_bytes += computed * of_model.formats[request.kv_precision].bytes_per_token
+        if len(request.token_ids) - computed > 1:
+            of_model.has_prefill = True
+            continue
+        of_model.num_decodes += 1
+        tpot_slo_s = request.tpot_slo_s
+        if tpot_slo_s is not None:
+            due_s = _due_s(request, tpot_slo_s, now)
             # One that is far behind has missed its target: it goes along, but hurries nobody.
-            if due_s > now - 10 * request.tpot_slo_s:
-                self.due_s = min(self.due_s, due_s)
+            if of_model.due_s > due_s > now - FAR_BEHIND * tpot_slo_s:
+                of_model.due_s = due_s
+    return models
 
 
 def next_model(
@@ -107,14 +124,7 @@ def next_model(
     - the one whose step gives the most tokens a second. A step reads the weights however few its rows, so that a
       model with few of them should run as seldom as its targets allow.
     """
-    models: dict[str, _ModelRows] = {}
-    for row in rows:
-        request = row.request
-        of_model = models.get(request.model)
-        if of_model is None:
-            of_model = models[request.model] = _ModelRows()
-        bytes_per_token = profiles[request.model].model.formats[request.kv_precision].bytes_per_token
-        of_model.add(request, bytes_per_token, now)
+    models = _by_model(rows, profiles, now)
     if len(models) == 1:
         return next(iter(models))
     seconds = {

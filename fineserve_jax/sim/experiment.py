@@ -54,7 +54,7 @@ class Experiment:
             timers,
             max_output_tokens=self.max_output_tokens,
             record_steps=record_steps,
-            sample_s=max(span / 500, 0.05),
+            sample_s=max(span / 200, 0.25),
             stop_s=None if self.stop_factor is None else self.stop_factor * span,
         )
         run = simulator.run(arrivals)
