@@ -1,4 +1,4 @@
-"""The command line: `fineserve-jax batch | generate | perplexity | convert | fetch | simulate`."""
+"""The command line: `fineserve-jax batch | generate | perplexity | convert | fetch | simulate | place`."""
 
 import os
 import sys
