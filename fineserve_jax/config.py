@@ -29,7 +29,7 @@ class EngineConfig(Validated):
             memory by this list.
         kv_memory: size of the KV arena: bytes, a string such as "256MiB", or a fraction of the device's memory such
             as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU.
-        max_batch_size: most requests that are computed together.
+        max_batch_size: most requests that are computed together, those of all models counted.
         max_seq_len: most tokens of a request, prompt and output. None: 2048, or the model's limit if that is less.
         page_size: tokens of a KV page.
         max_chunk_tokens: most prefill tokens of a step; longer prompts are computed in chunks.

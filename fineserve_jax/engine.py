@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.narrowing import ladder
 from fineserve_jax.kv.stats import ClassStats
-from fineserve_jax.kv.usage import FormatUsage
+from fineserve_jax.kv.usage import FormatUsage, KVCounts
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.outputs import GrowingText
@@ -46,6 +47,7 @@ class EngineStats:
     Attributes:
         kv: per KV format, over all models, bytes needed, reserved and free.
         kv_bytes: the arena's size.
+        kv_counts: pages shared, narrowed, moved and so on since the start.
         num_waiting, num_running: requests without and with memory.
         num_prompt_tokens, num_output_tokens: computed and sampled tokens since the start.
         output_tokens_per_s: sampled tokens over the time spent in steps, compilation included.
@@ -57,6 +59,7 @@ class EngineStats:
 
     kv: dict[str, FormatUsage]
     kv_bytes: int
+    kv_counts: KVCounts
     num_waiting: int
     num_running: int
     num_prompt_tokens: int
@@ -245,6 +248,16 @@ class Engine:
         self.texts[request] = GrowingText(served.tokenizer, sampling.stop)
         return request
 
+    def add_samples(self, token_ids: Sequence[int], sampling: SamplingParams, **how: Any) -> list[Request]:
+        """Lets the `sampling.n` samples of a prompt wait for their turn; all but the first may start from its pages.
+
+        Args and errors as `add_request`.
+        """
+        samples = [self.add_request(token_ids, sampling, **how)]
+        for index in range(1, sampling.n):
+            samples.append(self.add_request(token_ids, sampling, sample_index=index, fork_of=samples[0], **how))
+        return samples
+
     def abort(self, request: Request) -> None:
         """Ends a request at once, whatever it is doing; its tokens so far stay in it."""
         if request.status is not RequestStatus.FINISHED:
@@ -379,6 +392,7 @@ class Engine:
         return EngineStats(
             kv=self.kv.usage().formats,
             kv_bytes=self.arena.nbytes,
+            kv_counts=self.kv.counts(),
             num_waiting=self.scheduler.num_waiting,
             num_running=self.scheduler.num_running,
             num_prompt_tokens=self._num_prompt_tokens,

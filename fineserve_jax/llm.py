@@ -11,7 +11,7 @@ from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.load_engine import load_engine
 from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.model_settings import model_sources
-from fineserve_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from fineserve_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput, total_kv_tokens
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -60,6 +60,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         kv_precision: str | Sequence[str | None] | None = None,
+        min_kv_precision: str | Sequence[str | None] | None = None,
         model: str | Sequence[str] | None = None,
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
@@ -68,7 +69,9 @@ class LLM:
         Args:
             prompts: texts or lists of token ids; or a single one.
             sampling_params: one for all, or one for each prompt; greedy if None.
-            kv_precision: KV format, one for all or one for each; the model's own if None.
+            kv_precision: KV format or "auto", one for all or one for each; the model's own if None.
+            min_kv_precision: KV format to which older tokens may be narrowed when memory is short, one for all or
+                one for each; None: the engine's, and with "auto" the narrowest.
             model: who answers, one name for all or one for each; None if there is only one model.
             on_step: called after every step, to show progress.
 
@@ -82,7 +85,7 @@ class LLM:
         models = self._models(model, len(listed))
         tokenized = [_tokenize(served.tokenizer, prompt) for served, prompt in zip(models, listed, strict=True)]
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
-        return self._run(models, texts, tokenized, sampling_params, kv_precision, on_step)
+        return self._run(models, texts, tokenized, sampling_params, kv_precision, min_kv_precision, on_step)
 
     def chat(
         self,
@@ -90,6 +93,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         kv_precision: str | Sequence[str | None] | None = None,
+        min_kv_precision: str | Sequence[str | None] | None = None,
         model: str | Sequence[str] | None = None,
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
@@ -102,7 +106,7 @@ class LLM:
         models = self._models(model, len(listed))
         encoded = [encode_chat(served.tokenizer, messages) for served, messages in zip(models, listed, strict=True)]
         texts, tokenized = [text for text, _ in encoded], [token_ids for _, token_ids in encoded]
-        return self._run(models, texts, tokenized, sampling_params, kv_precision, on_step)
+        return self._run(models, texts, tokenized, sampling_params, kv_precision, min_kv_precision, on_step)
 
     def stream(
         self,
@@ -110,6 +114,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         kv_precision: str | None = None,
+        min_kv_precision: str | None = None,
         model: str | None = None,
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
@@ -124,8 +129,9 @@ class LLM:
             _, token_ids = encode_chat(tokenizer, prompt)  # type: ignore[arg-type]
         else:
             token_ids = _tokenize(tokenizer, prompt)  # type: ignore[arg-type]
-        self.engine.check(token_ids, sampling, kv_precision, model)
-        return self._pieces(token_ids, sampling, kv_precision, model)
+        how: dict[str, Any] = {"kv_precision": kv_precision, "min_kv_precision": min_kv_precision, "model": model}
+        self.engine.check(token_ids, sampling, **how)
+        return self._pieces(token_ids, sampling, how)
 
     def warm_up(self, kv_precisions: Sequence[str] = ()) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
@@ -133,21 +139,15 @@ class LLM:
         Returns:
             how many programs that took. Serving those formats compiles nothing from then on.
         """
-        programs = 0
-        for served in self.engine.models.values():
-            served.runner.use_formats([served.config.kv_precision, *kv_precisions])
-            programs += served.runner.warm_up()
-        return programs
+        return self.engine.warm_up(kv_precisions)
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
         return self.engine.stats()
 
-    def _pieces(
-        self, token_ids: list[int], sampling: SamplingParams, kv_precision: str | None, model: str | None
-    ) -> Iterator[str]:
+    def _pieces(self, token_ids: list[int], sampling: SamplingParams, how: dict[str, Any]) -> Iterator[str]:
         # Runs from the first piece asked for: a stream that nobody reads holds nothing.
-        request = self.engine.add_request(token_ids, sampling, kv_precision=kv_precision, model=model)
+        request = self.engine.add_request(token_ids, sampling, **how)
         try:
             while True:
                 # Steps of other calls may have moved this request on, even to its end.
@@ -171,26 +171,27 @@ class LLM:
         tokenized: Sequence[list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         kv_precision: str | Sequence[str | None] | None,
+        min_kv_precision: str | Sequence[str | None] | None,
         on_step: Callable[[EngineStats], None] | None,
     ) -> list[RequestOutput]:
         """Serves tokenized prompts to the end. Nothing stays behind in the engine, whatever happens."""
         count = len(tokenized)
         params = _one_each(sampling_params or SamplingParams(), SamplingParams, count, "sampling_params")
         formats = _one_each(kv_precision or None, str | None, count, "kv_precision")
-        for i, (token_ids, sampling, name, served) in enumerate(zip(tokenized, params, formats, models, strict=True)):
+        floors = _one_each(min_kv_precision or None, str | None, count, "min_kv_precision")
+        hows: list[dict[str, Any]] = [
+            {"kv_precision": name, "min_kv_precision": floor, "model": served.name}
+            for name, floor, served in zip(formats, floors, models, strict=True)
+        ]
+        for i, (token_ids, sampling, how) in enumerate(zip(tokenized, params, hows, strict=True)):
             try:
-                self.engine.check(token_ids, sampling, name, served.name)
+                self.engine.check(token_ids, sampling, **how)
             except RequestError as error:
                 raise RequestError(f"prompt {i}: {error}") from None
         groups: list[list[Request]] = []
         try:
-            for token_ids, sampling, name, served in zip(tokenized, params, formats, models, strict=True):
-                groups.append([])
-                for sample in range(sampling.n):
-                    added = self.engine.add_request(
-                        token_ids, sampling, kv_precision=name, model=served.name, sample_index=sample
-                    )
-                    groups[-1].append(added)
+            for token_ids, sampling, how in zip(tokenized, params, hows, strict=True):
+                groups.append(self.engine.add_samples(token_ids, sampling, **how))
             while any(request.status is not RequestStatus.FINISHED for group in groups for request in group):
                 self.engine.step()
                 if on_step is not None:
@@ -213,6 +214,7 @@ def request_output(engine: Engine, prompt: str | None, samples: Sequence[Request
         prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
         model=first.model,
         kv_precision=first.kv_precision,
+        kv_tokens=total_kv_tokens(samples),
         outputs=[
             CompletionOutput(
                 index=i,

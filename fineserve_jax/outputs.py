@@ -1,9 +1,11 @@
 """What comes back from the engine, and the text that grows token by token on its way there."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
+from fineserve_jax.request import Request
 from fineserve_jax.runner.runner import TokenLogprobs
 
 
@@ -52,7 +54,9 @@ class RequestOutput:
         request_id: as given or assigned.
         prompt: the text, None if the prompt came as tokens.
         model: name of the model that answered.
-        kv_precision: KV format its cache was kept in.
+        kv_precision: KV format its newest tokens were kept in.
+        kv_tokens: how many of its samples' tokens were kept in each KV format at the end: more than one if it was
+            narrowed, or if its format keeps the newest tokens in another.
         outputs: its `n` samples.
     """
 
@@ -61,8 +65,17 @@ class RequestOutput:
     prompt_token_ids: list[int]
     model: str
     kv_precision: str
+    kv_tokens: dict[str, int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
+
+
+def total_kv_tokens(samples: Iterable[Request]) -> dict[str, int]:
+    """Tokens of all samples of a prompt, by the KV format they were kept in when each sample ended."""
+    total: Counter[str] = Counter()
+    for request in samples:
+        total.update(request.kv_tokens)
+    return dict(total)
 
 
 @dataclass(slots=True)

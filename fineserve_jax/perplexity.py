@@ -11,9 +11,12 @@ from fineserve_jax.assembly import ServedModel
 from fineserve_jax.config import AUTO
 from fineserve_jax.engine import Engine
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.kv.narrowing import ladder, narrow, next_narrowing
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
 from fineserve_jax.sampling_params import SamplingParams
+
+PAGES_AT_A_TIME = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ def measure_perplexity(
     kv_precision: str | None = None,
     on_window: Callable[[int, float], None] | None = None,
     model: str | None = None,
+    narrow_half_to: str | None = None,
 ) -> Perplexity:
     """Perplexity of the first `windows` consecutive runs of `window` tokens, each by itself.
 
@@ -80,6 +84,8 @@ def measure_perplexity(
         kv_precision: KV format; the model's own if None.
         on_window: called after each window with how many are done and the perplexity so far.
         model: whose; None for the only one there is.
+        narrow_half_to: score only the second half of each window, its first half narrowed to this KV format before,
+            as it is when memory is short; None: score all of it, and narrow nothing.
 
     Raises:
         RequestError: too short a text, or windows that the engine cannot hold.
@@ -90,9 +96,14 @@ def measure_perplexity(
         raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
     _check(engine, served, token_ids, window, windows, kv_precision)
     served.runner.use_formats([kv_precision])
+    if narrow_half_to is not None:
+        steps = ladder(engine.kv, served.name, kv_precision, narrow_half_to)
+        served.runner.use_formats(step.kv_format for step in steps)
+        served.runner.use_narrowing()
     total, tokens = 0.0, 0
     for i in range(windows):
-        logprobs = _score_window(engine, served, list(token_ids[i * window : (i + 1) * window]), kv_precision)
+        part = list(token_ids[i * window : (i + 1) * window])
+        logprobs = _score_window(engine, served, part, kv_precision, narrow_half_to)
         total, tokens = total + float(logprobs.sum(dtype=np.float64)), tokens + logprobs.size
         if on_window is not None:
             on_window(i + 1, math.exp(-total / tokens))
@@ -126,13 +137,17 @@ def _check(
             engine.check(token_ids[part], SamplingParams(max_tokens=1), kv_precision, served.name)
 
 
-def _score_window(engine: Engine, served: ServedModel, token_ids: list[int], kv_precision: str) -> np.ndarray:
-    """f32[len(token_ids) - 1], log-probability of each token but the first. Leaves no pages behind."""
+def _score_window(
+    engine: Engine, served: ServedModel, token_ids: list[int], kv_precision: str, narrow_to: str | None
+) -> np.ndarray:
+    """f32[...], log-probability of each token but the first, or of those in the second half. Leaves no pages behind."""
     kv, largest_chunk = engine.kv, served.runner.chunk_buckets[-1]
+    half = len(token_ids) // 2 // served.geometry.page_size * served.geometry.page_size
     request = Request(
         request_id="perplexity",
         model=served.name,
         kv_precision=kv_precision,
+        min_kv_precision=narrow_to,
         sampling=SamplingParams(),
         token_ids=token_ids,
         num_prompt_tokens=len(token_ids),
@@ -146,12 +161,17 @@ def _score_window(engine: Engine, served: ServedModel, token_ids: list[int], kv_
     parts = []
     try:
         while (count := min(largest_chunk, request.num_uncomputed_tokens)) > 1:  # a last token alone predicts nothing
+            if narrow_to is not None and request.num_computed_tokens < half:
+                count = min(count, half - request.num_computed_tokens)
             work = Work(request, request.num_computed_tokens, count)
             scores = engine.execute(StepPlan((), (work,)), scores=True).scores
             if scores is None:
                 raise RuntimeError("the runner returned no scores although they were asked for")
             parts.append(scores[:count])
             request.num_computed_tokens += count
+            if request.num_computed_tokens == half:
+                while (what := next_narrowing(kv, request, PAGES_AT_A_TIME, 0)) and narrow(kv, request, what):
+                    pass
     finally:
         kv.release(request)
-    return np.concatenate(parts)[: len(token_ids) - 1]
+    return np.concatenate(parts)[0 if narrow_to is None else half : len(token_ids) - 1]

@@ -62,7 +62,7 @@ def test_the_readme_calls_the_python_interface_as_it_is():
 
     arguments = re.search(r"LLM\((.*?)\)", one).group(1)
     EngineConfig(**eval(f"dict({arguments.split(',', 1)[1]})"))
-    assert list(model_sources(eval(re.search(r"LLM\(models=(.*)\)\n", several).group(1)))) == ["exact", "fast"]
+    assert list(model_sources(eval(re.search(r"models = (.*)\n", several).group(1)))) == ["exact", "fast"]
     for block in (one, several):
         compile(block, "README.md", "exec")
         SamplingParams(**eval(f"dict({re.search(r'SamplingParams[(](.*?)[)]', block).group(1)})"))

@@ -4,21 +4,23 @@ A row of the input is a JSON object on a line of its own, with `prompt` (text, o
 `messages` (a list of {"role": ..., "content": ...}, rendered by the model's chat template), and, if wanted,
 with
 
-    id              text or a whole number, its own; else the line's number
-    model           the name of its model, where there are several
-    kv_precision    the KV format of this row
-    ttft_slo_s      target for its first token, in seconds after it joined the queue
-    tpot_slo_s      target for each further token, in seconds
-    ...             every field of `SamplingParams`
+    id                 text or a whole number, its own; else the line's number
+    model              the name of its model, where there are several
+    kv_precision       the KV format of this row, or "auto"
+    min_kv_precision   the KV format to which its older tokens may be narrowed when memory is short
+    ttft_slo_s         target for its first token, in seconds after it joined the queue
+    tpot_slo_s         target for each further token, in seconds
+    ...                every field of `SamplingParams`
 
 An answer is
 
-    id, text, finish_reason, prompt_tokens, output_tokens, kv_precision
+    id, text, finish_reason, prompt_tokens, output_tokens, kv_precision, kv_tokens
 
-and, where there are several models, `model`; where the row asked for them, `logprobs`: for each output token
-{"token", "text", "logprob"}, with "top", a list of such, for the most likely tokens. A row with `n` above 1
-has `samples` instead of `text`, `finish_reason` and `logprobs`: a list of objects with those and
-`output_tokens`. A row that cannot be answered gives {"id", "line", "error"}.
+where `kv_tokens` says how many of its tokens were kept in each KV format when it ended; and, where there are several
+models, `model`; where the row asked for them, `logprobs`: for each output token {"token", "text", "logprob"}, with
+"top", a list of such, for the most likely tokens. A row with `n` above 1 has `samples` instead of `text`,
+`finish_reason` and `logprobs`: a list of objects with those and `output_tokens`. A row that
+cannot be answered gives {"id", "line", "error"}.
 
 Answers are written as they are complete, in no order; the ids tie them to their rows.
 """

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine import Engine
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import Tokenizer
+from fineserve_jax.outputs import total_kv_tokens
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.runner.runner import TokenLogprobs
 
@@ -25,7 +26,7 @@ class OpenRow:
     """A row whose samples are in the engine."""
 
     row: Row
-    samples: list[Request] = field(default_factory=list)
+    samples: list[Request]
 
 
 class BatchJob:
@@ -107,20 +108,16 @@ class BatchJob:
         if sampling.seed is None:
             seed = int(np.random.SeedSequence((self.engine.config.seed, row.line)).generate_state(1)[0])
             sampling = sampling.model_copy(update={"seed": seed})
-        self.engine.check(tokens, sampling, row.kv_precision, row.model)
-        opened = OpenRow(row)
-        for sample in range(sampling.n):
-            request = self.engine.add_request(
-                tokens,
-                sampling,
-                kv_precision=row.kv_precision,
-                model=row.model,
-                sample_index=sample,
-                ttft_slo_s=row.ttft_slo_s,
-                tpot_slo_s=row.tpot_slo_s,
-            )
-            opened.samples.append(request)
-            self._open[request] = opened
+        samples = self.engine.add_samples(
+            tokens,
+            sampling,
+            kv_precision=row.kv_precision,
+            min_kv_precision=row.min_kv_precision,
+            model=row.model,
+            ttft_slo_s=row.ttft_slo_s,
+            tpot_slo_s=row.tpot_slo_s,
+        )
+        self._open |= dict.fromkeys(samples, OpenRow(row, samples))
 
     # -- answers out -------------------------------------------------------------------------------------
 
@@ -167,6 +164,7 @@ def answer_row(engine: Engine, row_id: RowId, samples: list[Request]) -> dict[st
         "output_tokens": sum(request.num_output_tokens for request in samples),
         **({"model": first.model} if len(engine.models) > 1 else {}),
         "kv_precision": first.kv_precision,
+        "kv_tokens": total_kv_tokens(samples),
     }
 
 

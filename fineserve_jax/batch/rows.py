@@ -10,7 +10,7 @@ from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.sampling_params import SamplingParams
 
 TARGETS = ("ttft_slo_s", "tpot_slo_s")
-ROW_FIELDS = ("id", "prompt", "messages", "model", "kv_precision", *TARGETS)
+ROW_FIELDS = ("id", "prompt", "messages", "model", "kv_precision", "min_kv_precision", *TARGETS)
 RowId = str | int
 
 
@@ -24,7 +24,8 @@ class Row:
         prompt: text or token ids; None if there are messages.
         messages: a conversation; None if there is a prompt.
         model: name of the model; None for the only one.
-        kv_precision: KV format; None for the model's own.
+        kv_precision: KV format or "auto"; None for the model's own.
+        min_kv_precision: KV format its older tokens may be narrowed to; None for the engine's.
         ttft_slo_s, tpot_slo_s: latency targets in seconds, see `Request`; None for none.
         sampling: the sampling fields it sets, unchecked.
     """
@@ -35,6 +36,7 @@ class Row:
     messages: list[Any] | None
     model: str | None
     kv_precision: str | None
+    min_kv_precision: str | None
     ttft_slo_s: float | None
     tpot_slo_s: float | None
     sampling: dict[str, Any]
@@ -82,6 +84,7 @@ def parse_row(line: bytes, number: int) -> Row | BadRow:
         messages=content.get("messages"),
         model=content.get("model"),
         kv_precision=content.get("kv_precision"),
+        min_kv_precision=content.get("min_kv_precision"),
         ttft_slo_s=content.get("ttft_slo_s"),
         tpot_slo_s=content.get("tpot_slo_s"),
         sampling={name: value for name, value in content.items() if name not in ROW_FIELDS},
@@ -115,7 +118,7 @@ def _what_is_wrong(content: dict[str, Any]) -> str | None:
         return f"prompt is a JSON {_kind(prompt)}; give text, or a list of token ids"
     if messages is not None and not isinstance(messages, list):
         return f"messages is a JSON {_kind(messages)}; give a list of objects with role and content"
-    for name, example in (("model", "smollm2-135m"), ("kv_precision", "int8")):
+    for name, example in (("model", "smollm2-135m"), ("kv_precision", "int8"), ("min_kv_precision", "int4")):
         value = content.get(name)
         if value is not None and not isinstance(value, str):
             return f'{name}={value!r} is a JSON {_kind(value)}; give text such as "{example}"'

@@ -38,7 +38,7 @@ class BatchSummary:
             int4 row lie in a bf16 page.
         seconds: from the first row to the last.
         decode_tokens, decode_s: output tokens of the steps that did nothing but decode, and their time.
-        compilations, preemptions: while the job ran.
+        compilations, preemptions, narrowed_pages, hit_tokens: while the job ran; see `KVCounts`.
         interrupted: whether rows are missing because of Ctrl-C.
     """
 
@@ -51,6 +51,8 @@ class BatchSummary:
     decode_s: float = 0.0
     compilations: int = 0
     preemptions: int = 0
+    narrowed_pages: int = 0
+    hit_tokens: int = 0
     interrupted: bool = False
 
     @property
@@ -82,6 +84,8 @@ class BatchSummary:
         compiled = after.num_compilations - before.num_compilations
         self.compilations += compiled
         self.preemptions += after.num_preemptions - before.num_preemptions
+        self.narrowed_pages += after.kv_counts.narrowed_pages - before.kv_counts.narrowed_pages
+        self.hit_tokens += after.kv_counts.hit_tokens - before.kv_counts.hit_tokens
         if not compiled and after.num_prompt_tokens == before.num_prompt_tokens:
             self.decode_tokens += after.num_output_tokens - before.num_output_tokens
             self.decode_s += seconds
@@ -114,5 +118,6 @@ class BatchSummary:
         overall = self.output_tokens / self.seconds if self.seconds else 0.0
         return (
             f"{self.decode_tokens_per_s:.0f} tokens/s decoding, {overall:.0f} over the whole run; "
-            f"{self.compilations} compilations, {self.preemptions} preemptions"
+            f"{self.compilations} compilations, {self.preemptions} preemptions, "
+            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} prompt tokens shared"
         )

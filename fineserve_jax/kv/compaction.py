@@ -22,7 +22,7 @@ class Compaction:
     """Moves pages of a KV manager.
 
     Attributes:
-        max_step_bytes: most bytes moved between two steps.
+        max_step_bytes: most bytes moved between two steps, unless a request would lose its pages otherwise.
         num_pages: pages moved since the start.
         is_cut_short: whether more would have been moved in this step.
     """
@@ -39,13 +39,17 @@ class Compaction:
         self._moved_bytes = 0
         self.is_cut_short = False
 
-    def move(self) -> bool:
-        """Move pages out of one slab; False if no slab can be freed so, or no more may be moved in this step."""
+    def move(self, at_once: bool = False) -> bool:
+        """Move pages out of one slab; False if no slab can be freed so, or no more may be moved in this step.
+
+        Args:
+            at_once: move all of the slab's pages, however much was moved in this step.
+        """
         pool = self._cheapest()
         if pool is None:
             return False
         page_bytes = pool.page_units * self._kv.allocator.unit_bytes
-        most = (self.max_step_bytes - self._moved_bytes) // page_bytes
+        most = pool.capacity if at_once else (self.max_step_bytes - self._moved_bytes) // page_bytes
         if most < 1:
             self.is_cut_short = True
             return False

@@ -35,6 +35,7 @@ class HostMemory:
     Attributes:
         saved: by request.
         used_bytes: bytes of all of them.
+        num_saved: requests saved since the start.
     """
 
     def __init__(self, kv: "KVManager", max_bytes: int) -> None:
@@ -42,10 +43,12 @@ class HostMemory:
         self.max_bytes = max_bytes
         self.saved: dict[Request, Saved] = {}
         self.used_bytes = 0
+        self.num_saved = 0
 
     def num_bytes(self, request: Request) -> int:
-        """Bytes that saving what the request holds would take: the pages of its computed tokens."""
-        return self._bytes(self._runs(self._kv.held[request], request))
+        """Bytes that saving what the request holds would take: the pages of its computed tokens, and its tail."""
+        held = self._kv.held[request]
+        return self._bytes([*self._runs(held, request), *self._tail(held)])
 
     def has_room(self, request: Request) -> bool:
         return self.used_bytes + self.num_bytes(request) <= self.max_bytes
@@ -55,9 +58,8 @@ class HostMemory:
         held = self._kv.held[request]
         runs = self._runs(held, request)
         handles = [list(run.handles) for run in held.parts(0, sum(count for _, count in runs))]
-        pages = [*runs]
-        if held.tail is not None and held.page_class.tail is not None:
-            pages.append((held.page_class.tail, 1))
+        pages = [*runs, *self._tail(held)]
+        if held.tail is not None:
             handles.append([held.tail])
         host = HostPages([page_class for page_class, _ in pages], [count for _, count in pages])
         self._kv.ask(Save(host, [self._kv.table.units_of(part) for part in handles]))
@@ -65,6 +67,7 @@ class HostMemory:
         self._kv.release(request)
         self.saved[request] = saved
         self.used_bytes += self._bytes(pages)
+        self.num_saved += 1
 
     def load(self, request: Request, num_tokens: int, leaving: Mapping[PageClass, int] | None) -> bool:
         """Give a saved request pages for its first `num_tokens` tokens, and queue the copy of what was saved."""
@@ -103,6 +106,10 @@ class HostMemory:
         """Class and number of the pages that hold computed tokens, run by run."""
         computed = held.page_class.num_pages(request.num_computed_tokens)
         return [(run.page_class, len(run.handles)) for run in held.parts(0, computed)]
+
+    def _tail(self, held: RequestPages) -> list[tuple[PageClass, int]]:
+        """Class and number, 1, of the tail page; empty if there is none."""
+        return [(held.page_class.tail, 1)] if held.tail is not None and held.page_class.tail is not None else []
 
     def _wanted(self, saved: Saved, num_tokens: int) -> list[tuple[PageClass, int]]:
         """Pages by class that a saved request needs: those it had, and more for tokens not computed yet."""

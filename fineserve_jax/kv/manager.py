@@ -23,7 +23,7 @@ from fineserve_jax.kv.prefix import PrefixCache
 from fineserve_jax.kv.sharing import Sharing
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.kv.table import Handles, PageTable
-from fineserve_jax.kv.usage import KVUsage, measure_usage
+from fineserve_jax.kv.usage import KVCounts, KVUsage, count_events, measure_usage
 from fineserve_jax.request import Request
 
 Demand = Mapping[PageClass, int]
@@ -151,7 +151,7 @@ class KVManager:
         for page_class, count in (leaving or {}).items():
             wanted[page_class] = wanted.get(page_class, 0) + count
         spare_slabs = 0 if leaving is None else self.reserve_slabs
-        if not self.make_room(wanted, spare_slabs):
+        if not self.make_room(wanted, spare_slabs, at_once=leaving is None):
             return None
         units = self.allocator.allocate(demand)
         assert units is not None, "what fits with others left room fits without"
@@ -160,8 +160,12 @@ class KVManager:
             for page_class, pages in units.items()
         }
 
-    def make_room(self, wanted: Demand, spare_slabs: int = 0) -> bool:
-        """Whether that many pages can be had now, pages that nobody holds evicted and pages moved as need be."""
+    def make_room(self, wanted: Demand, spare_slabs: int = 0, at_once: bool = False) -> bool:
+        """Whether that many pages can be had now, pages that nobody holds evicted and pages moved as need be.
+
+        Args:
+            at_once: do not leave to later steps what is too much to move in one.
+        """
         allocator = self.allocator
         if allocator.can_allocate(wanted, spare_slabs):
             return True
@@ -174,10 +178,15 @@ class KVManager:
         while not allocator.can_allocate(wanted, spare_slabs):
             if self.compaction.move():
                 continue
-            handle = None if self.compaction.is_cut_short else next(idle, None)
-            if handle is None:
+            if self.compaction.is_cut_short and not at_once:
                 return False
-            if allocator.member(self.prefix.by_handle[handle].page_class).pool.share in shares:
+            handle = next(idle, None)
+            if handle is None:
+                if at_once and self.compaction.move(at_once=True):
+                    continue
+                return False
+            # A slab of any share's may be a spare one.
+            if spare_slabs or allocator.member(self.prefix.by_handle[handle].page_class).pool.share in shares:
                 self._evict(handle)
         return True
 
@@ -299,6 +308,10 @@ class KVManager:
     def usage(self) -> KVUsage:
         """Bytes needed, reserved and free, by format and in all."""
         return measure_usage(self)
+
+    def counts(self) -> KVCounts:
+        """What was done with pages since the start."""
+        return count_events(self)
 
     def check_integrity(self) -> None:
         """Check the allocator's books, and that pages are held by exactly those who are counted as their holders.

@@ -158,12 +158,13 @@ class Sharing:
         found: list[ListedPage] = []
         size = page_class.page_size
         # The last token is computed in any case, since what follows it is to be sampled.
-        known = request.token_ids[: (num_tokens - 1) // size * size]
+        known = request.token_ids[: (min(num_tokens, request.num_tokens) - 1) // size * size]
         for digest, tokens in prefix_pages(known, size, b"", 0):
             listed = self._list.find(page_class, digest, tokens)
             if listed is None and self.prefix_cache == "convert":
                 listed = self._find_wider(page_class, digest, tokens)
-            if listed is None:
+            # Whoever takes over a page that is not ready computes what follows, too: nothing ready may be among it.
+            if listed is None or (listed.ready and found and not found[-1].ready):
                 break
             found.append(listed)
         return found
@@ -195,7 +196,7 @@ class Sharing:
         self._list.stats.asked_tokens += num_tokens
         self._list.stats.hit_tokens += size * len(found)
         if self._lists(request, held):
-            self._extend(request, held, min(num_tokens // size, held.num_pages), ready=False)
+            self._extend(request, held, min(min(num_tokens, request.num_tokens) // size, held.num_pages), ready=False)
 
     def _lists(self, request: Request, held: RequestPages) -> bool:
         """Whether others may share what the request computes."""

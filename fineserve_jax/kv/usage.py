@@ -45,6 +45,41 @@ class KVUsage:
     cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class KVCounts:
+    """What was done with pages since the start.
+
+    Attributes:
+        asked_tokens, hit_tokens: tokens of requests that started, and those of them whose pages were found.
+        converted_pages: pages found in a wider format and encoded anew.
+        evicted_pages: cached pages given up because memory was wanted.
+        narrowed_pages: pages of running requests encoded anew in a narrower format.
+        moved_pages: pages moved together so that slabs became free.
+        saved_requests: preempted requests whose pages went to host memory.
+    """
+
+    asked_tokens: int
+    hit_tokens: int
+    converted_pages: int
+    evicted_pages: int
+    narrowed_pages: int
+    moved_pages: int
+    saved_requests: int
+
+
+def count_events(manager: "KVManager") -> KVCounts:
+    found = manager.prefix.stats
+    return KVCounts(
+        asked_tokens=found.asked_tokens,
+        hit_tokens=found.hit_tokens,
+        converted_pages=found.converted_pages,
+        evicted_pages=found.evicted_pages,
+        narrowed_pages=manager.num_narrowed_pages,
+        moved_pages=manager.compaction.num_pages,
+        saved_requests=manager.host.num_saved,
+    )
+
+
 def measure_usage(manager: "KVManager") -> KVUsage:
     stats = manager.allocator.stats()
     tokens = _cached_tokens(manager)

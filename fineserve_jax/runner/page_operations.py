@@ -188,29 +188,33 @@ def _chunks(units: Sequence[int], padding: int) -> Iterator[tuple[np.ndarray, in
 
 
 def _batches(operations: Sequence[PageOperation], slab_units: int) -> Iterator[list[Any]]:
-    """The operations in order: copies that can go into one call together, others one by one."""
+    """The operations in order: copies that can go into one call together, others one by one. Of a call's copies none
+    writes what another of them reads or writes: between classes slabs are told apart, within a class pages."""
     batch: list[Copy] = []
     read: set[int] = set()
     written: dict[int, PageClass] = {}
+    targets: set[int] = set()
     for operation in operations:
         if not isinstance(operation, Copy):
             if batch:
                 yield batch
-            batch, read, written = [], set(), {}
+            batch, read, written, targets = [], set(), {}, set()
             yield [operation]
             continue
         source, target = operation.source // slab_units, operation.target // slab_units
         clashes = (
             source in written
             or target in read
-            or written.get(target, operation.target_class) != (operation.target_class)
+            or operation.target in targets
+            or written.get(target, operation.target_class) != operation.target_class
         )
         classes = (operation.source_class, operation.target_class)
         if batch and (clashes or len(batch) == COPIES or classes != (batch[0].source_class, batch[0].target_class)):
             yield batch
-            batch, read, written = [], set(), {}
+            batch, read, written, targets = [], set(), {}, set()
         batch.append(operation)
         read.add(source)
+        targets.add(operation.target)
         written[target] = operation.target_class
     if batch:
         yield batch

@@ -29,7 +29,6 @@ class Pressure:
 
     Attributes:
         transfer_bytes_per_s: measured rate of copies between device and host memory.
-        num_saved: preempted requests whose pages went to host memory.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class Pressure:
     ) -> None:
         self._config, self._kv, self._rows, self._profiles = config, kv, rows, profiles
         self.transfer_bytes_per_s = ASSUMED_BYTES_PER_S
-        self.num_saved = 0
 
     def note_rate(self, bytes_per_s: float | None) -> None:
         """The measured rate of copies between device and host memory, if there is one yet."""
@@ -75,7 +73,6 @@ class Pressure:
         request = row.request
         if self._saves(request):
             self._kv.host.save(request)
-            self.num_saved += 1
         else:
             self._kv.release(request)
             request.num_computed_tokens = 0

@@ -34,6 +34,8 @@ def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
     answers = by_id(answers)
     for i, prompt in enumerate(prompts):
         kv_precision = precisions[i % 3] or "int4"
+        kept = len(prompt) + 2 + i  # all but the last token
+        in_pages = kept // 16 * 16 if kv_precision == "int4" else 0
         assert answers[i + 1] == {
             "id": i + 1,
             "text": alone(engine, prompt, kv_precision, max_tokens=3 + i),
@@ -41,6 +43,7 @@ def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
             "prompt_tokens": len(prompt),
             "output_tokens": 3 + i,
             "kv_precision": kv_precision,
+            "kv_tokens": {name: count for name, count in (("int4", in_pages), ("bf16", kept - in_pages)) if count},
         }
     assert (summary.answered, summary.errors, summary.skipped) == (9, 0, 0)
     assert summary.formats["bf16"].rows == 3
@@ -140,7 +143,7 @@ def test_several_samples_come_together(engine, answer):
     assert [sample["text"] for sample in several["samples"]] == [texts[1], texts[2], texts[3]]
     assert len(set(texts.values())) > 1
     assert several["output_tokens"] == summary.output_tokens == 24
-    assert set(several) == {"id", "samples", "prompt_tokens", "output_tokens", "kv_precision"}
+    assert set(several) == {"id", "samples", "prompt_tokens", "output_tokens", "kv_precision", "kv_tokens"}
 
 
 def test_log_probabilities_come_with_the_tokens_they_are_of(answer):

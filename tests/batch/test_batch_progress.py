@@ -7,7 +7,7 @@ from rich.console import Console
 from fineserve_jax.batch.progress import Bar, Lines, reporter
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine import EngineStats
-from fineserve_jax.kv.usage import FormatUsage
+from fineserve_jax.kv.usage import FormatUsage, KVCounts
 
 
 class Terminal(io.StringIO):
@@ -50,9 +50,12 @@ def test_the_last_line_is_not_said_twice():
     assert stream.getvalue() == "1 rows, 20 output tokens, 2 tokens/s\n"
 
 
+NO_COUNTS = KVCounts(0, 0, 0, 0, 0, 0, 0)
+
+
 def stats(prompt_tokens, output_tokens, compilations, **kv):
-    usage = {name: FormatUsage(needed, reserved, 0, 0, 0) for name, (needed, reserved) in kv.items()}
-    return EngineStats(usage, 0, 0, 0, prompt_tokens, output_tokens, 0.0, 0, 0, compilations, None, {})
+    usage = {name: FormatUsage(needed, reserved, 0, 0, 0, 0) for name, (needed, reserved) in kv.items()}
+    return EngineStats(usage, 0, NO_COUNTS, 0, 0, prompt_tokens, output_tokens, 0.0, 0, 0, compilations, None, {})
 
 
 def test_the_decode_rate_leaves_out_prompts_and_compilation():

@@ -28,6 +28,10 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "policy": (["sjf"], "sjf"),
     "ageing_s": (["1.5"], 1.5),
     "seed": (["3"], 3),
+    "prefix_cache": (["convert"], "convert"),
+    "min_kv_precision": (["int4"], "int4"),
+    "preemption": (["swap"], "swap"),
+    "swap_memory": (["64MiB"], "64MiB"),
 }
 SAMPLING: dict[str, tuple[list[str], Any]] = {
     "max_tokens": (["9"], 9),

@@ -10,6 +10,7 @@ from fineserve_jax.engine import Engine
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.pallas_kernels.formats import FORMATS
+from fineserve_jax.perplexity import measure_perplexity
 from fineserve_jax.sampling_params import SamplingParams
 
 # Different in every length that a page has, in weights, and in vocabulary; "flat" alone has shorter units.
@@ -106,6 +107,17 @@ def test_stats_say_what_each_model_holds():
     assert stats.models["flat"].kv["int8"].reserved_bytes == stats.kv["int8"].reserved_bytes > 0
     assert not any(part.owned_pages for part in stats.models["tall"].kv.values())
     assert stats.kv_bytes == engine.arena.nbytes <= 256_000
+
+
+def test_perplexity_is_of_the_model_that_is_named():
+    engine, tokens = make_engine(), list(range(1, 33))
+    of_each = [measure_perplexity(engine, tokens, 32, 1, "fp32", model=name) for name in MODELS]
+    assert [(result.model, result.weights) for result in of_each] == [("tall", "fp32"), ("flat", "int8")]
+    for result in of_each:
+        assert result.ppl == measure_perplexity(make_engine(MODELS[result.model]), tokens, 32, 1, "fp32").ppl
+    with pytest.raises(RequestError, match="give model as one of tall, flat"):
+        measure_perplexity(engine, tokens, 32, 1)
+    engine.kv.check_integrity()
 
 
 def test_a_prediction_is_learnt_for_each_model():

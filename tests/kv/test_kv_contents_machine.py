@@ -1,0 +1,450 @@
+"""Everything that the KV manager does, together, against a plain model of what each request should read back.
+
+The model is a list of cells for each request. A fake device carries out the page operations, and steps are computed on
+it as the runner computes them; after each rule, what the manager's segments lead to must be what the model says.
+"""
+
+import copy
+from collections import Counter
+
+from contents_cases import Cell, FakeDevice, alone, clashes, formats_of
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.narrowing import MAX_RUNS, narrow
+from fineserve_jax.kv.operations import Copy
+from fineserve_jax.kv.slabs import SlabAllocator
+from fineserve_jax.request import Request, RequestTimes
+from fineserve_jax.runner.page_operations import _batches
+from fineserve_jax.sampling_params import SamplingParams
+
+UNIT_BYTES = 8
+SAMPLING = SamplingParams()
+MAX_TOKENS = 22
+
+
+def page_class(model: str, kv_format: str, units: int, size: int, tail: PageClass | None = None) -> PageClass:
+    return PageClass(model, kv_format, units, size, units * UNIT_BYTES - 3, tail)
+
+
+BF16, INT8 = page_class("m", "bf16", 7, 2), page_class("m", "int8", 5, 2)
+INT4 = page_class("m", "int4", 3, 2, tail=BF16)
+OTHER_BF16, OTHER_INT8 = page_class("other", "bf16", 4, 3), page_class("other", "int8", 2, 3)
+CLASSES = {(c.model, c.kv_format): c for c in (BF16, INT8, INT4, OTHER_BF16, OTHER_INT8)}
+LONGEST = max(c.page_units for c in CLASSES.values())
+ONE_PAGE_BYTES = LONGEST * UNIT_BYTES
+
+# Prompts that mostly begin alike: some of the common tokens, and then some others.
+COMMON = (1, 0, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1)
+prompts = st.builds(
+    lambda common, others: [*COMMON[:common], *others],
+    st.sampled_from([1, 4, 7, 9, len(COMMON)]),
+    st.lists(st.integers(0, 1), max_size=2),
+)
+patiences = st.sampled_from([False, False, True])
+
+
+def pick(data, requests) -> Request:
+    """One of the requests, drawn by its number, which is all that is worth printing of it."""
+    return list(requests)[data.draw(st.integers(0, len(requests) - 1))]
+
+
+class ContentsMachine(RuleBasedStateMachine):
+    """`rows`: requests that hold pages -> the cells of their computed tokens; `waiting`: those preempted, with the
+    cells that were saved; `narrowed`: those some of whose cells were encoded anew."""
+
+    @initialize(
+        keys=st.lists(st.sampled_from(sorted(CLASSES)), min_size=1, max_size=4, unique=True),
+        policy=st.sampled_from(["elastic", "elastic", "partitioned", "uniform"]),
+        prefix_cache=st.sampled_from(["exact", "convert", "off"]),
+        num_slabs=st.sampled_from([3, 6, 12, 24, 24]),
+        slab_units=st.integers(LONGEST, 40),
+        reserve_slabs=st.integers(0, 2),
+        host_pages=st.sampled_from([0, 4, 100, 100]),
+        max_step_pages=st.sampled_from([1, 2, 100]),
+    )
+    def build(self, keys, policy, prefix_cache, num_slabs, slab_units, reserve_slabs, host_pages, max_step_pages):
+        self.kv = KVManager(
+            SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, (), unit_bytes=UNIT_BYTES),
+            CLASSES,
+            prefix_cache=prefix_cache,
+            reserve_slabs=reserve_slabs,
+            host_bytes=host_pages * ONE_PAGE_BYTES,
+        )
+        self.kv.compaction.max_step_bytes = max_step_pages * ONE_PAGE_BYTES
+        self.device, self.device_before = FakeDevice(), FakeDevice()
+        self.keys, self.operations = keys, []
+        self.rows: dict[Request, list[Cell]] = {}
+        self.waiting: dict[Request, list[Cell]] = {}
+        self.narrowed: set[Request] = set()
+        self.arrived = 0
+
+    # -- what the model expects ------------------------------------------------------------------------------------
+
+    def class_of(self, request: Request) -> PageClass:
+        return CLASSES[request.model, request.kv_precision]
+
+    def in_tail(self, request: Request, position: int, num_cached: int) -> bool:
+        own = self.class_of(request)
+        return own.tail is not None and position >= num_cached // own.page_size * own.page_size
+
+    def is_exact(self, request: Request) -> bool:
+        """Whether the request may read only what computing it alone would have given."""
+        may_convert = self.kv.sharing.prefix_cache == "convert" and request.shares_prefix
+        return request not in self.narrowed and not may_convert
+
+    def read(self, request: Request, num_cached: int) -> list[Cell | None]:
+        """What the request's segments lead to on the device."""
+        cells: list[Cell | None] = []
+        for segment in self.kv.segments(request, num_cached):
+            page_class = CLASSES[request.model, segment.kv_format]
+            assert segment.first_position == len(cells)
+            pages = [cell for unit in segment.pages for cell in self.device.read(unit, page_class)]
+            assert 0 < segment.num_tokens <= len(pages)
+            cells += pages[: segment.num_tokens]
+        return cells
+
+    def note_shared(self, request: Request) -> None:
+        """The request has got cells that it did not compute: they must be those of its tokens."""
+        known = self.rows[request]
+        computed = request.num_computed_tokens
+        assert len(known) <= computed < request.num_tokens
+        for position, cell in enumerate(self.read(request, computed)[len(known) :], len(known)):
+            expected = alone(
+                self.class_of(request), request.token_ids, position, self.in_tail(request, position, computed)
+            )
+            assert cell is not None
+            assert cell.prefix == expected.prefix
+            assert cell == expected or not self.is_exact(request)
+            known.append(cell)
+
+    def run_operations(self) -> None:
+        for operation in self.kv.take_operations():
+            self.device.apply(operation)
+            self.operations.append(operation)
+
+    def num_holding(self, request: Request) -> list[int]:
+        """How many requests hold each of the request's pages."""
+        pages = {row: self.kv.page_units(row, 0, self.kv.holds(row).num_pages) for row in self.rows}
+        holding = Counter(unit for units in pages.values() for unit in units)
+        return [holding[unit] for unit in pages[request]]
+
+    def formats(self, request: Request) -> list[str]:
+        """Format of each page that holds computed tokens, the tail aside."""
+        full = request.num_computed_tokens // self.class_of(request).page_size * self.class_of(request).page_size
+        segments = self.kv.segments(request, full)
+        return [segment.kv_format for segment in segments for _ in segment.pages]
+
+    # -- requests come and go --------------------------------------------------------------------------------------
+
+    @rule(
+        data=st.data(),
+        prompt=prompts,
+        floor=st.sampled_from([None, "int8", "int4", "int4"]),
+        shares=st.sampled_from([True, True, True, False]),
+        patient=patiences,
+        more=st.sampled_from([0, 0, 0, 3]),
+        count=st.integers(1, 3),
+    )
+    def admit(self, data, prompt, floor, shares, patient, more, count):
+        """Requests with one prompt."""
+        key = self.keys[data.draw(st.integers(0, len(self.keys) - 1))]
+        floor = floor if (key[0], floor) in CLASSES and floor != key[1] and key[1] != "int4" else None
+        for _ in range(count):
+            request = self.new_request(key, prompt, min_kv_precision=floor, shares_prefix=shares)
+            self.start(request, len(prompt) + more, patient)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), patient=patiences)
+    def fork(self, data, patient):
+        origin = pick(data, self.rows)
+        request = self.new_request(
+            (origin.model, origin.kv_precision),
+            origin.token_ids[: origin.num_prompt_tokens],
+            min_kv_precision=origin.min_kv_precision,
+            shares_prefix=origin.shares_prefix,
+            fork_of=origin,
+        )
+        if self.start(request, request.num_tokens, patient) and self.can_fork(origin, request):
+            assert request.num_computed_tokens == request.num_tokens - 1
+
+    def can_fork(self, origin: Request, request: Request) -> bool:
+        """Whether the origin still has all but the last of the fork's tokens, as they were computed."""
+        known, own = request.num_tokens - 1, self.class_of(request)
+        closed = origin.num_computed_tokens // own.page_size > known // own.page_size
+        gone = own.tail is not None and known % own.page_size and closed
+        return origin.num_computed_tokens >= known and not gone and self.is_exact(origin)
+
+    def new_request(self, key, prompt, **options) -> Request:
+        self.arrived += 1
+        times = RequestTimes(arrival_s=0.0)
+        name = f"r{self.arrived}"
+        return Request(name, *key, SAMPLING, list(prompt), len(prompt), MAX_TOKENS, self.arrived, times, **options)
+
+    def start(self, request: Request, num_tokens: int, patient: bool) -> bool:
+        """Give pages to a request that has none; whether it got them."""
+        fits_alone = self.kv.fits_alone(request.model, request.kv_precision, num_tokens)
+        saved = self.waiting.get(request, [])
+        if not self.kv.grow(request, num_tokens, {} if patient else None):
+            assert request not in self.kv.held
+            assert self.rows or patient or not fits_alone or saved, "nothing stands in its way"
+            return False
+        assert not patient or len(self.kv.allocator.free_slabs) >= self.kv.reserve_slabs
+        self.run_operations()
+        self.waiting.pop(request, None)
+        self.rows[request] = saved
+        self.note_shared(request)
+        return True
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data(), patient=patiences)
+    def resume(self, data, patient):
+        request = pick(data, self.waiting)
+        self.start(request, request.num_tokens, patient)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), to_host=st.booleans())
+    def preempt(self, data, to_host):
+        request = pick(data, self.rows)
+        held, host = self.kv.held[request], self.kv.host
+        cells = self.rows.pop(request)
+        if to_host and cells and not held.waits and host.has_room(request):
+            host.save(request)
+            self.waiting[request] = cells
+        else:
+            self.kv.release(request)
+            request.num_computed_tokens = 0
+            self.waiting[request] = []
+            self.narrowed.discard(request)
+
+    @precondition(lambda self: self.rows or self.waiting)
+    @rule(data=st.data())
+    def finish_or_abort(self, data):
+        request = pick(data, [*self.rows, *self.waiting])
+        self.kv.release(request)
+        self.rows.pop(request, None)
+        self.waiting.pop(request, None)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.rows)
+    @rule(
+        times=st.integers(1, 6),
+        num_pages=st.integers(1, 4),
+        idle=st.none() | st.integers(0, 3),
+        token=st.integers(0, 1),
+        in_order=st.booleans(),
+    )
+    def steps(self, times, num_pages, idle, token, in_order):
+        """Some steps that compute every row that can go on but one, chunks being at most `num_pages` long."""
+        for _ in range(times):
+            self.begin_step()
+            self.run_operations()
+            self.check_batches()
+            grown = [row for row in self.rows if self.kv.grow(row, row.num_tokens)]
+            self.run_operations()
+            able = [row for row in (grown if in_order else reversed(grown)) if self.can_go_on(row)]
+            self.step([row for i, row in enumerate(able) if i != idle], num_pages, token)
+
+    def step(self, picked: list[Request], num_pages: int, token: int) -> None:
+        computed = [self.compute(row, num_pages) for row in picked]  # all of it reads before any of it is written
+        places = [(unit, page_class, offset) for _, writes in computed for unit, page_class, offset, _ in writes]
+        assert len(set(places)) == len(places)
+        for request, (cells, writes) in zip(picked, computed, strict=True):
+            for write in writes:
+                self.device.write_token(*write)
+            self.close(request, len(cells))
+            request.num_computed_tokens += len(cells)
+            self.rows[request] = self.as_kept(request, [*self.rows[request], *cells])
+            self.kv.sharing.note_computed(request)
+            if request.num_computed_tokens == request.num_tokens:
+                request.token_ids.append(token)
+            if request.num_tokens > MAX_TOKENS:
+                self.kv.release(request)
+                del self.rows[request]
+
+    def can_go_on(self, request: Request) -> bool:
+        able = self.kv.sharing.can_go_on(request)
+        self.run_operations()
+        self.note_shared(request)
+        return able
+
+    @invariant()
+    def somebody_can_go_on(self):
+        """Nobody waits for a request that waits itself."""
+        waits = {row for row in self.rows if self.kv.held[row].waits}
+        writers = {page.writer for page in self.kv.prefix.by_handle.values() if page.writer is not None}
+        assert writers <= self.rows.keys()
+        if waits and waits == self.rows.keys():
+            trial = copy.deepcopy(self.kv)
+            assert any(trial.sharing.can_go_on(row) for row in list(trial.held))
+
+    def compute(self, request: Request, num_pages: int):
+        """The cells that a step computes of a request, and where it writes them: (unit, class, offset, cell)."""
+        own, start = self.class_of(request), request.num_computed_tokens
+        size, left = own.page_size, request.num_tokens - start
+        assert left == 1 or start % size == 0, "a chunk starts at a page"
+        stop = start + (1 if left == 1 else min(left, num_pages * size))
+        seen = self.read(request, start)
+        pure = seen == [alone(own, request.token_ids, i, self.in_tail(request, i, start)) for i in range(start)]
+        cells, writes = [], []
+        for position in range(start, stop):
+            # A page that the chunk fills is written as such; a decoded token goes to the tail if there is one.
+            in_tail = own.tail is not None and (left == 1 or self.in_tail(request, position, stop))
+            prefix = (request.model, *request.token_ids[: position + 1])
+            cell = Cell(prefix, own.kv_format, formats_of(own, in_tail), pure)
+            cells.append(cell)
+            unit = self.written_unit(request, position // size, in_tail)
+            writes.append((unit, own.tail if in_tail else own, position % size, cell))
+        return cells, writes
+
+    def written_unit(self, request: Request, page: int, in_tail: bool) -> int:
+        """Where the request writes; it must be alone in writing there, and nobody may rely on what is there."""
+        held, kv = self.kv.held[request], self.kv
+        if in_tail:
+            assert kv.table.holders[held.tail] == 1
+            return kv.tail_unit(request)
+        page_class, handle = held.page(page)
+        assert page_class is self.class_of(request)
+        listed = kv.prefix.by_handle.get(handle)
+        if listed is None:
+            assert kv.table.holders[handle] == 1
+        else:
+            assert (listed.ready, listed.writer) == (False, request)
+        return kv.page_unit(request, page)
+
+    def close(self, request: Request, count: int) -> None:
+        """A decoded token may have filled the tail, which is then encoded into a page of its own."""
+        own, stop = self.class_of(request), request.num_computed_tokens + count
+        if own.tail is None or request.num_tokens - request.num_computed_tokens > 1 or stop % own.page_size:
+            return
+        unit = self.written_unit(request, stop // own.page_size - 1, in_tail=False)
+        self.device.apply(Copy(self.kv.tail_unit(request), unit, own.tail, own))
+
+    def as_kept(self, request: Request, cells: list[Cell]) -> list[Cell]:
+        """Cells of tails that have been closed meanwhile are in the full page's format."""
+        own = self.class_of(request)
+        return [
+            cell.encoded(own.kv_format)
+            if own.tail is not None and len(cell.formats) == 1 and not self.in_tail(request, i, len(cells))
+            else cell
+            for i, cell in enumerate(cells)
+        ]
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: any(row.min_kv_precision for row in self.rows))
+    @rule(data=st.data(), most=st.integers(1, 4), keep=st.integers(0, 2))
+    def narrow(self, data, most, keep):
+        request = pick(data, [row for row in self.rows if row.min_kv_precision])
+        own, before, holding = self.class_of(request), self.formats(request), self.num_holding(request)
+        free_units = self.kv.allocator.free_units
+        count = narrow(self.kv, request, most, keep)
+        self.run_operations()
+        after = self.formats(request)
+        changed = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+        assert len(changed) == count <= most
+        if not changed:
+            return
+        first, stop = changed[0], changed[-1] + 1
+        assert changed == list(range(first, stop))
+        assert stop <= len(before) - keep
+        (old,), (new,) = set(before[first:stop]), set(after[first:stop])
+        width = {c.kv_format: c.page_bytes for c in CLASSES.values() if c.model == request.model}
+        assert width[old] > width[new] >= width[request.min_kv_precision]
+        # Of the widest format first, and of that the oldest that nobody else needs.
+        alone = [i for i in range(len(before) - keep) if holding[i] == 1]
+        assert all(holding[i] == 1 for i in changed)
+        assert not any(width[before[i]] > width[old] for i in alone)
+        assert not any(i < first and before[i] == old for i in alone)
+        assert len(self.kv.held[request].runs) <= MAX_RUNS
+        assert self.kv.allocator.free_units > free_units or self.kv.allocator.policy != "elastic"
+        cells = self.rows[request]
+        for position in range(first * own.page_size, stop * own.page_size):
+            cells[position] = cells[position].encoded(new)
+        self.narrowed.add(request)
+
+    def begin_step(self):
+        kv = self.kv
+        kv.begin_step()
+        if len(kv.allocator.free_slabs) < kv.reserve_slabs and not kv.compaction.is_cut_short:
+            enough = kv.allocator.free_units + kv.prefix.idle_units >= kv.reserve_slabs * kv.allocator.slab_units
+            assert not (enough and kv.prefix.idle), "pages that nobody holds stand in the reserve's way"
+
+    @precondition(lambda self: len(self.kv.prefix.idle) > 20)
+    @rule()
+    def forget_prefixes(self):
+        self.kv.forget_prefixes()
+        assert not self.kv.prefix.idle
+        assert self.kv.prefix.idle_units == 0
+
+    # -- what must hold --------------------------------------------------------------------------------------------
+
+    def check_batches(self) -> None:
+        """Carried out in batches, each of which reads first and writes in any order, the operations since the last
+        step give the same."""
+        for batch in _batches(self.operations, self.kv.allocator.slab_units):
+            if isinstance(batch[0], Copy):
+                assert not list(clashes(batch))
+        self.operations = []
+
+    @invariant()
+    def requests_read_back_what_they_should(self):
+        self.run_operations()
+        for request, cells in self.rows.items():
+            assert request.num_computed_tokens == len(cells)
+            assert self.read(request, len(cells)) == cells
+            if self.is_exact(request):
+                own, tokens = self.class_of(request), request.token_ids
+                assert cells == [alone(own, tokens, i, self.in_tail(request, i, len(cells))) for i in range(len(cells))]
+
+    @invariant()
+    def books_are_right(self):
+        self.kv.check_integrity()
+        assert self.kv.held.keys() == self.rows.keys()
+        host = self.kv.host
+        assert host.used_bytes == sum(saved.pages.num_units for saved in host.saved.values()) * UNIT_BYTES
+        assert host.used_bytes <= host.max_bytes
+
+    @invariant()
+    def usage_adds_up(self):
+        usage, places = self.kv.usage(), set()
+        for request in self.rows:
+            for segment in self.kv.segments(request, request.num_computed_tokens):
+                page_class = CLASSES[request.model, segment.kv_format]
+                for i in range(segment.num_tokens):
+                    page, offset = divmod(i, page_class.page_size)
+                    places.add((page_class, segment.pages[page], offset))
+        tokens = Counter(page_class for page_class, _, _ in places)
+        for kv_format, row in usage.formats.items():
+            mine = [c for c in CLASSES.values() if c.kv_format == kv_format]
+            exact = sum(tokens[c] * c.page_bytes / c.page_size for c in mine)
+            assert row.cached_tokens == sum(tokens[c] for c in mine)
+            assert exact <= row.needed_bytes < exact + len(mine)
+            assert row.needed_bytes <= row.reserved_bytes
+            assert row.cached_bytes >= 0
+        assert usage.cached_tokens == len(places)
+        assert usage.needed_bytes <= usage.reserved_bytes
+        assert usage.reserved_bytes + usage.cached_bytes + usage.free_bytes >= usage.usable_bytes
+
+    def teardown(self):
+        if not hasattr(self, "rows"):
+            return
+        for request in [*self.rows, *self.waiting]:
+            self.kv.release(request)
+        self.rows.clear()
+        self.kv.forget_prefixes()
+        self.run_operations()
+        self.check_batches()
+        self.kv.check_integrity()
+        assert len(self.kv.allocator.free_slabs) == self.kv.allocator.usable_slabs
+        assert (len(self.kv.table), self.kv.host.used_bytes, len(self.kv.prefix.by_handle)) == (0, 0, 0)
+
+
+TestContents = ContentsMachine.TestCase
+TestContents.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
