@@ -198,6 +198,8 @@ class Engine:
         fork_of: Request | None = None,
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
+        drop_when_late: bool = False,
+        tenant: str = "",
     ) -> Request:
         """Lets a request wait for its turn.
 
@@ -211,7 +213,7 @@ class Engine:
             request_id: unique; None assigns one.
             sample_index: which of several samples of one prompt this is; moves its seed.
             fork_of: another sample of the same prompt, to start from its pages if they are still there.
-            ttft_slo_s, tpot_slo_s: see `Request`.
+            ttft_slo_s, tpot_slo_s, drop_when_late, tenant: see `Request`.
 
         Raises:
             RequestError: see `check`.
@@ -237,6 +239,8 @@ class Engine:
             stop_ids=self._stop_ids(served, sampling),
             ttft_slo_s=ttft_slo_s,
             tpot_slo_s=tpot_slo_s,
+            drop_when_late=drop_when_late,
+            tenant=tenant,
         )
         self.scheduler.add(request)
         self._num_requests += 1
@@ -294,6 +298,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished."""
         plan = self.scheduler.schedule(self.clock())
+        for request in self.scheduler.take_dropped():
+            self.texts[request].finish()
         if plan is None:
             return []
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The command line: `fineserve-jax batch | generate | perplexity | convert | fetch`."""
+"""The command line: `fineserve-jax batch | generate | perplexity | convert | fetch | simulate | place`."""
 
 import os
 import sys
