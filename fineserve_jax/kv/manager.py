@@ -57,7 +57,7 @@ class KVManager:
     ) -> None:
         self.allocator = allocator
         self.table = PageTable()
-        self.prefix = PrefixCache()
+        self.prefix = PrefixCache(allocator.page_units)
         self.reserve_slabs = reserve_slabs
         self.sharing = Sharing(self, prefix_cache)
         self.compaction = Compaction(self)

@@ -32,6 +32,8 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "min_kv_precision": (["int4"], "int4"),
     "preemption": (["swap"], "swap"),
     "swap_memory": (["64MiB"], "64MiB"),
+    "record": (["run.jsonl"], Path("run.jsonl")),
+    "record_every": (["5"], 5),
 }
 SAMPLING: dict[str, tuple[list[str], Any]] = {
     "max_tokens": (["9"], 9),
@@ -54,7 +56,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
 
 def given(settings: type[BaseModel], words: list[str]):
     """What flags give, in settings' terms."""
-    flags = tyro.cli(flags_of(settings), args=words, config=(tyro.conf.DisallowNone,))
+    flags = tyro.cli(flags_of(settings, leave_out=["quotas"]), args=words, config=(tyro.conf.DisallowNone,))
     if settings is EngineConfig:
         return settle(None, None, flags).engine
     return settle(None, None, {}, flags).sampling
