@@ -45,7 +45,11 @@ class EngineConfig(Validated):
         preemption: how requests come back that lost their memory: "recompute", "swap" (from host memory), or "auto",
             whichever is predicted to be faster.
         swap_memory: host memory for preempted requests, as kv_memory is given, or 0; None: as much as kv_memory.
-        policy: order of admission: fineserve, fcfs, sjf or edf.
+        policy: order of admission: fineserve, fcfs, sjf, edf, least_slack, tenants, or a function of yours, named as
+            module:function or offered by an installed package.
+        tenant_weights: with policy "tenants", the weight of each; 1 for those not named.
+        step_profile: file that learnt step times are kept in: read at the start if it is there, and written whenever
+            the engine has nothing left to do.
         ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later; with
             "edf", the deadline of requests that name none.
         seed: of requests that name none.
@@ -67,6 +71,8 @@ class EngineConfig(Validated):
     preemption: Literal["auto", "recompute", "swap"] = "auto"
     swap_memory: int | float | str | None = None
     policy: str = "fineserve"
+    tenant_weights: dict[str, float] | None = None
+    step_profile: str | None = None
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
 
@@ -102,6 +108,7 @@ class EngineConfig(Validated):
         """The scheduler's part of the settings."""
         return SchedulerConfig(
             policy=self.policy,
+            tenant_weights=self.tenant_weights,
             max_batch_size=self.max_batch_size,
             max_chunk_tokens=self.max_chunk_tokens,
             chunked_prefill=self.chunked_prefill,
