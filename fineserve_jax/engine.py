@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestT
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.scheduler import load_profiles, save_profiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class Engine:
         models = {model.name: model} if isinstance(model, LoadedModel) else model
         parts = assemble(models, self.config, settings or {})
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
+        if self.config.step_profile is not None and Path(self.config.step_profile).exists():
+            self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock
         self.formats = self.config.served_formats  # as of now: formats registered later have no pages here
         self.texts: dict[Request, GrowingText] = {}
@@ -355,6 +359,8 @@ class Engine:
         self.scheduler.finish(request, reason, self.clock())
         if not self.scheduler.has_unfinished:
             self.kv.check_integrity()
+            if self.config.step_profile is not None:
+                save_profiles(self.config.step_profile, self.scheduler.profiles)
 
     # -- what follows from a request's parameters ------------------------------------------------------------------
 

@@ -75,6 +75,19 @@ class Scheduler:
         self._last_turns: dict[str, int] = dict.fromkeys(models, 0)
         self._num_steps = 0
 
+    def start_from(self, profiles: Mapping[str, StepProfile]) -> None:
+        """Predict from profiles that were learnt before; models that are not among them are learnt anew.
+
+        Raises:
+            ConfigError: a profile of a model with other sizes.
+        """
+        for name in self.profiles.keys() & profiles.keys():
+            if profiles[name].model != self.profiles[name].model:
+                raise ConfigError(
+                    f"the step profile of {name!r} was learnt with other weights or KV formats; use another file"
+                )
+            self.profiles[name] = profiles[name]
+
     # -- requests come and go --------------------------------------------------------------------------------
 
     @property

@@ -1,12 +1,24 @@
 """Cost models from tables, and profiles in files."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.scheduler import DeviceRoofline, StepCost, StepProfile, load_profiles, save_profiles
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.slabs import SlabAllocator
+from fineserve_jax.scheduler import (
+    DeviceRoofline,
+    Scheduler,
+    SchedulerConfig,
+    StepCost,
+    StepProfile,
+    load_profiles,
+    save_profiles,
+)
 from fineserve_jax.sim import DEVICES, Efficiency, parse_model
 from fineserve_jax.sim.cost_table import Configuration, CostTable, read_table, roofline_profile
 
@@ -88,6 +100,22 @@ def test_a_profile_comes_back_from_its_file_and_goes_on_learning(tmp_path):
     for each in (read, profile):
         each.observe(cost, 0.5)
     assert read.to_dict() == profile.to_dict()
+
+
+def test_a_scheduler_starts_from_profiles_of_its_own_models_only():
+    learnt = learnt_profile()
+    kv_formats = {"m": learnt.model}
+    scheduler = Scheduler(SchedulerConfig(), kv_of_one_page(), kv_formats, learnt.roofline)
+    scheduler.start_from({"m": learnt, "other": learnt})
+    assert scheduler.profiles == {"m": learnt}
+    other = StepProfile(dataclasses.replace(learnt.model, weight_bytes=1.0), learnt.roofline)
+    with pytest.raises(ConfigError, match="the step profile of 'm' was learnt with other weights"):
+        scheduler.start_from({"m": other})
+
+
+def kv_of_one_page():
+    page_class = PageClass("m", "bf16", 1, 16, 256)
+    return KVManager(SlabAllocator(4, 1, "elastic", [page_class]), {("m", "bf16"): page_class})
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"m": {"model": {}}}', json.dumps({"m": {"coefficients": 1}})])
