@@ -49,7 +49,11 @@ class EngineConfig(Validated):
         quotas: shares of the KV memory that a tenant's requests or those in a KV precision are guaranteed, and that
             they may take at most: {"tenant:alice": {"guaranteed": 0.3, "max": 0.6}, "precision:int8": {"max": 0.5}}.
             Others use what is guaranteed and not wanted. Not with slab_policy="partitioned".
-        policy: order of admission: fineserve, fcfs, sjf or edf.
+        policy: order of admission: fineserve, fcfs, sjf, edf, least_slack, tenants, or a function of yours, named as
+            module:function or offered by an installed package.
+        tenant_weights: with policy "tenants", the weight of each; 1 for those not named.
+        step_profile: file that learnt step times are kept in: read at the start if it is there, and written whenever
+            the engine has nothing left to do.
         ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later; with
             "edf", the deadline of requests that name none.
         seed: of requests that name none.
@@ -74,6 +78,8 @@ class EngineConfig(Validated):
     swap_memory: int | float | str | None = None
     quotas: dict[str, Quota] | None = None
     policy: str = "fineserve"
+    tenant_weights: dict[str, float] | None = None
+    step_profile: str | None = None
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     record: Path | None = None
@@ -114,6 +120,7 @@ class EngineConfig(Validated):
         """The scheduler's part of the settings."""
         return SchedulerConfig(
             policy=self.policy,
+            tenant_weights=self.tenant_weights,
             max_batch_size=self.max_batch_size,
             max_chunk_tokens=self.max_chunk_tokens,
             chunked_prefill=self.chunked_prefill,

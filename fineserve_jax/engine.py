@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestT
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.scheduler import load_profiles, save_profiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ class Engine:
         models = {model.name: model} if isinstance(model, LoadedModel) else model
         parts = assemble(models, self.config, settings or {})
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
+        if self.config.step_profile is not None and Path(self.config.step_profile).exists():
+            self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock
         self.formats = self.config.served_formats  # as of now: formats registered later have no pages here
         self.texts: dict[Request, GrowingText] = {}
@@ -148,7 +152,7 @@ class Engine:
         kv_precision: str | None = None,
         model: str | None = None,
         min_kv_precision: str | None = None,
-        tenant: str | None = None,
+        tenant: str = "",
     ) -> None:
         """Raises `RequestError` for a request that can never be served, saying what is wrong and what to do."""
         served = self.served(model)
@@ -201,9 +205,10 @@ class Engine:
         request_id: str | None = None,
         sample_index: int = 0,
         fork_of: Request | None = None,
-        tenant: str | None = None,
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
+        drop_when_late: bool = False,
+        tenant: str = "",
     ) -> Request:
         """Lets a request wait for its turn.
 
@@ -217,8 +222,7 @@ class Engine:
             request_id: unique; None assigns one.
             sample_index: which of several samples of one prompt this is; moves its seed.
             fork_of: another sample of the same prompt, to start from its pages if they are still there.
-            tenant: whose quota it counts against.
-            ttft_slo_s, tpot_slo_s: see `Request`.
+            ttft_slo_s, tpot_slo_s, drop_when_late, tenant: see `Request`.
 
         Raises:
             RequestError: see `check`.
@@ -234,7 +238,6 @@ class Engine:
             kv_precision=precision.start,
             min_kv_precision=precision.floor,
             fork_of=fork_of,
-            tenant=tenant,
             sampling=sampling,
             token_ids=list(token_ids),
             num_prompt_tokens=len(token_ids),
@@ -245,6 +248,8 @@ class Engine:
             stop_ids=self._stop_ids(served, sampling),
             ttft_slo_s=ttft_slo_s,
             tpot_slo_s=tpot_slo_s,
+            drop_when_late=drop_when_late,
+            tenant=tenant,
         )
         self.scheduler.add(request)
         self._num_requests += 1
@@ -302,6 +307,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished."""
         plan = self.scheduler.schedule(self.clock())
+        for request in self.scheduler.take_dropped():
+            self.texts[request].finish()
         if plan is None:
             return []
         start = time.perf_counter()
@@ -354,6 +361,8 @@ class Engine:
         self.scheduler.finish(request, reason, self.clock())
         if not self.scheduler.has_unfinished:
             self.kv.check_integrity()
+            if self.config.step_profile is not None:
+                save_profiles(self.config.step_profile, self.scheduler.profiles)
 
     # -- what follows from a request's parameters ------------------------------------------------------------------
 

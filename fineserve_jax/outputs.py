@@ -18,7 +18,8 @@ class CompletionOutput:
         text: without the stop string or end-of-sequence token that ended it.
         token_ids: all tokens that were sampled, the last one included.
         logprobs: one entry a token, if asked for.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length" or "abort".
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", or "late" for one that
+            asked to be dropped when its first token could not be in time.
     """
 
     index: int

@@ -24,6 +24,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    LATE = "late"
 
 
 @dataclass(slots=True)
@@ -56,8 +57,10 @@ class Request:
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
-        tenant: on whose behalf it is, for quotas; None: nobody's in particular.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
+        drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
+            it then waits behind those that still can.
+        tenant: whose it is: lengths are learnt, memory is shared and quotas are kept by it; "": nobody's in particular.
     """
 
     request_id: str
@@ -74,9 +77,10 @@ class Request:
     min_kv_precision: str | None = None
     shares_prefix: bool = True
     fork_of: "Request | None" = None
-    tenant: str | None = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    drop_when_late: bool = False
+    tenant: str = ""
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0
@@ -102,12 +106,12 @@ class Request:
         return len(self.token_ids) - self.num_computed_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # frozen, it would take a microsecond more to create, for every row and step
 class Work:
     """What a step computes of one request: its tokens `[start, start + count)`.
 
     `count == 1` goes through the step's decode rows, anything longer is a prefill chunk. A chunk starts at a
-    multiple of the page size.
+    multiple of the page size. Nobody changes one.
     """
 
     request: Request

@@ -1,4 +1,4 @@
-"""The command line: `fineserve-jax batch | generate | perplexity | slabs | convert | fetch`."""
+"""The command line: `fineserve-jax batch | generate | perplexity | slabs | simulate | place | convert | fetch`."""
 
 import os
 import sys

@@ -8,7 +8,7 @@ add -> WaitingQueue -level 1, admission (memory)-> rows -level 2, execution (com
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost, StepCost
 from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
-from fineserve_jax.scheduler.profile import StepProfile
+from fineserve_jax.scheduler.profile import StepProfile, load_profiles, save_profiles
 from fineserve_jax.scheduler.scheduler import Scheduler
 
 __all__ = [
@@ -22,4 +22,6 @@ __all__ = [
     "SchedulerConfig",
     "StepCost",
     "StepProfile",
+    "load_profiles",
+    "save_profiles",
 ]

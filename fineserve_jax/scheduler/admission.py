@@ -11,6 +11,8 @@ drains until the old request fits. Hence, under `fineserve` and `fcfs`:
 
     no request is admitted ahead of one that came more than `ageing_s` earlier and competes for its memory.
 
+Late requests (see `waiting`), and those of other policies, are bound by `overtaking_limit_s` in its place.
+
 (At that moment the older one has waited over `ageing_s`, and has the smaller key. In the same group it is
 tried first; in another its group's head is, and the walk goes on only if nothing in that group was closed
 before it.)
@@ -68,7 +70,7 @@ class Admission:
         self.owes = False
         open_groups = self._queue.groups()
         admitted: list[Row] = []
-        while open_groups and (entry := self._first(open_groups)):
+        while open_groups and (entry := self._first(open_groups, now)):
             row = self._row(entry)
             owed = self._quotas.is_owed(row.request)
             if len(admitted) >= places:
@@ -90,15 +92,15 @@ class Admission:
                 open_groups = self._close(row, open_groups, now)
         return admitted
 
-    def _first(self, groups: list[Group]) -> Entry | None:
-        heads = [head for group in groups if (head := self._queue.head(group)) is not None]
-        owed = [head for head in heads if self._quotas.is_owed(head[2])]
+    def _first(self, groups: list[Group], now: float) -> Entry | None:
+        heads = [head for group in groups if (head := self._queue.head(group, now)) is not None]
+        owed = [head for head in heads if self._quotas.is_owed(head.request)]
         return min(owed or heads, default=None)
 
     def _row(self, entry: Entry) -> Row:
-        key, _, request = entry
+        request = entry.request
         page_class = self._kv.class_of(request.model, request.kv_precision)
-        return Row(request, page_class, shares_of(self._kv, page_class), self._num_walks, key)
+        return Row(request, page_class, shares_of(self._kv, page_class), self._num_walks, (entry.rank, entry.key))
 
     def _grow(self, row: Row, owed: bool) -> bool:
         """Give the row its pages if that leaves the reserve; a row alone in its memory needs none. For one that is
@@ -116,8 +118,7 @@ class Admission:
         """Groups that stay open after `row` found no memory."""
         own = self._queue.group_of(row.request)
         groups = [group for group in groups if group != own]
-        oldest = self._queue.oldest(own)
-        if oldest is None or now - oldest.times.arrival_s < self._config.ageing_s:
+        if not self._queue.is_overdue(own, now, self._config.ageing_s):
             return groups
         return [group for group in groups if row.shares.isdisjoint(self._shares(group))]
 

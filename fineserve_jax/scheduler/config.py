@@ -4,8 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.quotas import Quota
-from fineserve_jax.scheduler.policies import POLICIES
+from fineserve_jax.scheduler.policies import find_policy
+from fineserve_jax.scheduler.tenants import FairShares
 from fineserve_jax.validation import Validated
 
 
@@ -13,7 +15,7 @@ class SchedulerConfig(Validated):
     """Settings of both levels.
 
     Attributes:
-        policy: name of the order of the waiting queue, a key of `policies.POLICIES`.
+        policy: name of the order of the waiting queue; see `policies.find_policy`.
         max_batch_size: most requests that hold memory at once (READY and RUNNING), hence most rows of a step.
         max_chunk_tokens: most prefill tokens of a step, each chunk counted in whole pages; a multiple of
             `page_size`.
@@ -22,6 +24,12 @@ class SchedulerConfig(Validated):
             token is a decode row.
         ageing_s: no request is overtaken by one that arrived more than this many seconds after it; see
             `policies.fineserve` and `admission`.
+        slo_aware: whether targets steer more than the order of admission: requests that can no longer make their
+            first token come last (or are dropped, if they ask for it), prefill makes way for time-per-token
+            targets, and the model whose rows are due soonest has the next step. Off, models take turns.
+        overtaking_limit_s: whatever the policy and the targets, no request is overtaken by one that arrived more
+            than this many seconds after it.
+        tenant_weights: with the policy "tenants", weight of each; 1 for those not named.
         preemption: how a preempted request comes back: "recompute", "swap" (its pages are kept in host memory, as
             far as that has room), or "auto", whichever is predicted to be faster.
         narrow_keep_pages: newest full pages of a request that are never narrowed.
@@ -38,6 +46,9 @@ class SchedulerConfig(Validated):
     chunked_prefill: bool = True
     page_size: int = Field(default=16, ge=2)
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
+    slo_aware: bool = True
+    overtaking_limit_s: float = Field(default=600.0, ge=0.0, allow_inf_nan=False)
+    tenant_weights: dict[str, float] | None = None
     preemption: Literal["auto", "recompute", "swap"] = "auto"
     narrow_keep_pages: int = Field(default=2, ge=0)
     growth_reserve_pages: int = Field(default=1, ge=0)
@@ -46,8 +57,19 @@ class SchedulerConfig(Validated):
     @field_validator("policy")
     @classmethod
     def _known_policy(cls, value: str) -> str:
-        if value not in POLICIES:
-            raise ValueError(f"unknown policy; the policies are: {', '.join(POLICIES)}")
+        try:
+            find_policy(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _positive_weights(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        try:
+            FairShares(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return value
 
     @model_validator(mode="after")

@@ -8,14 +8,21 @@ heap does, and adding or admitting one of n waiting requests costs O(log n).
 A researcher's own policy is one function and one line:
 
     POLICIES["longest_first"] = lambda request, context: -request.num_prompt_tokens
+
+or no line at all: `policy="my_module:longest_first"` names a function wherever it is, and a package may offer
+policies by name in the entry point group `fineserve_jax.policies`.
 """
 
+import importlib
+import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from fineserve_jax.errors import ConfigError
 from fineserve_jax.request import Request
 from fineserve_jax.scheduler.costs import ModelCost
+from fineserve_jax.scheduler.tenants import FairShares
 
 SortKey: TypeAlias = Any
 """Whatever compares: a number or a tuple; of one type within a policy. Ties go to the earlier arrival."""
@@ -33,12 +40,16 @@ class PolicyContext:
         bit_levels: (model, KV format) -> its place among all formats when ordered by bits, 0 for the fewest.
         num_levels: how many such places there are.
         expected_output_tokens: estimate of a request's output length.
+        prefill_s: predicted seconds until a request's first token, were it computed at once.
+        shares: tenants' shares of the memory.
     """
 
     ageing_s: float
     bit_levels: Mapping[tuple[str, str], int]
     num_levels: int
     expected_output_tokens: Callable[[Request], float]
+    prefill_s: Callable[[Request], float]
+    shares: FairShares = field(default_factory=FairShares)
 
 
 Policy: TypeAlias = Callable[[Request, PolicyContext], SortKey]
@@ -79,6 +90,16 @@ def edf(request: Request, context: PolicyContext) -> SortKey:
     return request.times.arrival_s + slo_s
 
 
+def least_slack(request: Request, context: PolicyContext) -> SortKey:
+    """Least time to spare first, when the first token is to be in time; deadlines as in `edf`."""
+    return edf(request, context) - context.prefill_s(request)
+
+
+def tenants(request: Request, context: PolicyContext) -> SortKey:
+    """Tenants in proportion to their weights, and each tenant's requests as they came."""
+    return context.shares.tag(request.tenant, expected_work(request, context))
+
+
 def expected_work(request: Request, context: PolicyContext) -> float:
     """Tokens of prompt and expected output."""
     return request.num_prompt_tokens + context.expected_output_tokens(request)
@@ -93,12 +114,53 @@ def policy_context(
     ageing_s: float,
     models: Mapping[str, ModelCost],
     expected_output_tokens: Callable[[Request], float] = longest_output,
+    prefill_s: Callable[[Request], float] = lambda request: 0.0,
+    tenant_weights: Mapping[str, float] | None = None,
 ) -> PolicyContext:
     bits = {(model, name): cost.bits for model, costs in models.items() for name, cost in costs.formats.items()}
     levels = {value: level for level, value in enumerate(sorted(set(bits.values())))}
     return PolicyContext(
-        ageing_s, {pair: levels[value] for pair, value in bits.items()}, len(levels), expected_output_tokens
+        ageing_s,
+        {pair: levels[value] for pair, value in bits.items()},
+        len(levels),
+        expected_output_tokens,
+        prefill_s,
+        FairShares(tenant_weights),
     )
 
 
-POLICIES: dict[str, Policy] = {"fineserve": fineserve, "fcfs": fcfs, "sjf": sjf, "edf": edf}
+POLICIES: dict[str, Policy] = {
+    "fineserve": fineserve,
+    "fcfs": fcfs,
+    "sjf": sjf,
+    "edf": edf,
+    "least_slack": least_slack,
+    "tenants": tenants,
+}
+ENTRY_POINTS = "fineserve_jax.policies"
+
+
+def find_policy(name: str) -> Policy:
+    """The policy of that name: one of `POLICIES`, `module:function`, or an installed package's entry point.
+
+    Raises:
+        ConfigError: a name that nothing bears, or that does not stand for a function.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    if ":" in name:
+        module, _, function = name.partition(":")
+        try:
+            policy = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"policy {name!r} cannot be imported: {error}") from None
+    else:
+        found = list(importlib.metadata.entry_points(group=ENTRY_POINTS, name=name))
+        if not found:
+            raise ConfigError(
+                f"unknown policy; the policies are: {', '.join(POLICIES)}; or name a function as module:function"
+            )
+        policy = found[0].load()
+    if not callable(policy):
+        raise ConfigError(f"policy {name!r} is {policy!r}, which is no function of a request and a PolicyContext")
+    return policy

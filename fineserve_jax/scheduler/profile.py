@@ -10,10 +10,17 @@ bytes/bandwidth), taken for the matrix products and for attention apart: c = (1,
 roofline's own seconds.
 """
 
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from scipy.optimize import nnls
 
-from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost, StepCost
 
 NNLS_ITERATIONS = 100  # of five unknowns
 FORGETTING = 0.995
@@ -44,7 +51,7 @@ class StepProfile:
     def __init__(self, model: ModelCost, roofline: DeviceRoofline) -> None:
         token_s = model.flops_per_token / roofline.flops
         weights_s = model.weight_bytes / roofline.bandwidth
-        self.model = model
+        self.model, self.roofline = model, roofline
         self.knee_tokens = weights_s / token_s
         self.coefficients = np.array([1.0, 0.0, 1.0, 1.0, 1.0])
         self.error: float | None = None
@@ -72,15 +79,56 @@ class StepProfile:
         if not seconds > 0.0:
             raise ValueError(f"a step of {seconds!r} seconds: the time must be positive")
         error = min(1.0, abs(self.predict(cost) - seconds) / seconds)
+        self._remember(cost, seconds, FORGETTING)
+        self._refit()
+        self.error = error if self.error is None else self.error + ERROR_MEMORY * (error - self.error)
+        self.num_observed += 1
+
+    def fit(self, steps: Iterable[tuple[StepCost, float]]) -> "StepProfile":
+        """Learn from many steps at once, none of them older than another; itself."""
+        for cost, seconds in steps:
+            self._remember(cost, seconds, 1.0)
+            self.num_observed += 1
+        self._refit()
+        return self
+
+    def _remember(self, cost: StepCost, seconds: float, keep: float) -> None:
         features = self._features(cost) / seconds
-        self._gram = FORGETTING * self._gram + np.outer(features, features)
-        self._moment = FORGETTING * self._moment + features
+        self._gram = keep * self._gram + np.outer(features, features)
+        self._moment = keep * self._moment + features
+
+    def _refit(self) -> None:
         self.coefficients = _nonnegative_least_squares(
             self._gram + STICKINESS * np.eye(5), self._moment + STICKINESS * self.coefficients
         )
         self._publish()
-        self.error = error if self.error is None else self.error + ERROR_MEMORY * (error - self.error)
-        self.num_observed += 1
+
+    # -- kept in a file ------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, inverse of `from_dict`."""
+        return {
+            "model": asdict(self.model) | {"formats": {n: asdict(f) for n, f in self.model.formats.items()}},
+            "roofline": asdict(self.roofline),
+            "coefficients": self.coefficients.tolist(),
+            "gram": self._gram.tolist(),
+            "moment": self._moment.tolist(),
+            "error": self.error,
+            "num_observed": self.num_observed,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StepProfile":
+        """A profile as `to_dict` wrote it. Raises KeyError, TypeError or ValueError for anything else."""
+        model = dict(values["model"])
+        formats = {name: FormatCost(**cost) for name, cost in model.pop("formats").items()}
+        profile = cls(ModelCost(**model, formats=formats), DeviceRoofline(**values["roofline"]))
+        profile.coefficients = np.array(values["coefficients"], float).reshape(5)
+        profile._gram = np.array(values["gram"], float).reshape(5, 5)
+        profile._moment = np.array(values["moment"], float).reshape(5)
+        profile.error, profile.num_observed = values["error"], values["num_observed"]
+        profile._publish()
+        return profile
 
     def _features(self, cost: StepCost) -> np.ndarray:
         """The five terms in the roofline's seconds, so that coefficients are about 1."""
@@ -99,6 +147,22 @@ class StepProfile:
         """Coefficients as plain floats in seconds: `predict` is called many times a step."""
         units = (self._fixed_s, self._token_s, self._token_s, self._pair_s, self._byte_s)
         self._seconds = tuple(c * unit for c, unit in zip(self.coefficients.tolist(), units, strict=True))
+
+
+def save_profiles(path: str | Path, profiles: Mapping[str, StepProfile]) -> None:
+    """Write the profiles of models, by name, to a JSON file."""
+    Path(path).write_text(json.dumps({name: profile.to_dict() for name, profile in profiles.items()}, indent=1) + "\n")
+
+
+def load_profiles(path: str | Path) -> dict[str, StepProfile]:
+    """The profiles in a file that `save_profiles` wrote; raises ConfigError for anything else."""
+    try:
+        listed = json.loads(Path(path).read_text())
+        return {name: StepProfile.from_dict(values) for name, values in listed.items()}
+    except OSError as error:
+        raise ConfigError(f"cannot read the step profile {path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no step profile ({error!r}); write one with save_profiles") from None
 
 
 def _nonnegative_least_squares(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ class Row:
         page_class: class of its pages.
         shares: names of the memory shares that its pages come from; rows with none in common do not compete.
         walk: number of the admission walk that admitted it.
-        key: its key in the waiting queue then.
+        key: its rank and key in the waiting queue then.
         covered_tokens: tokens that the pages it holds have room for; noted, so that only every `page_size`-th
             decode step of a row has to ask for memory.
         reserved_pages: pages counted for it in `GrowthReserve`.

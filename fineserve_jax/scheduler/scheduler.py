@@ -8,6 +8,7 @@
 It decides when a token is computed, never which token comes out.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from fineserve_jax.errors import ConfigError, RequestError
@@ -15,14 +16,15 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request import FinishReason, Request, RequestStatus, StepPlan
 from fineserve_jax.scheduler.admission import Admission
 from fineserve_jax.scheduler.config import SchedulerConfig
-from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, step_cost
-from fineserve_jax.scheduler.execution import plan_step
-from fineserve_jax.scheduler.policies import POLICIES, policy_context
+from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost, step_cost
+from fineserve_jax.scheduler.execution import next_model, plan_step
+from fineserve_jax.scheduler.lengths import OutputLengths
+from fineserve_jax.scheduler.policies import find_policy, policy_context
 from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.rows import GrowthReserve, Row
-from fineserve_jax.scheduler.waiting import WaitingQueue, model_and_format, model_format_and_tenant
+from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue, model_and_format, model_format_and_tenant
 
 
 class Scheduler:
@@ -48,23 +50,43 @@ class Scheduler:
         models: Mapping[str, ModelCost],
         roofline: DeviceRoofline,
     ) -> None:
-        policy, context = POLICIES[config.policy], policy_context(config.ageing_s, models)
+        policy, lengths = find_policy(config.policy), OutputLengths()
+        context = policy_context(config.ageing_s, models, lengths.expected, self._prefill_s, config.tenant_weights)
         self.config = config
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
+        self._lengths, self._shares = lengths, context.shares
         self.num_preemptions = 0
         self._kv = kv
         self._requests: dict[str, Request] = {}
         self._rows: dict[Request, Row] = {}  # in the order of admission
-        group_of = model_format_and_tenant if config.quotas else model_and_format
-        self._queue = WaitingQueue(lambda request: policy(request, context), group_of)
+        self._queue = WaitingQueue(
+            lambda request: policy(request, context),
+            self._latest_start_s,
+            config.overtaking_limit_s,
+            model_format_and_tenant if config.quotas else model_and_format,
+        )
         self._reserve = GrowthReserve(config.growth_reserve_pages)
         self.pressure = Pressure(config, kv, self._rows, self.profiles)
         self.quotas = Quotas(kv, config.quotas, self._rows, config.growth_reserve_pages, self._preempt)
         self.pressure.may_narrow, self.pressure.on_narrowing = self.quotas.may_give_way, self.quotas.note
         self._admission = Admission(config, kv, self._queue, self._reserve, self.pressure, self.quotas)
+        self._dropped: list[Request] = []
         self._walk_may_help = False  # a request arrived, or memory or a place was freed, since the last walk
         self._last_turns: dict[str, int] = dict.fromkeys(models, 0)
         self._num_steps = 0
+
+    def start_from(self, profiles: Mapping[str, StepProfile]) -> None:
+        """Predict from profiles that were learnt before; models that are not among them are learnt anew.
+
+        Raises:
+            ConfigError: a profile of a model with other sizes.
+        """
+        for name in self.profiles.keys() & profiles.keys():
+            if profiles[name].model != self.profiles[name].model:
+                raise ConfigError(
+                    f"the step profile of {name!r} was learnt with other weights or KV formats; use another file"
+                )
+            self.profiles[name] = profiles[name]
 
     # -- requests come and go --------------------------------------------------------------------------------
 
@@ -80,6 +102,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests that hold memory, READY or RUNNING."""
         return len(self._rows)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a walk would admit nobody: since the last one no request came and nothing was freed."""
+        return not (self._walk_may_help and self._queue)
 
     def add(self, request: Request) -> None:
         """Let a request wait. The engine has made sure that it fits alone at `max_total_tokens`.
@@ -111,17 +138,35 @@ class Scheduler:
             self._reserve.remove(row)
         else:
             self._queue.remove(request)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._lengths.observe(request)
         self._kv.release(request)
         self.quotas.note(request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
         request.times.finished_s = now
         self._walk_may_help = True
 
+    def take_dropped(self) -> list[Request]:
+        """Requests that ended as LATE since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
     def _profile(self, model: str) -> StepProfile:
         try:
             return self.profiles[model]
         except KeyError:
             raise ConfigError(f"model={model!r} is not served; the models are: {', '.join(self.profiles)}") from None
+
+    def _prefill_s(self, request: Request) -> float:
+        """Predicted seconds until the request's first token, were all of it computed at once."""
+        tokens = request.num_tokens
+        return self.profiles[request.model].predict(StepCost(tokens, tokens * (tokens + 1) // 2, 0.0))
+
+    def _latest_start_s(self, request: Request) -> float:
+        """When the request has to be admitted to have its first token in time; never, if it has no target."""
+        if request.ttft_slo_s is None or request.times.first_token_s is not None or not self.config.slo_aware:
+            return math.inf
+        return request.times.arrival_s + request.ttft_slo_s - self._prefill_s(request)
 
     def _wait(self, request: Request) -> None:
         request.status = RequestStatus.WAITING
@@ -143,7 +188,7 @@ class Scheduler:
             self._walk_may_help |= self._kv.compaction.is_cut_short or self._admission.owes
         if not self._rows:
             return None
-        return self._plan(self._next_model())
+        return self._plan(self._next_model(now), now)
 
     def commit(self, plan: StepPlan, sampled: Sequence[int], now: float) -> list[Request]:
         """Enter the outcome of a step.
@@ -160,14 +205,15 @@ class Scheduler:
         works = plan.works
         if len(sampled) != len(works):
             raise ValueError(f"{len(sampled)} sampled tokens for a plan of {len(works)} works")
-        advanced = []
+        advanced, note_computed, page_size = [], self._kv.sharing.note_computed, self.config.page_size
         for work, token in zip(works, sampled, strict=True):
             request = work.request
             if request.status is RequestStatus.FINISHED:
                 continue
-            request.num_computed_tokens = work.start + work.count
-            self._kv.sharing.note_computed(request)
-            if request.num_computed_tokens == len(request.token_ids):
+            request.num_computed_tokens = computed = work.start + work.count
+            if work.count > 1 or not computed % page_size:  # a page may be full
+                note_computed(request)
+            if computed == len(request.token_ids):
                 request.token_ids.append(int(token))
                 if request.times.first_token_s is None:
                     request.times.first_token_s = now
@@ -180,6 +226,10 @@ class Scheduler:
         profile.observe(step_cost(plan.works, profile.model.formats), seconds)
 
     def _admit(self, now: float) -> None:
+        for request in self._queue.defer_late(now):
+            if request.drop_when_late:
+                self.finish(request, FinishReason.LATE, now)
+                self._dropped.append(request)
         self._walk_may_help = False
         places = self.config.max_batch_size - len(self._rows)
         if not self._queue or (not places and not self.config.quotas):
@@ -187,6 +237,8 @@ class Scheduler:
         for row in self._admission.walk(places, now):
             self._rows[row.request] = row
             row.request.status = RequestStatus.READY
+            if self.config.policy == "tenants" and row.key[0] == ON_TIME:
+                self._shares.admitted(row.key[1])
             if row.request.times.admitted_s is None:
                 row.request.times.admitted_s = now
         if not self._rows:
@@ -195,17 +247,19 @@ class Scheduler:
                 "engine must refuse requests that do not fit alone (KVManager.fits_alone)"
             )
 
-    def _next_model(self) -> str:
-        """The model with rows whose last step is longest ago."""
+    def _next_model(self, now: float) -> str:
+        """Whose step is next: see `execution.next_model`; models take turns if targets do not count."""
         if len(self.profiles) == 1:
             return next(iter(self.profiles))
+        if self.config.slo_aware:
+            return next_model(self._rows.values(), self.profiles, self._last_turns, self._num_steps, now)
         return min({row.request.model: None for row in self._rows.values()}, key=self._last_turns.__getitem__)
 
-    def _plan(self, model: str) -> StepPlan:
+    def _plan(self, model: str, now: float) -> StepPlan:
         rows = [
             row for row in self._rows.values() if row.request.model == model and self._kv.sharing.can_go_on(row.request)
         ]
-        plan = plan_step(rows, self.config, self.profiles[model])
+        plan = plan_step(rows, self.config, self.profiles[model], now)
         self._num_steps += 1
         self._last_turns[model] = self._num_steps
         for work in plan.works:

@@ -26,6 +26,8 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "slab_policy": (["partitioned"], "partitioned"),
     "slab_shares": (["int8 0.75", "bf16 0.25"], {"int8": 0.75, "bf16": 0.25}),
     "policy": (["sjf"], "sjf"),
+    "tenant_weights": (["a 2", "b 0.5"], {"a": 2.0, "b": 0.5}),
+    "step_profile": (["steps.json"], "steps.json"),
     "ageing_s": (["1.5"], 1.5),
     "seed": (["3"], 3),
     "prefix_cache": (["convert"], "convert"),
@@ -63,7 +65,7 @@ def given(settings: type[BaseModel], words: list[str]):
 
 
 def words_of(name: str, values: list[str]) -> list[str]:
-    pairs = name in ("slab_shares", "logit_bias")
+    pairs = name in ("slab_shares", "tenant_weights", "logit_bias")
     return [word for v in values for word in (f"--{name.replace('_', '-')}", *(v.split() if pairs else [v]))]
 
 

@@ -67,8 +67,8 @@ def decoding_with_a_prompt_waiting(target_s, **settings):
     engine = FakeEngine(make_kv(200), **{"max_chunk_tokens": 256, "policy": "fcfs"} | settings)
     for number in range(4):
         engine.add(make_request(number, 32, 50, tpot_slo_s=target_s))
-    engine.step()
-    engine.step()
+    for _ in range(2):
+        engine.step(target_s or 1.0)  # neither ahead of the target nor behind
     engine.add(make_request(9, 400, 2, "int8"))
     plan = engine.step()
     return plan, engine.scheduler.profiles[MODEL].predict(step_cost(plan.works, FORMATS))
@@ -112,10 +112,32 @@ def test_the_tightest_target_counts_and_only_that_of_decoding_rows():
     engine = FakeEngine(make_kv(200), max_chunk_tokens=256, policy="fcfs")
     for number, target_s in enumerate([None, 0.04, math.inf, 1.0]):
         engine.add(make_request(number, 32, 50, tpot_slo_s=target_s))
-    engine.step()
-    engine.step()
+    for _ in range(2):
+        engine.step(0.04)
     engine.add(make_request(9, 400, 2, "int8", tpot_slo_s=0.001))
     assert engine.step().chunks[0].count == plan.chunks[0].count
+
+
+def test_a_row_ahead_of_its_target_lends_its_time_to_prefill_and_one_behind_takes_some():
+    """Against the time to the moment when the fourth token is due, and three quarters of the target."""
+
+    def prefill_after(step_s, target_s=0.04):
+        engine = FakeEngine(make_kv(200), max_chunk_tokens=400, policy="fcfs")
+        engine.add(make_request(0, 32, 50, tpot_slo_s=target_s))
+        for _ in range(3):
+            engine.step(step_s)
+        engine.add(make_request(9, 400, 2, "int8"))
+        plan = engine.step()
+        return plan.chunks[0].count, engine.scheduler.profiles[MODEL].predict(step_cost(plan.works, FORMATS))
+
+    (behind, short), (neither, even), (ahead, long) = (prefill_after(step_s) for step_s in (0.06, 0.04, 0.03))
+    assert behind < neither < ahead
+    assert 0.029 < short <= 0.75 * 0.04 < even <= 0.04 < long <= 0.06
+
+
+def test_targets_do_not_hold_prefill_back_where_they_are_not_to_count():
+    plan, _ = decoding_with_a_prompt_waiting(0.022, slo_aware=False)
+    assert [chunk.count for chunk in plan.chunks] == [256]
 
 
 def test_step_cost_counts_tokens_pairs_and_bytes_read():

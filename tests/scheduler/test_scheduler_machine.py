@@ -6,6 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduler_cases import COST, PAGE_UNITS, FakeEngine, check_tokens, make_kv, make_request
 
 from fineserve_jax.request import FinishReason, RequestStatus
+from fineserve_jax.scheduler import POLICIES
 
 MODELS = ("m", "n")
 
@@ -14,7 +15,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         slab_policy=st.sampled_from(["elastic", "elastic", "partitioned", "uniform"]),
         num_slabs=st.integers(4, 16),
-        policy=st.sampled_from(["fineserve", "fcfs", "sjf", "edf"]),
+        policy=st.sampled_from(list(POLICIES)),
         max_batch_size=st.integers(1, 6),
         max_chunk_tokens=st.sampled_from([4, 8, 20]),
         chunked_prefill=st.booleans(),
@@ -31,16 +32,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 40),
         output=st.integers(1, 20),
         ttft=st.sampled_from([None, 1.0, 50.0]),
+        drop=st.booleans(),
         tpot=st.sampled_from([None, None, 1e-6, 0.05]),
     )
-    def add(self, model, kv, prompt, output, ttft, tpot):
+    def add(self, model, kv, prompt, output, ttft, drop, tpot):
         most = self.kv.max_tokens_alone(model, kv)
         if most < 2:
             return
         prompt = min(prompt, most - 1)
         output = min(output, most - prompt)
         number, now = len(self.engine.requests), self.engine.now
-        fields = {"ttft_slo_s": ttft, "tpot_slo_s": tpot}
+        fields = {"ttft_slo_s": ttft, "tpot_slo_s": tpot, "drop_when_late": drop}
         self.engine.add(make_request(number, prompt, output, kv, now, model, **fields))
 
     @rule(steps=st.integers(1, 12))

@@ -104,7 +104,7 @@ def test_the_queue_is_a_sorted_list_that_forgets_what_is_removed(operations):
         assert set(queue.groups()) == {model_and_format(r) for r in model}
         for group in queue.groups():
             members = [r for r in model if model_and_format(r) == group]
-            assert queue.head(group)[2] is min(members, key=lambda r: (r.num_prompt_tokens % 7, r.sequence))
+            assert queue.head(group).request is min(members, key=lambda r: (r.num_prompt_tokens % 7, r.sequence))
             assert queue.oldest(group) is min(members, key=lambda r: r.sequence)
 
 

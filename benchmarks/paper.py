@@ -1,0 +1,233 @@
+"""Simulated curves: this engine beside others' rules, over load, mix and memory.
+
+    python benchmarks/paper.py [--seconds 20] [--output docs/paper] [--table TABLE.csv]
+
+Two settings on one H100 with 80 GB. *Sharing*: Llama-3.1-8B in 16 bits, FP8 and AWQ share the device, each request
+with targets of a second for its first token and 100 ms for each further one (the FineServe paper's setting).
+*Pressure*: one 16-bit Llama-3.1-8B with requests in bf16, int8 and int4 KV and little memory for it, no targets (its
+summary's setting). Lengths are those of chats. Steps take as long as the measured table says for sharing, where one
+is given or lies in `../shared`, and as a roofline says for pressure. A run goes on until all is served, so its
+throughput includes the draining of the queue.
+
+Writes the figures of each curve, a plot of it, and a page of tables about all curves whose figures are there, so that
+they can be run one by one (`--only`). Prints one line of JSON at the end.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from fineserve_jax.sim.charts import line_chart
+from fineserve_jax.sim.cost_table import CostTable, read_table
+from fineserve_jax.sim.devices import Efficiency, get_device
+from fineserve_jax.sim.experiment import Experiment, parse_mix, with_targets
+from fineserve_jax.sim.systems import SYSTEMS, Cluster
+from fineserve_jax.sim.workload import assign, draw
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "profiles" / "fineserve_apex_cost.csv"
+TTFT_S, TPOT_S = 1.0, 0.1
+THREE = ("llama-3.1-8b@bf16/bf16", "llama-3.1-8b@fp8/fp8", "llama-3.1-8b@awq/bf16")
+INTRODUCTION = """# Simulated curves
+
+Written by `benchmarks/paper.py`; the figures lie beside the plots. `simulator.md` says what is assumed.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    seconds: float = 20.0
+    """How long requests keep arriving in each run."""
+    seed: int = 0
+    output: Path = Path("docs/paper")
+    """Plots and the page PATH.md."""
+    table: Path | None = None
+    """Measured latencies for the sharing setting."""
+    only: tuple[str, ...] = ()
+    """Names of curves, or parts of them, to run; all if none is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One workload: every system serves it."""
+
+    x: float
+    rate: float
+    mix: tuple[str, ...]
+    kv_bytes: float | None
+    targets: bool
+    burstiness: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Points along one axis, and the figure that is looked at."""
+
+    name: str
+    title: str
+    axis: str
+    points: tuple[Point, ...]
+    figure: str
+
+
+Figures = dict[str, Any]
+"""`Summary.to_dict()` of one run."""
+Results = dict[str, list[Figures]]
+"""System -> its figures, one a point."""
+
+
+def shared_mix(shares: Sequence[float]) -> tuple[str, ...]:
+    return tuple(f"{word}={share}" for word, share in zip(THREE, shares, strict=True))
+
+
+def kv_mix(narrow: float) -> tuple[str, ...]:
+    """A mix of KV formats in which int4 has this share, and bf16 and int8 divide the rest."""
+    shares = {"int4": narrow, "int8": (1 - narrow) / 2, "bf16": (1 - narrow) / 2}
+    return tuple(f"llama-3.1-8b/{name}={share}" for name, share in shares.items() if share > 0)
+
+
+def curves() -> list[Curve]:
+    skewed, even = shared_mix((8, 1, 1)), shared_mix((1, 1, 1))
+    rates = (20.0, 40.0, 60.0, 80.0, 100.0)
+    low = (10.0, 20.0, 30.0)
+    mixed = kv_mix(0.8)
+    attainment, tokens = "attainment", "output_tokens_per_s"
+    return [
+        Curve("sharing-skewed", "Three variants, 8:1:1, Poisson", "requests/s",
+              tuple(Point(r, r, skewed, None, True) for r in rates), attainment),
+        Curve("sharing-bursty", "Three variants, 8:1:1, bursty (CV 3)", "requests/s",
+              tuple(Point(r, r, skewed, None, True, 3.0) for r in rates[::2]), attainment),
+        Curve("sharing-even", "Three variants, 1:1:1, Poisson", "requests/s",
+              tuple(Point(r, r, even, None, True) for r in low), attainment),
+        Curve("sharing-memory", "Three variants, 1:1:1, 20 requests/s", "GB for KV",
+              tuple(Point(g, 20.0, even, g * 1e9, True) for g in (2.0, 4.0, 8.0, 32.0)), attainment),
+        Curve("pressure-load", "80 % int4, 4 GB for KV", "requests/s",
+              tuple(Point(r, r, mixed, 4e9, False) for r in rates[:4]), tokens),
+        Curve("pressure-mix", "4 GB for KV, 60 requests/s", "share of int4",
+              tuple(Point(s, 60.0, kv_mix(s), 4e9, False) for s in (0.0, 0.33, 0.67, 1.0)), tokens),
+        Curve("pressure-memory", "80 % int4, 60 requests/s", "GB for KV",
+              tuple(Point(g, 60.0, mixed, g * 1e9, False) for g in (1.0, 2.0, 4.0, 16.0)), tokens),
+        Curve("one-precision", "All bf16, 4 GB for KV", "requests/s",
+              tuple(Point(r, r, ("llama-3.1-8b/bf16",), 4e9, False) for r in low), tokens),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    table = arguments.table or (SHARED if SHARED.exists() else None)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    start = time.process_time()
+    for curve in curves():
+        if not arguments.only or any(part in curve.name for part in arguments.only):
+            run_curve(curve, table, arguments)
+    done = {curve: read_results(curve, arguments) for curve in curves() if path_of(curve, arguments).exists()}
+    sections = [section(curve, results, arguments.output.name) for curve, results in done.items()]
+    arguments.output.with_suffix(".md").write_text("\n".join([INTRODUCTION, *sections]))
+    gains = {curve.name: gains_of(curve, results) for curve, results in done.items()}
+    print(json.dumps({"seconds": arguments.seconds, "cpu_s": round(time.process_time() - start), "gains": gains}))
+
+
+def path_of(curve: Curve, arguments: Arguments) -> Path:
+    return arguments.output / f"{curve.name}.json"
+
+
+def read_results(curve: Curve, arguments: Arguments) -> Results:
+    results: Results = json.loads(path_of(curve, arguments).read_text())["results"]
+    return results
+
+
+def run_curve(curve: Curve, table: Path | None, arguments: Arguments) -> None:
+    """Runs all systems at all points; writes figures and plot."""
+    results: Results = {name: [] for name in SYSTEMS}
+    for point in curve.points:
+        experiment = experiment_of(point, table, arguments)
+        for name, system in SYSTEMS.items():
+            results[name].append(experiment.run(system).summary.to_dict())
+    setting = {"seconds": arguments.seconds, "seed": arguments.seed, "table": table is not None}
+    points = [dataclasses.asdict(point) for point in curve.points]
+    written = {"setting": setting, "points": points, "results": results}
+    path_of(curve, arguments).write_text(json.dumps(written, indent=1) + "\n")
+    path_of(curve, arguments).with_suffix(".svg").write_text(plot(curve, results))
+    print(f"{curve.name}: {gains_of(curve, results)}", flush=True)
+
+
+def experiment_of(point: Point, table: Path | None, arguments: Arguments) -> Experiment:
+    kinds, formats = parse_mix(point.mix)
+    if point.targets:
+        kinds = with_targets(kinds, TTFT_S, TPOT_S)
+    device = get_device("h100")
+    arrivals = draw(point.rate, arguments.seconds, arguments.seed, burstiness=point.burstiness)
+    cluster = Cluster(device, tuple(formats), {model.name: names for model, names in formats.items()}, point.kv_bytes)
+    timers = {}
+    if table is not None and point.targets:
+        costs = CostTable(read_table(table), device, Efficiency())
+        timers = {model.name: costs.profile(model, names[0]) for model, names in formats.items()}
+    settings = {"max_batch_size": 512, "max_chunk_tokens": 2048}
+    return Experiment(assign(arrivals, kinds, arguments.seed), cluster, timers, settings)
+
+
+# -- what came out -----------------------------------------------------------------------------------------------
+
+
+def gains_of(curve: Curve, results: Results) -> dict[str, dict[str, float]]:
+    """Against each other system: the largest and the least ratio of the curve's figure, and where the largest is;
+    and the largest ratios of throughput."""
+    gains = {}
+    for name in results:
+        if name == "fineserve":
+            continue
+        ratios = ratios_of(results, name, curve.figure)
+        best = max(range(len(ratios)), key=ratios.__getitem__)
+        gains[name] = {
+            "most": round(max(ratios), 2),
+            "at": curve.points[best].x,
+            "least": round(min(ratios), 2),
+            "most_tokens": round(max(ratios_of(results, name, "output_tokens_per_s")), 2),
+            "most_tokens_in_time": round(max(ratios_of(results, name, "goodput_tokens_per_s")), 2),
+        }
+    return gains
+
+
+def ratios_of(results: Results, name: str, of: str) -> list[float]:
+    pairs = zip(results["fineserve"], results[name], strict=True)
+    return [own[of] / max(other[of], 1e-9) for own, other in pairs]
+
+
+def plot(curve: Curve, results: Results) -> str:
+    label = {"attainment": "share of requests in time", "output_tokens_per_s": "tokens/s"}[curve.figure]
+    lines = {
+        name: [(point.x, figures[curve.figure]) for point, figures in zip(curve.points, ones, strict=True)]
+        for name, ones in results.items()
+    }
+    return line_chart(curve.title, curve.axis, label, lines) + "\n"
+
+
+Cell = tuple[str, Callable[[Figures], str]]
+
+
+def section(curve: Curve, results: Results, folder: str) -> str:
+    cells: list[Cell] = [("tokens/s", lambda f: f"{f['output_tokens_per_s']:.0f}")]
+    if curve.figure == "attainment":
+        cells.insert(0, ("in time", lambda f: f"{f['attainment']:.1%}"))
+        cells.append(("tokens/s in time", lambda f: f"{f['goodput_tokens_per_s']:.0f}"))
+    else:
+        cells.append(("TTFT p99, s", lambda f: f"{f['ttft']['p99']:.1f}"))
+        cells.append(("preemptions", lambda f: f"{f['num_preemptions']}"))
+    lines = [f"## {curve.title}", "", f"![{curve.title}]({folder}/{curve.name}.svg)", ""]
+    for title, cell in cells:
+        rows = ([name, *(cell(figures) for figures in ones)] for name, ones in results.items())
+        lines += [*_table([f"{title}, by {curve.axis}", *(f"{point.x:g}" for point in curve.points)], rows), ""]
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    ruled = ["|" + "|".join(["---", *["---:"] * (len(head) - 1)]) + "|"]
+    return ["| " + " | ".join(head) + " |", *ruled, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+if __name__ == "__main__":
+    main()

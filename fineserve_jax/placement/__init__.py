@@ -1,0 +1,26 @@
+"""Which model goes on which devices: above engines, before any of them starts. Host only.
+
+problem    what is asked: models with rates, lengths and targets, and devices
+estimate   what a placement would give
+search     greedy, and exhaustive for small cases
+rules      the rules of others, for comparison
+"""
+
+from fineserve_jax.placement.estimate import Estimate, estimate
+from fineserve_jax.placement.problem import ModelLoad, Placement, Problem, Replica, read_problem
+from fineserve_jax.placement.rules import prism, slab_aware
+from fineserve_jax.placement.search import exhaustive, greedy
+
+__all__ = [
+    "Estimate",
+    "ModelLoad",
+    "Placement",
+    "Problem",
+    "Replica",
+    "estimate",
+    "exhaustive",
+    "greedy",
+    "prism",
+    "read_problem",
+    "slab_aware",
+]

@@ -1,0 +1,44 @@
+"""What the scheduler learns and decides reaches the engine's callers."""
+
+import json
+
+import pytest
+
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.request import FinishReason
+from fineserve_jax.sampling_params import SamplingParams
+
+
+def test_a_request_that_asked_for_it_ends_as_late(make_engine):
+    """Two requests for one place; the second's target passes while the first decodes."""
+    engine = make_engine(max_batch_size=1)
+    now = [0.0]
+    engine.clock = lambda: now[0]
+    sampling = SamplingParams(max_tokens=6, ignore_eos=True)
+    first = engine.add_request([5, 6, 7], sampling)
+    late = engine.add_request([5, 6, 7], sampling, ttft_slo_s=2.0, drop_when_late=True)
+    kept = engine.add_request([5, 6, 7], sampling, ttft_slo_s=2.0)
+    while engine.has_unfinished:
+        engine.step()
+        now[0] += 1.0
+    assert [request.finish_reason for request in (first, late, kept)] == ["length", "late", "length"]
+    assert late.output_token_ids == []
+    assert late.finish_reason is FinishReason.LATE
+    engine.kv.check_integrity()
+
+
+def test_learnt_step_times_are_kept_in_a_file(make_engine, tmp_path):
+    path = tmp_path / "profile.json"
+    for _ in range(2):
+        engine = make_engine(step_profile=str(path))
+        (before,) = (profile.num_observed for profile in engine.scheduler.profiles.values())
+        for _ in range(2):  # the first compiles, which teaches nothing
+            engine.add_request([5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True))
+            while engine.has_unfinished:
+                engine.step()
+    assert before > 0
+    (kept,) = json.loads(path.read_text()).values()
+    assert kept["num_observed"] > before
+    path.write_text(path.read_text().replace('"weight_bytes": ', '"weight_bytes": 1'))
+    with pytest.raises(ConfigError, match=r"the step profile of .* was learnt with other weights"):
+        make_engine(step_profile=str(path))

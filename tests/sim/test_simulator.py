@@ -1,0 +1,100 @@
+"""The simulator: nothing lost, the same bytes each time, and shortcuts that change nothing."""
+
+import dataclasses
+import json
+
+import pytest
+from sim_cases import MODEL, cluster, simulate, workload
+
+from fineserve_jax.scheduler import StepCost
+from fineserve_jax.sim import SYSTEMS, Arrival, Kind, parse_model, summarize
+
+
+def as_bytes(run):
+    return json.dumps(dataclasses.asdict(run)).encode()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_request_is_accounted_for_and_all_memory_comes_back(system):
+    arrivals = workload(seconds=10.0)
+    run, kv = simulate(arrivals, system)
+    kv.check_integrity()
+    assert not kv.held
+    assert [one.arrival.arrival_s for one in run.served] == [arrival.arrival_s for arrival in arrivals]
+    assert {one.outcome for one in run.served} <= {"length", "late"}
+    for one in run.served:
+        if one.outcome == "length":
+            assert one.arrival.arrival_s <= one.admitted_s < one.first_token_s <= one.finished_s <= run.end_s
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others():
+    first, again, other = (as_bytes(simulate(workload(seed=seed))[0]) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("kv_bytes", [2e9, 40e9], ids=["short of memory", "plenty of memory"])
+def test_runs_of_equal_steps_in_one_go_change_no_figure(kv_bytes):
+    arrivals = workload(rate=6.0)
+    (fast, _), (slow, _) = (simulate(arrivals, where=cluster(kv_bytes), fast=fast, sample_s=1e9) for fast in (1, 0))
+    assert fast.num_steps == slow.num_steps
+    assert fast.num_preemptions == slow.num_preemptions
+    for one, other in zip(fast.served, slow.served, strict=True):
+        assert one.first_token_s == pytest.approx(other.first_token_s, rel=1e-9)
+        assert one.finished_s == pytest.approx(other.finished_s, rel=1e-9)
+
+
+def test_a_lone_request_takes_the_time_that_the_cost_model_says():
+    arrival = Arrival(1.0, 100, 5, MODEL.name, "bf16")
+    where = cluster()
+    run, _ = simulate([arrival], where=where)
+    cost = MODEL.cost(("bf16",), 16)
+    timer = MODEL.roofline(where.device, where.efficiency)
+    weights_s = cost.weight_bytes / timer.bandwidth + timer.overhead_s
+    (one,) = run.served
+    assert one.ttft_s == pytest.approx(weights_s + 5050 * cost.flops_per_pair / timer.flops, rel=0.01)
+    read = sum((100 + i) * cost.formats["bf16"].bytes_per_token for i in range(4)) / timer.bandwidth
+    assert one.finished_s - one.first_token_s == pytest.approx(4 * weights_s + read, rel=1e-6)
+    assert run.num_steps == 5
+
+
+def test_a_measured_cost_model_takes_the_place_of_the_roofline():
+    class Constant:
+        def predict(self, cost: StepCost) -> float:
+            return 0.25
+
+    run, _ = simulate([Arrival(0.0, 100, 5, MODEL.name, "bf16")], timers={MODEL.name: Constant()})
+    assert run.served[0].finished_s == pytest.approx(5 * 0.25)
+
+
+def test_a_request_that_can_never_fit_is_refused_and_the_others_are_served():
+    arrivals = [Arrival(0.0, 100_000, 5, MODEL.name, "bf16"), Arrival(0.0, 10, 5, MODEL.name, "bf16")]
+    run, _ = simulate(arrivals, where=cluster(2e9))
+    assert [one.outcome for one in run.served] == ["refused", "length"]
+
+
+def test_the_clock_stops_where_it_is_told_to():
+    run, _ = simulate(workload(rate=50.0, seconds=30.0), stop_s=5.0)
+    assert 5.0 <= run.end_s < 5.2
+    assert {one.outcome for one in run.served} == {"length", "unserved"}
+
+
+def test_models_share_a_device_and_its_memory():
+    models = [parse_model("llama-3.1-8b"), parse_model("llama-3.1-8b@fp8"), parse_model("llama-3.1-8b@awq")]
+    mix = [Kind(1.0, model.name, "fp8", 2.0, 0.1) for model in models]
+    run, kv = simulate(workload(rate=6.0, mix=mix), where=cluster(models=models, formats=("fp8",)))
+    assert {one.outcome for one in run.served} == {"length"}
+    kv.check_integrity()
+    assert all(error < 0.05 for error in run.prediction_error.values())
+
+
+def test_the_summary_adds_up():
+    run, _ = simulate(workload(rate=20.0))
+    summary = summarize(run)
+    assert summary.num_done == summary.num_requests == len(run.served)
+    tokens = sum(one.arrival.output_tokens for one in run.served)
+    assert summary.output_tokens_per_s * summary.seconds == pytest.approx(tokens)
+    assert summary.attainment == pytest.approx(sum(one.in_time for one in run.served) / len(run.served))
+    assert summary.goodput_tokens_per_s <= summary.output_tokens_per_s
+    assert summary.ttft.p50 <= summary.ttft.p90 <= summary.ttft.p99 <= summary.end_to_end.p99
+    assert summary.reserved_over_needed >= 1.0
+    json.dumps(summary.to_dict())
