@@ -62,7 +62,7 @@ class LLM:
         kv_precision: str | Sequence[str | None] | None = None,
         min_kv_precision: str | Sequence[str | None] | None = None,
         model: str | Sequence[str] | None = None,
-        tenant: str | Sequence[str | None] | None = None,
+        tenant: str | Sequence[str] = "",
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, all in one batch as far as memory allows.
@@ -74,7 +74,7 @@ class LLM:
             min_kv_precision: KV format to which older tokens may be narrowed when memory is short, one for all or
                 one for each; None: the engine's, and with "auto" the narrowest.
             model: who answers, one name for all or one for each; None if there is only one model.
-            tenant: whose quota the prompts count against, one for all or one for each.
+            tenant: whose the prompts are, one for all or one for each: quotas and shares are kept by it.
             on_step: called after every step, to show progress.
 
         Returns:
@@ -97,7 +97,7 @@ class LLM:
         kv_precision: str | Sequence[str | None] | None = None,
         min_kv_precision: str | Sequence[str | None] | None = None,
         model: str | Sequence[str] | None = None,
-        tenant: str | Sequence[str | None] | None = None,
+        tenant: str | Sequence[str] = "",
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
         """Continues conversations, lists of {"role": ..., "content": ...}, through the model's chat template.
@@ -119,7 +119,7 @@ class LLM:
         kv_precision: str | None = None,
         min_kv_precision: str | None = None,
         model: str | None = None,
-        tenant: str | None = None,
+        tenant: str = "",
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
@@ -181,7 +181,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         kv_precision: str | Sequence[str | None] | None,
         min_kv_precision: str | Sequence[str | None] | None,
-        tenant: str | Sequence[str | None] | None,
+        tenant: str | Sequence[str],
         on_step: Callable[[EngineStats], None] | None,
     ) -> list[RequestOutput]:
         """Serves tokenized prompts to the end. Nothing stays behind in the engine, whatever happens."""
@@ -189,7 +189,7 @@ class LLM:
         params = _one_each(sampling_params or SamplingParams(), SamplingParams, count, "sampling_params")
         formats = _one_each(kv_precision or None, str | None, count, "kv_precision")
         floors = _one_each(min_kv_precision or None, str | None, count, "min_kv_precision")
-        tenants = _one_each(tenant, str | None, count, "tenant")
+        tenants = _one_each(tenant, str, count, "tenant")
         hows: list[dict[str, Any]] = [
             {"kv_precision": name, "min_kv_precision": floor, "model": served.name, "tenant": of}
             for name, floor, served, of in zip(formats, floors, models, tenants, strict=True)

@@ -27,7 +27,7 @@ class Row:
         model: name of the model; None for the only one.
         kv_precision: KV format or "auto"; None for the model's own.
         min_kv_precision: KV format its older tokens may be narrowed to; None for the engine's.
-        tenant: whose quota it counts against; None for nobody's.
+        tenant: whose it is; empty for nobody's in particular.
         ttft_slo_s, tpot_slo_s: latency targets in seconds, see `Request`; None for none.
         sampling: the sampling fields it sets, unchecked.
     """
@@ -39,7 +39,7 @@ class Row:
     model: str | None
     kv_precision: str | None
     min_kv_precision: str | None
-    tenant: str | None
+    tenant: str
     ttft_slo_s: float | None
     tpot_slo_s: float | None
     sampling: dict[str, Any]
@@ -88,7 +88,7 @@ def parse_row(line: bytes, number: int) -> Row | BadRow:
         model=content.get("model"),
         kv_precision=content.get("kv_precision"),
         min_kv_precision=content.get("min_kv_precision"),
-        tenant=content.get("tenant"),
+        tenant=content.get("tenant") or "",
         ttft_slo_s=content.get("ttft_slo_s"),
         tpot_slo_s=content.get("tpot_slo_s"),
         sampling={name: value for name, value in content.items() if name not in ROW_FIELDS},

@@ -97,10 +97,9 @@ class QuotaAccount:
         """Quotas that the request counts against."""
         return self.names_of(request.tenant, request.kv_precision)
 
-    def names_of(self, tenant: str | None, kv_precision: str) -> list[str]:
+    def names_of(self, tenant: str, kv_precision: str) -> list[str]:
         """Quotas that requests of the tenant in the precision count against."""
-        names = () if tenant is None else (f"tenant:{tenant}",)
-        return [name for name in (*names, f"precision:{kv_precision}") if name in self.used]
+        return [name for name in (f"tenant:{tenant}", f"precision:{kv_precision}") if name in self.used]
 
     def note(self, request: Request) -> None:
         """What the request holds has changed."""

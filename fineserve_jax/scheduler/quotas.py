@@ -46,7 +46,7 @@ class Quotas:
         self.num_reclaimed = 0
         self._kv, self._rows, self._growth_pages, self._preempt = kv, rows, growth_pages, preempt
 
-    def check(self, model: str, kv_precision: str, tenant: str | None, num_tokens: int) -> None:
+    def check(self, model: str, kv_precision: str, tenant: str, num_tokens: int) -> None:
         """Raises RequestError for a request that could exceed a maximum on its own when it has so many tokens."""
         if self.account is None:
             return

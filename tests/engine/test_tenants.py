@@ -21,7 +21,7 @@ OPTIONS = {
 
 def test_quotas_change_when_tokens_come_but_not_which():
     quotas = {"tenant:alice": {"guaranteed": 0.5}, "tenant:bob": {"max": 0.4}}
-    prompts, tenants = ["a" * length for length in (60, 50, 40, 30, 20, 10)], ["alice", "bob", None] * 2
+    prompts, tenants = ["a" * length for length in (60, 50, 40, 30, 20, 10)], ["alice", "bob", ""] * 2
     plain, shared = (
         Engine(random_model(), EngineConfig(**OPTIONS)),
         Engine(random_model(), EngineConfig(**OPTIONS, quotas=quotas)),
@@ -45,7 +45,7 @@ def test_a_prompt_beyond_its_tenants_maximum_is_refused_before_anything_runs(mon
     monkeypatch.setattr("fineserve_jax.load_engine.use_compilation_cache", lambda: None)
     llm = LLM("tiny", **OPTIONS, quotas={"tenant:bob": {"max": 0.05}})
     with pytest.raises(RequestError, match=r"prompt 1: a request of up to 120 tokens.*quota 'tenant:bob' allows"):
-        llm.generate(["a" * 10, "b" * 100], TWENTY, tenant=[None, "bob"])
+        llm.generate(["a" * 10, "b" * 100], TWENTY, tenant=["", "bob"])
     assert not llm.engine.has_unfinished
     assert len(llm.generate(["b" * 100], TWENTY, tenant="alice")[0].outputs[0].token_ids) == 20
 
