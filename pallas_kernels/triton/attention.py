@@ -26,6 +26,7 @@ from fineserve_jax.pallas_kernels.tiles import Tiles
 from fineserve_jax.pallas_kernels.triton.merge import merge_tiles
 from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader
 from fineserve_jax.pallas_kernels.triton.placing import at, padded
+from fineserve_jax.pallas_kernels.triton.products import exact_product
 
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
 # thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
@@ -93,15 +94,14 @@ def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
     """How a launch for `group` query heads a KV head, with products at `dtype`, is cut."""
     geometry, queries = spec.geometry, spec.tile_shape.queries
     lanes = padded(geometry.head_dim)
-    rows, chunk = MAX_ROWS if lanes == geometry.head_dim else LEAST, min(MAX_TOKENS, CHUNK_VALUES // lanes)
-    exact = dtype == jnp.float32  # not for tensor cores: operands fill the registers
-    if exact:
+    rows, chunk = MAX_ROWS, max(LEAST, min(MAX_TOKENS, CHUNK_VALUES // lanes))
+    plain = lanes == geometry.head_dim and dtype != jnp.float32
+    if not plain:  # masks take registers, and so do operands in f32
         rows, chunk = LEAST, LEAST
     rows = max(LEAST, min(rows, padded(queries * group)))
-    chunk = max(LEAST, chunk)
     tokens = min(chunk, geometry.page_size)
-    warps = 8 if exact or lanes > 128 else 4 if lanes > 64 else 2
-    stages = DECODE_STAGES if queries == 1 and lanes == geometry.head_dim else STAGES
+    warps = 8 if lanes > 128 else 4 if lanes > 64 or queries > 1 else 2
+    stages = DECODE_STAGES if queries == 1 and plain else STAGES
     return Shape(queries, group, rows, chunk // tokens, tokens, warps, stages)
 
 
@@ -191,9 +191,12 @@ class _Program:
     head: jax.Array
     row_block: jax.Array
 
+    @property
+    def exact(self) -> bool:
+        """Whether products are of f32."""
+        return self.q.dtype == jnp.float32
+
     def for_format(self, kv_format: KVFormat) -> "_Program":
-        if self.q.dtype == jnp.float32:  # its products have no registers to spare
-            return self
         geometry = self.spec.geometry
         lanes = padded(kv_format.width(geometry))
         return dataclasses.replace(self, shape=self.shape.for_words(lanes, kv_format.word_parts, geometry.page_size))
@@ -208,7 +211,8 @@ class _Program:
         count = load(tables.query_counts.at[block])
         asks = query < count
 
-        planes = self._load_queries(reader, basis, load(tables.query_slots.at[block]) + query, member, asks)
+        slot = load(tables.query_slots.at[block]) + query
+        planes = self._load_queries(reader, basis, slot, member, asks)
         query_position = load(tables.query_positions.at[block]) + query
         begin, end = self._token_range(block, count)
 
@@ -298,7 +302,7 @@ class _Program:
         if spec.window is not None:
             visible &= query_position - position < spec.window
 
-        logits = functools.reduce(jnp.add, map(_dot_transposed, q, flat(vectors.k)))
+        logits = functools.reduce(jnp.add, map(self._dot_transposed, q, flat(vectors.k)))
         if vectors.k_scale is not None:
             logits = logits * by_token(vectors.k_scale)
         if spec.soft_cap is not None:
@@ -314,7 +318,7 @@ class _Program:
             weights = weights * by_token(vectors.v_scale)
         weights = weights.astype(self.q.dtype)
         totals = tuple(
-            total * fade[:, None] + _dot(weights, plane)
+            total * fade[:, None] + self._dot(weights, plane)
             for total, plane in zip(state.totals, flat(vectors.v), strict=True)
         )
         return _State(peak, weight, offset, totals)
@@ -326,18 +330,16 @@ class _Program:
         for total, (lane, inside) in zip(state.totals, self._lanes(reader), strict=True):
             store(at(self.out.total, *place, lane), total + state.offset[:, None], mask=asks & inside)
 
+    def _dot(self, a: jax.Array, b: jax.Array, contract_b: int = 0) -> jax.Array:
+        """[m, k] by [k, n], summed in f32."""
+        return lax.dot_general(
+            a,
+            b,
+            (((1,), (contract_b,)), ((), ())),
+            precision=exact_product(interpret=bool(self.spec.interpret)) if self.exact else None,
+            preferred_element_type=jnp.float32,
+        )
 
-def _dot(a: jax.Array, b: jax.Array, contract_b: int = 0) -> jax.Array:
-    """[m, k] by [k, n], in f32; operands in f32 are not rounded."""
-    return lax.dot_general(
-        a,
-        b,
-        (((1,), (contract_b,)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[m, k] by the transpose of [n, k]."""
-    return _dot(a, b, contract_b=1)
+    def _dot_transposed(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """[m, k] by the transpose of [n, k]."""
+        return self._dot(a, b, contract_b=1)
