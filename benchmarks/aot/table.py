@@ -143,8 +143,8 @@ registers where a GPU decodes at head size 128; more of them at head size 64 are
 
 Ragged attention is counted on a few new tokens, which one program serves. On a GPU a program has {rows} rows, queries
 times query heads of a KV head, and reads the tile's pages for them. For more rows pages are read again, from the L2
-cache mostly, since those programs run side by side: 32 queries of Qwen3-32B, whose group is 8, take 8 programs. Programs
-of 64 rows were tried: compiled for an A100 they spill (212 bytes with 4 warps, 456 with 8).
+cache mostly, since those programs run side by side: 32 queries of Qwen3-32B, whose group is 8, take 8 programs.
+Programs of 64 rows were tried: compiled for an A100 they spill (212 bytes with 4 warps, 456 with 8).
 """
 
 

@@ -10,7 +10,8 @@ words of a vector. The target's planes are slices of the head's channels, and so
 
 Where the basis stays, words are loaded that unpack to what is wanted: half of a vector's words to halves of its planes;
 and twice all of them, one after the other, to planes twice as wide, of which each lane then takes the right one. Where
-it changes, some words at a time of every vector are multiplied by their rows of the matrix, on tensor cores.
+it changes, words are multiplied by their rows of the matrix on tensor cores: some at a time of every vector are loaded,
+so many that loads are wide, and are then taken by a loop in pieces so small that products fit in registers.
 
 A program has as many warps as it takes for each of its threads to load 128 bits at once.
 """
@@ -191,7 +192,14 @@ class _Vectors:
 
     def load(self, lane: jax.Array) -> Planes:
         """Planes, f32[tokens, lanes], in the format's basis; of some lanes, i32[1, lanes], finite beyond the width."""
-        words = tuple(self._load(places, lane) for places in self.word_places(lane))
+        return self.unpack(self.load_words(lane), lane)
+
+    def load_words(self, lane: jax.Array) -> tuple[jax.Array, ...]:
+        """The word parts, u16[tokens, lanes], of some lanes, i32[1, lanes]; 0 beyond the width."""
+        return tuple(self._load(places, lane) for places in self.word_places(lane))
+
+    def unpack(self, words: tuple[jax.Array, ...], lane: jax.Array) -> Planes:
+        """The planes that words of some lanes stand for."""
         none = jnp.zeros((1, 1), jnp.uint16)
         aux = tuple(none if places is None else self._load(places, lane) for places in self.aux_places(lane))
         # The other side's words are not looked at: what comes of them is dropped.
@@ -261,9 +269,19 @@ def _rotated(reader: _Vectors, change: _Change, matrix: Ref) -> Planes:
     product = functools.partial(jnp.dot, precision=exact_product(interpret=change.interpret))
 
     def add(step: jax.Array, sums: Planes) -> Planes:
-        lane = step * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        words = reader.load_words(step * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1))
+        count = lanes // LEAST_LANES
+        pieces = [jnp.split(part, count, axis=1) for part in words]
+
+        def add_piece(piece: jax.Array, sums: Planes) -> Planes:
+            lane = (step * count + piece) * LEAST_LANES + lax.broadcasted_iota(jnp.int32, (1, LEAST_LANES), 1)
+            return multiply(tuple(_pick(part, piece) for part in pieces), lane, sums)
+
+        return lax.fori_loop(0, count, add_piece, sums)
+
+    def multiply(words: tuple[jax.Array, ...], lane: jax.Array, sums: Planes) -> Planes:
         row = jnp.minimum(lane, source_width - 1).reshape(-1, 1)
-        for i, plane in enumerate(reader.load(lane)):
+        for i, plane in enumerate(reader.unpack(words, lane)):
             part = jnp.where(lane < source_width, plane, 0.0) if source_width % lanes else plane
             blocks = [load(at(matrix, i * source_width + row, j * width + column)) for j in range(change.target.planes)]
             sums = tuple(total + product(part, block) for total, block in zip(sums, blocks, strict=True))
@@ -271,3 +289,7 @@ def _rotated(reader: _Vectors, change: _Change, matrix: Ref) -> Planes:
 
     nothing = (jnp.zeros((change.tokens, column.size), jnp.float32),) * change.target.planes
     return lax.fori_loop(0, -(-source_width // lanes), add, nothing)
+
+
+def _pick(pieces: list[jax.Array], number: jax.Array) -> jax.Array:
+    return functools.reduce(lambda left, i: jnp.where(number < i, left, pieces[i]), range(1, len(pieces)), pieces[0])
