@@ -26,7 +26,7 @@ from fineserve_jax.pallas_kernels.tiles import Tiles
 from fineserve_jax.pallas_kernels.triton.merge import merge_tiles
 from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader
 from fineserve_jax.pallas_kernels.triton.placing import at, padded
-from fineserve_jax.pallas_kernels.triton.products import exact_product
+from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
 # thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
@@ -34,6 +34,7 @@ from fineserve_jax.pallas_kernels.triton.products import exact_product
 MAX_ROWS = 32  # queries x query heads that a program attends from; padded vectors take more registers
 CHUNK_VALUES, MAX_TOKENS = 32 * 128, 32  # of keys, and as many of values, that a program multiplies at a time
 LEAST = 16  # rows and tokens
+EXACT_LANES = 32  # of queries in f32 that are multiplied at a time
 DECODE_STAGES, STAGES = 3, 2
 LOAD_WORDS, THREADS = 8, 32  # of 128 bits, and of a warp
 
@@ -212,12 +213,18 @@ class _Program:
         asks = query < count
 
         slot = load(tables.query_slots.at[block]) + query
-        planes = self._load_queries(reader, basis, slot, member, asks)
+        load_queries = functools.partial(self._load_queries, reader, basis, slot, member, asks)
+        planes = () if self.exact else tuple(load_queries(plane, 0, reader.lanes) for plane in range(kv_format.planes))
         query_position = load(tables.query_positions.at[block]) + query
         begin, end = self._token_range(block, count)
 
+        def multiply(keys: Planes) -> jax.Array:
+            if self.exact:
+                return self._multiply_in_pieces(load_queries, keys)
+            return functools.reduce(jnp.add, map(self._dot_transposed, planes, keys))
+
         def add_chunk(chunk: jax.Array, state: _State) -> _State:
-            return self._add_chunk(reader, planes, query_position, begin, end, chunk, state)
+            return self._add_chunk(reader, multiply, query_position, begin, end, chunk, state)
 
         nothing = jnp.zeros(shape.rows, jnp.float32)
         totals = (jnp.zeros((shape.rows, reader.lanes), jnp.float32),) * kv_format.planes
@@ -227,13 +234,34 @@ class _Program:
         self._store(reader, state, query, member, asks)
 
     def _load_queries(
-        self, reader: PageReader, basis: int, slot: jax.Array, member: jax.Array, asks: jax.Array
-    ) -> Planes:
-        planes = []
-        for lane, inside in self._lanes(reader):
-            values = at(self.q, basis, slot, self.head, member, lane)
-            planes.append(load(values, mask=asks & inside, other=jnp.zeros((), self.q.dtype)))
-        return tuple(planes)
+        self,
+        reader: PageReader,
+        basis: int,
+        slot: jax.Array,
+        member: jax.Array,
+        asks: jax.Array,
+        plane: int,
+        first_lane: jax.Array | int,
+        lanes: int,
+    ) -> jax.Array:
+        """Some lanes of a plane of the queries, [rows, lanes]."""
+        lane = first_lane + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        values = at(self.q, basis, slot, self.head, member, plane * reader.width + lane)
+        return load(values, mask=asks & (lane < reader.width), other=jnp.zeros((), self.q.dtype))
+
+    def _multiply_in_pieces(self, load_queries: Callable[..., jax.Array], keys: Planes) -> jax.Array:
+        """Logits in f32, for which queries would fill the registers: a loop loads some lanes of them at a time."""
+        lanes = min(EXACT_LANES, keys[0].shape[1])
+        count = keys[0].shape[1] // lanes
+        pieces = [jnp.split(plane, count, axis=1) for plane in keys]
+
+        def add(number: jax.Array, logits: jax.Array) -> jax.Array:
+            for plane, parts in enumerate(pieces):
+                queries = load_queries(plane, number * lanes, lanes)
+                logits = logits + self._dot_transposed(queries, pick(parts, number))
+            return logits
+
+        return lax.fori_loop(0, count, add, jnp.zeros((self.shape.rows, len(keys[0])), jnp.float32))
 
     @staticmethod
     def _lanes(reader: PageReader) -> list[tuple[jax.Array, jax.Array]]:
@@ -275,14 +303,19 @@ class _Program:
     def _add_chunk(
         self,
         reader: PageReader,
-        q: Planes,
+        multiply: Callable[[Planes], jax.Array],
         query_position: jax.Array,
         begin: jax.Array,
         end: jax.Array,
         index: jax.Array,
         state: _State,
     ) -> _State:
-        """Adds the attention to one chunk. `q`: [rows, lanes] a plane; `query_position`: i32[rows, 1]."""
+        """Adds the attention to one chunk.
+
+        Args:
+            multiply: gives the logits f32[rows, tokens] of planes of keys, [tokens, lanes].
+            query_position: i32[rows, 1].
+        """
         spec, size = self.spec, self.shape.chunk
         chunk = self._chunk(reader, begin, end, index)
         k, v = reader.k_words(self.arena, chunk, self.head), reader.v_words(self.arena, chunk, self.head)
@@ -302,7 +335,7 @@ class _Program:
         if spec.window is not None:
             visible &= query_position - position < spec.window
 
-        logits = functools.reduce(jnp.add, map(self._dot_transposed, q, flat(vectors.k)))
+        logits = multiply(flat(vectors.k))
         if vectors.k_scale is not None:
             logits = logits * by_token(vectors.k_scale)
         if spec.soft_cap is not None:

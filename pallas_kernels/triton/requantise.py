@@ -32,7 +32,7 @@ from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, tri
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
 from fineserve_jax.pallas_kernels.triton.placing import LEAST_LANES, at, clear_padding, padded, words_at
-from fineserve_jax.pallas_kernels.triton.products import exact_product
+from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 
 BLOCK_VALUES = 32 * 128  # that a program converts if it is free to choose
 WARP_WORDS = 256  # 8 words, 128 bits, a thread
@@ -275,7 +275,7 @@ def _rotated(reader: _Vectors, change: _Change, matrix: Ref) -> Planes:
 
         def add_piece(piece: jax.Array, sums: Planes) -> Planes:
             lane = (step * count + piece) * LEAST_LANES + lax.broadcasted_iota(jnp.int32, (1, LEAST_LANES), 1)
-            return multiply(tuple(_pick(part, piece) for part in pieces), lane, sums)
+            return multiply(tuple(pick(part, piece) for part in pieces), lane, sums)
 
         return lax.fori_loop(0, count, add_piece, sums)
 
@@ -289,7 +289,3 @@ def _rotated(reader: _Vectors, change: _Change, matrix: Ref) -> Planes:
 
     nothing = (jnp.zeros((change.tokens, column.size), jnp.float32),) * change.target.planes
     return lax.fori_loop(0, -(-source_width // lanes), add, nothing)
-
-
-def _pick(pieces: list[jax.Array], number: jax.Array) -> jax.Array:
-    return functools.reduce(lambda left, i: jnp.where(number < i, left, pieces[i]), range(1, len(pieces)), pieces[0])
