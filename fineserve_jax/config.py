@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.kv.quotas import Quota, check_quotas
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.validation import Validated
@@ -45,6 +46,9 @@ class EngineConfig(Validated):
         preemption: how requests come back that lost their memory: "recompute", "swap" (from host memory), or "auto",
             whichever is predicted to be faster.
         swap_memory: host memory for preempted requests, as kv_memory is given, or 0; None: as much as kv_memory.
+        quotas: shares of the KV memory that a tenant's requests or those in a KV precision are guaranteed, and that
+            they may take at most: {"tenant:alice": {"guaranteed": 0.3, "max": 0.6}, "precision:int8": {"max": 0.5}}.
+            Others use what is guaranteed and not wanted. Not with slab_policy="partitioned".
         policy: order of admission: fineserve, fcfs, sjf, edf, least_slack, tenants, or a function of yours, named as
             module:function or offered by an installed package.
         tenant_weights: with policy "tenants", the weight of each; 1 for those not named.
@@ -70,6 +74,7 @@ class EngineConfig(Validated):
     min_kv_precision: str | None = None
     preemption: Literal["auto", "recompute", "swap"] = "auto"
     swap_memory: int | float | str | None = None
+    quotas: dict[str, Quota] | None = None
     policy: str = "fineserve"
     tenant_weights: dict[str, float] | None = None
     step_profile: str | None = None
@@ -101,6 +106,9 @@ class EngineConfig(Validated):
             raise ValueError(
                 f"slab_shares has no meaning with slab_policy={self.slab_policy!r}; use slab_policy='partitioned'"
             )
+        if self.quotas and self.slab_policy == "partitioned":
+            raise ValueError("quotas have no meaning with slab_policy='partitioned', which divides memory for good")
+        check_quotas(self.quotas or {}, self.served_formats)
         self.scheduler()  # raises for what the scheduler refuses
         return self
 
@@ -115,6 +123,7 @@ class EngineConfig(Validated):
             page_size=self.page_size,
             ageing_s=self.ageing_s,
             preemption=self.preemption,
+            quotas=self.quotas or {},
         )
 
     @property

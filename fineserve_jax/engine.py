@@ -203,7 +203,7 @@ class Engine:
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
         drop_when_late: bool = False,
-        tenant: str = "",
+        tenant: str | None = None,
     ) -> Request:
         """Lets a request wait for its turn.
 

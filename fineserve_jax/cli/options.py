@@ -78,11 +78,12 @@ if TYPE_CHECKING:
     PerplexityFlags: TypeAlias = Mapping[str, Any]
 else:
     # The engine's and a request's seed would be one flag. It is the engine's, from which requests' seeds are drawn.
-    EngineFlags = flags_of(EngineConfig)
+    # Quotas are tables of tables, which a YAML file holds well and a flag does not.
+    EngineFlags = flags_of(EngineConfig, leave_out=["quotas"])
     SamplingFlags = flags_of(SamplingParams, leave_out=["seed"])
     GenerateFlags = flags_of(SamplingParams, leave_out=["seed", *NOT_STREAMED])
     # One window at a time is scored, in memory of its own, and nothing is sampled.
-    ONE_AT_A_TIME = ["prefix_cache", "min_kv_precision", "preemption", "swap_memory", "policy", "ageing_s"]
+    ONE_AT_A_TIME = ["prefix_cache", "min_kv_precision", "preemption", "swap_memory", "policy", "ageing_s", "quotas"]
     PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "seed", *ONE_AT_A_TIME])
 
 

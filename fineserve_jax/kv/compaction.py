@@ -3,7 +3,12 @@
     before   |p . p . .|p p . p p|          after   |free     |p p p p p|
 
 The pages of the slab that costs least to empty go to the fullest other slabs of its pool. Their handles stay; the
-device copies what they hold before the next step.
+device copies what they hold before the next step. Pages are moved
+
+    on demand       when a class is short of memory, until a slab is free for it
+    between steps   while over 1 in 256 of a pool's pages are free, a little each step, so that hardly any memory
+                    lies in slabs that do not use it. As memory is wanted less, a page is moved about once for each
+                    page freed; a step that decodes reads all pages, so this adds little to what it moves.
 """
 
 from typing import TYPE_CHECKING
@@ -16,12 +21,17 @@ if TYPE_CHECKING:
     from fineserve_jax.kv.manager import KVManager
 
 MAX_STEP_BYTES = 64 * 2**20
+TIDY_SHARE = 1 / 64
+"""Most of the arena to move in a step when nobody is short of memory."""
+MAX_FREE = 1 / 256
+"""Share of a pool's pages that may be free without being moved together."""
 
 
 class Compaction:
     """Moves pages of a KV manager.
 
     Attributes:
+        enabled: whether any are moved; off only to compare.
         max_step_bytes: most bytes moved between two steps, unless a request would lose its pages otherwise.
         num_pages: pages moved since the start.
         is_cut_short: whether more would have been moved in this step.
@@ -29,15 +39,19 @@ class Compaction:
 
     def __init__(self, kv: "KVManager") -> None:
         self._kv = kv
+        self.enabled = True
         self.max_step_bytes = MAX_STEP_BYTES
         self.num_pages = 0
         self.is_cut_short = False
         self._moved_bytes = 0
+        self._pools_used: set[SlabPool] = set()
 
     def begin_step(self) -> None:
-        """Another step's worth of bytes may be moved."""
+        """Another step's worth of bytes may be moved; a few are."""
         self._moved_bytes = 0
         self.is_cut_short = False
+        if self.enabled:
+            self._tidy()
 
     def move(self, at_once: bool = False) -> bool:
         """Move pages out of one slab; False if no slab can be freed so, or no more may be moved in this step.
@@ -45,13 +59,32 @@ class Compaction:
         Args:
             at_once: move all of the slab's pages, however much was moved in this step.
         """
-        pool = self._cheapest()
+        pool = self._cheapest(list(self._kv.allocator.pools.values())) if self.enabled else None
         if pool is None:
             return False
+        is_moved = self._empty_a_slab(pool, None if at_once else self.max_step_bytes)
+        self.is_cut_short |= not is_moved
+        return is_moved
+
+    def _tidy(self) -> None:
+        """Move pages together in pools with many free ones; not while only one pool was used since all was free."""
+        allocator = self._kv.allocator
+        pools = [pool for pool in allocator.pools.values() if pool.num_slabs]
+        self._pools_used = self._pools_used.union(pools) if pools else set()
+        if len(self._pools_used) < 2:
+            return
+        limit = min(self.max_step_bytes, int(TIDY_SHARE * allocator.num_units * allocator.unit_bytes))
+        while True:
+            loose = [pool for pool in pools if pool.free_pages > MAX_FREE * pool.num_slabs * pool.capacity]
+            pool = self._cheapest(loose)
+            if pool is None or not self._empty_a_slab(pool, limit):
+                return
+
+    def _empty_a_slab(self, pool: SlabPool, limit: int | None) -> bool:
+        """Move pages out of the pool's emptiest slab; False if the `limit` of bytes in this step allows none."""
         page_bytes = pool.page_units * self._kv.allocator.unit_bytes
-        most = pool.capacity if at_once else (self.max_step_bytes - self._moved_bytes) // page_bytes
+        most = pool.capacity if limit is None else (limit - self._moved_bytes) // page_bytes
         if most < 1:
-            self.is_cut_short = True
             return False
         slab = pool.emptiest
         handles = self._handles_in(slab)
@@ -63,9 +96,9 @@ class Compaction:
             self.num_pages += 1
         return True
 
-    def _cheapest(self) -> SlabPool | None:
-        """The pool in which freeing a slab moves the fewest bytes."""
-        pools = [pool for pool in self._kv.allocator.pools.values() if pool.free_pages >= pool.capacity]
+    def _cheapest(self, pools: list[SlabPool]) -> SlabPool | None:
+        """The pool in which freeing a slab moves the fewest bytes, of those in which one can be freed."""
+        pools = [pool for pool in pools if pool.free_pages >= pool.capacity]
         free = self._kv.allocator.slab_free
         costs = [(pool.capacity - free[pool.emptiest]) * pool.page_units for pool in pools]
         return pools[int(np.argmin(costs))] if pools else None

@@ -1,10 +1,10 @@
 """The books of an allocator and of a KV manager, audited from their smallest records upwards."""
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.errors import IntegrityError
 from fineserve_jax.kv.pool import SlabPool
 
@@ -13,31 +13,67 @@ if TYPE_CHECKING:
     from fineserve_jax.kv.slabs import SlabAllocator
 
 
-def check_manager(kv: "KVManager") -> None:
+def check_manager(kv: "KVManager", thorough: bool = True) -> None:
     """Raise IntegrityError unless the allocator's books are right, every page that it has out is in the page table
-    once, and pages are held by exactly as many requests as the table says, or idle in the prefix cache."""
+    once, and pages are held by exactly as many requests as the table says, or idle in the prefix cache.
+
+    Args:
+        thorough: check the prefix cache page by page, too.
+    """
     check_allocator(kv.allocator)
-    used, units = kv.table.used(), np.array(kv.table.units, np.int64)
-    tags = np.frombuffer(bytes(kv.table.tags), np.uint8)
-    for page_class, member in kv.allocator.members.items():
-        listed = np.sort(units[used[tags[used] == member.tag]])
-        if (repeated := listed[1:][listed[1:] == listed[:-1]]).size:
-            raise IntegrityError(f"page {repeated[0]} of {page_class} has two handles")
-        odd = np.setxor1d(listed, kv.allocator.owned_pages(page_class), assume_unique=True)
-        if odd.size:
-            who = "has a handle but is not allocated" if odd[0] in listed else "is allocated but has no handle"
-            raise IntegrityError(f"page {odd[0]} of {page_class} {who} ({odd.size} such pages)")
-    holders = Counter(handle for held in kv.held.values() for run in held.runs for handle in run.handles)
-    holders.update(held.tail for held in kv.held.values() if held.tail is not None)
-    for handle in {*used.tolist(), *holders}:
-        _equal(f"holders of page {handle}", kv.table.holders[handle], holders[handle])
-        if not holders[handle] and handle not in kv.prefix.idle:
-            raise IntegrityError(f"page {handle} is held by nobody and not kept for its prefix, but not free")
-    for held in kv.held.values():
-        for run in held.runs:
-            tag = kv.allocator.member(run.page_class).tag
-            _equal(f"classes of the pages of a run of {run.page_class}", {tag}, {int(tags[i]) for i in run.handles})
-    _check_prefix(kv)
+    units, tags = np.array(kv.table.units), np.frombuffer(bytes(kv.table.tags), np.uint8)
+    _check_table(kv, units, tags)
+    _check_holders(kv, units, tags)
+    if thorough:
+        _check_prefix(kv)
+
+
+def _check_table(kv: "KVManager", units: np.ndarray, tags: np.ndarray) -> None:
+    """The handles of each class stand for the pages that it owns, one for one."""
+    allocator = kv.allocator
+    _equal("handles in use", len(kv.table), int(np.count_nonzero(units)))
+    by_place, slots = allocator.tags.flat, allocator.tags.slots
+    for page_class, member in allocator.members.items():
+        own = units[tags == member.tag]
+        slabs = own // allocator.slab_units
+        offsets = own - slabs * allocator.slab_units
+        numbers = offsets // member.pool.page_units
+        within = offsets - numbers * member.pool.page_units
+        places = np.minimum(slabs, allocator.num_slabs - 1) * slots + np.minimum(numbers, slots - 1)
+        once = np.zeros(len(by_place), bool)
+        once[places] = True
+        as_many = len(own) == np.count_nonzero(once) == member.owned_pages
+        if not as_many or within.any() or (by_place[places] != member.tag).any() or numbers.max(initial=0) >= slots:
+            _name_odd_page(page_class, np.sort(own), allocator.owned_pages(page_class))
+
+
+def _name_odd_page(page_class: PageClass, listed: np.ndarray, owned: np.ndarray) -> None:
+    if (repeated := listed[1:][listed[1:] == listed[:-1]]).size:
+        raise IntegrityError(f"page {repeated[0]} of {page_class} has two handles")
+    odd = np.setxor1d(listed, owned, assume_unique=True)
+    who = "has a handle but is not allocated" if odd[0] in listed else "is allocated but has no handle"
+    raise IntegrityError(f"page {odd[0]} of {page_class} {who} ({odd.size} such pages)")
+
+
+def _check_holders(kv: "KVManager", units: np.ndarray, tags: np.ndarray) -> None:
+    """Each page has as many holders as the table says; what has none is idle in the prefix cache."""
+    runs = [run for held in kv.held.values() for run in held.runs]
+    tails = [held.tail for held in kv.held.values() if held.tail is not None]
+    in_runs = np.frombuffer(b"".join([run.handles for run in runs]), np.int32)
+    counted = np.bincount(np.concatenate([in_runs, np.array(tails, np.int32)]), minlength=len(units))
+    _equal("highest handle", max(len(units), len(counted)), len(units))
+    recorded = np.array(kv.table.holders)
+    for handle in np.flatnonzero(recorded != counted).tolist():
+        _equal(f"holders of page {handle}", int(recorded[handle]), int(counted[handle]))
+    unheld = np.flatnonzero((recorded == 0) & (units > 0))
+    if len(unheld) != len(kv.prefix.idle):
+        lost = set(unheld.tolist()).symmetric_difference(kv.prefix.idle)
+        raise IntegrityError(f"pages {_short(lost)} are held by nobody and not kept for their prefix, but not free")
+    own_tags = {id(page_class): member.tag for page_class, member in kv.allocator.members.items()}
+    expected = np.repeat([own_tags[id(run.page_class)] for run in runs], [len(run.handles) for run in runs])
+    for i in np.flatnonzero(tags[in_runs] != expected).tolist():
+        handle = int(in_runs[i])
+        _equal(f"the tag of page {handle}, which is in a request's run", int(tags[handle]), int(expected[i]))
 
 
 def _check_prefix(kv: "KVManager") -> None:
@@ -50,6 +86,7 @@ def _check_prefix(kv: "KVManager") -> None:
     _equal("units of idle pages", kv.prefix.idle_units, sum(page.page_class.page_units for page in idle))
     _equal("idle pages that are not ready", [], [page.handle for page in idle if not page.ready])
     _equal("idle pages with holders", [], [page.handle for page in idle if kv.table.holders[page.handle]])
+    _equal("idle pages that are free", [], [page.handle for page in idle if not kv.table.units[page.handle]])
 
 
 def check_allocator(allocator: "SlabAllocator") -> None:
@@ -67,9 +104,9 @@ def check_allocator(allocator: "SlabAllocator") -> None:
 
 
 def _check_free_slabs(allocator: "SlabAllocator", tags: np.ndarray, pools: np.ndarray) -> None:
-    listed = sorted(allocator.free_slabs)
+    listed = np.concatenate(([0], np.sort(np.array(allocator.free_slabs))))
     unbound = np.flatnonzero(pools == 0)
-    _equal("free slabs, with that of the null page", [0, *listed], unbound.tolist())
+    _equal_arrays("free slabs, with that of the null page", listed, unbound)
     owned = unbound[tags[unbound].any(axis=1)]
     _equal("free slabs with pages in use", [], owned.tolist())
 
@@ -81,15 +118,17 @@ def _check_pool(allocator: "SlabAllocator", pool: SlabPool, tags: np.ndarray, po
     free = (pages == 0).sum(axis=1)
     _equal(f"slabs of {name}", pool.num_slabs, len(slabs))
     _equal(f"free pages of {name}", pool.free_pages, int(free.sum()))
-    _equal(f"free pages in each slab of {name}", [allocator.slab_free[slab] for slab in slabs], free.tolist())
+    _equal_arrays(f"free pages in each slab of {name}", np.array(allocator.slab_free)[slabs], free)
     _equal(f"slabs of {name} that should have become free", [], slabs[free == pool.capacity].tolist())
     in_tail = tags[slabs, pool.capacity :].any(axis=1)
     _equal(f"slabs of {name} with pages in their tails", [], slabs[in_tail].tolist())
-    own_tags = [0] + [member.tag for member in allocator.members.values() if member.pool is pool]
-    foreign = ~np.isin(pages, own_tags).all(axis=1)
+    own_tags = np.zeros(256, bool)
+    own_tags[[0, *(member.tag for member in allocator.members.values() if member.pool is pool)]] = True
+    foreign = ~own_tags[pages].all(axis=1)
     _equal(f"slabs of {name} with foreign pages", [], slabs[foreign].tolist())
     bucketed = {slab: count for count, bucket in pool.buckets.items() for slab in bucket}
-    partial = {slab: count for slab, count in zip(slabs.tolist(), free.tolist(), strict=True) if count}
+    begun = free > 0
+    partial = dict(zip(slabs[begun].tolist(), free[begun].tolist(), strict=True))
     _equal(f"slabs by number of free pages of {name}", bucketed, partial)
     occupied = sum(1 << count for count, bucket in pool.buckets.items() if bucket)
     _equal(f"occupied buckets of {name}", pool.occupied, occupied)
@@ -98,6 +137,11 @@ def _check_pool(allocator: "SlabAllocator", pool: SlabPool, tags: np.ndarray, po
 def _equal(what: str, recorded: object, counted: object) -> None:
     if recorded != counted:
         raise IntegrityError(f"{what}: {_short(recorded)} in the books, {_short(counted)} counted")
+
+
+def _equal_arrays(what: str, recorded: np.ndarray, counted: np.ndarray) -> None:
+    if not np.array_equal(recorded, counted):
+        _equal(what, recorded.tolist(), counted.tolist())
 
 
 def _short(value: object) -> str:

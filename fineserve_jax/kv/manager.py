@@ -9,7 +9,7 @@ same books.
 """
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
@@ -129,12 +129,14 @@ class KVManager:
         held = self.held.pop(request, None)
         if held is None:
             return
-        handles = [handle for run in held.runs for handle in run.handles]
+        handles = array("i")
+        for run in held.runs:
+            handles.extend(run.handles)
         for handle in handles[held.num_ready : held.num_listed]:
             listed = self.prefix.by_handle.get(handle)
             if listed is not None and listed.writer is request:
                 listed.writer = None
-        self.let_go(reversed(handles))  # so that a prefix is evicted from its end on
+        self.let_go(handles[::-1])  # so that a prefix is evicted from its end on
         if held.tail is not None:
             self.let_go([held.tail])
 
@@ -207,9 +209,9 @@ class KVManager:
         self.prefix.stats.evicted_pages += 1
         self._free([handle])
 
-    def let_go(self, handles: Iterable[int]) -> None:
+    def let_go(self, handles: Handles) -> None:
         """One holder less of each page; those without any are freed unless the prefix cache keeps them."""
-        self._free([handle for handle in self.table.drop(handles) if not self.prefix.keep(handle)])
+        self._free(self.prefix.keep(self.table.drop(handles)))
 
     def share(self, handles: Handles) -> None:
         """One holder more of each page."""
@@ -217,11 +219,8 @@ class KVManager:
             self.prefix.hold(handle)
         self.table.share(handles)
 
-    def _free(self, handles: list[int]) -> None:
-        by_tag: dict[int, list[int]] = {}
-        for handle in handles:
-            by_tag.setdefault(self.table.tags[handle], []).append(handle)
-        for tag, same in by_tag.items():
+    def _free(self, handles: Handles) -> None:
+        for tag, same in self.table.by_tag(handles).items():
             self.allocator.free(self.allocator.by_tag[tag].page_class, self.table.remove(same))
 
     def ask(self, operation: PageOperation) -> None:
@@ -313,10 +312,13 @@ class KVManager:
         """What was done with pages since the start."""
         return count_events(self)
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, thorough: bool = True) -> None:
         """Check the allocator's books, and that pages are held by exactly those who are counted as their holders.
+
+        Args:
+            thorough: check the prefix cache page by page, too; without, it costs little enough for every step.
 
         Raises:
             IntegrityError: naming what does not add up.
         """
-        check_manager(self)
+        check_manager(self, thorough)

@@ -84,17 +84,22 @@ class PrefixCache:
             del self.idle[handle]
             self.idle_units -= self.by_handle[handle].page_class.page_units
 
-    def keep(self, handle: int) -> bool:
-        """Whether a page that has lost its last holder is kept, as the most recently used."""
-        listed = self.by_handle.get(handle)
-        if listed is None:
-            return False
-        if not listed.ready:
-            self.forget(handle)
-            return False
-        self.idle[handle] = None
-        self.idle_units += listed.page_class.page_units
-        return True
+    def keep(self, handles: Sequence[int]) -> Sequence[int]:
+        """Keep what is ready of pages that have lost their last holders, the last one as the most recently used;
+        the pages that are not kept."""
+        if not self.by_handle:
+            return handles
+        others = []
+        for handle in handles:
+            listed = self.by_handle.get(handle)
+            if listed is not None and listed.ready:
+                self.idle[handle] = None
+                self.idle_units += listed.page_class.page_units
+                continue
+            if listed is not None:
+                self.forget(handle)
+            others.append(handle)
+        return others
 
 
 def page_tokens(token_ids: Sequence[int], page: int, page_size: int) -> bytes:

@@ -60,7 +60,7 @@ class Sharing:
             demand[page_class] -= sum(listed.page_class is page_class for listed in found)
         pages = self._kv.take(demand, leaving)
         if pages is None:
-            self._kv.let_go(reversed(handles))
+            self._kv.let_go(handles[::-1])
             return False
         held = self._kv.held[request] = RequestPages(page_class)
         if page_class.tail is not None:
@@ -92,7 +92,7 @@ class Sharing:
         self._kv.share(shared)
         pages = self._kv.take({c: count for c, count in demand.items() if count}, leaving)
         if pages is None:
-            self._kv.let_go(reversed(shared))
+            self._kv.let_go(shared[::-1])
             return False
         own = self._kv.held[request] = RequestPages(page_class, num_ready=full)
         own.append(page_class, shared)

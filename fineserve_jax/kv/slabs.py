@@ -142,6 +142,10 @@ class SlabAllocator:
             known = ", ".join(map(str, self.members)) or "none"
             raise ConfigError(f"{page_class} is no class of this arena ({known}); register it first") from None
 
+    def page_units(self, page_class: PageClass) -> int:
+        """Units that a page of the class takes here: under "uniform" as many as the longest class's."""
+        return self.member(page_class).pool.page_units
+
     # -- what fits -----------------------------------------------------------------------------------------
 
     def can_allocate(self, demand: Mapping[PageClass, int], spare_slabs: int = 0) -> bool:
@@ -209,7 +213,7 @@ class SlabAllocator:
                 pages += self.tags.take_whole(member, slabs)
                 left -= len(slabs) * pool.capacity
                 continue
-            slab, free = fullest or (int(self._bind(pool, 1)[0]), pool.capacity)
+            slab, free = fullest or (self._bind(pool, 1)[0], pool.capacity)
             taken = min(free, left)
             pages += self.tags.take(member, slab, free, taken)
             self.slab_free[slab] = free - taken
@@ -220,11 +224,12 @@ class SlabAllocator:
         member.owned_pages += count
         return pages
 
-    def _bind(self, pool: SlabPool, count: int) -> np.ndarray:
-        """Bind `count` free slabs to a pool; their numbers, i64[count]. The caller sets their free counts."""
-        slabs = np.array(self.free_slabs[-count:], np.int64)[::-1]
+    def _bind(self, pool: SlabPool, count: int) -> list[int]:
+        """Bind `count` free slabs to a pool; their numbers. The caller sets their free counts."""
+        slabs = self.free_slabs[: -count - 1 : -1].tolist()
         del self.free_slabs[-count:]
-        np.frombuffer(self.slab_pools, np.uint8)[slabs] = pool.number
+        for slab in slabs:
+            self.slab_pools[slab] = pool.number
         pool.num_slabs += count
         pool.share.bound += count
         pool.free_pages += count * pool.capacity

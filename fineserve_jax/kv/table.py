@@ -20,6 +20,10 @@ from fineserve_jax.kv.errors import PageError
 Handles = Sequence[int]
 
 
+FEW = 32
+"""Up to so many pages a loop is faster than numpy."""
+
+
 class PageTable:
     """Handles of pages. Nine bytes a page; handles that became free are used again first."""
 
@@ -43,12 +47,16 @@ class PageTable:
         reused = min(len(units), len(self._free))
         handles = self._free[len(self._free) - reused :]
         del self._free[len(self._free) - reused :]
-        for handle, unit in zip(handles, units, strict=False):
-            self.units[handle], self.holders[handle], self.tags[handle] = unit, 1, tag
+        if reused > FEW:
+            which = np.array(handles)
+            _view(self.units)[which], _view(self.holders)[which], _view(self.tags)[which] = units[:reused], 1, tag
+        else:
+            for handle, unit in zip(handles, units, strict=False):
+                self.units[handle], self.holders[handle], self.tags[handle] = unit, 1, tag
         new = units[reused:]
         handles.extend(range(len(self.units), len(self.units) + len(new)))
         self.units.extend(new)
-        self.holders.extend([1] * len(new))
+        self.holders.extend(array("i", [1]) * len(new))
         self.tags.extend(bytes([tag]) * len(new))
         return handles
 
@@ -57,12 +65,19 @@ class PageTable:
         for handle in handles:
             self.holders[handle] += 1
 
-    def drop(self, handles: Iterable[int]) -> list[int]:
+    def drop(self, handles: Handles) -> Handles:
         """Count one holder less of each page; those that nobody holds any more, which still have their places.
 
         Raises:
             PageError: a page that nobody holds.
         """
+        if len(handles) > FEW:
+            which, holders = np.array(handles), _view(self.holders)
+            np.subtract.at(holders, which, 1)
+            left = holders[which]
+            if left.min() >= 0:
+                return _numbers(which[left == 0])
+            np.add.at(holders, which, 1)
         unheld = []
         for handle in handles:
             left = self.holders[handle] - 1
@@ -73,19 +88,50 @@ class PageTable:
                 unheld.append(handle)
         return unheld
 
-    def remove(self, handles: Handles) -> list[int]:
+    def remove(self, handles: Handles) -> Handles:
         """Forget pages that nobody holds; the first units they had."""
-        units = [self.units[handle] for handle in handles]
+        if len(handles) > FEW:
+            which, all_units = np.array(handles, np.int32), _view(self.units)
+            units = _numbers(all_units[which])
+            all_units[which] = 0
+            _view(self.tags)[which] = 0
+            self._free.frombytes(which.tobytes())
+            return units
+        few = [self.units[handle] for handle in handles]
         for handle in handles:
             self.units[handle] = self.tags[handle] = 0
         self._free.extend(handles)
-        return units
+        return few
+
+    def by_tag(self, handles: Handles) -> dict[int, Handles]:
+        """Handles by the tag of their pages' class, in the order of `handles`."""
+        if len(handles) > FEW:
+            which = np.array(handles)
+            tags = _view(self.tags)[which]
+            if (tags == tags[0]).all():
+                return {int(tags[0]): handles}
+            return {tag: _numbers(which[tags == tag]) for tag in np.flatnonzero(np.bincount(tags)).tolist()}
+        found: dict[int, list[int]] = {}
+        for handle in handles:
+            found.setdefault(self.tags[handle], []).append(handle)
+        return dict(found)
 
     def units_of(self, handles: Handles) -> list[int]:
         """First units of pages, in the order of `handles`."""
         units = self.units
+        if len(handles) > FEW:
+            return _view(units)[np.array(handles)].tolist()
         return [units[handle] for handle in handles]
 
     def used(self) -> np.ndarray:
         """The handles in use, i64[handles], ascending."""
         return np.flatnonzero(np.frombuffer(self.units, np.int32)) if self.units else np.zeros(0, np.int64)
+
+
+def _view(numbers: "array[int] | bytearray") -> np.ndarray:
+    """The same memory, which must not grow while the view is there."""
+    return np.frombuffer(numbers, np.uint8 if isinstance(numbers, bytearray) else np.int32)
+
+
+def _numbers(numbers: np.ndarray) -> "array[int]":
+    return array("i", numbers.astype(np.int32).tobytes())

@@ -13,6 +13,9 @@ import numpy as np
 from fineserve_jax.kv.errors import PageError
 from fineserve_jax.kv.pool import Member, SlabPool
 
+FEW = 32
+"""Up to so many pages a loop is faster than numpy."""
+
 
 class PageTags:
     """The owners of all pages of `num_slabs` slabs of `slab_units` units."""
@@ -55,11 +58,11 @@ class PageTags:
             pages.append(first_unit + (place - base) * length)
         return pages
 
-    def take_whole(self, member: Member, slabs: np.ndarray) -> list[int]:
-        """Tag all pages of the free slabs i64[slabs]; their first units."""
+    def take_whole(self, member: Member, slabs: Sequence[int]) -> list[int]:
+        """Tag all pages of free slabs; their first units."""
         pool = member.pool
         self.rows[slabs, : pool.capacity] = member.tag
-        pages = slabs[:, None] * self.slab_units + np.arange(pool.capacity) * pool.page_units
+        pages = np.array(slabs)[:, None] * self.slab_units + np.arange(pool.capacity) * pool.page_units
         return pages.ravel().tolist()
 
     def release(self, member: Member, pages: Sequence[int]) -> Counter[int]:
@@ -68,6 +71,8 @@ class PageTags:
         Raises:
             PageError: a page that the class does not own, or one named twice; then nothing has changed.
         """
+        if len(pages) > FEW and (freed := self._release_many(member, pages)) is not None:
+            return freed
         data, tag, pool = self.data, member.tag, member.pool
         slab_units, slots, length, capacity = self.slab_units, self.slots, pool.page_units, pool.capacity
         places = []
@@ -88,6 +93,21 @@ class PageTags:
         for place in places:
             data[place] = 0
         return Counter([place // slots for place in places])
+
+    def _release_many(self, member: Member, pages: Sequence[int]) -> Counter[int] | None:
+        """The same for many pages; None, and nothing changed, if some are to be refused."""
+        pool = member.pool
+        slabs, offsets = np.divmod(np.array(pages, np.int64), self.slab_units)
+        slots, within = np.divmod(offsets, pool.page_units)
+        if within.any() or slots.max() >= pool.capacity or not 0 < slabs.min() <= slabs.max() < self.num_slabs:
+            return None
+        places = np.sort(slabs * self.slots + slots)
+        if (self.flat[places] != member.tag).any() or (places[1:] == places[:-1]).any():
+            return None
+        self.flat[places] = 0
+        slabs = places // self.slots
+        first = np.flatnonzero(np.concatenate(([True], slabs[1:] != slabs[:-1])))
+        return Counter(dict(zip(slabs[first].tolist(), np.diff(first, append=len(slabs)).tolist(), strict=True)))
 
     def pages_in(self, slab: int, pool: SlabPool) -> list[tuple[int, int]]:
         """Place and tag of each page in use in a slab."""

@@ -16,13 +16,17 @@ Late requests (see `waiting`), and those of other policies, are bound by `overta
 (At that moment the older one has waited over `ageing_s`, and has the smaller key. In the same group it is
 tried first; in another its group's head is, and the walk goes on only if nothing in that group was closed
 before it.)
+
+With quotas (see `quotas`) the requests that are owed memory come before all others, and tenants have groups of their
+own.
 """
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.pressure import Pressure
+from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.rows import GrowthReserve, Row, shares_of
-from fineserve_jax.scheduler.waiting import Entry, Group, WaitingQueue, group_of
+from fineserve_jax.scheduler.waiting import Entry, Group, WaitingQueue
 
 
 class Admission:
@@ -34,6 +38,7 @@ class Admission:
         queue: the waiting requests; admitted ones are removed from it.
         reserve: what the admitted rows may still want; new rows are added to it.
         pressure: makes room by narrowing pages of the admitted rows.
+        quotas: who is owed memory, and who may have no more.
     """
 
     def __init__(
@@ -43,13 +48,16 @@ class Admission:
         queue: WaitingQueue,
         reserve: GrowthReserve,
         pressure: Pressure,
+        quotas: Quotas,
     ) -> None:
         self._config = config
         self._reserve = reserve
         self._pressure = pressure
+        self._quotas = quotas
         self._kv = kv
         self._queue = queue
         self._num_walks = 0
+        self.owes = False  # whether the last walk left a request without what it was owed
 
     def walk(self, places: int, now: float) -> list[Row]:
         """Admit up to `places` requests, as memory allows.
@@ -59,40 +67,61 @@ class Admission:
             that competes with a new one can still grow by the reserve.
         """
         self._num_walks += 1
+        self.owes = False
         open_groups = self._queue.groups()
         admitted: list[Row] = []
-        while len(admitted) < places and (entry := self._first(open_groups, now)):
+        while open_groups and (entry := self._first(open_groups, now)):
             row = self._row(entry)
-            if self._grow(row):
+            owed = self._quotas.is_owed(row.request)
+            if len(admitted) >= places:
+                if not (owed and self._quotas.reclaim(row)):
+                    break
+                places += 1
+            if not self._quotas.admits(row):
+                open_groups = [group for group in open_groups if group != self._queue.group_of(row.request)]
+            elif self._grow(row, owed):
                 self._queue.remove(row.request)
+                self._quotas.note(row.request)
                 row.note_growth()
                 self._reserve.add(row)
                 admitted.append(row)
+            elif owed:
+                self.owes = True  # pages are being moved together for it; nobody shall take them meanwhile
+                break
             else:
                 open_groups = self._close(row, open_groups, now)
         return admitted
 
     def _first(self, groups: list[Group], now: float) -> Entry | None:
-        heads = (self._queue.head(group, now) for group in groups)
-        return min((head for head in heads if head is not None), default=None)
+        heads = [head for group in groups if (head := self._queue.head(group, now)) is not None]
+        owed = [head for head in heads if self._quotas.is_owed(head.request)]
+        return min(owed or heads, default=None)
 
     def _row(self, entry: Entry) -> Row:
         request = entry.request
         page_class = self._kv.class_of(request.model, request.kv_precision)
         return Row(request, page_class, shares_of(self._kv, page_class), self._num_walks, (entry.rank, entry.key))
 
-    def _grow(self, row: Row) -> bool:
-        """Give the row its pages if that leaves the reserve; a row alone in its memory needs none."""
+    def _grow(self, row: Row, owed: bool) -> bool:
+        """Give the row its pages if that leaves the reserve; a row alone in its memory needs none. For one that is
+        owed them others give way, and the reserve if need be."""
         request, leaving = row.request, self._reserve.beside(row)
         while not self._kv.grow(request, request.num_tokens, leaving):
-            if not self._pressure.narrow(row.shares):
-                return False
+            if self._pressure.narrow(row.shares):
+                continue
+            if not (owed and self._quotas.reclaim(row)):
+                return owed and self._kv.grow(request, request.num_tokens)
+            leaving = self._reserve.beside(row)
         return True
 
     def _close(self, row: Row, groups: list[Group], now: float) -> list[Group]:
         """Groups that stay open after `row` found no memory."""
-        own = group_of(row.request)
+        own = self._queue.group_of(row.request)
         groups = [group for group in groups if group != own]
         if not self._queue.is_overdue(own, now, self._config.ageing_s):
             return groups
-        return [group for group in groups if row.shares.isdisjoint(shares_of(self._kv, self._kv.class_of(*group)))]
+        return [group for group in groups if row.shares.isdisjoint(self._shares(group))]
+
+    def _shares(self, group: Group) -> frozenset[str]:
+        model, kv_format = group[:2]
+        return shares_of(self._kv, self._kv.class_of(str(model), str(kv_format)))

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.kv.quotas import Quota
 from fineserve_jax.scheduler.policies import find_policy
 from fineserve_jax.scheduler.tenants import FairShares
 from fineserve_jax.validation import Validated
@@ -33,6 +34,7 @@ class SchedulerConfig(Validated):
             far as that has room), or "auto", whichever is predicted to be faster.
         narrow_keep_pages: newest full pages of a request that are never narrowed.
         growth_reserve_pages: free pages that admission leaves for each admitted request that can still grow.
+        quotas: shares of the memory, by "tenant:NAME" or "precision:KV_FORMAT"; see `kv.quotas`.
 
     Raises:
         ConfigError: a value out of range, an unknown policy, or a chunk that is not a whole number of pages.
@@ -50,6 +52,7 @@ class SchedulerConfig(Validated):
     preemption: Literal["auto", "recompute", "swap"] = "auto"
     narrow_keep_pages: int = Field(default=2, ge=0)
     growth_reserve_pages: int = Field(default=1, ge=0)
+    quotas: dict[str, Quota] = Field(default_factory=dict)
 
     @field_validator("policy")
     @classmethod

@@ -5,6 +5,8 @@ request goes first. A request that is preempted loses its pages, and is computed
 and host memory has room, copied back from there.
 """
 
+from collections.abc import Callable
+
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import Request
@@ -29,6 +31,8 @@ class Pressure:
 
     Attributes:
         transfer_bytes_per_s: measured rate of copies between device and host memory.
+        may_narrow: whether a row's pages may be narrowed for others; told by quotas.
+        on_narrowing: told of each request whose pages were.
     """
 
     def __init__(
@@ -40,6 +44,8 @@ class Pressure:
     ) -> None:
         self._config, self._kv, self._rows, self._profiles = config, kv, rows, profiles
         self.transfer_bytes_per_s = ASSUMED_BYTES_PER_S
+        self.may_narrow: Callable[[Row], bool] = lambda row: True
+        self.on_narrowing: Callable[[Request], None] = lambda request: None
 
     def note_rate(self, bytes_per_s: float | None) -> None:
         """The measured rate of copies between device and host memory, if there is one yet."""
@@ -62,11 +68,17 @@ class Pressure:
         for row in reversed(self._rows.values()):
             if row.request.min_kv_precision is None or (shares is not None and row.shares.isdisjoint(shares)):
                 continue
+            if not self.may_narrow(row):
+                continue
             what = next_narrowing(self._kv, row.request, PAGES_AT_A_TIME, self._config.narrow_keep_pages)
             if what is not None:
                 candidates.append((row.request, what))
         candidates.sort(key=lambda candidate: -candidate[1].source.page_bytes)
-        return any(narrow(self._kv, request, what) for request, what in candidates)
+        for request, what in candidates:
+            if narrow(self._kv, request, what):
+                self.on_narrowing(request)
+                return True
+        return False
 
     def release(self, row: Row) -> None:
         """Take a preempted row's pages, and save what they hold if that pays."""

@@ -22,8 +22,9 @@ from fineserve_jax.scheduler.lengths import OutputLengths
 from fineserve_jax.scheduler.policies import find_policy, policy_context
 from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.profile import StepProfile
+from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.rows import GrowthReserve, Row
-from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue
+from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue, model_and_format, model_format_and_tenant
 
 
 class Scheduler:
@@ -38,6 +39,7 @@ class Scheduler:
     Attributes:
         profiles: each model's step-time profile.
         pressure: what is done when memory is short.
+        quotas: who may have how much of it.
         num_preemptions: how often a request lost its pages since the start.
     """
 
@@ -58,11 +60,16 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._rows: dict[Request, Row] = {}  # in the order of admission
         self._queue = WaitingQueue(
-            lambda request: policy(request, context), self._latest_start_s, config.overtaking_limit_s
+            lambda request: policy(request, context),
+            model_format_and_tenant if config.quotas else model_and_format,
+            self._latest_start_s,
+            config.overtaking_limit_s,
         )
         self._reserve = GrowthReserve(config.growth_reserve_pages)
         self.pressure = Pressure(config, kv, self._rows, self.profiles)
-        self._admission = Admission(config, kv, self._queue, self._reserve, self.pressure)
+        self.quotas = Quotas(kv, config.quotas, self._rows, config.growth_reserve_pages, self._preempt)
+        self.pressure.may_narrow, self.pressure.on_narrowing = self.quotas.may_give_way, self.quotas.note
+        self._admission = Admission(config, kv, self._queue, self._reserve, self.pressure, self.quotas)
         self._dropped: list[Request] = []
         self._walk_may_help = False  # a request arrived, or memory or a place was freed, since the last walk
         self._last_turns: dict[str, int] = dict.fromkeys(models, 0)
@@ -105,7 +112,7 @@ class Scheduler:
         """Let a request wait. The engine has made sure that it fits alone at `max_total_tokens`.
 
         Raises:
-            RequestError: an id that is in use.
+            RequestError: an id that is in use, or more tokens than a quota allows.
             ConfigError: a model or KV format that is not served.
         """
         if request.request_id in self._requests:
@@ -113,6 +120,7 @@ class Scheduler:
         if request.kv_precision not in self._profile(request.model).model.formats:
             known = ", ".join(self._profile(request.model).model.formats)
             raise ConfigError(f"kv_precision={request.kv_precision!r} is not served by {request.model}; use {known}")
+        self.quotas.check(request)
         self._requests[request.request_id] = request
         self._wait(request)
 
@@ -133,6 +141,7 @@ class Scheduler:
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._lengths.observe(request)
         self._kv.release(request)
+        self.quotas.note(request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
         request.times.finished_s = now
         self._walk_may_help = True
@@ -176,7 +185,7 @@ class Scheduler:
         preempted = self._make_room()
         if self._walk_may_help and not preempted:
             self._admit(now)
-            self._walk_may_help |= self._kv.compaction.is_cut_short
+            self._walk_may_help |= self._kv.compaction.is_cut_short or self._admission.owes
         if not self._rows:
             return None
         return self._plan(self._next_model(now), now)
@@ -223,7 +232,7 @@ class Scheduler:
                 self._dropped.append(request)
         self._walk_may_help = False
         places = self.config.max_batch_size - len(self._rows)
-        if not places or not self._queue:
+        if not self._queue or (not places and not self.config.quotas):
             return
         for row in self._admission.walk(places, now):
             self._rows[row.request] = row
@@ -271,35 +280,35 @@ class Scheduler:
     def _grow(self, row: Row) -> None:
         """Grow a row to hold its known tokens, or preempt it when nobody can give way to it."""
         request = row.request
-        while not self._kv.grow(request, request.num_tokens):
-            if self.pressure.narrow(row.shares):
+        while (victim := self.quotas.blocks_growth(row)) or not self._kv.grow(request, request.num_tokens):
+            if victim is None and self.pressure.narrow(row.shares):
                 continue
-            victim = self._victim(row)
+            victim = victim or self._victim(row)
             self._preempt(victim)
             if victim is row:
                 return
+        self.quotas.note(request)
         row.note_growth()
         self._reserve.update(row)
 
     def _victim(self, row: Row) -> Row:
         """Who gives up its pages so that `row` can grow: the latest admitted after it, of its own page class
         if there is one, since those pages are of use at once; `row` itself when all that compete were
-        admitted before it."""
-        other: Row | None = None
-        for candidate in reversed(self._rows.values()):
-            if candidate is row:
-                break
-            if candidate.page_class is row.page_class:
-                return candidate
-            if other is None and candidate.competes_with(row):
-                other = candidate
-        if other is None and not any(r.competes_with(row) for r in self._rows.values() if r is not row):
+        admitted before it. Rows that quotas protect are spared if others can give way, even earlier ones if `row` is
+        protected, too."""
+        rows = [other for other in reversed(self._rows.values()) if other is row or other.competes_with(row)]
+        if len(rows) == 1:
             raise RuntimeError(
                 f"request {row.request.request_id} cannot grow to {row.request.num_tokens} tokens although "
                 "no other competes for its memory; the engine must refuse requests that do not fit alone "
                 "(KVManager.fits_alone)"
             )
-        return other or row
+        later = rows[: rows.index(row)]
+        yielding = [other for other in later if self.quotas.may_give_way(other)]
+        if not yielding and not self.quotas.may_give_way(row):
+            yielding = [other for other in rows if self.quotas.may_give_way(other)] or later
+        own_class = (other for other in yielding if other.page_class is row.page_class)
+        return next(own_class, yielding[0] if yielding else row)
 
     def _preempt(self, row: Row) -> None:
         """Take a row's pages; its tokens stay."""
@@ -307,6 +316,7 @@ class Scheduler:
         del self._rows[request]
         self._reserve.remove(row)
         self.pressure.release(row)
+        self.quotas.note(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._wait(request)

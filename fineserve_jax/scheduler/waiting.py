@@ -1,6 +1,6 @@
-"""The waiting queue: heaps for each (model, KV format), since requests of one group fail for want of the same
-memory. A walk looks at the groups' heads only, so it costs nothing for the thousands behind a head that cannot be
-had.
+"""The waiting queue: heaps for each (model, KV format), and with quotas for each tenant besides, since requests of one
+group fail for want of the same memory. A walk looks at the groups' heads only, so it costs nothing for the thousands
+behind a head that cannot be had.
 
 A request whose first token cannot be in time any more is *late*: it goes behind all that still can, where late ones
 are in the order of arrival. Whatever the policy and however late, there is a last resort: a request that has waited
@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 from fineserve_jax.request import Request
 from fineserve_jax.scheduler.policies import SortKey
 
-Group: TypeAlias = tuple[str, str]
+Group: TypeAlias = tuple[str | None, ...]
 AGED, ON_TIME, LATE = -1, 0, 1
 
 
@@ -50,6 +50,7 @@ class WaitingQueue:
 
     Args:
         key_of: a request's sort key; asked once, when the request is pushed.
+        group_of: a request's group.
         latest_start_of: time at which a request has to be admitted for its first token to be in time.
         overtaking_limit_s: seconds from its arrival after which a request is first of all.
     """
@@ -57,10 +58,12 @@ class WaitingQueue:
     def __init__(
         self,
         key_of: Callable[[Request], SortKey],
+        group_of: Callable[[Request], Group] | None = None,
         latest_start_of: Callable[[Request], float] = lambda request: math.inf,
         overtaking_limit_s: float = math.inf,
     ) -> None:
         self._key_of, self._latest_start_of, self._overtaking_limit_s = key_of, latest_start_of, overtaking_limit_s
+        self.group_of = group_of or model_and_format
         self._waiting: dict[Request, int] = {}  # rank, ON_TIME or LATE
         self._heaps: dict[Group, _Heaps] = {}
         self._by_latest_start: list[tuple[float, int, Request]] = []
@@ -76,7 +79,7 @@ class WaitingQueue:
         return [group for group, heaps in self._heaps.items() if heaps.num_waiting]
 
     def push(self, request: Request) -> None:
-        heaps = self._heaps.setdefault(group_of(request), _Heaps())
+        heaps = self._heaps.setdefault(self.group_of(request), _Heaps())
         sequence = request.sequence
         heapq.heappush(heaps.by_key, Entry(ON_TIME, self._key_of(request), sequence, request))
         heapq.heappush(heaps.by_arrival, (sequence, request))
@@ -89,7 +92,7 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         del self._waiting[request]
-        self._heaps[group_of(request)].num_waiting -= 1
+        self._heaps[self.group_of(request)].num_waiting -= 1
 
     def defer_late(self, now: float) -> list[Request]:
         """Put requests that cannot start in time any more behind the others; those that became late now."""
@@ -99,7 +102,7 @@ class WaitingQueue:
             # Asked again: it may have been admitted since, got its first token, and lost its memory.
             if self._waiting.get(request) == ON_TIME and self._latest_start_of(request) < now:
                 self._waiting[request] = LATE
-                heapq.heappush(self._heaps[group_of(request)].late, (sequence, request))
+                heapq.heappush(self._heaps[self.group_of(request)].late, (sequence, request))
                 became_late.append(request)
         return became_late
 
@@ -154,5 +157,9 @@ class WaitingQueue:
         return live
 
 
-def group_of(request: Request) -> Group:
+def model_and_format(request: Request) -> Group:
     return (request.model, request.kv_precision)
+
+
+def model_format_and_tenant(request: Request) -> Group:
+    return (request.model, request.kv_precision, request.tenant)

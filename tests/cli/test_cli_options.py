@@ -72,7 +72,7 @@ def words_of(name: str, values: list[str]) -> list[str]:
     [(EngineConfig, ENGINE, "chunked_prefill"), (SamplingParams, SAMPLING, "ignore_eos")],
 )
 def test_every_setting_is_a_flag_of_the_same_name(settings, values, switch):
-    assert {*values, switch} == set(settings.model_fields)
+    assert {*values, switch} == set(settings.model_fields) - {"quotas"}  # a table of tables, for YAML files
     words = [word for name, (typed, _) in values.items() for word in words_of(name, typed)]
     assert given(settings, words) == {name: value for name, (_, value) in values.items()}
     flag = switch.replace("_", "-")

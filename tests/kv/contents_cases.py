@@ -85,16 +85,6 @@ class FakeDevice:
         assert None not in cells, f"{copy} converts a page that is not full"
         return tuple(cell.encoded(copy.target_class.kv_format) for cell in cells if cell is not None)
 
-    def apply_batch(self, batch: Sequence[PageOperation]) -> None:
-        """As one call may do it: everything is read first, and written in any order."""
-        if not isinstance(batch[0], Copy):
-            (operation,) = batch
-            self.apply(operation)
-            return
-        contents = [self.copied(copy) for copy in batch]
-        for copy, cells in reversed(list(zip(batch, contents, strict=True))):
-            self.write(copy.target, copy.target_class, cells)
-
 
 def clashes(batch: Sequence[Copy]) -> Iterator[tuple[Copy, Copy]]:
     """Pairs of copies of which one writes what the other reads or writes."""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from fineserve_jax.kv import table, tags
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import MAX_RUNS, narrow
@@ -24,6 +25,7 @@ from fineserve_jax.sampling_params import SamplingParams
 UNIT_BYTES = 8
 SAMPLING = SamplingParams()
 MAX_TOKENS = 22
+FEW = table.FEW
 
 
 def page_class(model: str, kv_format: str, units: int, size: int, tail: PageClass | None = None) -> PageClass:
@@ -65,8 +67,10 @@ class ContentsMachine(RuleBasedStateMachine):
         reserve_slabs=st.integers(0, 2),
         host_pages=st.sampled_from([0, 4, 100, 100]),
         max_step_pages=st.sampled_from([1, 2, 100]),
+        few=st.sampled_from([0, FEW]),
     )
-    def build(self, keys, policy, prefix_cache, num_slabs, slab_units, reserve_slabs, host_pages, max_step_pages):
+    def build(self, keys, policy, prefix_cache, num_slabs, slab_units, reserve_slabs, host_pages, max_step_pages, few):
+        table.FEW = tags.FEW = few  # so that numpy has its turn
         self.kv = KVManager(
             SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, (), unit_bytes=UNIT_BYTES),
             CLASSES,
@@ -75,7 +79,7 @@ class ContentsMachine(RuleBasedStateMachine):
             host_bytes=host_pages * ONE_PAGE_BYTES,
         )
         self.kv.compaction.max_step_bytes = max_step_pages * ONE_PAGE_BYTES
-        self.device, self.device_before = FakeDevice(), FakeDevice()
+        self.device = FakeDevice()
         self.keys, self.operations = keys, []
         self.rows: dict[Request, list[Cell]] = {}
         self.waiting: dict[Request, list[Cell]] = {}
@@ -384,8 +388,8 @@ class ContentsMachine(RuleBasedStateMachine):
     # -- what must hold --------------------------------------------------------------------------------------------
 
     def check_batches(self) -> None:
-        """Carried out in batches, each of which reads first and writes in any order, the operations since the last
-        step give the same."""
+        """The runner carries out the operations since the last step in batches, of which it promises that no copy
+        writes what another one reads or writes."""
         for batch in _batches(self.operations, self.kv.allocator.slab_units):
             if isinstance(batch[0], Copy):
                 assert not list(clashes(batch))
@@ -433,6 +437,7 @@ class ContentsMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "rows"):
             return
+        table.FEW = tags.FEW = FEW
         for request in [*self.rows, *self.waiting]:
             self.kv.release(request)
         self.rows.clear()

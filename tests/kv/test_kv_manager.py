@@ -6,6 +6,7 @@ from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena, pages_of
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.errors import IntegrityError
 from fineserve_jax.kv.manager import KVManager, Segment
+from fineserve_jax.kv.narrowing import narrow
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -91,3 +92,60 @@ def test_the_integrity_check_finds_pages_that_are_held_wrongly_lost_or_made_up()
         kv.check_integrity()
     kv.table.units[lost] = unit
     kv.check_integrity()
+
+
+def admit(kv: KVManager, kv_precision: str, tokens: list[int], **options) -> Request:
+    """A request that holds pages for its tokens."""
+    times = RequestTimes(arrival_s=0.0)
+    new = Request("r", "m", kv_precision, SamplingParams(), tokens, len(tokens), 10_000, 0, times, **options)
+    assert kv.grow(new, len(tokens))
+    return new
+
+
+def compute(kv: KVManager, request: Request) -> None:
+    request.num_computed_tokens = request.num_tokens
+    kv.sharing.note_computed(request)
+
+
+def test_who_takes_over_a_page_that_is_not_ready_writes_to_none_that_is():
+    kv, prompt = manager(20), list(range(3 * PAGE_SIZE + 1))
+    first = admit(kv, "bf16", prompt, min_kv_precision="int8")
+    compute(kv, first)
+    assert narrow(kv, first, most=1, keep_pages=2) == 1
+    kv.release(first)  # what is left of it in the cache begins with its second page
+    writer, other = admit(kv, "bf16", prompt), admit(kv, "bf16", prompt)
+    assert not kv.sharing.can_go_on(other)
+    kv.release(writer)
+    assert kv.sharing.can_go_on(other)
+    assert other.num_computed_tokens == 0
+    for page in range(3):
+        listed = kv.prefix.by_handle.get(kv.held[other].page(page)[1])
+        assert listed is None or not listed.ready
+
+
+def test_scattered_idle_pages_do_not_keep_out_a_request_that_has_no_other_in_its_way():
+    kv = manager(6)
+    rows = [admit(kv, "int8", [i] * (PAGE_SIZE + 1), shares_prefix=i % 3 == 0) for i in range(12)]
+    for row in rows:
+        compute(kv, row)
+        kv.release(row)
+    assert len({kv.table.units[handle] // kv.allocator.slab_units for handle in kv.prefix.idle}) > 2
+    kv.compaction.max_step_bytes = 0
+    most = kv.max_tokens_alone("m", "bf16")
+    assert not kv.grow(alone := request("bf16"), most, leaving={})
+    assert kv.grow(alone, most)
+
+
+def test_the_prefix_cache_is_checked_page_by_page_only_if_the_check_is_thorough():
+    kv = manager(6)
+    compute(kv, row := admit(kv, "int8", list(range(2 * PAGE_SIZE + 1))))
+    kv.release(row)
+    kv.check_integrity()
+    handle = next(iter(kv.prefix.idle))
+    kv.prefix.by_handle[handle].ready = False
+    kv.check_integrity(thorough=False)
+    with pytest.raises(IntegrityError, match="idle pages that are not ready"):
+        kv.check_integrity()
+    del kv.prefix.idle[handle]
+    with pytest.raises(IntegrityError, match="not kept for their prefix"):
+        kv.check_integrity(thorough=False)

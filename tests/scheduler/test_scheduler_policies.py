@@ -8,7 +8,7 @@ from scheduler_cases import COST, MODEL, PAGE_UNITS, FakeEngine, make_kv, make_r
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.scheduler import POLICIES, SchedulerConfig
 from fineserve_jax.scheduler.policies import policy_context
-from fineserve_jax.scheduler.waiting import WaitingQueue, group_of
+from fineserve_jax.scheduler.waiting import WaitingQueue, model_and_format
 
 AGEING_S = 10.0
 CONTEXT = policy_context(AGEING_S, {MODEL: COST})
@@ -101,9 +101,9 @@ def test_the_queue_is_a_sorted_list_that_forgets_what_is_removed(operations):
                 queue.push(request)
                 model.append(request)
         assert len(queue) == len(model)
-        assert set(queue.groups()) == {group_of(r) for r in model}
+        assert set(queue.groups()) == {model_and_format(r) for r in model}
         for group in queue.groups():
-            members = [r for r in model if group_of(r) == group]
+            members = [r for r in model if model_and_format(r) == group]
             assert queue.head(group).request is min(members, key=lambda r: (r.num_prompt_tokens % 7, r.sequence))
             assert queue.oldest(group) is min(members, key=lambda r: r.sequence)
 
@@ -116,6 +116,6 @@ def test_the_queue_keeps_no_memory_of_long_gone_requests():
         request = make_request(number)
         queue.push(request)
         queue.remove(request)
-    heaps = queue._heaps[group_of(first)]
+    heaps = queue._heaps[model_and_format(first)]
     assert len(queue) == 1
     assert len(heaps.by_key) + len(heaps.by_arrival) < 200

@@ -1,0 +1,159 @@
+"""Quotas: shares of the memory that tenants or KV precisions are guaranteed, and that they may take at most.
+
+A request counts against the quota of its tenant and against that of its KV precision, where there are such:
+
+    "tenant:alice"      what requests of the tenant alice hold, whatever their precision
+    "precision:int8"    what requests that asked for int8 hold, whoever they are of
+
+with all pages that it holds, its tail and pages that it shares with others included. Shares are of what any mix of
+pages can fill: the ends of slabs that no whole page fits, and one slab a page length that may be part empty, are left
+out, so that guarantees which add up to 1 can all be had at once.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, model_validator
+
+from fineserve_jax.errors import ConfigError
+from fineserve_jax.kv.errors import IntegrityError
+from fineserve_jax.request import Request
+from fineserve_jax.validation import Validated
+
+if TYPE_CHECKING:
+    from fineserve_jax.kv.manager import KVManager
+
+KINDS = ("tenant", "precision")
+
+
+class Quota(Validated):
+    """Fractions of the memory.
+
+    Attributes:
+        guaranteed: had whenever it is wanted; others may use it meanwhile.
+        max: never exceeded.
+
+    Raises:
+        ConfigError: a value out of range, or a guarantee above the maximum.
+    """
+
+    guaranteed: float = Field(default=0.0, ge=0.0, le=1.0)
+    max: float = Field(default=1.0, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.guaranteed > self.max:
+            raise ValueError(f"guaranteed={self.guaranteed} is more than max={self.max}; raise max, or guarantee less")
+        return self
+
+
+def check_quotas(quotas: Mapping[str, Quota], formats: Collection[str]) -> None:
+    """Check names and sums.
+
+    Raises:
+        ConfigError: a name of no tenant or precision, a precision that is not served, or guarantees over 1 in all.
+    """
+    for name in quotas:
+        kind, _, of = name.partition(":")
+        if kind not in KINDS or not of:
+            raise ConfigError(f"a quota is called {name!r}; call it 'tenant:NAME' or 'precision:KV_FORMAT'")
+        if kind == "precision" and of not in formats:
+            raise ConfigError(
+                f"there is a quota for {name!r}, which is not served; the formats are: {', '.join(formats)}"
+            )
+    total = math.fsum(quota.guaranteed for quota in quotas.values())
+    if total > 1 + 1e-9:
+        raise ConfigError(f"guaranteed shares add up to {total:g}; those of tenants and precisions together may be 1")
+
+
+class QuotaAccount:
+    """Units of the arena that each quota's requests hold.
+
+    Args:
+        kv: where they hold them. Whoever changes what a request holds says so by `note`.
+        quotas: by name.
+
+    Attributes:
+        used: units held now, by quota.
+        num_requests: how many requests hold some, by quota.
+        guaranteed, most: units that the quotas come to.
+
+    Raises:
+        ConfigError: see `check_quotas`; or memory too small to divide.
+    """
+
+    def __init__(self, kv: "KVManager", quotas: Mapping[str, Quota]) -> None:
+        self._kv = kv
+        check_quotas(quotas, {kv_format for _, kv_format in kv.classes})
+        capacity = _fillable_units(kv)
+        self.guaranteed = {name: int(quota.guaranteed * capacity) for name, quota in quotas.items()}
+        self.most = {name: int(quota.max * capacity) for name, quota in quotas.items()}
+        self.used = dict.fromkeys(quotas, 0)
+        self.num_requests = dict.fromkeys(quotas, 0)
+        self._charged: dict[Request, int] = {}
+
+    def names(self, request: Request) -> list[str]:
+        """Quotas that the request counts against."""
+        names = (f"tenant:{request.tenant}", f"precision:{request.kv_precision}")
+        return [name for name in names if name in self.used]
+
+    def note(self, request: Request) -> None:
+        """What the request holds has changed."""
+        units = self._held_units(request)
+        before = self._charged.get(request, 0)
+        for name in self.names(request):
+            self.used[name] += units - before
+            self.num_requests[name] += bool(units) - bool(before)
+        if units:
+            self._charged[request] = units
+        else:
+            self._charged.pop(request, None)
+
+    def units(self, request: Request, num_tokens: int) -> int:
+        """Units that its first tokens take, in its own precision."""
+        page_class = self._kv.class_of(request.model, request.kv_precision)
+        page_units = self._kv.allocator.page_units
+        return sum(page_units(owner) * count for owner, count in page_class.demand(num_tokens).items())
+
+    def over(self, request: Request, more_units: int) -> str | None:
+        """A quota whose maximum would be exceeded if the request held so much more; None if none would."""
+        return next((n for n in self.names(request) if self.used[n] + more_units > self.most[n]), None)
+
+    def is_owed(self, request: Request, more_units: int) -> bool:
+        """Whether so much more for the request lies within a guarantee."""
+        return any(self.used[name] + more_units <= self.guaranteed[name] for name in self.names(request))
+
+    def is_protected(self, request: Request) -> bool:
+        """Whether what the request holds may not be reclaimed, since one of its quotas holds no more than it is
+        guaranteed."""
+        return any(0 < self.used[name] <= self.guaranteed[name] for name in self.names(request))
+
+    def check(self) -> None:
+        """Raises IntegrityError unless the books say what requests hold."""
+        held = dict.fromkeys(self.used, 0)
+        for request in self._kv.held:
+            for name in self.names(request):
+                held[name] += self._held_units(request)
+        if held != self.used:
+            raise IntegrityError(f"units by quota: {self.used} in the books, {held} counted")
+
+    def _held_units(self, request: Request) -> int:
+        held, page_units = self._kv.holds(request), self._kv.allocator.page_units
+        units = sum(len(run.handles) * page_units(run.page_class) for run in held.runs)
+        if held.tail is not None and held.page_class.tail is not None:
+            units += page_units(held.page_class.tail)
+        return units
+
+
+def _fillable_units(kv: "KVManager") -> int:
+    """Units that pages can take together, whatever classes they are of."""
+    pools = kv.allocator.pools.values()
+    filled = min(pool.capacity * pool.page_units for pool in pools)
+    slabs = kv.allocator.usable_slabs - len(pools)
+    if slabs < 1:
+        raise ConfigError(
+            f"quotas cannot divide an arena of {kv.allocator.usable_slabs} slabs among {len(pools)} lengths of page; "
+            "raise kv_memory, or name fewer kv_formats"
+        )
+    return slabs * filled
