@@ -57,6 +57,8 @@ class EngineConfig(Validated):
         ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later; with
             "edf", the deadline of requests that name none.
         seed: of requests that name none.
+        record: file to record to how the memory is used, for `fineserve-jax slabs`; None: not recorded.
+        record_every: steps from one entry of the record to the next.
     """
 
     weights: Weights | None = None
@@ -80,6 +82,8 @@ class EngineConfig(Validated):
     step_profile: str | None = None
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    record: Path | None = None
+    record_every: int = Field(default=10, ge=1)
 
     @field_validator("kv_precision")
     @classmethod

@@ -14,6 +14,7 @@ from fineserve_jax.config import AUTO, EngineConfig
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.narrowing import ladder
+from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.kv.usage import FormatUsage, KVCounts
 from fineserve_jax.loaders import LoadedModel, Tokenizer
@@ -110,6 +111,8 @@ class Engine:
         self.texts: dict[Request, GrowingText] = {}
         self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_output_tokens = 0
         self._busy_s = 0.0
+        record = self.config.record
+        self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
 
     # -- models --------------------------------------------------------------------------------------------------
 
@@ -203,7 +206,7 @@ class Engine:
         ttft_slo_s: float | None = None,
         tpot_slo_s: float | None = None,
         drop_when_late: bool = False,
-        tenant: str | None = None,
+        tenant: str = "",
     ) -> Request:
         """Lets a request wait for its turn.
 
@@ -311,7 +314,14 @@ class Engine:
         advanced = self._commit(plan, result)
         self._busy_s += time.perf_counter() - start
         self._num_steps += 1
+        if self._recorder is not None:
+            self._record(self._recorder)
         return advanced
+
+    def _record(self, recorder: Recorder) -> None:
+        counts = {"preemptions": self.scheduler.num_preemptions, "reclaimed_rows": self.scheduler.quotas.num_reclaimed}
+        waiting, running = self.scheduler.num_waiting, self.scheduler.num_running
+        recorder.note(self._num_steps, self.clock(), running, waiting, counts)
 
     def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
         """Does what the KV manager has queued for the device, and computes a plan; see `ModelRunner.execute`."""

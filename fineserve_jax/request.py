@@ -57,10 +57,10 @@ class Request:
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
-        tenant: on whose behalf it is: for quotas, for weights, and to learn lengths; None: nobody's in particular.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
         drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
             it then waits behind those that still can.
+        tenant: whose it is: lengths are learnt, memory is shared and quotas are kept by it; "": nobody's in particular.
     """
 
     request_id: str
@@ -77,10 +77,10 @@ class Request:
     min_kv_precision: str | None = None
     shares_prefix: bool = True
     fork_of: "Request | None" = None
-    tenant: str | None = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     drop_when_late: bool = False
+    tenant: str = ""
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0

@@ -1,4 +1,4 @@
-"""The command line: `fineserve-jax batch | generate | perplexity | convert | fetch | simulate | place`."""
+"""The command line: `fineserve-jax batch | generate | perplexity | slabs | simulate | place | convert | fetch`."""
 
 import os
 import sys

@@ -83,7 +83,17 @@ else:
     SamplingFlags = flags_of(SamplingParams, leave_out=["seed"])
     GenerateFlags = flags_of(SamplingParams, leave_out=["seed", *NOT_STREAMED])
     # One window at a time is scored, in memory of its own, and nothing is sampled.
-    ONE_AT_A_TIME = ["prefix_cache", "min_kv_precision", "preemption", "swap_memory", "policy", "ageing_s", "quotas"]
+    ONE_AT_A_TIME = [
+        "prefix_cache",
+        "min_kv_precision",
+        "preemption",
+        "swap_memory",
+        "policy",
+        "ageing_s",
+        "quotas",
+        "record",
+        "record_every",
+    ]
     PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "seed", *ONE_AT_A_TIME])
 
 

@@ -83,7 +83,7 @@ def _check_prefix(kv: "KVManager") -> None:
         if page.writer is not None and page.writer not in kv.held:
             raise IntegrityError(f"page {handle} waits for request {page.writer.request_id}, which holds nothing")
     idle = [kv.prefix.by_handle[handle] for handle in kv.prefix.idle]
-    _equal("units of idle pages", kv.prefix.idle_units, sum(page.page_class.page_units for page in idle))
+    _equal("units of idle pages", kv.prefix.idle_units, sum(kv.allocator.page_units(page.page_class) for page in idle))
     _equal("idle pages that are not ready", [], [page.handle for page in idle if not page.ready])
     _equal("idle pages with holders", [], [page.handle for page in idle if kv.table.holders[page.handle]])
     _equal("idle pages that are free", [], [page.handle for page in idle if not kv.table.units[page.handle]])

@@ -57,7 +57,7 @@ class KVManager:
     ) -> None:
         self.allocator = allocator
         self.table = PageTable()
-        self.prefix = PrefixCache()
+        self.prefix = PrefixCache(allocator.page_units)
         self.reserve_slabs = reserve_slabs
         self.sharing = Sharing(self, prefix_cache)
         self.compaction = Compaction(self)
@@ -173,7 +173,9 @@ class KVManager:
             return True
         units = sum(allocator.member(page_class).pool.page_units * count for page_class, count in wanted.items())
         units += spare_slabs * allocator.slab_units
-        if allocator.free_units + self.prefix.idle_units < units:
+        # Classes that share a pool have pages of one length in it, and it is the only one.
+        alike = next(iter(allocator.pools.values())).page_units if len(allocator.pools) == 1 else 0
+        if allocator.free_units + max(self.prefix.idle_units, len(self.prefix.idle) * alike) < units:
             return False
         shares = {allocator.member(page_class).pool.share for page_class in wanted}
         idle = iter(list(self.prefix.idle))

@@ -9,7 +9,7 @@ it instead of computing it again.
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fineserve_jax.kv.classes import PageClass
@@ -46,9 +46,14 @@ class PrefixStats:
 
 
 class PrefixCache:
-    """Which page holds which tokens. It holds no pages itself: an idle page's handle has no holders."""
+    """Which page holds which tokens. It holds no pages itself: an idle page's handle has no holders.
 
-    def __init__(self) -> None:
+    Args:
+        page_units: units that a page of a class takes in the arena.
+    """
+
+    def __init__(self, page_units: Callable[[PageClass], int]) -> None:
+        self._page_units = page_units
         self.stats = PrefixStats()
         self.by_handle: dict[int, ListedPage] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -76,13 +81,13 @@ class PrefixCache:
         del self._by_digest[listed.digest, listed.page_class]
         if handle in self.idle:
             del self.idle[handle]
-            self.idle_units -= listed.page_class.page_units
+            self.idle_units -= self._page_units(listed.page_class)
 
     def hold(self, handle: int) -> None:
         """A listed page gets a holder."""
         if handle in self.idle:
             del self.idle[handle]
-            self.idle_units -= self.by_handle[handle].page_class.page_units
+            self.idle_units -= self._page_units(self.by_handle[handle].page_class)
 
     def keep(self, handles: Sequence[int]) -> Sequence[int]:
         """Keep what is ready of pages that have lost their last holders, the last one as the most recently used;
@@ -94,7 +99,7 @@ class PrefixCache:
             listed = self.by_handle.get(handle)
             if listed is not None and listed.ready:
                 self.idle[handle] = None
-                self.idle_units += listed.page_class.page_units
+                self.idle_units += self._page_units(listed.page_class)
                 continue
             if listed is not None:
                 self.forget(handle)

@@ -71,13 +71,12 @@ class PageTable:
         Raises:
             PageError: a page that nobody holds.
         """
-        if len(handles) > FEW:
+        if len(handles) > FEW and len(set(handles)) == len(handles):
             which, holders = np.array(handles), _view(self.holders)
-            np.subtract.at(holders, which, 1)
-            left = holders[which]
+            left = holders[which] - 1
             if left.min() >= 0:
+                holders[which] = left
                 return _numbers(which[left == 0])
-            np.add.at(holders, which, 1)
         unheld = []
         for handle in handles:
             left = self.holders[handle] - 1

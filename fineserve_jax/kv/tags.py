@@ -65,7 +65,7 @@ class PageTags:
         pages = np.array(slabs)[:, None] * self.slab_units + np.arange(pool.capacity) * pool.page_units
         return pages.ravel().tolist()
 
-    def release(self, member: Member, pages: Sequence[int]) -> Counter[int]:
+    def release(self, member: Member, pages: Sequence[int]) -> dict[int, int]:
         """Mark pages that the class owns as free; how many of them lie in each slab.
 
         Raises:
@@ -94,20 +94,23 @@ class PageTags:
             data[place] = 0
         return Counter([place // slots for place in places])
 
-    def _release_many(self, member: Member, pages: Sequence[int]) -> Counter[int] | None:
+    def _release_many(self, member: Member, pages: Sequence[int]) -> dict[int, int] | None:
         """The same for many pages; None, and nothing changed, if some are to be refused."""
-        pool = member.pool
-        slabs, offsets = np.divmod(np.array(pages, np.int64), self.slab_units)
-        slots, within = np.divmod(offsets, pool.page_units)
-        if within.any() or slots.max() >= pool.capacity or not 0 < slabs.min() <= slabs.max() < self.num_slabs:
+        units, flat, slots = np.array(pages), self.flat, self.slots
+        slabs = units // self.slab_units
+        offsets = units - slabs * self.slab_units
+        numbers = offsets // member.pool.page_units
+        places = np.sort(slabs * slots + numbers)
+        in_range = slots <= places[0] and places[-1] < len(flat) and numbers.max() < member.pool.capacity
+        if not in_range or (numbers * member.pool.page_units != offsets).any():
             return None
-        places = np.sort(slabs * self.slots + slots)
-        if (self.flat[places] != member.tag).any() or (places[1:] == places[:-1]).any():
+        if (flat[places] != member.tag).any() or (places[1:] == places[:-1]).any():
             return None
-        self.flat[places] = 0
-        slabs = places // self.slots
-        first = np.flatnonzero(np.concatenate(([True], slabs[1:] != slabs[:-1])))
-        return Counter(dict(zip(slabs[first].tolist(), np.diff(first, append=len(slabs)).tolist(), strict=True)))
+        flat[places] = 0
+        slabs = places // slots
+        ends = [*(np.flatnonzero(slabs[1:] != slabs[:-1]) + 1).tolist(), len(slabs)]
+        starts = [0, *ends[:-1]]
+        return {slab: end - start for slab, start, end in zip(slabs[starts].tolist(), starts, ends, strict=True)}
 
     def pages_in(self, slab: int, pool: SlabPool) -> list[tuple[int, int]]:
         """Place and tag of each page in use in a slab."""

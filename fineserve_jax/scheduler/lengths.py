@@ -37,7 +37,7 @@ class OutputLengths:
     """Expected output lengths, in tokens."""
 
     _all: _Mean = field(default_factory=_Mean)
-    _by_tenant: dict[str | None, _Mean] = field(default_factory=dict)
+    _by_tenant: dict[str, _Mean] = field(default_factory=dict)
 
     def observe(self, request: Request) -> None:
         """Learn from a request that has ended by itself."""

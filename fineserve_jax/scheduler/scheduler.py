@@ -61,9 +61,9 @@ class Scheduler:
         self._rows: dict[Request, Row] = {}  # in the order of admission
         self._queue = WaitingQueue(
             lambda request: policy(request, context),
-            model_format_and_tenant if config.quotas else model_and_format,
             self._latest_start_s,
             config.overtaking_limit_s,
+            model_format_and_tenant if config.quotas else model_and_format,
         )
         self._reserve = GrowthReserve(config.growth_reserve_pages)
         self.pressure = Pressure(config, kv, self._rows, self.profiles)

@@ -27,13 +27,13 @@ class FairShares:
         for tenant, weight in self._weights.items():
             if not (weight > 0 and math.isfinite(weight)):
                 raise ConfigError(f"weight of tenant {tenant!r} is {weight!r}; give a positive number")
-        self._ends: dict[str | None, float] = {}
+        self._ends: dict[str, float] = {}
         self._now = 0.0
 
-    def tag(self, tenant: str | None, work: float) -> float:
+    def tag(self, tenant: str, work: float) -> float:
         """Tag of the tenant's next request, which is that much work."""
         start = max(self._now, self._ends.get(tenant, 0.0))
-        self._ends[tenant] = start + work / self._weights.get(tenant or "", 1.0)
+        self._ends[tenant] = start + work / self._weights.get(tenant, 1.0)
         return start
 
     def admitted(self, tag: float) -> None:

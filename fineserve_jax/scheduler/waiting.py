@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 from fineserve_jax.request import Request
 from fineserve_jax.scheduler.policies import SortKey
 
-Group: TypeAlias = tuple[str | None, ...]
+Group: TypeAlias = tuple[str, ...]
 AGED, ON_TIME, LATE = -1, 0, 1
 
 
@@ -50,17 +50,17 @@ class WaitingQueue:
 
     Args:
         key_of: a request's sort key; asked once, when the request is pushed.
-        group_of: a request's group.
         latest_start_of: time at which a request has to be admitted for its first token to be in time.
         overtaking_limit_s: seconds from its arrival after which a request is first of all.
+        group_of: a request's group; None: its model and KV format.
     """
 
     def __init__(
         self,
         key_of: Callable[[Request], SortKey],
-        group_of: Callable[[Request], Group] | None = None,
         latest_start_of: Callable[[Request], float] = lambda request: math.inf,
         overtaking_limit_s: float = math.inf,
+        group_of: Callable[[Request], Group] | None = None,
     ) -> None:
         self._key_of, self._latest_start_of, self._overtaking_limit_s = key_of, latest_start_of, overtaking_limit_s
         self.group_of = group_of or model_and_format

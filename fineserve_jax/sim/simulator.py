@@ -210,7 +210,7 @@ class Simulator:
             ttft_slo_s=arrival.ttft_slo_s,
             tpot_slo_s=arrival.tpot_slo_s,
             drop_when_late=arrival.drop_when_late,
-            tenant=arrival.tenant or None,
+            tenant=arrival.tenant,
         )
 
     # -- steps ---------------------------------------------------------------------------------------------------

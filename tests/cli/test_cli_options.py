@@ -31,9 +31,11 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "ageing_s": (["1.5"], 1.5),
     "seed": (["3"], 3),
     "prefix_cache": (["convert"], "convert"),
-    "min_kv_precision": (["int4"], "int4"),
+    "min_kv_precision": (["int8"], "int8"),
     "preemption": (["swap"], "swap"),
     "swap_memory": (["64MiB"], "64MiB"),
+    "record": (["run.jsonl"], Path("run.jsonl")),
+    "record_every": (["5"], 5),
 }
 SAMPLING: dict[str, tuple[list[str], Any]] = {
     "max_tokens": (["9"], 9),
@@ -56,7 +58,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
 
 def given(settings: type[BaseModel], words: list[str]):
     """What flags give, in settings' terms."""
-    flags = tyro.cli(flags_of(settings), args=words, config=(tyro.conf.DisallowNone,))
+    flags = tyro.cli(flags_of(settings, leave_out=["quotas"]), args=words, config=(tyro.conf.DisallowNone,))
     if settings is EngineConfig:
         return settle(None, None, flags).engine
     return settle(None, None, {}, flags).sampling

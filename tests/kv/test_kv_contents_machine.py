@@ -346,7 +346,8 @@ class ContentsMachine(RuleBasedStateMachine):
         request = pick(data, [row for row in self.rows if row.min_kv_precision])
         own, before, holding = self.class_of(request), self.formats(request), self.num_holding(request)
         free_units = self.kv.allocator.free_units
-        count = narrow(self.kv, request, most, keep)
+        what = next_narrowing(self.kv, request, most, keep)
+        count = 0 if what is None else narrow(self.kv, request, what)
         self.run_operations()
         after = self.formats(request)
         changed = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]

@@ -6,7 +6,7 @@ from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena, pages_of
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.errors import IntegrityError
 from fineserve_jax.kv.manager import KVManager, Segment
-from fineserve_jax.kv.narrowing import narrow
+from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -111,7 +111,9 @@ def test_who_takes_over_a_page_that_is_not_ready_writes_to_none_that_is():
     kv, prompt = manager(20), list(range(3 * PAGE_SIZE + 1))
     first = admit(kv, "bf16", prompt, min_kv_precision="int8")
     compute(kv, first)
-    assert narrow(kv, first, most=1, keep_pages=2) == 1
+    what = next_narrowing(kv, first, most=1, keep_pages=2)
+    assert what is not None
+    assert narrow(kv, first, what) == 1
     kv.release(first)  # what is left of it in the cache begins with its second page
     writer, other = admit(kv, "bf16", prompt), admit(kv, "bf16", prompt)
     assert not kv.sharing.can_go_on(other)

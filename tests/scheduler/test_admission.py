@@ -160,3 +160,13 @@ def test_nobody_is_admitted_ahead_of_a_competitor_that_came_ageing_seconds_earli
 def competes(kv, one, other):
     one, other = (shares_of(kv, kv.class_of(r.model, r.kv_precision)) for r in (one, other))
     return not one.isdisjoint(other)
+
+
+def test_under_uniform_a_cached_page_of_any_format_is_worth_one_of_the_widest():
+    engine = FakeEngine(make_kv(8, "uniform"))
+    for number in range(2):
+        engine.add(make_request(number, 25, 3, "int8"))
+        engine.drain()
+    assert engine.kv.prefix.idle
+    engine.add(make_request(2, 25, 4, "fp32"))
+    engine.drain()

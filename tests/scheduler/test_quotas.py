@@ -10,7 +10,7 @@ from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.quotas import check_quotas
 from fineserve_jax.request import RequestStatus
 
-TENANTS = (None, "alice", "bob")
+TENANTS = ("", "alice", "bob")
 # A guarantee within which no step needs to wait for copies: preempted decodes alone can put off an admission.
 MOST_STEPS_OWED = 4
 
@@ -197,6 +197,8 @@ class QuotaMachine(RuleBasedStateMachine):
     def step(self, steps):
         for _ in range(steps):
             self.engine.step()
+            self.steps_owed = self.steps_owed + 1 if self.somebody_is_owed() else 0
+            assert self.steps_owed <= MOST_STEPS_OWED
             self.check()
 
     @precondition(lambda self: self.engine.requests)
@@ -208,8 +210,6 @@ class QuotaMachine(RuleBasedStateMachine):
     def check(self):
         self.account.check()
         assert all(self.account.used[name] <= most for name, most in self.account.most.items())
-        self.steps_owed = self.steps_owed + 1 if self.somebody_is_owed() else 0
-        assert self.steps_owed <= MOST_STEPS_OWED
 
     def somebody_is_owed(self):
         """Whether the first of a group lies within a guarantee and its maxima, and still waits."""

@@ -10,7 +10,7 @@ from test_admission import arrivals, competes
 
 from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
-from fineserve_jax.scheduler.waiting import LATE, WaitingQueue
+from fineserve_jax.scheduler.waiting import LATE, WaitingQueue, model_and_format
 
 
 def one_by_one(**settings):
@@ -79,13 +79,13 @@ def test_a_request_is_late_when_its_prefill_would_not_end_in_time():
     """The roofline takes 21 ms and more for a step."""
     long, short = (make_request(i, 8, 2, ttft_slo_s=slo) for i, slo in enumerate([0.5, 0.51]))
     engine = FakeEngine(make_kv(40))
-    queue = WaitingQueue(lambda r: r.sequence, latest_start_of=engine.scheduler._latest_start_s)
+    queue = WaitingQueue(lambda r: r.sequence, engine.scheduler._latest_start_s)
     queue.push(long)
     queue.push(short)
     assert queue.defer_late(0.45) == []
     assert queue.defer_late(0.482) == [long]
-    assert queue.head(queue.group_of(long)).request is short
-    assert queue.oldest(queue.group_of(long), LATE) is long
+    assert queue.head(model_and_format(long)).request is short
+    assert queue.oldest(model_and_format(long), LATE) is long
 
 
 def test_late_requests_do_not_wait_for_ever():
