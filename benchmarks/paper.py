@@ -92,7 +92,7 @@ def kv_mix(narrow: float) -> tuple[str, ...]:
 
 def curves() -> list[Curve]:
     skewed, even = shared_mix((8, 1, 1)), shared_mix((1, 1, 1))
-    rates = (20.0, 40.0, 60.0, 80.0, 100.0)
+    rates = (20.0, 40.0, 60.0, 80.0)
     low = (10.0, 20.0, 30.0)
     mixed = kv_mix(0.8)
     attainment, tokens = "attainment", "output_tokens_per_s"
@@ -104,9 +104,9 @@ def curves() -> list[Curve]:
         Curve("sharing-even", "Three variants, 1:1:1, Poisson", "requests/s",
               tuple(Point(r, r, even, None, True) for r in low), attainment),
         Curve("sharing-memory", "Three variants, 1:1:1, 20 requests/s", "GB for KV",
-              tuple(Point(g, 20.0, even, g * 1e9, True) for g in (2.0, 4.0, 8.0, 32.0)), attainment),
+              tuple(Point(g, 20.0, even, g * 1e9, True) for g in (2.0, 4.0, 16.0)), attainment),
         Curve("pressure-load", "80 % int4, 4 GB for KV", "requests/s",
-              tuple(Point(r, r, mixed, 4e9, False) for r in rates[:4]), tokens),
+              tuple(Point(r, r, mixed, 4e9, False) for r in rates), tokens),
         Curve("pressure-mix", "4 GB for KV, 60 requests/s", "share of int4",
               tuple(Point(s, 60.0, kv_mix(s), 4e9, False) for s in (0.0, 0.33, 0.67, 1.0)), tokens),
         Curve("pressure-memory", "80 % int4, 60 requests/s", "GB for KV",
