@@ -111,6 +111,8 @@ def curves() -> list[Curve]:
               tuple(Point(s, 60.0, kv_mix(s), 4e9, False) for s in (0.0, 0.33, 0.67, 1.0)), tokens),
         Curve("pressure-memory", "80 % int4, 60 requests/s", "GB for KV",
               tuple(Point(g, 60.0, mixed, g * 1e9, False) for g in (1.0, 2.0, 4.0, 16.0)), tokens),
+        Curve("pressure-most", "All int4, 100 requests/s", "GB for KV",
+              tuple(Point(g, 100.0, kv_mix(1.0), g * 1e9, False) for g in (1.0, 2.0, 4.0)), tokens),
         Curve("one-precision", "All bf16, 4 GB for KV", "requests/s",
               tuple(Point(r, r, ("llama-3.1-8b/bf16",), 4e9, False) for r in low), tokens),
     ]  # fmt: skip
