@@ -126,20 +126,16 @@ def main() -> None:
     for curve in curves():
         if not arguments.only or any(part in curve.name for part in arguments.only):
             run_curve(curve, table, arguments)
-    done = {curve: read_results(curve, arguments) for curve in curves() if path_of(curve, arguments).exists()}
-    sections = [section(curve, results, arguments.output.name) for curve, results in done.items()]
+    paths = {curve: path_of(curve, arguments) for curve in curves()}
+    done = {curve: json.loads(path.read_text()) for curve, path in paths.items() if path.exists()}
+    sections = [section(curve, written, arguments.output.name) for curve, written in done.items()]
     arguments.output.with_suffix(".md").write_text("\n".join([INTRODUCTION, *sections]))
-    gains = {curve.name: gains_of(curve, results) for curve, results in done.items()}
+    gains = {curve.name: gains_of(curve, written["results"]) for curve, written in done.items()}
     print(json.dumps({"seconds": arguments.seconds, "cpu_s": round(time.process_time() - start), "gains": gains}))
 
 
 def path_of(curve: Curve, arguments: Arguments) -> Path:
     return arguments.output / f"{curve.name}.json"
-
-
-def read_results(curve: Curve, arguments: Arguments) -> Results:
-    results: Results = json.loads(path_of(curve, arguments).read_text())["results"]
-    return results
 
 
 def run_curve(curve: Curve, table: Path | None, arguments: Arguments) -> None:
@@ -211,7 +207,9 @@ def plot(curve: Curve, results: Results) -> str:
 Cell = tuple[str, Callable[[Figures], str]]
 
 
-def section(curve: Curve, results: Results, folder: str) -> str:
+def section(curve: Curve, written: Figures, folder: str) -> str:
+    results, setting = written["results"], written["setting"]
+    timed = "the measured table" if setting["table"] and curve.points[0].targets else "the roofline"
     cells: list[Cell] = [("tokens/s", lambda f: f"{f['output_tokens_per_s']:.0f}")]
     if curve.figure == "attainment":
         cells.insert(0, ("in time", lambda f: f"{f['attainment']:.1%}"))
@@ -219,7 +217,8 @@ def section(curve: Curve, results: Results, folder: str) -> str:
     else:
         cells.append(("TTFT p99, s", lambda f: f"{f['ttft']['p99']:.1f}"))
         cells.append(("preemptions", lambda f: f"{f['num_preemptions']}"))
-    lines = [f"## {curve.title}", "", f"![{curve.title}]({folder}/{curve.name}.svg)", ""]
+    said = f"Requests arrive for {setting['seconds']:g} s; steps take as long as {timed} says."
+    lines = [f"## {curve.title}", "", said, "", f"![{curve.title}]({folder}/{curve.name}.svg)", ""]
     for title, cell in cells:
         rows = ([name, *(cell(figures) for figures in ones)] for name, ones in results.items())
         lines += [*_table([f"{title}, by {curve.axis}", *(f"{point.x:g}" for point in curve.points)], rows), ""]
