@@ -1,5 +1,6 @@
 # make demo    install into .venv, fetch the model, answer examples/prompts.jsonl
 # make test    lint, type check, tests
+# make test-next    the kernels' and the engine's tests with the newest JAX that pyproject.toml allows, on Python 3.12
 # make aot     compile the kernels for GPUs and TPUs, which need not be there, and write docs/aot.md
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # Touched when everything is installed, so that it is done again only when the requirements change.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint aot install clean
+.PHONY: demo test test-slow test-next lint aot install clean
 
 demo: install
 	$(BIN)/fineserve-jax fetch smollm2-135m
@@ -21,6 +22,16 @@ test: lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# JAX 0.11 and later want Python 3.12. A name on the PATH may be a stub that fails, so each is asked for its version.
+NEXT_PYTHON = $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python python3 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+test-next:
+	@if [ -z "$(NEXT_PYTHON)" ]; then echo "test-next: SKIPPED, no Python 3.12 or newer was found"; \
+	else $(MAKE) PYTHON=$(NEXT_PYTHON) .venv-next/.installed && \
+	.venv-next/bin/python -c 'import jax; print("test-next: JAX", jax.__version__)' && \
+	.venv-next/bin/python -m pytest -n auto --dist loadfile tests/pallas_kernels tests/engine; fi
 
 lint: install
 	$(BIN)/ruff check .
@@ -39,6 +50,11 @@ aot: .venv-aot-gpu/.installed .venv-aot-tpu/.installed
 	.venv-aot-$*/bin/python -m pip install -e '.[aot-$*]'
 	@touch $@
 
+.venv-next/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-next
+	.venv-next/bin/python -m pip install -e '.[dev]'
+	@touch $@
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
@@ -48,4 +64,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-aot-gpu .venv-aot-tpu build/aot answers.jsonl
+	rm -rf $(VENV) .venv-next .venv-aot-gpu .venv-aot-tpu build/aot answers.jsonl

@@ -3,6 +3,8 @@
 Holds for JAX 0.10.2 to 0.12. Kernels import names from here and nothing from `jax.experimental.pallas`; what is called
 differently in some release is told apart here, by what is there and not by version numbers.
 
+From 0.11 on JAX warns, when it compiles a Triton kernel for a GPU, that this backend is deprecated; 0.12 still has it.
+
 Three groups of names: what all kernels share, `triton_*` for GPUs, `tpu_*` for TPUs.
 """
 

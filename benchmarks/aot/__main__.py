@@ -53,7 +53,7 @@ def _compile(job: Literal["gpu", "tpu"], only: str, full: bool, folder: Path) ->
         state = "; ".join(result.problems()) or "ok"
         title = f"{result.target} {result.operation}, {result.model}, {result.formats}"
         console.print(f"{title}: {result.compile_s:.1f} s, {state[:600]}", highlight=False, markup=False)
-    results.save(found, folder / f"{job}.json")
+        results.save(found, folder / f"{job}.json")
     console.print(f"{len(found)} programs in {time.perf_counter() - started:.0f} s")
     return 0
 

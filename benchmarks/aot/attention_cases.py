@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from benchmarks.aot.batches import AttentionBatch
 from benchmarks.aot.cases import (
     ARENA_WORDS,
+    GEMMA,
     IMPLEMENTATION,
     LLAMA_8B,
     MODELS,
@@ -26,8 +28,9 @@ from fineserve_jax.pallas_kernels import FORMATS, AttentionSpec, KVFormat
 from fineserve_jax.pallas_kernels.attention import paged_attention
 
 ROWS, CONTEXT, CHUNK_TOKENS = 64, 8192, 512
-# What one engine serves side by side; fp32 and fp16, for exactness and for comparison, are compiled by themselves.
-MIXED = tuple(FORMATS[name] for name in ("bf16", "int8", "fp8", "int4"))
+EVERY_FORMAT = tuple(FORMATS.values())
+# Their queries in f32 too, as for models whose weights are: a GPU's registers hold less of them.
+EXACT_MODELS = LLAMA_8B, GEMMA
 
 
 def attention_cases(platform: Platform, full: bool) -> Iterator[Case]:
@@ -37,19 +40,30 @@ def attention_cases(platform: Platform, full: bool) -> Iterator[Case]:
             for name, kv_format in FORMATS.items():
                 yield attention_case(platform, operation, model, name, (kv_format,))
         for model in (*MODELS, *ODD_MODELS):
-            yield attention_case(platform, operation, model, "+".join(f.name for f in MIXED), MIXED)
+            yield attention_case(platform, operation, model, "all mixed", EVERY_FORMAT)
+        for model in EXACT_MODELS if platform == "gpu" else ():
+            yield attention_case(platform, operation, model, "all mixed", EVERY_FORMAT, jnp.float32)
 
 
-def attention_case(platform: Platform, operation: str, model: Model, name: str, formats: tuple[KVFormat, ...]) -> Case:
-    """Attention of `ROWS` decoding rows, or of a chunk of tokens of several rows."""
-    case = _case(platform, operation, model, name, formats)
+def attention_case(
+    platform: Platform,
+    operation: str,
+    model: Model,
+    name: str,
+    formats: tuple[KVFormat, ...],
+    dtype: Any = jnp.bfloat16,
+) -> Case:
+    """Attention of `ROWS` decoding rows, or of a chunk of tokens of several rows; `dtype` is that of the queries."""
+    case = _case(platform, operation, model, name, formats, dtype)
     if platform == "tpu" or not any(kv_format.aux for kv_format in formats):
         return case
-    bare = _case(platform, operation, model, name, tuple(map(without_aux, formats)))
+    bare = _case(platform, operation, model, name, tuple(map(without_aux, formats)), dtype)
     return dataclasses.replace(case, without_aux=bare)
 
 
-def _case(platform: Platform, operation: str, model: Model, name: str, formats: tuple[KVFormat, ...]) -> Case:
+def _case(
+    platform: Platform, operation: str, model: Model, name: str, formats: tuple[KVFormat, ...], dtype: Any
+) -> Case:
     geometry = model.geometry(platform)
     decodes = operation == "decode"
     spec = AttentionSpec(
@@ -64,10 +78,10 @@ def _case(platform: Platform, operation: str, model: Model, name: str, formats: 
         implementation=IMPLEMENTATION[platform],
         interpret=False,
     )
-    q = jax.ShapeDtypeStruct((spec.tile_shape.num_queries, model.heads, model.head_dim), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((spec.tile_shape.num_queries, model.heads, model.head_dim), dtype)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     return Case(
-        operation,
+        operation if dtype == jnp.bfloat16 else f"{operation} in f32",
         model.name,
         name,
         functools.partial(paged_attention, spec),
@@ -75,7 +89,7 @@ def _case(platform: Platform, operation: str, model: Model, name: str, formats: 
         ARENA_WORDS,
         model.head_dim,
         reads_pages=True,
-        batch=AttentionBatch(spec, model.heads),
+        batch=AttentionBatch(spec, model.heads, dtype),
         # Chunks of many queries are taken in blocks of rows, each of which reads the pages, from the L2 cache mostly.
         strict_bytes=decodes,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,11 @@ NEW_TOKENS = 4
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Rows of each of a spec's formats, in one layer."""
+    """Rows of each of a spec's formats, in one layer; queries of `dtype`."""
 
     spec: AttentionSpec
     heads: int
+    dtype: Any = jnp.bfloat16
 
     def count(self) -> Bytes:
         """What attention on this batch moves."""
@@ -51,7 +53,7 @@ class AttentionBatch:
         segments, num_units = _segments(spec, lengths)
         queries = [QueryRun(s.row * new, new, s.num_tokens) for s in segments]
         tiles = spec.plan(segments, queries)
-        q = jax.ShapeDtypeStruct((num_rows * new, heads, geometry.head_dim), jnp.bfloat16)
+        q = jax.ShapeDtypeStruct((num_rows * new, heads, geometry.head_dim), self.dtype)
         arena = jax.ShapeDtypeStruct((num_units, *geometry.unit_shape), jnp.uint16)
         kernels = count_traffic(functools.partial(paged_attention, spec), q, arena, tiles, np.int32(0))
         num_tiles = int(np.sum(tiles.format_ids < len(spec.formats)))

@@ -8,9 +8,7 @@ from pathlib import Path
 
 PAGE_LOAD_BYTES = 16  # of one thread's load: 128 bits
 MOST_EXTRA_TRAFFIC = 1.05  # bytes moved over bytes that must be
-# Triton loads what it multiplies by a matrix in f32 word by word. A page is requantised once in its life.
-NARROW_LOADS_REMARKED = ("requantise",)
-DECODE_REGISTERS, DECODE_HEAD_DIM = 128, 128  # registers a thread, up to this head size, in decode on sm_90a
+DECODE_REGISTERS, DECODE_HEAD_DIM = 128, 128  # registers a thread, at this head size, in decode on sm_90a
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,9 @@ class Result:
         if self.error:
             return [f"does not compile: {self.error}"]
         found = [problem for kernel in self.kernels for problem in _kernel_problems(kernel)]
-        if self.operation not in NARROW_LOADS_REMARKED:
-            found += [narrow for kernel in self.kernels if (narrow := _narrow_loads(kernel))]
+        found += [narrow for kernel in self.kernels if (narrow := _narrow_loads(kernel))]
+        if self.head_dim == DECODE_HEAD_DIM:
+            found += self._many_registers()
         if self.traffic_error:
             found.append(f"its traffic cannot be counted: {self.traffic_error}")
         if self.bytes is not None and self.strict_bytes and self.bytes.ratio > MOST_EXTRA_TRAFFIC:
@@ -105,9 +104,10 @@ class Result:
 
     def remarks(self) -> list[str]:
         """What is beyond a goal but no error."""
-        if self.operation in NARROW_LOADS_REMARKED:
-            return [narrow for kernel in self.kernels if (narrow := _narrow_loads(kernel))]
-        if self.operation != "decode" or self.head_dim > DECODE_HEAD_DIM or self.target != "H100":
+        return self._many_registers() if self.head_dim < DECODE_HEAD_DIM else []
+
+    def _many_registers(self) -> list[str]:
+        if self.operation != "decode" or self.target != "H100":
             return []
         return [
             f"{kernel.name} takes {kernel.registers} registers, more than {DECODE_REGISTERS}"

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from benchmarks.aot.results import Result
 from benchmarks.aot.targets import TARGETS
+from fineserve_jax.pallas_kernels.triton.attention import MAX_ROWS
 
 GPUS = {target.name for target in TARGETS["gpu"]}
 Column = tuple[str, Callable[[Result], str]]
@@ -136,9 +137,18 @@ of the compiled program.
   in pages that are copied by whole units (TPU).
 - **compiled**: seconds on the machine that wrote this, or why not.
 
-A failed compilation, a spill, a page load of attention narrower than 128 bits, or a kernel that moves more than 1.05
-times the bytes it must (but for single tokens on TPUs, which copy whole tiles) is an error: {num_problems} here. Narrow
-loads of requantisation, and more registers than the goal, are short of a goal and no error.
+A failed compilation, a spill, a page load narrower than 128 bits, or a kernel that moves more than 1.05 times the bytes
+it must (but for single tokens on TPUs, which copy whole tiles) is an error: {num_problems} here. So are more than 128
+registers where a GPU decodes at head size 128; more of them at head size 64 are no error.
+
+Ragged attention is counted on a few new tokens, which one program serves. On a GPU a program has {rows} rows, queries
+times query heads of a KV head, and reads the tile's pages for them. For more rows pages are read again, from the L2
+cache mostly, since those programs run side by side: 32 queries of Qwen3-32B, whose group is 8, take 8 programs.
+Programs of 64 rows were tried: compiled for an A100 they spill (212 bytes with 4 warps, 456 with 8).
+
+Not in the table, because they are known to spill: requantising to int4 pages of 64 tokens and more at head size 256 on
+an A100 (1,144 bytes from bf16 to 64 tokens), and of 128 on either GPU. They compile, and a page is requantised once in
+its life.
 """
 
 
@@ -146,7 +156,7 @@ def markdown(results: Sequence[Result]) -> str:
     """The contents of docs/aot.md."""
     targets = ", ".join(dict.fromkeys(result.target for result in results))
     problems, remarks = problem_lines(results), remark_lines(results)
-    parts = [INTRODUCTION.format(targets=targets, num_problems=len(problems) or "none")]
+    parts = [INTRODUCTION.format(targets=targets, num_problems=len(problems) or "none", rows=MAX_ROWS)]
     for title, lines in (("Errors", problems), ("Short of a goal", remarks)):
         if lines:
             parts.append(f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines))

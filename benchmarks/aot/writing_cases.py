@@ -10,7 +10,10 @@ import jax.numpy as jnp
 
 from benchmarks.aot.cases import (
     ARENA_WORDS,
+    GEMMA,
     IMPLEMENTATION,
+    LLAMA_8B,
+    PHI,
     QWEN_32B,
     Case,
     Model,
@@ -22,6 +25,9 @@ from benchmarks.aot.targets import Platform
 from benchmarks.aot.writing_batches import CommitBatch, RequantiseBatch
 from fineserve_jax.pallas_kernels import FORMATS, KVFormat, commit, commit_pages, get_format, requantise
 
+# int4 takes a head's page at once: 128 tokens of 128 channels fit in a GPU program's registers, or 32 of 256.
+LONG_PAGES = dataclasses.replace(LLAMA_8B, name="Llama-3.1-8B, T = 128", page_sizes=(("gpu", 128), ("tpu", 128)))
+LONG_VECTORS = dataclasses.replace(GEMMA, name="Gemma-2-9B, T = 32", page_sizes=(("gpu", 32), ("tpu", 32)))
 ROWS, PAGES = 8, 2  # compilers take longer for more, and say the same
 # Every format once, to a narrower one.
 SOME_CHANGES = (("fp32", "bf16"), ("fp16", "fp8"), ("bf16", "int8"), ("bf16", "int4"), ("int8", "int4"))
@@ -41,7 +47,8 @@ def writing_cases(platform: Platform, full: bool) -> Iterator[Case]:
     for model in models_of_single_formats(full):
         for source, target in every if full else SOME_CHANGES:
             yield _requantise_case(platform, model, get_format(source), get_format(target))
-    yield _requantise_case(platform, QWEN_32B, get_format("bf16"), get_format("int4"))
+    for model in (QWEN_32B, PHI, LONG_VECTORS, LONG_PAGES):
+        yield _requantise_case(platform, model, get_format("bf16"), get_format("int4"))
 
 
 def _i32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -92,7 +92,11 @@ class KVFormat(ABC):
 
     @abstractmethod
     def encode(self, k: Planes, v: Planes) -> PageWords:
-        """Encodes vectors that are in the format's basis. `k`, `v`: `planes` of f32[..., T, width]."""
+        """Encodes vectors that are in the format's basis, keys and values independently of each other.
+
+        Args:
+            k, v: `planes` of f32[..., T, width].
+        """
 
     def read_aux(self, aux: Planes) -> Planes:
         """The auxiliary parts, u16 or wider integers, as the numbers that `unpack` needs: f32 of like shapes.

@@ -26,6 +26,7 @@ from fineserve_jax.pallas_kernels.tiles import Tiles
 from fineserve_jax.pallas_kernels.triton.merge import merge_tiles
 from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader
 from fineserve_jax.pallas_kernels.triton.placing import at, padded
+from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
 # thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
@@ -33,6 +34,7 @@ from fineserve_jax.pallas_kernels.triton.placing import at, padded
 MAX_ROWS = 32  # queries x query heads that a program attends from; padded vectors take more registers
 CHUNK_VALUES, MAX_TOKENS = 32 * 128, 32  # of keys, and as many of values, that a program multiplies at a time
 LEAST = 16  # rows and tokens
+EXACT_LANES = 32  # of queries in f32 that are multiplied at a time
 DECODE_STAGES, STAGES = 3, 2
 LOAD_WORDS, THREADS = 8, 32  # of 128 bits, and of a warp
 
@@ -93,15 +95,14 @@ def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
     """How a launch for `group` query heads a KV head, with products at `dtype`, is cut."""
     geometry, queries = spec.geometry, spec.tile_shape.queries
     lanes = padded(geometry.head_dim)
-    rows, chunk = MAX_ROWS if lanes == geometry.head_dim else LEAST, min(MAX_TOKENS, CHUNK_VALUES // lanes)
-    exact = dtype == jnp.float32  # not for tensor cores: operands fill the registers
-    if exact:
+    rows, chunk = MAX_ROWS, max(LEAST, min(MAX_TOKENS, CHUNK_VALUES // lanes))
+    plain = lanes == geometry.head_dim and dtype != jnp.float32
+    if not plain:  # masks take registers, and so do operands in f32
         rows, chunk = LEAST, LEAST
     rows = max(LEAST, min(rows, padded(queries * group)))
-    chunk = max(LEAST, chunk)
     tokens = min(chunk, geometry.page_size)
-    warps = 8 if exact or lanes > 128 else 4 if lanes > 64 else 2
-    stages = DECODE_STAGES if queries == 1 and lanes == geometry.head_dim else STAGES
+    warps = 8 if lanes > 128 else 4 if lanes > 64 or queries > 1 else 2
+    stages = DECODE_STAGES if queries == 1 and plain else STAGES
     return Shape(queries, group, rows, chunk // tokens, tokens, warps, stages)
 
 
@@ -191,9 +192,12 @@ class _Program:
     head: jax.Array
     row_block: jax.Array
 
+    @property
+    def exact(self) -> bool:
+        """Whether products are of f32."""
+        return self.q.dtype == jnp.float32
+
     def for_format(self, kv_format: KVFormat) -> "_Program":
-        if self.q.dtype == jnp.float32:  # its products have no registers to spare
-            return self
         geometry = self.spec.geometry
         lanes = padded(kv_format.width(geometry))
         return dataclasses.replace(self, shape=self.shape.for_words(lanes, kv_format.word_parts, geometry.page_size))
@@ -208,12 +212,19 @@ class _Program:
         count = load(tables.query_counts.at[block])
         asks = query < count
 
-        planes = self._load_queries(reader, basis, load(tables.query_slots.at[block]) + query, member, asks)
+        slot = load(tables.query_slots.at[block]) + query
+        load_queries = functools.partial(self._load_queries, reader, basis, slot, member, asks)
+        planes = () if self.exact else tuple(load_queries(plane, 0, reader.lanes) for plane in range(kv_format.planes))
         query_position = load(tables.query_positions.at[block]) + query
         begin, end = self._token_range(block, count)
 
+        def multiply(keys: Planes) -> jax.Array:
+            if self.exact:
+                return self._multiply_in_pieces(load_queries, keys)
+            return functools.reduce(jnp.add, map(self._dot_transposed, planes, keys))
+
         def add_chunk(chunk: jax.Array, state: _State) -> _State:
-            return self._add_chunk(reader, planes, query_position, begin, end, chunk, state)
+            return self._add_chunk(reader, multiply, query_position, begin, end, chunk, state)
 
         nothing = jnp.zeros(shape.rows, jnp.float32)
         totals = (jnp.zeros((shape.rows, reader.lanes), jnp.float32),) * kv_format.planes
@@ -223,13 +234,34 @@ class _Program:
         self._store(reader, state, query, member, asks)
 
     def _load_queries(
-        self, reader: PageReader, basis: int, slot: jax.Array, member: jax.Array, asks: jax.Array
-    ) -> Planes:
-        planes = []
-        for lane, inside in self._lanes(reader):
-            values = at(self.q, basis, slot, self.head, member, lane)
-            planes.append(load(values, mask=asks & inside, other=jnp.zeros((), self.q.dtype)))
-        return tuple(planes)
+        self,
+        reader: PageReader,
+        basis: int,
+        slot: jax.Array,
+        member: jax.Array,
+        asks: jax.Array,
+        plane: int,
+        first_lane: jax.Array | int,
+        lanes: int,
+    ) -> jax.Array:
+        """Some lanes of a plane of the queries, [rows, lanes]."""
+        lane = first_lane + lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+        values = at(self.q, basis, slot, self.head, member, plane * reader.width + lane)
+        return load(values, mask=asks & (lane < reader.width), other=jnp.zeros((), self.q.dtype))
+
+    def _multiply_in_pieces(self, load_queries: Callable[..., jax.Array], keys: Planes) -> jax.Array:
+        """Logits in f32, for which queries would fill the registers: a loop loads some lanes of them at a time."""
+        lanes = min(EXACT_LANES, keys[0].shape[1])
+        count = keys[0].shape[1] // lanes
+        pieces = [jnp.split(plane, count, axis=1) for plane in keys]
+
+        def add(number: jax.Array, logits: jax.Array) -> jax.Array:
+            for plane, parts in enumerate(pieces):
+                queries = load_queries(plane, number * lanes, lanes)
+                logits = logits + self._dot_transposed(queries, pick(parts, number))
+            return logits
+
+        return lax.fori_loop(0, count, add, jnp.zeros((self.shape.rows, len(keys[0])), jnp.float32))
 
     @staticmethod
     def _lanes(reader: PageReader) -> list[tuple[jax.Array, jax.Array]]:
@@ -271,14 +303,19 @@ class _Program:
     def _add_chunk(
         self,
         reader: PageReader,
-        q: Planes,
+        multiply: Callable[[Planes], jax.Array],
         query_position: jax.Array,
         begin: jax.Array,
         end: jax.Array,
         index: jax.Array,
         state: _State,
     ) -> _State:
-        """Adds the attention to one chunk. `q`: [rows, lanes] a plane; `query_position`: i32[rows, 1]."""
+        """Adds the attention to one chunk.
+
+        Args:
+            multiply: gives the logits f32[rows, tokens] of planes of keys, [tokens, lanes].
+            query_position: i32[rows, 1].
+        """
         spec, size = self.spec, self.shape.chunk
         chunk = self._chunk(reader, begin, end, index)
         k, v = reader.k_words(self.arena, chunk, self.head), reader.v_words(self.arena, chunk, self.head)
@@ -298,7 +335,7 @@ class _Program:
         if spec.window is not None:
             visible &= query_position - position < spec.window
 
-        logits = functools.reduce(jnp.add, map(_dot_transposed, q, flat(vectors.k)))
+        logits = multiply(flat(vectors.k))
         if vectors.k_scale is not None:
             logits = logits * by_token(vectors.k_scale)
         if spec.soft_cap is not None:
@@ -314,7 +351,7 @@ class _Program:
             weights = weights * by_token(vectors.v_scale)
         weights = weights.astype(self.q.dtype)
         totals = tuple(
-            total * fade[:, None] + _dot(weights, plane)
+            total * fade[:, None] + self._dot(weights, plane)
             for total, plane in zip(state.totals, flat(vectors.v), strict=True)
         )
         return _State(peak, weight, offset, totals)
@@ -326,18 +363,16 @@ class _Program:
         for total, (lane, inside) in zip(state.totals, self._lanes(reader), strict=True):
             store(at(self.out.total, *place, lane), total + state.offset[:, None], mask=asks & inside)
 
+    def _dot(self, a: jax.Array, b: jax.Array, contract_b: int = 0) -> jax.Array:
+        """[m, k] by [k, n], summed in f32."""
+        return lax.dot_general(
+            a,
+            b,
+            (((1,), (contract_b,)), ((), ())),
+            precision=exact_product(interpret=bool(self.spec.interpret)) if self.exact else None,
+            preferred_element_type=jnp.float32,
+        )
 
-def _dot(a: jax.Array, b: jax.Array, contract_b: int = 0) -> jax.Array:
-    """[m, k] by [k, n], in f32; operands in f32 are not rounded."""
-    return lax.dot_general(
-        a,
-        b,
-        (((1,), (contract_b,)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _dot_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[m, k] by the transpose of [n, k]."""
-    return _dot(a, b, contract_b=1)
+    def _dot_transposed(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """[m, k] by the transpose of [n, k]."""
+        return self._dot(a, b, contract_b=1)

@@ -1,19 +1,19 @@
 """Converting pages from one format to another in Triton.
 
-A program takes one head of one layer of one page; if the target encodes tokens by themselves, only so many of its
-tokens as fit in registers. It decodes the source's words, changes the basis if the two formats keep their vectors in
-different ones, and encodes for the target. All arrays are [tokens, lanes], lanes being words of a vector. The target's
-planes are slices of the head's channels, and so are the source's:
+A program takes the keys, or the values, of one head of one layer of one page; if the target encodes tokens by
+themselves, only so many of its tokens as fit in registers. It decodes the source's words, changes the basis if the two
+formats keep their vectors in different ones, and encodes for the target. All arrays are [tokens, lanes], lanes being
+words of a vector. The target's planes are slices of the head's channels, and so are the source's:
 
     source, 2 planes    | 0                             | 1                             |
     target, 4 planes    | 0             | 1             | 2             | 3             |
 
-Values cannot be sliced or joined in Triton. Instead words are loaded that unpack to what is wanted: half of a vector's
-words to halves of its planes; and twice all of them, one after the other, to planes twice as wide, of which each lane
-then takes the right one.
+Where the basis stays, words are loaded that unpack to what is wanted: half of a vector's words to halves of its planes;
+and twice all of them, one after the other, to planes twice as wide, of which each lane then takes the right one. Where
+it changes, words are multiplied by their rows of the matrix on tensor cores: some at a time of every vector are loaded,
+so many that loads are wide, and are then taken by a loop in pieces so small that products fit in registers.
 
-Lanes are padded to a power of two by loading the last one again. Minima and maxima are not touched by that, and to
-store it again is harmless.
+A program has as many warps as it takes for each of its threads to load 128 bits at once.
 """
 
 import functools
@@ -25,17 +25,57 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords, Planes
+from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, Planes
+from fineserve_jax.pallas_kernels.formats.sides import KEYS, SIDES, sides_of_aux
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-from fineserve_jax.pallas_kernels.triton.placing import at, clear_padding, load_words, padded, store_words
+from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
+from fineserve_jax.pallas_kernels.triton.placing import LEAST_LANES, at, clear_padding, padded, words_at
+from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 
-LANES_AT_A_TIME = 16  # contracted by one product; the fewest there can be
-BLOCK_VALUES = 32 * 128  # keys, and as many values, that a program converts if it is free to choose
-WARP_VALUES = 1024  # keys and values of a warp
+BLOCK_VALUES = 32 * 128  # that a program converts if it is free to choose
+WARP_WORDS = 256  # 8 words, 128 bits, a thread
+WARP_VALUES = 512
+MAX_WARPS = 8  # more of them have too few registers each
 
 Ref = Any
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What is static of a launch.
+
+    Attributes:
+        tokens: of a program.
+        rotates: whether the two formats keep their vectors in different bases.
+        interpret: whether there are no tensor cores.
+    """
+
+    source: KVFormat
+    target: KVFormat
+    geometry: PageGeometry
+    tokens: int
+    rotates: bool
+    interpret: bool
+
+    @property
+    def blocks(self) -> int:
+        """Programs for one side of a head."""
+        return self.geometry.page_size // self.tokens
+
+    @property
+    def warps(self) -> int:
+        widths = self.source.width(self.geometry), self.target.width(self.geometry)
+        words = self.tokens * padded(widths[0] if self.rotates else min(widths))
+        values = self.tokens * padded(self.geometry.head_dim)
+        return max(1, min(words // WARP_WORDS, values // WARP_VALUES, MAX_WARPS))
+
+    @property
+    def lanes_at_a_time(self) -> int:
+        """Lanes of the source's vectors that are multiplied at a time."""
+        most = padded(self.source.width(self.geometry))
+        return max(LEAST_LANES, min(self.warps * WARP_WORDS // self.tokens, most))
 
 
 def requantise(
@@ -51,17 +91,19 @@ def requantise(
 ) -> jax.Array:
     """Reads full pages in one format and writes what they hold to others in another. See `writing.requantise`."""
     units = arena.reshape(len(arena), -1)
-    change = change_of_basis(source_format, target_format, geometry.head_dim)
+    matrix = change_of_basis(source_format, target_format, geometry.head_dim)
     operands = [sources, targets, jnp.asarray(count, jnp.int32).reshape(1), units]
-    if change is not None:
-        operands.append(jnp.asarray(change))
-    tokens = _tokens(target_format, geometry)
+    if matrix is not None:
+        operands.append(jnp.asarray(matrix))
+    change = _Change(
+        source_format, target_format, geometry, _tokens(target_format, geometry), matrix is not None, interpret
+    )
     launch = pallas_call(
-        functools.partial(_kernel, source=source_format, target=target_format, geometry=geometry, tokens=tokens),
-        grid=(len(sources), geometry.num_layers, geometry.kv_heads * (geometry.page_size // tokens)),
+        functools.partial(_kernel, change=change),
+        grid=(len(sources), geometry.num_layers, len(SIDES) * geometry.kv_heads * change.blocks),
         out_shape=jax.ShapeDtypeStruct(units.shape, units.dtype),
         input_output_aliases={3: 0},
-        compiler_params=triton_params(num_warps=_num_warps(2 * tokens * padded(geometry.head_dim)), num_stages=1),
+        compiler_params=triton_params(num_warps=change.warps, num_stages=1),
         interpret=interpret,
         name="requantise",
     )
@@ -75,11 +117,6 @@ def _tokens(target: KVFormat, geometry: PageGeometry) -> int:
     return min(geometry.page_size, max(16, BLOCK_VALUES // padded(geometry.head_dim)))
 
 
-def _num_warps(values: int) -> int:
-    """Enough for a program's keys and values to fit in registers, or nearly. Many warps have few registers each."""
-    return max(4, min(values // WARP_VALUES, 16), values // (2 * WARP_VALUES))
-
-
 def change_of_basis(source: KVFormat, target: KVFormat, head_dim: int) -> np.ndarray | None:
     """f32[head_dim, head_dim], what turns the source's vectors into the target's: source @ this. None: nothing."""
     before, after = source.rotation(head_dim), target.rotation(head_dim)
@@ -88,42 +125,38 @@ def change_of_basis(source: KVFormat, target: KVFormat, head_dim: int) -> np.nda
     return None if np.array_equal(before, after) else (before.T.astype(np.float64) @ after).astype(np.float32)
 
 
-def _kernel(
-    sources: Ref,
-    targets: Ref,
-    count: Ref,
-    _arena_before: Ref,
-    *refs: Ref,
-    source: KVFormat,
-    target: KVFormat,
-    geometry: PageGeometry,
-    tokens: int,
-) -> None:
-    *change, arena = refs
+def _kernel(sources: Ref, targets: Ref, count: Ref, _arena_before: Ref, *refs: Ref, change: _Change) -> None:
+    *matrix, arena = refs
+    geometry, tokens = change.geometry, change.tokens
     item, layer, block = program_id(0), program_id(1), program_id(2)
     page = load(targets.at[item])
-    blocks = geometry.page_size // tokens
-    head = lax.div(block, blocks)
-    token = lax.rem(block, blocks) * tokens + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
+    wanted, block = lax.rem(block, len(SIDES)), lax.div(block, len(SIDES))
+    head, first_token = lax.div(block, change.blocks), lax.rem(block, change.blocks) * tokens
+    token = first_token + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
 
-    @when((item < count[0]) & (page < arena.shape[0]))
-    def _() -> None:
-        source_unit = load(sources.at[item]) + layer * source.units_per_layer(geometry)
-        reader = _HeadOfPage(source, geometry, arena, source_unit, head, token)
-        vectors = rotated(reader, target, *change) if change else resliced(reader, target)
-        target_unit = page + layer * target.units_per_layer(geometry)
-        _HeadOfPage(target, geometry, arena, target_unit, head, token).store(target.encode(*vectors))
-        when(block == 0)(functools.partial(clear_padding, arena, target_unit, target, geometry))
+    def convert(side: int) -> None:
+        source_unit = load(sources.at[item]) + layer * change.source.units_per_layer(geometry)
+        reader = _Vectors(change.source, geometry, arena, source_unit, side, head, token)
+        planes = _rotated(reader, change, *matrix) if matrix else _resliced(reader, change.target)
+        target_unit = page + layer * change.target.units_per_layer(geometry)
+        _Vectors(change.target, geometry, arena, target_unit, side, head, token).store(planes)
+        if side == KEYS:
+            when(block == 0)(functools.partial(clear_padding, arena, target_unit, change.target, geometry))
+
+    for side in SIDES:
+        counts = (wanted == side) & (item < count[0]) & (page < arena.shape[0])
+        when(counts)(functools.partial(convert, side))
 
 
 @dataclass(frozen=True)
-class _HeadOfPage:
-    """Some tokens, i32[tokens, 1], of one head of one layer of a page in the arena."""
+class _Vectors:
+    """The keys or the values of some tokens, i32[tokens, 1], of one head of one layer of a page in the arena."""
 
     kv_format: KVFormat
     geometry: PageGeometry
     arena: Ref
     first_unit: jax.Array
+    side: int
     head: jax.Array
     token: jax.Array
 
@@ -131,80 +164,128 @@ class _HeadOfPage:
     def width(self) -> int:
         return self.kv_format.width(self.geometry)
 
-    def places(self, lane: jax.Array) -> PageWords:
-        """Where the words of some lanes, i32[1, lanes], lie: i32 for every array of `PageWords`, of the same shape."""
+    def lanes(self) -> jax.Array:
+        """i32[1, lanes], a power of two of them; those beyond the width have no word."""
+        return lax.broadcasted_iota(jnp.int32, (1, padded(self.width)), 1)
+
+    def word_places(self, lane: jax.Array) -> tuple[jax.Array, ...]:
+        """Where each part of the words of some lanes, i32[1, lanes], lies: i32[tokens, lanes]."""
         geometry, kv_format = self.geometry, self.kv_format
-        block = kv_format.block_words(geometry)
-        first = self.head * block + self.token * kv_format.vector_words(geometry)
-        k = tuple(first + (part * self.width + lane) for part in range(kv_format.word_parts))
-        v = tuple(geometry.kv_heads * block + words for words in k)
+        block = self.side * geometry.kv_heads + self.head
+        first = block * kv_format.block_words(geometry) + self.token * kv_format.vector_words(geometry)
+        return tuple(first + (part * self.width + lane) for part in range(kv_format.word_parts))
+
+    def aux_places(self, lane: jax.Array) -> list[jax.Array | None]:
+        """Where the auxiliary numbers of the side lie; None for those of the other side."""
+        geometry, kv_format = self.geometry, self.kv_format
         within = {Aux.TOKEN: self.token, Aux.CHANNEL: lane, Aux.PAGE: jnp.zeros((1, 1), jnp.int32)}
-        starts, sizes = kv_format.aux_starts(geometry), kv_format.aux_sizes(geometry)
-        aux = [
-            start + self.head * size + within[kind]
-            for kind, start, size in zip(kv_format.aux, starts, sizes, strict=True)
+        parts = zip(
+            kv_format.aux,
+            kv_format.aux_starts(geometry),
+            kv_format.aux_sizes(geometry),
+            sides_of_aux(kv_format),
+            strict=True,
+        )
+        return [
+            start + self.head * size + within[kind] if side == self.side else None for kind, start, size, side in parts
         ]
-        return PageWords(k, v, tuple(aux))
 
-    def load(self, lane: jax.Array) -> tuple[Planes, Planes]:
-        """Planes of keys and of values, f32[tokens, lanes], in the format's basis; of some lanes, i32[1, lanes]."""
-        words = jax.tree.map(functools.partial(load_words, self.arena, self.first_unit), self.places(lane))
-        return self.kv_format.unpack(words.k, words.v, self.kv_format.read_aux(words.aux)).scaled_planes()
+    def load(self, lane: jax.Array) -> Planes:
+        """Planes, f32[tokens, lanes], in the format's basis; of some lanes, i32[1, lanes], finite beyond the width."""
+        return self.unpack(self.load_words(lane), lane)
 
-    def store(self, words: PageWords) -> None:
-        lane = clamped_lanes(self.width)
-        jax.tree.map(functools.partial(store_words, self.arena, self.first_unit), self.places(lane), words)
+    def load_words(self, lane: jax.Array) -> tuple[jax.Array, ...]:
+        """The word parts, u16[tokens, lanes], of some lanes, i32[1, lanes]; 0 beyond the width."""
+        return tuple(self._load(places, lane) for places in self.word_places(lane))
+
+    def unpack(self, words: tuple[jax.Array, ...], lane: jax.Array) -> Planes:
+        """The planes that words of some lanes stand for."""
+        none = jnp.zeros((1, 1), jnp.uint16)
+        aux = tuple(none if places is None else self._load(places, lane) for places in self.aux_places(lane))
+        # The other side's words are not looked at: what comes of them is dropped.
+        vectors = self.kv_format.unpack(words, words, self.kv_format.read_aux(aux))
+        return vectors.scaled_planes()[self.side]
+
+    def store(self, planes: Planes) -> None:
+        """Encodes planes, f32[tokens, lanes], and stores them."""
+        encoded, lane = self.kv_format.encode(planes, planes), self.lanes()
+        words = (encoded.k, encoded.v)[self.side]
+        for places, part in (
+            *zip(self.word_places(lane), words, strict=True),
+            *zip(self.aux_places(lane), encoded.aux, strict=True),
+        ):
+            if places is not None:
+                store(words_at(self.arena, self.first_unit, places), part, mask=self._inside(places, lane))
+
+    def _load(self, places: jax.Array, lane: jax.Array) -> jax.Array:
+        at_places = words_at(self.arena, self.first_unit, places)
+        mask = self._inside(places, lane)
+        return load(at_places) if mask is None else load(at_places, mask=mask, other=jnp.uint16(0))
+
+    def _inside(self, places: jax.Array, lane: jax.Array) -> jax.Array | None:
+        """Which places belong to lanes that there are; None: all."""
+        if self.width == padded(self.width) or places.shape[1] == 1:
+            return None
+        return jnp.broadcast_to(lane < self.width, places.shape)
 
 
-def clamped_lanes(width: int) -> jax.Array:
-    """The lanes of a plane, i32[1, lanes]: a power of two of them, at least 16, the last of them over and over."""
-    lane = lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1)
-    return lane if lane.size == width else jnp.minimum(lane, width - 1)
-
-
-def resliced(reader: _HeadOfPage, target: KVFormat) -> tuple[Planes, Planes]:
-    """The source's keys and values as planes of the target, which has the same basis."""
+def _resliced(reader: _Vectors, target: KVFormat) -> Planes:
+    """The source's vectors as planes of the target, which has the same basis."""
     width, source_width = target.width(reader.geometry), reader.width
-    lane = clamped_lanes(width)
+    lane = lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1)
     if width <= source_width:
         slices = [reader.load(start + lane) for start in range(0, source_width, width)]
-
-        def in_order(parts: list[Planes]) -> Planes:
-            return tuple(part[plane] for plane in range(reader.kv_format.planes) for part in parts)
-
-        return in_order([k for k, _ in slices]), in_order([v for _, v in slices])
-    k, v = reader.load(lax.rem(lane, source_width))
-    which, merged = lax.div(lane, source_width), width // source_width
-
-    def merge(planes: Planes) -> jax.Array:
-        return functools.reduce(lambda left, i: jnp.where(which < i, left, planes[i]), range(1, merged), planes[0])
-
-    def merge_all(planes: Planes) -> Planes:
-        return tuple(merge(planes[i : i + merged]) for i in range(0, len(planes), merged))
-
-    return merge_all(k), merge_all(v)
+        planes = [part[plane] for plane in range(reader.kv_format.planes) for part in slices]
+    else:
+        planes = _merged(reader.load(lax.rem(lane, source_width)), lax.div(lane, source_width), width // source_width)
+    return tuple(_padded_evenly(plane, lane, width) for plane in planes)
 
 
-def rotated(reader: _HeadOfPage, target: KVFormat, change: Ref) -> tuple[Planes, Planes]:
-    """The source's keys and values times `change`, f32[head_dim, head_dim], as planes of the target."""
-    width, source_width = target.width(reader.geometry), reader.width
-    lane = clamped_lanes(width)
-    at_once = lax.broadcasted_iota(jnp.int32, (1, LANES_AT_A_TIME), 1)
+def _merged(planes: Planes, which: jax.Array, count: int) -> list[jax.Array]:
+    """Planes of `count` planes each, one beside the other: of which of them each lane is, says `which`."""
 
-    def add(step: jax.Array, sums: tuple[Planes, Planes]) -> tuple[Planes, Planes]:
-        wanted = step * LANES_AT_A_TIME + at_once
-        inside, source_lane = wanted < source_width, jnp.minimum(wanted, source_width - 1)
-        parts = [[jnp.where(inside, plane, 0.0) for plane in planes] for planes in reader.load(source_lane)]
-        row, (k, v) = source_lane.reshape(-1, 1), sums
-        for i, (k_part, v_part) in enumerate(zip(*parts, strict=True)):
-            blocks = [load(at(change, i * source_width + row, j * width + lane)) for j in range(target.planes)]
-            k = tuple(total + _product(k_part, block) for total, block in zip(k, blocks, strict=True))
-            v = tuple(total + _product(v_part, block) for total, block in zip(v, blocks, strict=True))
-        return k, v
+    def merge(parts: Planes) -> jax.Array:
+        return functools.reduce(lambda left, i: jnp.where(which < i, left, parts[i]), range(1, count), parts[0])
 
-    nothing = (jnp.zeros((reader.token.size, lane.size), jnp.float32),) * target.planes
-    return lax.fori_loop(0, -(-source_width // LANES_AT_A_TIME), add, (nothing, nothing))
+    return [merge(planes[i : i + count]) for i in range(0, len(planes), count)]
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def _padded_evenly(plane: jax.Array, lane: jax.Array, width: int) -> jax.Array:
+    """Gives the lanes beyond the width the value of the first, so that minima and maxima do not see them."""
+    if lane.size == width:
+        return plane
+    first = jnp.sum(jnp.where(lane == 0, plane, 0.0), axis=1, keepdims=True)
+    return jnp.where(lane < width, plane, first)
+
+
+def _rotated(reader: _Vectors, change: _Change, matrix: Ref) -> Planes:
+    """The source's vectors times `matrix`, f32[head_dim, head_dim], as planes of the target.
+
+    Lanes beyond the width repeat the last one, so that minima and maxima do not see them.
+    """
+    width, source_width = change.target.width(reader.geometry), reader.width
+    column = jnp.minimum(lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1), width - 1)
+    lanes = change.lanes_at_a_time
+    product = functools.partial(jnp.dot, precision=exact_product(interpret=change.interpret))
+
+    def add(step: jax.Array, sums: Planes) -> Planes:
+        words = reader.load_words(step * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1))
+        count = lanes // LEAST_LANES
+        pieces = [jnp.split(part, count, axis=1) for part in words]
+
+        def add_piece(piece: jax.Array, sums: Planes) -> Planes:
+            lane = (step * count + piece) * LEAST_LANES + lax.broadcasted_iota(jnp.int32, (1, LEAST_LANES), 1)
+            return multiply(tuple(pick(part, piece) for part in pieces), lane, sums)
+
+        return lax.fori_loop(0, count, add_piece, sums)
+
+    def multiply(words: tuple[jax.Array, ...], lane: jax.Array, sums: Planes) -> Planes:
+        row = jnp.minimum(lane, source_width - 1).reshape(-1, 1)
+        for i, plane in enumerate(reader.unpack(words, lane)):
+            part = jnp.where(lane < source_width, plane, 0.0) if source_width % lanes else plane
+            blocks = [load(at(matrix, i * source_width + row, j * width + column)) for j in range(change.target.planes)]
+            sums = tuple(total + product(part, block) for total, block in zip(sums, blocks, strict=True))
+        return sums
+
+    nothing = (jnp.zeros((change.tokens, column.size), jnp.float32),) * change.target.planes
+    return lax.fori_loop(0, -(-source_width // lanes), add, nothing)

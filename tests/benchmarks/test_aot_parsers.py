@@ -191,6 +191,7 @@ BAD = {
     "narrower than 128 bits: 2 of 16 bits": {
         "kernels": (dataclasses.replace(GOOD.kernels[0], page_loads={16: 2, 2: 2}),)
     },
+    "attend takes 129 registers": {"kernels": (dataclasses.replace(GOOD.kernels[0], registers=129),)},
     "no page load was recognised": {"kernels": (dataclasses.replace(GOOD.kernels[0], page_loads={}),)},
     "moves 1,051 bytes": {"bytes": Bytes(must=1000, padding=0, moved=1051, other=0)},
     "traffic cannot be counted": {"bytes": None, "traffic_error": "ValueError: no"},
@@ -205,6 +206,13 @@ def test_a_good_result_has_no_problems():
 def test_what_is_wrong_is_said(problem, change):
     (said,) = dataclasses.replace(GOOD, **change).problems()
     assert problem in said
+
+
+def test_more_registers_at_a_smaller_head_size_are_a_remark():
+    found = dataclasses.replace(GOOD, head_dim=64, kernels=(dataclasses.replace(GOOD.kernels[0], registers=129),))
+    assert found.problems() == []
+    (said,) = found.remarks()
+    assert "attend takes 129 registers" in said
 
 
 def test_results_survive_being_saved(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fineserve_jax.kv import table, tags
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.narrowing import MAX_RUNS, narrow
+from fineserve_jax.kv.narrowing import MAX_RUNS, narrow, next_narrowing
 from fineserve_jax.kv.operations import Copy
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.request import Request, RequestTimes
