@@ -92,7 +92,7 @@ def kv_mix(narrow: float) -> tuple[str, ...]:
 
 def curves() -> list[Curve]:
     skewed, even = shared_mix((8, 1, 1)), shared_mix((1, 1, 1))
-    rates = (20.0, 40.0, 60.0, 80.0, 100.0)
+    rates = (20.0, 40.0, 60.0, 80.0)
     low = (10.0, 20.0, 30.0)
     mixed = kv_mix(0.8)
     attainment, tokens = "attainment", "output_tokens_per_s"
@@ -104,13 +104,15 @@ def curves() -> list[Curve]:
         Curve("sharing-even", "Three variants, 1:1:1, Poisson", "requests/s",
               tuple(Point(r, r, even, None, True) for r in low), attainment),
         Curve("sharing-memory", "Three variants, 1:1:1, 20 requests/s", "GB for KV",
-              tuple(Point(g, 20.0, even, g * 1e9, True) for g in (2.0, 4.0, 8.0, 32.0)), attainment),
+              tuple(Point(g, 20.0, even, g * 1e9, True) for g in (2.0, 4.0, 16.0)), attainment),
         Curve("pressure-load", "80 % int4, 4 GB for KV", "requests/s",
-              tuple(Point(r, r, mixed, 4e9, False) for r in rates[:4]), tokens),
+              tuple(Point(r, r, mixed, 4e9, False) for r in rates), tokens),
         Curve("pressure-mix", "4 GB for KV, 60 requests/s", "share of int4",
               tuple(Point(s, 60.0, kv_mix(s), 4e9, False) for s in (0.0, 0.33, 0.67, 1.0)), tokens),
         Curve("pressure-memory", "80 % int4, 60 requests/s", "GB for KV",
               tuple(Point(g, 60.0, mixed, g * 1e9, False) for g in (1.0, 2.0, 4.0, 16.0)), tokens),
+        Curve("pressure-most", "All int4, 100 requests/s", "GB for KV",
+              tuple(Point(g, 100.0, kv_mix(1.0), g * 1e9, False) for g in (1.0, 2.0, 4.0)), tokens),
         Curve("one-precision", "All bf16, 4 GB for KV", "requests/s",
               tuple(Point(r, r, ("llama-3.1-8b/bf16",), 4e9, False) for r in low), tokens),
     ]  # fmt: skip
@@ -124,20 +126,16 @@ def main() -> None:
     for curve in curves():
         if not arguments.only or any(part in curve.name for part in arguments.only):
             run_curve(curve, table, arguments)
-    done = {curve: read_results(curve, arguments) for curve in curves() if path_of(curve, arguments).exists()}
-    sections = [section(curve, results, arguments.output.name) for curve, results in done.items()]
+    paths = {curve: path_of(curve, arguments) for curve in curves()}
+    done = {curve: json.loads(path.read_text()) for curve, path in paths.items() if path.exists()}
+    sections = [section(curve, written, arguments.output.name) for curve, written in done.items()]
     arguments.output.with_suffix(".md").write_text("\n".join([INTRODUCTION, *sections]))
-    gains = {curve.name: gains_of(curve, results) for curve, results in done.items()}
+    gains = {curve.name: gains_of(curve, written["results"]) for curve, written in done.items()}
     print(json.dumps({"seconds": arguments.seconds, "cpu_s": round(time.process_time() - start), "gains": gains}))
 
 
 def path_of(curve: Curve, arguments: Arguments) -> Path:
     return arguments.output / f"{curve.name}.json"
-
-
-def read_results(curve: Curve, arguments: Arguments) -> Results:
-    results: Results = json.loads(path_of(curve, arguments).read_text())["results"]
-    return results
 
 
 def run_curve(curve: Curve, table: Path | None, arguments: Arguments) -> None:
@@ -209,7 +207,9 @@ def plot(curve: Curve, results: Results) -> str:
 Cell = tuple[str, Callable[[Figures], str]]
 
 
-def section(curve: Curve, results: Results, folder: str) -> str:
+def section(curve: Curve, written: Figures, folder: str) -> str:
+    results, setting = written["results"], written["setting"]
+    timed = "the measured table" if setting["table"] and curve.points[0].targets else "the roofline"
     cells: list[Cell] = [("tokens/s", lambda f: f"{f['output_tokens_per_s']:.0f}")]
     if curve.figure == "attainment":
         cells.insert(0, ("in time", lambda f: f"{f['attainment']:.1%}"))
@@ -217,7 +217,8 @@ def section(curve: Curve, results: Results, folder: str) -> str:
     else:
         cells.append(("TTFT p99, s", lambda f: f"{f['ttft']['p99']:.1f}"))
         cells.append(("preemptions", lambda f: f"{f['num_preemptions']}"))
-    lines = [f"## {curve.title}", "", f"![{curve.title}]({folder}/{curve.name}.svg)", ""]
+    said = f"Requests arrive for {setting['seconds']:g} s; steps take as long as {timed} says."
+    lines = [f"## {curve.title}", "", said, "", f"![{curve.title}]({folder}/{curve.name}.svg)", ""]
     for title, cell in cells:
         rows = ([name, *(cell(figures) for figures in ones)] for name, ones in results.items())
         lines += [*_table([f"{title}, by {curve.axis}", *(f"{point.x:g}" for point in curve.points)], rows), ""]

@@ -1,34 +1,45 @@
 """Searching for a placement: greedily for any case, exhaustively for small ones."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.placement.estimate import Estimate, estimate
 from fineserve_jax.placement.problem import Placement, Problem, Replica
 
 MOST_PLACEMENTS = 200_000
+FEW_DEVICES = 4
 
 
 def greedy(problem: Problem) -> tuple[Placement, Estimate]:
-    """Give each model its first replica, heaviest model first, then move, add and take away while that helps.
+    """Give each model its first replica, one model after another, then move, add and take away while that helps.
 
-    Each change is the one with the best estimate among all of its kind, so that the result is a placement that no
-    single change improves.
+    Each change is the one with the best estimate among all, so that the result is a placement that no single change
+    improves. Models are placed in several orders, from the heaviest or the most urgent on and the other way round,
+    and the best result counts.
 
     Raises:
         ConfigError: the models do not all fit, however placed.
     """
-    placement = _first_replicas(problem)
-    best = estimate(problem, placement)
-    if best is None:
+    numbers = range(len(problem.models))
+    by_weight = sorted(numbers, key=lambda model: problem.models[model].served(1).weight_bytes)
+    by_urgency = sorted(numbers, key=lambda model: problem.models[model].urgency)
+    orders = {tuple(order) for base in (by_weight, by_urgency) for order in (base, base[::-1])}
+    climbed = (_climb(problem, _first_replicas(problem, order)) for order in sorted(orders))
+    placement = max(climbed, key=lambda placement: _score(problem, placement))
+    found = estimate(problem, placement)
+    if found is None:
         raise _too_large(problem)
+    return placement, found
+
+
+def _climb(problem: Problem, placement: Placement) -> Placement:
+    """Change a placement for the best while that improves it."""
     while True:
         improved = max(_neighbours(problem, placement), key=lambda p: _score(problem, p), default=placement)
-        found = estimate(problem, improved)
-        if found is None or found.score <= best.score:
-            return placement, best
-        placement, best = improved, found
+        if _score(problem, improved) <= _score(problem, placement):
+            return placement
+        placement = improved
 
 
 def exhaustive(problem: Problem) -> tuple[Placement, Estimate]:
@@ -71,9 +82,8 @@ def _ways(problem: Problem, model: int) -> Iterator[Placement]:
                     yield tuple(Replica(model, group) for group in picked)
 
 
-def _first_replicas(problem: Problem) -> Placement:
-    """One replica of each model, the heaviest weights first, each where the estimate so far is best."""
-    order = sorted(range(len(problem.models)), key=lambda model: -problem.models[model].served(1).weight_bytes)
+def _first_replicas(problem: Problem, order: Iterable[int]) -> Placement:
+    """One replica of each model, in that order, each where the estimate so far is best."""
     placement: Placement = ()
     for model in order:
         candidates = [(*placement, Replica(model, group)) for group in groups(problem, model)]
@@ -89,8 +99,8 @@ def _score_of_part(problem: Problem, placement: Placement) -> tuple[float, float
 
 
 def _neighbours(problem: Problem, placement: Placement) -> Iterator[Placement]:
-    """Placements one change away: a replica more, one less, or one elsewhere; two replicas exchanged; or a model on
-    as many replicas of a degree as there is room for."""
+    """Placements one change away: a replica more, one less, or one elsewhere; two replicas exchanged; a model on as
+    many replicas of a degree as there is room for; or if there are few devices, two models anywhere."""
     for model in range(len(problem.models)):
         own = [replica for replica in placement if replica.model == model]
         others = tuple(replica for replica in placement if replica.model != model)
@@ -116,6 +126,17 @@ def _neighbours(problem: Problem, placement: Placement) -> Iterator[Placement]:
             swapped = (*rest, Replica(one.model, other.devices), Replica(other.model, one.devices))
             if _is_disjoint(swapped):
                 yield swapped
+    if len(problem.devices) <= FEW_DEVICES:
+        yield from _pairs_anew(problem, placement)
+
+
+def _pairs_anew(problem: Problem, placement: Placement) -> Iterator[Placement]:
+    """Two models, or the only one, on any sets of devices: often one has to make way for the other to gain."""
+    numbers = range(len(problem.models))
+    for pair in itertools.combinations(numbers, min(2, len(numbers))):
+        others = tuple(replica for replica in placement if replica.model not in pair)
+        for ways in itertools.product(*(list(_ways(problem, model)) for model in pair)):
+            yield (*others, *itertools.chain.from_iterable(ways))
 
 
 def _all_over(problem: Problem, model: int, tp: int) -> Placement:

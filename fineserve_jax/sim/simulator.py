@@ -7,7 +7,7 @@
 
 While the same rows decode and nobody comes, ends or needs to give way, each step is like the one before but for a
 token more in each row. Such a run is taken in one go (`_repeat`): the clock advances step by step, the bookkeeping
-at its end. That changes no figure; it only saves the time of planning the same step again.
+at its end. Only pages that would have been moved together between these steps are moved later.
 """
 
 from collections.abc import Callable, Mapping, Sequence
