@@ -16,6 +16,7 @@ in the mix; by page size, and by the format in which int4 keeps its newest, unfi
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from slab_plot import draw
 from slab_world import MIX, MODEL, Layout, Lengths, Memory, World, make_classes, read_lengths
 
 WAYS = {
@@ -117,6 +117,8 @@ def main() -> None:
     rows = [row for rows in concurrency for row in rows]
     show_concurrency(rows, console)
     if arguments.plot is not None:
+        from slab_plot import draw  # needs matplotlib
+
         draw(runs, arguments.warm_up, arguments.steps, arguments.plot)
     settings = json.loads(json.dumps(dataclasses.asdict(arguments), default=str))
     print(json.dumps({**settings, "lengths": lengths[arguments.contexts[0]].source, "ratios": ratios, "rows": rows}))
@@ -246,7 +248,7 @@ def run(arguments: Arguments, lengths: Lengths, case: Case) -> Samples:
     )
 
 
-def _shuffled(mix: tuple[str, ...], rng: np.random.Generator):
+def _shuffled(mix: tuple[str, ...], rng: np.random.Generator) -> Iterator[str]:
     """Formats without end, in equal parts, shuffled."""
     while True:
         yield from map(str, rng.permutation(mix * 10))

@@ -152,6 +152,7 @@ class Engine:
         kv_precision: str | None = None,
         model: str | None = None,
         min_kv_precision: str | None = None,
+        tenant: str = "",
     ) -> None:
         """Raises `RequestError` for a request that can never be served, saying what is wrong and what to do."""
         served = self.served(model)
@@ -191,6 +192,7 @@ class Engine:
                 f"a request of up to {total} tokens in {precision.start} does not fit the KV memory, which holds "
                 f"{longest} such tokens; lower max_tokens, choose a narrower kv_precision or raise kv_memory"
             )
+        self.scheduler.quotas.check(served.name, precision.start, tenant, total)
 
     def add_request(
         self,
@@ -226,7 +228,7 @@ class Engine:
             RequestError: see `check`.
         """
         sampling = sampling or SamplingParams()
-        self.check(token_ids, sampling, kv_precision, model, min_kv_precision)
+        self.check(token_ids, sampling, kv_precision, model, min_kv_precision, tenant)
         served, sequence = self.served(model), self._num_requests
         total = self._max_total_tokens(served, token_ids, sampling)
         precision = self._precision(served, kv_precision, min_kv_precision, total)

@@ -62,6 +62,7 @@ class LLM:
         kv_precision: str | Sequence[str | None] | None = None,
         min_kv_precision: str | Sequence[str | None] | None = None,
         model: str | Sequence[str] | None = None,
+        tenant: str | Sequence[str] = "",
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, all in one batch as far as memory allows.
@@ -73,6 +74,7 @@ class LLM:
             min_kv_precision: KV format to which older tokens may be narrowed when memory is short, one for all or
                 one for each; None: the engine's, and with "auto" the narrowest.
             model: who answers, one name for all or one for each; None if there is only one model.
+            tenant: whose the prompts are, one for all or one for each: quotas and shares are kept by it.
             on_step: called after every step, to show progress.
 
         Returns:
@@ -85,7 +87,7 @@ class LLM:
         models = self._models(model, len(listed))
         tokenized = [_tokenize(served.tokenizer, prompt) for served, prompt in zip(models, listed, strict=True)]
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
-        return self._run(models, texts, tokenized, sampling_params, kv_precision, min_kv_precision, on_step)
+        return self._run(models, texts, tokenized, sampling_params, kv_precision, min_kv_precision, tenant, on_step)
 
     def chat(
         self,
@@ -95,6 +97,7 @@ class LLM:
         kv_precision: str | Sequence[str | None] | None = None,
         min_kv_precision: str | Sequence[str | None] | None = None,
         model: str | Sequence[str] | None = None,
+        tenant: str | Sequence[str] = "",
         on_step: Callable[[EngineStats], None] | None = None,
     ) -> list[RequestOutput]:
         """Continues conversations, lists of {"role": ..., "content": ...}, through the model's chat template.
@@ -106,7 +109,7 @@ class LLM:
         models = self._models(model, len(listed))
         encoded = [encode_chat(served.tokenizer, messages) for served, messages in zip(models, listed, strict=True)]
         texts, tokenized = [text for text, _ in encoded], [token_ids for _, token_ids in encoded]
-        return self._run(models, texts, tokenized, sampling_params, kv_precision, min_kv_precision, on_step)
+        return self._run(models, texts, tokenized, sampling_params, kv_precision, min_kv_precision, tenant, on_step)
 
     def stream(
         self,
@@ -116,6 +119,7 @@ class LLM:
         kv_precision: str | None = None,
         min_kv_precision: str | None = None,
         model: str | None = None,
+        tenant: str = "",
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
@@ -129,7 +133,12 @@ class LLM:
             _, token_ids = encode_chat(tokenizer, prompt)  # type: ignore[arg-type]
         else:
             token_ids = _tokenize(tokenizer, prompt)  # type: ignore[arg-type]
-        how: dict[str, Any] = {"kv_precision": kv_precision, "min_kv_precision": min_kv_precision, "model": model}
+        how: dict[str, Any] = {
+            "kv_precision": kv_precision,
+            "min_kv_precision": min_kv_precision,
+            "model": model,
+            "tenant": tenant,
+        }
         self.engine.check(token_ids, sampling, **how)
         return self._pieces(token_ids, sampling, how)
 
@@ -172,6 +181,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         kv_precision: str | Sequence[str | None] | None,
         min_kv_precision: str | Sequence[str | None] | None,
+        tenant: str | Sequence[str],
         on_step: Callable[[EngineStats], None] | None,
     ) -> list[RequestOutput]:
         """Serves tokenized prompts to the end. Nothing stays behind in the engine, whatever happens."""
@@ -179,9 +189,10 @@ class LLM:
         params = _one_each(sampling_params or SamplingParams(), SamplingParams, count, "sampling_params")
         formats = _one_each(kv_precision or None, str | None, count, "kv_precision")
         floors = _one_each(min_kv_precision or None, str | None, count, "min_kv_precision")
+        tenants = _one_each(tenant, str, count, "tenant")
         hows: list[dict[str, Any]] = [
-            {"kv_precision": name, "min_kv_precision": floor, "model": served.name}
-            for name, floor, served in zip(formats, floors, models, strict=True)
+            {"kv_precision": name, "min_kv_precision": floor, "model": served.name, "tenant": of}
+            for name, floor, served, of in zip(formats, floors, models, tenants, strict=True)
         ]
         for i, (token_ids, sampling, how) in enumerate(zip(tokenized, params, hows, strict=True)):
             try:

@@ -141,9 +141,9 @@ A failed compilation, a spill, a page load narrower than 128 bits, or a kernel t
 it must (but for single tokens on TPUs, which copy whole tiles) is an error: {num_problems} here. So are more than 128
 registers where a GPU decodes at head size 128; more of them at head size 64 are no error.
 
-Ragged attention is counted on a few new tokens, which one program serves. On a GPU a program has {rows} rows, queries
-times query heads of a KV head, and reads the tile's pages for them. For more rows pages are read again, from the L2
-cache mostly, since those programs run side by side: 32 queries of Qwen3-32B, whose group is 8, take 8 programs.
+Ragged attention is counted on a few new tokens, which one program serves. On a GPU a program has up to {rows} rows,
+queries times query heads of a KV head, and reads the tile's pages for them. For more rows pages are read again, from
+the L2 cache mostly, since those programs run side by side: 32 queries of Qwen3-32B, whose group is 8, take 8 programs.
 Programs of 64 rows were tried: compiled for an A100 they spill (212 bytes with 4 warps, 456 with 8).
 
 Not in the table, because they are known to spill: requantising to int4 pages of 64 tokens and more at head size 256 on

@@ -8,6 +8,7 @@ with
     model              the name of its model, where there are several
     kv_precision       the KV format of this row, or "auto"
     min_kv_precision   the KV format to which its older tokens may be narrowed when memory is short
+    tenant             whose it is: quotas and shares are kept by it
     ttft_slo_s         target for its first token, in seconds after it joined the queue
     tpot_slo_s         target for each further token, in seconds
     ...                every field of `SamplingParams`

@@ -114,6 +114,7 @@ class BatchJob:
             kv_precision=row.kv_precision,
             min_kv_precision=row.min_kv_precision,
             model=row.model,
+            tenant=row.tenant,
             ttft_slo_s=row.ttft_slo_s,
             tpot_slo_s=row.tpot_slo_s,
         )

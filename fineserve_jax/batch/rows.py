@@ -10,7 +10,8 @@ from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.sampling_params import SamplingParams
 
 TARGETS = ("ttft_slo_s", "tpot_slo_s")
-ROW_FIELDS = ("id", "prompt", "messages", "model", "kv_precision", "min_kv_precision", *TARGETS)
+ROW_FIELDS = ("id", "prompt", "messages", "model", "kv_precision", "min_kv_precision", "tenant", *TARGETS)
+EXAMPLES = {"model": "smollm2-135m", "kv_precision": "int8", "min_kv_precision": "int4", "tenant": "alice"}
 RowId = str | int
 
 
@@ -26,6 +27,7 @@ class Row:
         model: name of the model; None for the only one.
         kv_precision: KV format or "auto"; None for the model's own.
         min_kv_precision: KV format its older tokens may be narrowed to; None for the engine's.
+        tenant: whose it is; empty for nobody's in particular.
         ttft_slo_s, tpot_slo_s: latency targets in seconds, see `Request`; None for none.
         sampling: the sampling fields it sets, unchecked.
     """
@@ -37,6 +39,7 @@ class Row:
     model: str | None
     kv_precision: str | None
     min_kv_precision: str | None
+    tenant: str
     ttft_slo_s: float | None
     tpot_slo_s: float | None
     sampling: dict[str, Any]
@@ -85,6 +88,7 @@ def parse_row(line: bytes, number: int) -> Row | BadRow:
         model=content.get("model"),
         kv_precision=content.get("kv_precision"),
         min_kv_precision=content.get("min_kv_precision"),
+        tenant=content.get("tenant") or "",
         ttft_slo_s=content.get("ttft_slo_s"),
         tpot_slo_s=content.get("tpot_slo_s"),
         sampling={name: value for name, value in content.items() if name not in ROW_FIELDS},
@@ -118,7 +122,7 @@ def _what_is_wrong(content: dict[str, Any]) -> str | None:
         return f"prompt is a JSON {_kind(prompt)}; give text, or a list of token ids"
     if messages is not None and not isinstance(messages, list):
         return f"messages is a JSON {_kind(messages)}; give a list of objects with role and content"
-    for name, example in (("model", "smollm2-135m"), ("kv_precision", "int8"), ("min_kv_precision", "int4")):
+    for name, example in EXAMPLES.items():
         value = content.get(name)
         if value is not None and not isinstance(value, str):
             return f'{name}={value!r} is a JSON {_kind(value)}; give text such as "{example}"'

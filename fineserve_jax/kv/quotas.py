@@ -95,8 +95,11 @@ class QuotaAccount:
 
     def names(self, request: Request) -> list[str]:
         """Quotas that the request counts against."""
-        names = (f"tenant:{request.tenant}", f"precision:{request.kv_precision}")
-        return [name for name in names if name in self.used]
+        return self.names_of(request.tenant, request.kv_precision)
+
+    def names_of(self, tenant: str, kv_precision: str) -> list[str]:
+        """Quotas that requests of the tenant in the precision count against."""
+        return [name for name in (f"tenant:{tenant}", f"precision:{kv_precision}") if name in self.used]
 
     def note(self, request: Request) -> None:
         """What the request holds has changed."""
@@ -110,9 +113,9 @@ class QuotaAccount:
         else:
             self._charged.pop(request, None)
 
-    def units(self, request: Request, num_tokens: int) -> int:
-        """Units that its first tokens take, in its own precision."""
-        page_class = self._kv.class_of(request.model, request.kv_precision)
+    def units(self, model: str, kv_precision: str, num_tokens: int) -> int:
+        """Units that so many tokens of a request take."""
+        page_class = self._kv.class_of(model, kv_precision)
         page_units = self._kv.allocator.page_units
         return sum(page_units(owner) * count for owner, count in page_class.demand(num_tokens).items())
 

@@ -6,7 +6,8 @@
     held back   a waiting request whose quota would exceed its maximum
 
 What an owner does not use is lent: anyone may be admitted to it. Guarantees are always to be had: protected rows of
-others hold no more than their guarantees, all guarantees together fit, and everything else can be reclaimed.
+others hold no more than their guarantees, all guarantees together fit, and everything else can be reclaimed. They are
+of memory: where protected rows have all places of a batch, an owner waits for one.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,16 +46,16 @@ class Quotas:
         self.num_reclaimed = 0
         self._kv, self._rows, self._growth_pages, self._preempt = kv, rows, growth_pages, preempt
 
-    def check(self, request: Request) -> None:
-        """Raises RequestError for a request that could exceed a maximum on its own."""
+    def check(self, model: str, kv_precision: str, tenant: str, num_tokens: int) -> None:
+        """Raises RequestError for a request that could exceed a maximum on its own when it has so many tokens."""
         if self.account is None:
             return
-        units = self.account.units(request, request.max_total_tokens)
-        for name in self.account.names(request):
+        units = self.account.units(model, kv_precision, num_tokens)
+        for name in self.account.names_of(tenant, kv_precision):
             if units > self.account.most[name]:
                 raise RequestError(
-                    f"a request of up to {request.max_total_tokens} tokens takes {units} units of memory, and quota "
-                    f"{name!r} allows {self.account.most[name]}; lower max_tokens, or raise the quota's max"
+                    f"a request of up to {num_tokens} tokens takes {units} units of memory, and quota {name!r} allows "
+                    f"{self.account.most[name]}; lower max_tokens, or raise the quota's max"
                 )
 
     def note(self, request: Request) -> None:
@@ -65,14 +66,14 @@ class Quotas:
     def is_owed(self, request: Request) -> bool:
         if self.account is None:
             return False
-        return self.account.is_owed(request, self.account.units(request, request.num_tokens))
+        return self.account.is_owed(request, self._units(self.account, request))
 
     def admits(self, row: Row) -> bool:
         """Whether the row's maxima allow it its pages, and some growth to it and to those that are there."""
         if self.account is None:
             return True
         growth = self._growth_pages * self._kv.allocator.page_units(row.page_class)
-        units = self.account.units(row.request, row.request.num_tokens)
+        units = self._units(self.account, row.request)
         for name in self.account.names(row.request):
             others = self.account.num_requests[name]  # without any, it was checked at its greatest length
             if others and self.account.used[name] + units + (others + 1) * growth > self.account.most[name]:
@@ -103,3 +104,7 @@ class Quotas:
                 self.num_reclaimed += 1
                 return True
         return False
+
+    def _units(self, account: QuotaAccount, request: Request) -> int:
+        """Units that the request's known tokens take."""
+        return account.units(request.model, request.kv_precision, request.num_tokens)

@@ -120,7 +120,7 @@ class Scheduler:
         if request.kv_precision not in self._profile(request.model).model.formats:
             known = ", ".join(self._profile(request.model).model.formats)
             raise ConfigError(f"kv_precision={request.kv_precision!r} is not served by {request.model}; use {known}")
-        self.quotas.check(request)
+        self.quotas.check(request.model, request.kv_precision, request.tenant, request.max_total_tokens)
         self._requests[request.request_id] = request
         self._wait(request)
 

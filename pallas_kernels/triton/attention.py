@@ -31,7 +31,7 @@ from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
 # thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
 # take longer than loads, or padding takes registers, two are enough.
-MAX_ROWS = 32  # queries x query heads that a program attends from; padded vectors take more registers
+MAX_ROWS = 32  # queries x query heads that a program attends from
 CHUNK_VALUES, MAX_TOKENS = 32 * 128, 32  # of keys, and as many of values, that a program multiplies at a time
 LEAST = 16  # rows and tokens
 EXACT_LANES = 32  # of queries in f32 that are multiplied at a time
@@ -95,13 +95,12 @@ def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
     """How a launch for `group` query heads a KV head, with products at `dtype`, is cut."""
     geometry, queries = spec.geometry, spec.tile_shape.queries
     lanes = padded(geometry.head_dim)
-    rows, chunk = MAX_ROWS, max(LEAST, min(MAX_TOKENS, CHUNK_VALUES // lanes))
+    # Masks of padded vectors take registers, and so do operands in f32.
     plain = lanes == geometry.head_dim and dtype != jnp.float32
-    if not plain:  # masks take registers, and so do operands in f32
-        rows, chunk = LEAST, LEAST
-    rows = max(LEAST, min(rows, padded(queries * group)))
+    chunk = max(LEAST, min(MAX_TOKENS, CHUNK_VALUES // lanes)) if plain else LEAST
+    rows = min(MAX_ROWS, padded(queries * group)) if plain and lanes > 64 else LEAST
     tokens = min(chunk, geometry.page_size)
-    warps = 8 if lanes > 128 else 4 if lanes > 64 or queries > 1 else 2
+    warps = 8 if lanes > 128 else 4 if lanes > 64 else 2
     stages = DECODE_STAGES if queries == 1 and plain else STAGES
     return Shape(queries, group, rows, chunk // tokens, tokens, warps, stages)
 

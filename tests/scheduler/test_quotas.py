@@ -60,7 +60,7 @@ def test_nobody_takes_what_protected_rows_hold():
     fill(engine, 2, "alice", prompt=8, output=20)
     fill(engine, 2, "bob", prompt=8, output=20)
     engine.step()
-    fill(engine, 20, None)
+    fill(engine, 20, "")
     engine.drain()
     assert all(request.num_preemptions == 0 for request in engine.requests[:4])
 
@@ -197,9 +197,9 @@ class QuotaMachine(RuleBasedStateMachine):
     def step(self, steps):
         for _ in range(steps):
             self.engine.step()
+            self.check()
             self.steps_owed = self.steps_owed + 1 if self.somebody_is_owed() else 0
             assert self.steps_owed <= MOST_STEPS_OWED
-            self.check()
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data())
@@ -212,14 +212,14 @@ class QuotaMachine(RuleBasedStateMachine):
         assert all(self.account.used[name] <= most for name, most in self.account.most.items())
 
     def somebody_is_owed(self):
-        """Whether the first of a group lies within a guarantee and its maxima, and still waits."""
+        """Whether the first of a group lies within a guarantee and its maxima, and still waits, though not for a place
+        among rows that are all protected."""
         scheduler = self.engine.scheduler
-        queue = scheduler._queue
-        heads = [queue.head(group).request for group in queue.groups()]
-        return any(
-            scheduler.quotas.is_owed(head) and scheduler.quotas.admits(scheduler._admission._row(queue.head(
-                queue.group_of(head)))) for head in heads
-        )  # fmt: skip
+        queue, rows, now = scheduler._queue, scheduler._rows.values(), self.engine.now - 1.0
+        if len(rows) == scheduler.config.max_batch_size and not any(map(scheduler.quotas.may_give_way, rows)):
+            return False
+        heads = [scheduler._admission._row(queue.head(group, now)) for group in queue.groups()]
+        return any(scheduler.quotas.is_owed(row.request) and scheduler.quotas.admits(row) for row in heads)
 
     def teardown(self):
         if not hasattr(self, "engine"):
