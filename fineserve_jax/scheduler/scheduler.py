@@ -178,12 +178,12 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, of one model; None when there is no request to compute.
 
-        When decoding rows have to be preempted to make room, nothing is admitted in the same call.
+        When decoding rows have to be preempted to make room, nothing is admitted in the same call, unless none is left.
         """
         self._kv.begin_step()
         self.pressure.restore_reserve()
         preempted = self._make_room()
-        if self._walk_may_help and not preempted:
+        if self._walk_may_help and not (preempted and self._rows):
             self._admit(now)
             self._walk_may_help |= self._kv.compaction.is_cut_short or self._admission.owes
         if not self._rows:

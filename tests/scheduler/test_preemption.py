@@ -161,7 +161,7 @@ def test_the_scheduler_learns_from_the_steps_it_is_told_of():
 def test_a_narrowed_request_that_fits_only_in_one_format_is_computed_again():
     """Eight bf16 pages fill the four slabs; one of them in int8 takes a slab of its own."""
     engine = FakeEngine(make_kv(4), preemption="swap", narrow_keep_pages=100)
-    request = engine.add(make_request(0, prompt=13, output=20, min_kv_precision="int8"))
+    request = engine.add(make_request(0, prompt=13, output=19, min_kv_precision="int8"))
     engine.step()
     narrowing = next_narrowing(engine.kv, request, most=1, keep_pages=0)
     assert narrow(engine.kv, request, narrowing) == 1
