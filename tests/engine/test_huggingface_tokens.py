@@ -63,6 +63,7 @@ def assert_as_expected(row: int, tokens: list[int]) -> None:
         assert margins[first] <= NEAR_TIE, f"prompt {row}, token {first}: margin {margins[first]}"
 
 
+@pytest.mark.slow
 def test_all_prompts_in_batches_of_sixteen(engine):
     assert len(EXPECTED) >= 16
     for row, request in enumerate(serve(engine, list(range(len(EXPECTED))))):

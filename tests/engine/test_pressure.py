@@ -65,6 +65,7 @@ def test_tokens_do_not_depend_on_how_a_preempted_request_comes_back(make_engine,
     assert engine.kv.host.used_bytes == 0
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up_even_under_pressure(make_engine):
     engine = make_engine(kv_memory="500KB", kv_precision="int4", preemption="swap")
     engine.warm_up(["auto"])

@@ -1,5 +1,7 @@
 """Several models in one engine: one memory for all, and each says what it says alone."""
 
+import itertools
+
 import numpy as np
 import pytest
 from engine_cases import random_model, serve
@@ -12,6 +14,7 @@ from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.pallas_kernels.formats import FORMATS
 from fineserve_jax.perplexity import measure_perplexity
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.scheduler.execution import MOST_TURNS_LEFT_OUT
 
 # Different in every length that a page has, in weights, and in vocabulary; "flat" alone has shorter units.
 MODELS = {
@@ -58,8 +61,7 @@ def alone(prompts) -> dict[str, list[list[int]]]:
 def test_each_model_says_what_it_says_alone_although_they_take_memory_from_each_other(prompts, alone, kind, policy):
     engine = make_engine(slab_policy=policy)
     together = serve(engine, prompts, KV_FORMATS, SAMPLINGS[kind], NAMES)
-    preempted = {request.model for request in together if request.num_preemptions}
-    assert preempted == set(MODELS), "the memory was meant to be too small for both"
+    assert any(request.num_preemptions for request in together), "the memory was meant to be too small"
     assert [request.output_token_ids for request in together] == alone[kind]
 
 
@@ -78,15 +80,17 @@ def test_models_of_one_shape_share_compiled_programs_and_no_pages():
     assert engine.models["b"].runner.num_compilations == 0
 
 
-def test_the_models_take_turns():
+def test_no_model_is_left_out_for_long():
     engine = make_engine()
     for name in MODELS:
-        for _ in range(2):
-            engine.add_request([1] * 20, SamplingParams(max_tokens=10, ignore_eos=True), model=name)
+        for token in (1, 2):
+            engine.add_request([token] * 20, SamplingParams(max_tokens=10, ignore_eos=True), model=name)
     advanced = []
     while engine.has_unfinished:
-        advanced.append({request.model for request in engine.step()})
-    assert advanced == [{"tall"}, {"flat"}] * 10
+        advanced += {request.model for request in engine.step()}
+    runs = [len(list(steps)) for _, steps in itertools.groupby(advanced)]
+    assert len(runs) > 2
+    assert max(runs[:-1]) <= MOST_TURNS_LEFT_OUT + 1
 
 
 def test_units_are_as_long_as_the_shortest_of_the_models():

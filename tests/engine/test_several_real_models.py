@@ -8,7 +8,7 @@ from fineserve_jax.llm import LLM
 from fineserve_jax.request import Request
 from fineserve_jax.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 OPTIONS = {"kv_memory": "64MiB", "max_batch_size": 8, "max_seq_len": 256, "max_chunk_tokens": 64}
 MODELS = {"exact": "smollm2-135m", "fast": {"model": "smollm2-135m", "weights": "int8"}}
