@@ -92,7 +92,9 @@ class Pressure:
     def _saves(self, request: Request) -> bool:
         if self._config.preemption == "recompute" or not request.num_computed_tokens:
             return False
-        if self._kv.held[request].waits or not self._kv.host.has_room(request):
+        held = self._kv.held[request]
+        # Pages in several formats take slabs of several: alone they might not fit where those of one format do.
+        if held.waits or not held.exact or not self._kv.host.has_room(request):
             return False
         if self._config.preemption == "swap":
             return True

@@ -297,6 +297,8 @@ class Scheduler:
         admitted before it. Rows that quotas protect are spared if others can give way, even earlier ones if `row` is
         protected, too."""
         rows = [other for other in reversed(self._rows.values()) if other is row or other.competes_with(row)]
+        if len(rows) == 1 and not self._kv.held[row.request].exact:
+            return row  # narrowed, its pages take slabs of several formats; computed again, they are in one
         if len(rows) == 1:
             raise RuntimeError(
                 f"request {row.request.request_id} cannot grow to {row.request.num_tokens} tokens although "

@@ -1,9 +1,10 @@
 """When memory runs out: who gives way, and what is kept."""
 
 import pytest
-from scheduler_cases import COST, MODEL, FakeEngine, make_kv, make_request, make_scheduler
+from scheduler_cases import COST, MODEL, FakeEngine, check_tokens, make_kv, make_request, make_scheduler
 
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import FinishReason, RequestStatus
 
 
@@ -155,3 +156,16 @@ def test_the_scheduler_learns_from_the_steps_it_is_told_of():
     plan = engine.step()
     engine.scheduler.observe(plan, 0.5)
     assert engine.scheduler.profiles[MODEL].num_observed == 1
+
+
+def test_a_narrowed_request_that_fits_only_in_one_format_is_computed_again():
+    """Eight bf16 pages fill the four slabs; one of them in int8 takes a slab of its own."""
+    engine = FakeEngine(make_kv(4), preemption="swap", narrow_keep_pages=100)
+    request = engine.add(make_request(0, prompt=13, output=20, min_kv_precision="int8"))
+    engine.step()
+    narrowing = next_narrowing(engine.kv, request, most=1, keep_pages=0)
+    assert narrow(engine.kv, request, narrowing) == 1
+    engine.drain()
+    assert request.finish_reason is FinishReason.LENGTH
+    assert request.num_preemptions == 1
+    check_tokens(request)
