@@ -148,9 +148,18 @@ def run_curve(curve: Curve, table: Path | None, arguments: Arguments) -> None:
     setting = {"seconds": arguments.seconds, "seed": arguments.seed, "table": table is not None}
     points = [dataclasses.asdict(point) for point in curve.points]
     written = {"setting": setting, "points": points, "results": results}
-    path_of(curve, arguments).write_text(json.dumps(written, indent=1) + "\n")
+    path_of(curve, arguments).write_text(json.dumps(_rounded(written)) + "\n")
     path_of(curve, arguments).with_suffix(".svg").write_text(plot(curve, results))
     print(f"{curve.name}: {gains_of(curve, results)}", flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits are enough of any figure."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def experiment_of(point: Point, table: Path | None, arguments: Arguments) -> Experiment:
