@@ -9,13 +9,13 @@ from typing import NamedTuple
 import jax
 
 from fineserve_jax.config import EngineConfig
-from fineserve_jax.errors import ConfigError
+from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.memory import format_bytes, host_memory_bytes, kv_memory_bytes
+from fineserve_jax.memory import format_bytes, host_capacity_bytes, host_memory_bytes, kv_memory_bytes
 from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.models import ModelConfig, build_model
 from fineserve_jax.pallas_kernels.formats import get_format
@@ -240,8 +240,17 @@ def _kv_manager(
         classes,
         prefix_cache=config.prefix_cache,
         reserve_slabs=_reserve_slabs(allocator.num_slabs),
-        host_bytes=size if config.swap_memory is None else host_memory_bytes(config.swap_memory),
+        host_bytes=_host_bytes(config, size),
     )
+
+
+def _host_bytes(config: EngineConfig, size: int) -> int:
+    """Host memory for preempted requests: as much as the arena unless another size is set, and none if never used."""
+    if config.preemption == "recompute":
+        return 0
+    if config.swap_memory is None:
+        return min(size, host_capacity_bytes() // 4)
+    return host_memory_bytes(config.swap_memory)
 
 
 def _reserve_slabs(num_slabs: int) -> int:
@@ -250,7 +259,12 @@ def _reserve_slabs(num_slabs: int) -> int:
 
 
 def _check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:
-    kv_precision = resolve_precision(kv, model, config.served_formats, config.kv_precision, None, max_seq_len).start
+    try:
+        kv_precision = resolve_precision(
+            kv, model, config.served_formats, config.kv_precision, config.min_kv_precision, max_seq_len
+        ).start
+    except RequestError as error:
+        raise ConfigError(str(error)) from None
     longest = kv.max_tokens_alone(model, kv_precision)
     if longest < max_seq_len:
         wanted = format_bytes(1.2 * size * max_seq_len / max(longest, config.page_size))

@@ -40,12 +40,13 @@ class EngineConfig(Validated):
         slab_shares: with "partitioned", KV format -> share of the memory; equal if None.
         prefix_cache: "exact" lets requests of one KV format that begin alike share pages; "convert" also serves a
             request from pages in a wider format, encoded anew, so that its tokens depend on what was cached; "off"
-            shares nothing.
+            shares nothing but what samples of one prompt find computed.
         min_kv_precision: KV format to which older tokens of requests may be narrowed when memory is short, for those
             that do not name one; None: not narrowed. With kv_precision="auto" the narrowest there is.
         preemption: how requests come back that lost their memory: "recompute", "swap" (from host memory), or "auto",
             whichever is predicted to be faster.
-        swap_memory: host memory for preempted requests, as kv_memory is given, or 0; None: as much as kv_memory.
+        swap_memory: host memory for preempted requests, as kv_memory is given, or 0; None: as much as kv_memory, but
+            at most a quarter of the host's.
         quotas: shares of the KV memory that a tenant's requests or those in a KV precision are guaranteed, and that
             they may take at most: {"tenant:alice": {"guaranteed": 0.3, "max": 0.6}, "precision:int8": {"max": 0.5}}.
             Others use what is guaranteed and not wanted. Not with slab_policy="partitioned".
@@ -110,6 +111,15 @@ class EngineConfig(Validated):
             raise ValueError(
                 f"slab_shares has no meaning with slab_policy={self.slab_policy!r}; use slab_policy='partitioned'"
             )
+        if self.narrows and self.slab_policy != "elastic":
+            raise ValueError(
+                f"kv_precision='auto' and min_kv_precision have no meaning with slab_policy={self.slab_policy!r}: "
+                "narrower pages would free no memory for others; use slab_policy='elastic', or a fixed precision"
+            )
+        if self.preemption == "recompute" and self.swap_memory not in (None, 0, "0"):
+            raise ValueError(f"swap_memory={self.swap_memory!r} is not used with preemption='recompute'; leave it out")
+        if self.preemption == "swap" and self.swap_memory in (0, "0"):
+            raise ValueError("preemption='swap' needs host memory; give swap_memory, or use preemption='recompute'")
         if self.quotas and self.slab_policy == "partitioned":
             raise ValueError("quotas have no meaning with slab_policy='partitioned', which divides memory for good")
         check_quotas(self.quotas or {}, self.served_formats)
@@ -129,6 +139,11 @@ class EngineConfig(Validated):
             preemption=self.preemption,
             quotas=self.quotas or {},
         )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether requests that say nothing else may be narrowed."""
+        return self.kv_precision == AUTO or self.min_kv_precision is not None
 
     @property
     def served_formats(self) -> tuple[str, ...]:

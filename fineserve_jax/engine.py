@@ -1,6 +1,8 @@
 """The engine: requests in, tokens out. A step is schedule -> execute -> commit."""
 
 import itertools
+import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import numpy as np
 
 from fineserve_jax.assembly import ServedModel, assemble
 from fineserve_jax.config import AUTO, EngineConfig
-from fineserve_jax.errors import RequestError
+from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.narrowing import ladder
 from fineserve_jax.kv.recording import Recorder
@@ -26,6 +28,8 @@ from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,10 @@ class Engine:
         models = {model.name: model} if isinstance(model, LoadedModel) else model
         parts = assemble(models, self.config, settings or {})
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
-        if self.config.step_profile is not None and Path(self.config.step_profile).exists():
-            self.scheduler.start_from(load_profiles(self.config.step_profile))
+        if self.config.step_profile is not None:
+            _check_folder(self.config.step_profile)
+            if Path(self.config.step_profile).exists():
+                self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock
         self.formats = self.config.served_formats  # as of now: formats registered later have no pages here
         self.texts: dict[Request, GrowingText] = {}
@@ -232,6 +238,10 @@ class Engine:
         served, sequence = self.served(model), self._num_requests
         total = self._max_total_tokens(served, token_ids, sampling)
         precision = self._precision(served, kv_precision, min_kv_precision, total)
+        if fork_of is not None and (fork_of.model, fork_of.prompt_token_ids) != (served.name, list(token_ids)):
+            raise RequestError(
+                f"fork_of={fork_of.request_id!r} is of another prompt or model; fork a sample of the same prompt"
+            )
         request = Request(
             request_id=f"request-{sequence}" if request_id is None else request_id,
             model=served.name,
@@ -263,8 +273,11 @@ class Engine:
         Args and errors as `add_request`.
         """
         samples = [self.add_request(token_ids, sampling, **how)]
+        first_id = how.pop("request_id", None)
         for index in range(1, sampling.n):
-            samples.append(self.add_request(token_ids, sampling, sample_index=index, fork_of=samples[0], **how))
+            own_id = None if first_id is None else f"{first_id}/{index}"
+            further: dict[str, Any] = {"request_id": own_id, "sample_index": index, "fork_of": samples[0]}
+            samples.append(self.add_request(token_ids, sampling, **further, **how))
         return samples
 
     def abort(self, request: Request) -> None:
@@ -280,8 +293,12 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
-    def warm_up(self, kv_precisions: Sequence[str] = ()) -> int:
+    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
+
+        Args:
+            kv_precisions: KV formats, or "auto".
+            min_kv_precision: what requests in them will name as such; None: nothing.
 
         Returns:
             how many programs that took. Serving those formats compiles nothing from then on.
@@ -289,7 +306,8 @@ class Engine:
         before = self._num_compilations
         pairs: list[tuple[PageClass, PageClass]] = []
         for served in self.models.values():
-            precisions = [self._precision(served, name, None) for name in (None, *kv_precisions)]
+            precisions = [self._precision(served, None, None)]
+            precisions += [self._precision(served, name, min_kv_precision) for name in kv_precisions]
             for precision in precisions:
                 self._use(served, precision)
                 steps = self._ladder(served, precision)
@@ -361,8 +379,17 @@ class Engine:
         self.scheduler.finish(request, reason, self.clock())
         if not self.scheduler.has_unfinished:
             self.kv.check_integrity()
-            if self.config.step_profile is not None:
-                save_profiles(self.config.step_profile, self.scheduler.profiles)
+            self.scheduler.quotas.check_integrity()
+            self._save_profiles()
+
+    def _save_profiles(self) -> None:
+        """Keeps what was learnt of step times. That it could not be written is no reason to lose answers."""
+        if self.config.step_profile is None:
+            return
+        try:
+            save_profiles(self.config.step_profile, self.scheduler.profiles)
+        except OSError as error:
+            log.warning("step_profile=%s could not be written: %s", self.config.step_profile, error)
 
     # -- what follows from a request's parameters ------------------------------------------------------------------
 
@@ -372,7 +399,13 @@ class Engine:
         name, floor = kv_precision or served.config.kv_precision, min_kv_precision or served.config.min_kv_precision
         if min_kv_precision is None and floor is not None and name not in (AUTO, served.config.kv_precision):
             floor = None  # the engine's floor belongs to the engine's precision
-        return resolve_precision(self.kv, served.name, self.formats, name, floor, num_tokens)
+        precision = resolve_precision(self.kv, served.name, self.formats, name, floor, num_tokens)
+        if precision.floor is not None and self.config.slab_policy != "elastic":
+            raise RequestError(
+                f"a request in {name} that may be narrowed to {precision.floor} cannot be served with "
+                f"slab_policy={self.config.slab_policy!r}, where that frees nothing; give a fixed kv_precision"
+            )
+        return precision
 
     def _use(self, served: ServedModel, precision: Precision) -> None:
         """Make the model's programs serve requests of this precision."""
@@ -432,3 +465,12 @@ class Engine:
             name: ModelStats(served.model.weights, kv[name], profiles[name].error)
             for name, served in self.models.items()
         }
+
+
+def _check_folder(path: str) -> None:
+    """Raises ConfigError for a file that could not be written, before there is anything to write."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"step_profile={path!r} cannot be written: there is no folder {folder}; create it")
+    if not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise ConfigError(f"step_profile={path!r} cannot be written; name a file in a folder that can be written to")

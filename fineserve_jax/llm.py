@@ -142,13 +142,13 @@ class LLM:
         self.engine.check(token_ids, sampling, **how)
         return self._pieces(token_ids, sampling, how)
 
-    def warm_up(self, kv_precisions: Sequence[str] = ()) -> int:
+    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
 
         Returns:
             how many programs that took. Serving those formats compiles nothing from then on.
         """
-        return self.engine.warm_up(kv_precisions)
+        return self.engine.warm_up(kv_precisions, min_kv_precision)
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""

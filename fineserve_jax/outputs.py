@@ -37,7 +37,7 @@ class RequestMetrics:
         queue_s: from arrival to the first admission.
         ttft_s: from arrival to the first token.
         total_s: from arrival to the end.
-        num_preemptions: how often it lost its pages and was computed again.
+        num_preemptions: how often it lost its pages, to be computed again or copied back.
     """
 
     queue_s: float

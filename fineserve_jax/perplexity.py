@@ -11,6 +11,7 @@ from fineserve_jax.assembly import ServedModel
 from fineserve_jax.config import AUTO
 from fineserve_jax.engine import Engine
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import ladder, narrow, next_narrowing
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
@@ -98,6 +99,11 @@ def measure_perplexity(
     served.runner.use_formats([kv_precision])
     if narrow_half_to is not None:
         steps = ladder(engine.kv, served.name, kv_precision, narrow_half_to)
+        if len(steps) == 1 or window < 2 * served.geometry.page_size:
+            raise RequestError(
+                f"half of a window of {window} tokens in {kv_precision} cannot be narrowed to {narrow_half_to}; give a "
+                f"narrower format, and windows of at least {2 * served.geometry.page_size} tokens"
+            )
         served.runner.use_formats(step.kv_format for step in steps)
         served.runner.use_narrowing()
     total, tokens = 0.0, 0
@@ -170,8 +176,14 @@ def _score_window(
             parts.append(scores[:count])
             request.num_computed_tokens += count
             if request.num_computed_tokens == half:
-                while (what := next_narrowing(kv, request, PAGES_AT_A_TIME, 0)) and narrow(kv, request, what):
-                    pass
+                _narrow_all(kv, request)
     finally:
         kv.release(request)
     return np.concatenate(parts)[0 if narrow_to is None else half : len(token_ids) - 1]
+
+
+def _narrow_all(kv: KVManager, request: Request) -> None:
+    """Narrow all that is computed of a request as far as it allows."""
+    while (what := next_narrowing(kv, request, PAGES_AT_A_TIME, 0)) is not None:
+        if not narrow(kv, request, what):
+            raise RequestError(f"no KV memory is free to narrow pages to {what.target.kv_format}; raise kv_memory")

@@ -6,6 +6,7 @@ from fineserve_jax.config import AUTO
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.pallas_kernels.formats import get_format
 
 WIDEST_OF_AUTO = "bf16"
 
@@ -55,13 +56,14 @@ def resolve_precision(
             )
         return Precision(kv_precision, None if floor == kv_precision else floor)
     floor = min_kv_precision or min(formats, key=lambda name: classes[name].page_bytes)
-    widest = classes[WIDEST_OF_AUTO].page_bytes if WIDEST_OF_AUTO in classes else classes[floor].page_bytes
-    steps = _steps(classes, max(widest, classes[floor].page_bytes), floor)
+    most_bits = get_format(WIDEST_OF_AUTO).value_bits
+    steps = _steps(classes, most_bits, floor)
     start = next((name for name in steps if kv.fits_alone(model, name, num_tokens)), floor)
     return Precision(start, None if floor == start else floor)
 
 
-def _steps(classes: dict[str, PageClass], most_bytes: int, floor: str) -> list[str]:
-    """Formats from the widest of at most `most_bytes` a page down to the floor; ties go to bf16."""
-    between = [name for name, c in classes.items() if classes[floor].page_bytes <= c.page_bytes <= most_bytes]
+def _steps(classes: dict[str, PageClass], most_bits: int, floor: str) -> list[str]:
+    """Formats from the widest of at most so many bits a value down to the floor; ties go to bf16."""
+    at_least = classes[floor].page_bytes
+    between = [n for n, c in classes.items() if c.page_bytes >= at_least and get_format(n).value_bits <= most_bits]
     return sorted(between, key=lambda name: (-classes[name].page_bytes, name != WIDEST_OF_AUTO))

@@ -48,7 +48,8 @@ class Request:
         token_ids: prompt and output, in order.
         num_prompt_tokens: how many of them are the prompt.
         max_total_tokens: length at which it ends: the lesser of prompt plus `max_tokens` and `max_seq_len`.
-        num_computed_tokens: leading tokens whose K and V are in the cache; preemption sets it back to 0.
+        num_computed_tokens: leading tokens whose K and V are in the cache, or saved in host memory; preemption sets it
+            back to 0 unless they are saved.
         sequence: order of arrival, a strictly increasing number.
         seed: of its random numbers.
         stop_ids: tokens that end it: the model's end-of-sequence tokens unless ignored, and `stop_token_ids`.
@@ -95,6 +96,10 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -162,35 +162,33 @@ class KVManager:
             for page_class, pages in units.items()
         }
 
-    def make_room(self, wanted: Demand, spare_slabs: int = 0, at_once: bool = False) -> bool:
+    def make_room(self, wanted: Demand, spare_slabs: int = 0, *, at_once: bool = False, patient: bool = False) -> bool:
         """Whether that many pages can be had now, pages that nobody holds evicted and pages moved as need be.
 
         Args:
             at_once: do not leave to later steps what is too much to move in one.
+            patient: evict nothing while pages that could be moved are left to later steps.
         """
         allocator = self.allocator
         if allocator.can_allocate(wanted, spare_slabs):
             return True
         units = sum(allocator.member(page_class).pool.page_units * count for page_class, count in wanted.items())
         units += spare_slabs * allocator.slab_units
-        # Classes that share a pool have pages of one length in it, and it is the only one.
-        alike = next(iter(allocator.pools.values())).page_units if len(allocator.pools) == 1 else 0
-        if allocator.free_units + max(self.prefix.idle_units, len(self.prefix.idle) * alike) < units:
+        if allocator.free_units + self.prefix.idle_units < units:
             return False
         shares = {allocator.member(page_class).pool.share for page_class in wanted}
         idle = iter(list(self.prefix.idle))
         while not allocator.can_allocate(wanted, spare_slabs):
             if self.compaction.move():
                 continue
-            if self.compaction.is_cut_short and not at_once:
-                return False
-            handle = next(idle, None)
+            handle = None if patient and self.compaction.is_cut_short else next(idle, None)
             if handle is None:
                 if at_once and self.compaction.move(at_once=True):
                     continue
                 return False
-            # A slab of any share's may be a spare one.
-            if spare_slabs or allocator.member(self.prefix.by_handle[handle].page_class).pool.share in shares:
+            # A slab of any share's may be a spare one, if those are what is wanting.
+            of_any_use = len(allocator.free_slabs) < spare_slabs
+            if of_any_use or allocator.member(self.prefix.by_handle[handle].page_class).pool.share in shares:
                 self._evict(handle)
         return True
 
@@ -204,7 +202,7 @@ class KVManager:
         pages that nobody holds."""
         self.compaction.begin_step()
         if len(self.allocator.free_slabs) < self.reserve_slabs:
-            self.make_room({}, self.reserve_slabs)
+            self.make_room({}, self.reserve_slabs, patient=True)
 
     def _evict(self, handle: int) -> None:
         self.prefix.forget(handle)

@@ -41,7 +41,8 @@ class RequestPages:
         digest: of the listed pages' tokens.
         waits: whether some of its leading pages are yet to be computed by another request.
         exact: whether its keys and values are what computing it alone in its format would have given: not after
-            pages that later tokens see were converted from another format.
+            pages that later tokens see were converted from another format. Unless `prefix_cache` is "convert", only
+            exact pages are shared.
     """
 
     page_class: PageClass

@@ -34,7 +34,7 @@ class Sharing:
         kv: whose pages.
         prefix_cache: "exact" shares full pages between requests that begin alike, in one format; "convert" also
             serves a request from a prefix in a wider format, encoding it anew, so that its tokens depend on what
-            was cached; "off" shares nothing but what samples of one prompt share.
+            was cached; "off" shares nothing but what a sample finds computed of another one of its prompt.
 
     Raises:
         ConfigError: another `prefix_cache`.
@@ -54,13 +54,12 @@ class Sharing:
         if not demand:
             return True
         found = self._find(request, page_class, num_tokens)
-        handles = [listed.handle for listed in found]
-        self._kv.share(handles)  # first of all, so that none of them is evicted to make room
-        if found:
-            demand[page_class] -= sum(listed.page_class is page_class for listed in found)
-        pages = self._kv.take(demand, leaving)
+        own = [listed.page_class is page_class for listed in found]
+        pages = self._take_beside(found, demand, page_class, leaving)
+        if pages is None and not all(own):  # the wider pages take room, too: start without them
+            found = found[: own.index(False)]
+            pages = self._take_beside(found, demand, page_class, leaving)
         if pages is None:
-            self._kv.let_go(handles[::-1])
             return False
         held = self._kv.held[request] = RequestPages(page_class)
         if page_class.tail is not None:
@@ -70,6 +69,24 @@ class Sharing:
         held.append(page_class, array("i", [*places, *new]))
         self._enter(request, held, num_tokens, found)
         return True
+
+    def _take_beside(
+        self,
+        found: list[ListedPage],
+        demand: Mapping[PageClass, int],
+        page_class: PageClass,
+        leaving: Mapping[PageClass, int] | None,
+    ) -> "dict[PageClass, array[int]] | None":
+        """Hold what was found, so that none of it is evicted to make room, and take what is still wanted of `demand`;
+        None, and nothing is held, if that cannot be had."""
+        handles = [listed.handle for listed in found]
+        self._kv.share(handles)
+        shared = sum(listed.page_class is page_class for listed in found)
+        wanted = {c: count - (shared if c is page_class else 0) for c, count in demand.items()}
+        pages = self._kv.take(wanted, leaving)
+        if pages is None:
+            self._kv.let_go(handles[::-1])
+        return pages
 
     def fork(self, request: Request, num_tokens: int, leaving: Mapping[PageClass, int] | None) -> bool:
         """Start as a copy of another sample of the same prompt, all of it computed but the last token.

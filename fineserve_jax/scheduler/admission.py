@@ -73,13 +73,14 @@ class Admission:
         while open_groups and (entry := self._first(open_groups, now)):
             row = self._row(entry)
             owed = self._quotas.is_owed(row.request)
+            if not self._quotas.admits(row):
+                open_groups = [group for group in open_groups if group != self._queue.group_of(row.request)]
+                continue
             if len(admitted) >= places:
                 if not (owed and self._quotas.reclaim(row)):
                     break
                 places += 1
-            if not self._quotas.admits(row):
-                open_groups = [group for group in open_groups if group != self._queue.group_of(row.request)]
-            elif self._grow(row, owed):
+            if self._grow(row, owed):
                 self._queue.remove(row.request)
                 self._quotas.note(row.request)
                 row.note_growth()
@@ -107,6 +108,8 @@ class Admission:
         owed them others give way, and the reserve if need be."""
         request, leaving = row.request, self._reserve.beside(row)
         while not self._kv.grow(request, request.num_tokens, leaving):
+            if self._kv.compaction.is_cut_short:
+                return False  # what is free has only to be moved together, in the next steps
             if self._pressure.narrow(row.shares):
                 continue
             if not (owed and self._quotas.reclaim(row)):

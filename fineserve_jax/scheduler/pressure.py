@@ -7,6 +7,7 @@ and host memory has room, copied back from there.
 
 from collections.abc import Callable
 
+from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import Request
@@ -53,8 +54,10 @@ class Pressure:
 
     def restore_reserve(self) -> None:
         """Narrow pages until the reserve of free slabs is whole, while there still are some to work with."""
-        while len(self._kv.allocator.free_slabs) < self._kv.reserve_slabs and self.narrow(None):
-            self._kv.make_room({}, self._kv.reserve_slabs)
+        allocator, reserve = self._kv.allocator, self._kv.reserve_slabs
+        # Where pages are only waiting to be moved together, the reserve is whole again a step or two later.
+        while len(allocator.free_slabs) < reserve and not self._kv.compaction.is_cut_short and self.narrow(None):
+            self._kv.make_room({}, reserve, patient=True)
 
     def narrow(self, shares: frozenset[str] | None) -> bool:
         """Narrow some pages of one request; whether any could be.
@@ -73,12 +76,15 @@ class Pressure:
             what = next_narrowing(self._kv, row.request, PAGES_AT_A_TIME, self._config.narrow_keep_pages)
             if what is not None:
                 candidates.append((row.request, what))
-        candidates.sort(key=lambda candidate: -candidate[1].source.page_bytes)
+        candidates.sort(key=lambda candidate: -self._bits(candidate[1].source))
         for request, what in candidates:
             if narrow(self._kv, request, what):
                 self.on_narrowing(request)
                 return True
         return False
+
+    def _bits(self, page_class: PageClass) -> float:
+        return self._profiles[page_class.model].model.formats[page_class.kv_format].bits
 
     def release(self, row: Row) -> None:
         """Take a preempted row's pages, and save what they hold if that pays."""

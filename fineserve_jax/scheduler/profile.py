@@ -150,8 +150,11 @@ class StepProfile:
 
 
 def save_profiles(path: str | Path, profiles: Mapping[str, StepProfile]) -> None:
-    """Write the profiles of models, by name, to a JSON file."""
-    Path(path).write_text(json.dumps({name: profile.to_dict() for name, profile in profiles.items()}, indent=1) + "\n")
+    """Write the profiles of models, by name, to a JSON file, in one piece. Raises OSError if that cannot be done."""
+    text = json.dumps({name: profile.to_dict() for name, profile in profiles.items()}, indent=1) + "\n"
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def load_profiles(path: str | Path) -> dict[str, StepProfile]:

@@ -63,6 +63,11 @@ class Quotas:
         if self.account is not None:
             self.account.note(request)
 
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless the account says what requests hold."""
+        if self.account is not None:
+            self.account.check()
+
     def is_owed(self, request: Request) -> bool:
         if self.account is None:
             return False

@@ -143,7 +143,7 @@ class Scheduler:
         self._kv.release(request)
         self.quotas.note(request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
-        request.times.finished_s = now
+        request.times.finished_s, request.fork_of = now, None
         self._walk_may_help = True
 
     def take_dropped(self) -> list[Request]:

@@ -92,7 +92,10 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         del self._waiting[request]
-        self._heaps[self.group_of(request)].num_waiting -= 1
+        group = self.group_of(request)
+        self._heaps[group].num_waiting -= 1
+        if not self._heaps[group].num_waiting:
+            del self._heaps[group]
 
     def defer_late(self, now: float) -> list[Request]:
         """Put requests that cannot start in time any more behind the others; those that became late now."""
@@ -112,7 +115,7 @@ class WaitingQueue:
         first = min((r for r in (late, oldest) if r is not None), key=lambda r: r.sequence, default=None)
         if first is not None and now - first.times.arrival_s >= self._overtaking_limit_s:
             return Entry(AGED, first.times.arrival_s, first.sequence, first)
-        by_key = self._heaps[group].by_key
+        by_key = self._heaps[group].by_key if group in self._heaps else []
         while by_key and self._waiting.get(by_key[0].request) != ON_TIME:
             heapq.heappop(by_key)
         if by_key:
@@ -121,7 +124,9 @@ class WaitingQueue:
 
     def oldest(self, group: Group, rank: int = ON_TIME) -> Request | None:
         """The group's request of that rank, ON_TIME or LATE, that arrived first."""
-        heaps = self._heaps[group]
+        heaps = self._heaps.get(group)
+        if heaps is None:
+            return None
         heap = heaps.by_arrival if rank == ON_TIME else heaps.late
         while heap and self._waiting.get(heap[0][1]) != rank:
             heapq.heappop(heap)

@@ -31,7 +31,6 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "ageing_s": (["1.5"], 1.5),
     "seed": (["3"], 3),
     "prefix_cache": (["convert"], "convert"),
-    "min_kv_precision": (["int8"], "int8"),
     "preemption": (["swap"], "swap"),
     "swap_memory": (["64MiB"], "64MiB"),
     "record": (["run.jsonl"], Path("run.jsonl")),
@@ -69,12 +68,20 @@ def words_of(name: str, values: list[str]) -> list[str]:
     return [word for v in values for word in (f"--{name.replace('_', '-')}", *(v.split() if pairs else [v]))]
 
 
+def test_a_floor_is_a_flag_and_is_refused_where_it_frees_nothing():
+    words = ["--kv-precision", "auto", "--min-kv-precision", "int4"]
+    assert given(EngineConfig, words) == {"kv_precision": "auto", "min_kv_precision": "int4"}
+    with pytest.raises(ConfigError, match="slab_policy='uniform'"):
+        given(EngineConfig, [*words, "--slab-policy", "uniform"])
+
+
 @pytest.mark.parametrize(
     ("settings", "values", "switch"),
     [(EngineConfig, ENGINE, "chunked_prefill"), (SamplingParams, SAMPLING, "ignore_eos")],
 )
 def test_every_setting_is_a_flag_of_the_same_name(settings, values, switch):
-    assert {*values, switch} == set(settings.model_fields) - {"quotas"}  # a table of tables, for YAML files
+    # Quotas are a table of tables, for YAML files; a floor does not go with a partitioned memory.
+    assert {*values, switch} == set(settings.model_fields) - {"quotas", "min_kv_precision"}
     words = [word for name, (typed, _) in values.items() for word in words_of(name, typed)]
     assert given(settings, words) == {name: value for name, (_, value) in values.items()}
     flag = switch.replace("_", "-")
