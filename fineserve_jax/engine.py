@@ -334,6 +334,8 @@ class Engine:
         advanced = self._commit(plan, result)
         self._busy_s += time.perf_counter() - start
         self._num_steps += 1
+        if self.config.check_every and self._num_steps % self.config.check_every == 0:
+            self.kv.check_integrity(thorough=False)
         if self._recorder is not None:
             self._record(self._recorder)
         return advanced

@@ -93,6 +93,7 @@ else:
         "quotas",
         "record",
         "record_every",
+        "check_every",
     ]
     PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "seed", *ONE_AT_A_TIME])
 

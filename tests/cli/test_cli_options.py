@@ -35,6 +35,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "swap_memory": (["64MiB"], "64MiB"),
     "record": (["run.jsonl"], Path("run.jsonl")),
     "record_every": (["5"], 5),
+    "check_every": (["7"], 7),
 }
 SAMPLING: dict[str, tuple[list[str], Any]] = {
     "max_tokens": (["9"], 9),

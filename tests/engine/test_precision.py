@@ -35,7 +35,7 @@ def test_a_request_may_name_its_floor_or_has_the_engines(make_engine):
 
 
 def test_auto_starts_narrower_when_the_request_would_not_fit_otherwise(make_engine):
-    engine = make_engine(kv_memory="170KB", kv_precision="int4")
+    engine = make_engine(kv_memory="190KB", kv_precision="int4", max_seq_len=400)
     longest = engine.kv.max_tokens_alone(engine.model.name, "bf16")
     assert longest < engine.max_seq_len
     for more, starts_in in ((0, {"bf16"}), (1, {"int8", "int4"})):
