@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,65 +17,18 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.narrowing import ladder
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.kv.stats import ClassStats
-from fineserve_jax.kv.usage import FormatUsage, KVCounts
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.outputs import GrowingText
 from fineserve_jax.precision import Precision, resolve_precision
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, StepPlan
+from fineserve_jax.request_checks import check_memory, check_tokens
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
-from fineserve_jax.runner.sampler import MAX_STOP_IDS
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
+from fineserve_jax.stats import EngineStats, ModelStats
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelStats:
-    """How one model of an engine stands.
-
-    Attributes:
-        weights: precision of its weights.
-        kv: per KV format, what its pages take of the arena.
-        prediction_error: typical relative error of its predicted step times; None before there is one.
-    """
-
-    weights: str
-    kv: dict[str, ClassStats]
-    prediction_error: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """How the engine stands and what it did so far.
-
-    Attributes:
-        kv: per KV format, over all models, bytes needed, reserved and free.
-        kv_bytes: the arena's size.
-        kv_counts: pages shared, narrowed, moved and so on since the start.
-        num_waiting, num_running: requests without and with memory.
-        num_prompt_tokens, num_output_tokens: computed and sampled tokens since the start.
-        output_tokens_per_s: sampled tokens over the time spent in steps, compilation included.
-        num_steps, num_preemptions, num_compilations: since the start.
-        prediction_error: typical relative error of predicted step times, the largest of the models'; None before there
-            is one.
-        models: each model's part, by name.
-    """
-
-    kv: dict[str, FormatUsage]
-    kv_bytes: int
-    kv_counts: KVCounts
-    num_waiting: int
-    num_running: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    output_tokens_per_s: float
-    num_steps: int
-    num_preemptions: int
-    num_compilations: int
-    prediction_error: float | None
-    models: dict[str, ModelStats]
 
 
 class Engine:
@@ -162,42 +114,10 @@ class Engine:
     ) -> None:
         """Raises `RequestError` for a request that can never be served, saying what is wrong and what to do."""
         served = self.served(model)
-        max_seq_len, total = served.max_seq_len, self._max_total_tokens(self.served(model), token_ids, sampling)
+        total = self._max_total_tokens(served, token_ids, sampling)
         precision = self._precision(served, kv_precision, min_kv_precision, total)
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        vocab_size = served.model.config.vocab_size
-        named = {
-            "prompt": token_ids,
-            "logit_bias": sampling.logit_bias,
-            "stop_token_ids": sampling.stop_token_ids,
-        }
-        for name, ids in named.items():
-            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-                wrong = next(token for token in ids if not 0 <= token < vocab_size)
-                raise RequestError(f"{name} has token {wrong}; {served.name} has tokens 0 to {vocab_size - 1}")
-        if len(token_ids) >= max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens; with max_seq_len={max_seq_len} it may have "
-                f"{max_seq_len - 1}, one being left to generate; shorten it or raise max_seq_len"
-            )
-        if sampling.min_tokens > max_seq_len - len(token_ids):
-            raise RequestError(
-                f"min_tokens={sampling.min_tokens} after a prompt of {len(token_ids)} tokens is more than "
-                f"max_seq_len={max_seq_len}; lower it or raise max_seq_len"
-            )
-        num_stop_ids = len(self._stop_ids(served, sampling))
-        if sampling.min_tokens and num_stop_ids > MAX_STOP_IDS:
-            raise RequestError(
-                f"min_tokens={sampling.min_tokens} has to hold back {num_stop_ids} tokens, end-of-sequence tokens "
-                f"included; it can hold back {MAX_STOP_IDS}; use fewer stop_token_ids or min_tokens=0"
-            )
-        if not self.kv.fits_alone(served.name, precision.start, total):
-            longest = self.kv.max_tokens_alone(served.name, precision.start)
-            raise RequestError(
-                f"a request of up to {total} tokens in {precision.start} does not fit the KV memory, which holds "
-                f"{longest} such tokens; lower max_tokens, choose a narrower kv_precision or raise kv_memory"
-            )
+        check_tokens(served, token_ids, sampling, self._stop_ids(served, sampling))
+        check_memory(self.kv, served.name, precision.start, total)
         self.scheduler.quotas.check(served.name, precision.start, tenant, total)
 
     def add_request(

@@ -6,7 +6,7 @@ from typing import Any
 
 from fineserve_jax.assembly import ServedModel
 from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine, EngineStats
+from fineserve_jax.engine import Engine
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.load_engine import load_engine
 from fineserve_jax.loaders import Tokenizer, encode_chat
@@ -14,6 +14,7 @@ from fineserve_jax.model_settings import model_sources
 from fineserve_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput, total_kv_tokens
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.stats import EngineStats
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]
