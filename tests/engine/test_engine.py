@@ -88,6 +88,7 @@ def test_an_aborted_request_gives_its_memory_back_and_keeps_its_tokens(make_engi
     assert all(usage.owned_pages == 0 for usage in engine.stats().kv.values())
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(make_engine):
     engine = make_engine(max_seq_len=320)  # a shape of its own, which no other test has compiled
     assert engine.runner.warm_up() > 0

@@ -56,6 +56,7 @@ def alone(prompts) -> dict[str, list[list[int]]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAMPLINGS)
 @pytest.mark.parametrize("policy", ["elastic", "uniform"])
 def test_each_model_says_what_it_says_alone_although_they_take_memory_from_each_other(prompts, alone, kind, policy):
