@@ -143,6 +143,11 @@ def test_nobody_is_admitted_ahead_of_a_competitor_that_came_ageing_seconds_earli
         most = engine.kv.max_tokens_alone(MODEL, kv)
         if most >= prompt + output:
             coming.append(make_request(number, prompt, output, kv, arrival))
+    assert_overtaking_ends(engine, coming, ageing_s)
+
+
+def assert_overtaking_ends(engine, coming, limit_s):
+    """Serves requests as they come; nobody is admitted ahead of a competitor that came so much earlier."""
     while coming or engine.scheduler.has_unfinished:
         while coming and coming[0].times.arrival_s <= engine.now:
             engine.add(coming.pop(0))
@@ -154,7 +159,7 @@ def test_nobody_is_admitted_ahead_of_a_competitor_that_came_ageing_seconds_earli
         for admitted in set(waited) - set(waiting):
             for passed_by in waiting:
                 if competes(engine.kv, admitted, passed_by):
-                    assert admitted.times.arrival_s <= passed_by.times.arrival_s + ageing_s
+                    assert admitted.times.arrival_s <= passed_by.times.arrival_s + limit_s
 
 
 def competes(kv, one, other):

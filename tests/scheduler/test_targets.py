@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from scheduler_cases import COST, MODEL, PAGE_SIZE, FakeEngine, make_kv, make_request
-from test_admission import arrivals, competes
+from test_admission import arrivals, assert_overtaking_ends
 
 from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
@@ -113,18 +113,7 @@ def test_whatever_the_policy_and_the_targets_overtaking_has_a_limit(coming, limi
         arrival += gap
         if engine.kv.max_tokens_alone(MODEL, kv) >= prompt + output:
             requests.append(make_request(number, prompt, output, kv, arrival, ttft_slo_s=float(number % 3) or None))
-    while requests or engine.scheduler.has_unfinished:
-        while requests and requests[0].times.arrival_s <= engine.now:
-            engine.add(requests.pop(0))
-        waited = [r for r in engine.requests if r.status is RequestStatus.WAITING]
-        if engine.step() is None:
-            engine.now += 1.0
-            continue
-        waiting = [r for r in engine.requests if r.status is RequestStatus.WAITING]
-        for admitted in set(waited) - set(waiting):
-            for passed_by in waiting:
-                if competes(engine.kv, admitted, passed_by):
-                    assert admitted.times.arrival_s <= passed_by.times.arrival_s + limit_s
+    assert_overtaking_ends(engine, requests, limit_s)
 
 
 # -- several models ----------------------------------------------------------------------------------------------
