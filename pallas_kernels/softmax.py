@@ -31,6 +31,21 @@ class PartialAttention(NamedTuple):
             self.total * mine[..., None] + other.total * theirs[..., None],
         )
 
+    def merge_rows(self, rows: jax.Array, parts: "PartialAttention") -> "PartialAttention":
+        """Attention over the keys of both, where part p is of row `rows[p]`; a row may have several parts, or none.
+
+        Args:
+            rows: i32[P].
+            parts: of f32[P, ...], this being of f32[rows, ...].
+        """
+        peak = self.peak.at[rows].max(parts.peak)
+        mine, theirs = jnp.exp(self.peak - peak), jnp.exp(parts.peak - peak[rows])
+        return PartialAttention(
+            peak,
+            (self.weight * mine).at[rows].add(parts.weight * theirs),
+            (self.total * mine[..., None]).at[rows].add(parts.total * theirs[..., None]),
+        )
+
     def output(self) -> jax.Array:
         """f32[..., head_dim]: the attention output; 0 for queries that saw no key."""
         return self.total / jnp.where(self.weight > 0, self.weight, 1.0)[..., None]

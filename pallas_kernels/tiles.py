@@ -1,11 +1,10 @@
 """Cutting a batch's segments into tiles of one size, on the host.
 
-A tile is what one pass of an attention loop, or one program of an attention kernel, reads: up to `rows` segments of one
-format by up to `pages` pages of each, for a block of up to `queries` query tokens. How many tiles there are is data,
-not shape, so one compiled program serves any mix of formats and lengths. A row with more queries than a block holds
-takes several blocks, each with tiles of its own; a segment with more pages than a tile takes several tiles.
-
-Segments of a format are sorted by length before they are cut, so that those which share a tile are about equally long.
+A segment is cut into pieces of up to `pages` pages. A tile is what one pass of an attention loop, or one program of an
+attention kernel, reads: up to `rows` pieces of one format, for a block of up to `queries` query tokens. Pieces fill one
+tile after the other, whichever segments they are of, so that little of a tile is padding. How many tiles there are is
+data, not shape: one compiled program serves any mix of formats and lengths. A row with more queries than a block holds
+takes several blocks, each with tiles of its own.
 """
 
 from collections.abc import Sequence
@@ -55,12 +54,12 @@ class QueryRun:
 class Tiles(NamedTuple):
     """A batch's cached tokens as equal tiles; numpy on the host, the same on the device.
 
-    A tile of S segments by P pages. Segments lie in slots, `segments_per_row` of each block side by side.
+    A tile of S pieces of segments by P pages. Segments lie in slots, `segments_per_row` of each block side by side.
 
     Attributes:
-        slots: i32[max_tiles, S]; `num_slots` (one past the last) where there is no segment.
+        slots: i32[max_tiles, S], of the piece's segment; `num_slots` (one past the last) where there is no piece.
         pages: i32[max_tiles, S, P]; 0, the null page, where there is none.
-        num_tokens: i32[max_tiles, S], the tokens of the tile's pages that count.
+        num_tokens: i32[max_tiles, S], the tokens of the piece's pages that count.
         positions: i32[max_tiles, S], position of the first of them.
         format_ids: i32[max_tiles]; `num_formats` where there is no tile.
         starts: i32[formats + 1]: the tiles of format f are `starts[f]` to `starts[f + 1]`.
@@ -95,7 +94,7 @@ class TileShape:
         max_pages: pages of the longest segment there can be.
         num_formats: formats of the program.
         segments_per_row: most segments a row has.
-        rows, pages: segments and pages a tile holds.
+        rows, pages: pieces that a tile holds, and pages of a piece.
         queries: query tokens a block holds.
     """
 
@@ -120,22 +119,22 @@ class TileShape:
         return self.num_blocks * self.segments_per_row
 
     @property
-    def tiles_per_segment(self) -> int:
+    def pieces_per_segment(self) -> int:
         return -(-self.max_pages // self.pages)
 
     @property
     def tiles_per_block(self) -> int:
-        return self.segments_per_row * self.tiles_per_segment
+        return self.segments_per_row * self.pieces_per_segment
 
     @property
     def max_tiles(self) -> int:
-        """No batch of this shape needs more: every format may leave one group of segments partly filled."""
-        groups = self.num_slots if self.rows == 1 else -(-self.num_slots // self.rows) + self.num_formats
-        return groups * self.tiles_per_segment
+        """No batch of this shape needs more: every format may leave one tile partly filled."""
+        pieces = self.num_slots * self.pieces_per_segment
+        return pieces if self.rows == 1 else -(-pieces // self.rows) + self.num_formats
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Placed:
     """A segment as one block of queries sees it, in its slot."""
 
     slot: int
@@ -156,26 +155,27 @@ def plan_tiles(
     """
     tiles = _empty_tiles(shape)
     by_format = _place_segments(segments, _cut_queries(tiles, queries, shape), shape, page_size)
-    count, per_block = 0, np.zeros(shape.num_blocks, np.int32)
+    per_block = np.zeros(shape.num_blocks, np.int32)
     for format_id, same in enumerate(by_format):
-        for first in range(0, len(same), shape.rows):
-            group = same[first : first + shape.rows]
-            num_tiles = _cut_group(tiles, count, group, shape, page_size)
-            for block in {piece.block for piece in group}:
-                own = per_block[block] + np.arange(num_tiles)
-                tiles.block_tiles[block, own] = count + np.arange(num_tiles)
-                per_block[block] += num_tiles
-            count += num_tiles
-        tiles.starts[format_id + 1] = count
-        tiles.format_ids[tiles.starts[format_id] : count] = format_id
+        first = place = int(tiles.starts[format_id]) * shape.rows
+        for placed in same:
+            end = _cut_segment(tiles, place, placed, shape, page_size)
+            block, listed = placed.block, per_block[placed.block]
+            own = np.arange(place // shape.rows, -(-end // shape.rows))
+            own = own[int(listed > 0 and tiles.block_tiles[block, listed - 1] == own[0]) :]
+            tiles.block_tiles[block, listed : listed + len(own)] = own
+            per_block[block] += len(own)
+            place = end
+        tiles.starts[format_id + 1] = -(-place // shape.rows)
+        tiles.format_ids[first // shape.rows : tiles.starts[format_id + 1]] = format_id
     return tiles
 
 
 def _place_segments(
     segments: Sequence[BatchSegment], blocks_of_row: list[range], shape: TileShape, page_size: int
-) -> list[list[_Piece]]:
-    """Gives every segment a slot in each block of its row; returns them by format, longest first."""
-    by_format: list[list[_Piece]] = [[] for _ in range(shape.num_formats)]
+) -> list[list[_Placed]]:
+    """Gives every segment a slot in each block of its row; returns them by format."""
+    by_format: list[list[_Placed]] = [[] for _ in range(shape.num_formats)]
     used = np.zeros(shape.num_blocks, np.int32)
     for segment in segments:
         if not segment.num_tokens:
@@ -196,9 +196,7 @@ def _place_segments(
                 )
             slot = block * shape.segments_per_row + int(used[block])
             used[block] += 1
-            by_format[segment.format_id].append(_Piece(slot, block, segment))
-    for same in by_format:
-        same.sort(key=lambda piece: -piece.segment.num_tokens)
+            by_format[segment.format_id].append(_Placed(slot, block, segment))
     return by_format
 
 
@@ -239,18 +237,15 @@ def _cut_queries(tiles: Tiles, queries: Sequence[QueryRun], shape: TileShape) ->
     return blocks_of_row
 
 
-def _cut_group(tiles: Tiles, count: int, group: list[_Piece], shape: TileShape, page_size: int) -> int:
-    """Writes the tiles of up to `shape.rows` segments from tile `count` on; returns how many these are."""
-    tile_tokens = shape.pages * page_size
-    num_tiles = -(-group[0].segment.num_tokens // tile_tokens)
-    for place, piece in enumerate(group):
-        segment = piece.segment
-        num_pages = -(-segment.num_tokens // page_size)
-        padded = np.zeros(num_tiles * shape.pages, np.int32)
-        padded[:num_pages] = segment.pages[:num_pages]
-        own, passed = slice(count, count + num_tiles), tile_tokens * np.arange(num_tiles)
-        tiles.slots[own, place] = piece.slot
-        tiles.pages[own, place] = padded.reshape(num_tiles, shape.pages)
-        tiles.num_tokens[own, place] = np.clip(segment.num_tokens - passed, 0, tile_tokens)
-        tiles.positions[own, place] = segment.first_position + passed
-    return num_tiles
+def _cut_segment(tiles: Tiles, place: int, placed: _Placed, shape: TileShape, page_size: int) -> int:
+    """Writes the pieces of a segment from `place` on, counted over all tiles' places; returns where the next begin."""
+    segment, piece_tokens = placed.segment, shape.pages * page_size
+    num_pages, num_pieces = -(-segment.num_tokens // page_size), -(-segment.num_tokens // piece_tokens)
+    own, passed = slice(place, place + num_pieces), piece_tokens * np.arange(num_pieces)
+    padded = np.zeros(num_pieces * shape.pages, np.int32)
+    padded[:num_pages] = segment.pages[:num_pages]
+    tiles.slots.reshape(-1)[own] = placed.slot
+    tiles.pages.reshape(-1, shape.pages)[own] = padded.reshape(num_pieces, shape.pages)
+    tiles.num_tokens.reshape(-1)[own] = np.clip(segment.num_tokens - passed, 0, piece_tokens)
+    tiles.positions.reshape(-1)[own] = segment.first_position + passed
+    return place + num_pieces

@@ -2,7 +2,7 @@
 
     positions        0 .. 2T-1    2T .. 4T-1    4T .. 5T-1   5T .. 5T+k-1
     int8             run of 6 pages, the last filled up to k
-    int4             run of 5 pages                          tail (bf16), filled up to k
+    int4             run of 5 pages                          tail (int8), filled up to k
     bf16, narrowed   run (int4)   run (int8)    run of 2 pages (bf16)
 
 A format that encodes whole pages keeps its newest, unfilled page in a wider format, its *tail*. When it is full it is

@@ -71,7 +71,7 @@ class Scheduler:
         self.pressure.may_narrow, self.pressure.on_narrowing = self.quotas.may_give_way, self.quotas.note
         self._admission = Admission(config, kv, self._queue, self._reserve, self.pressure, self.quotas)
         self._dropped: list[Request] = []
-        self._walk_may_help = False  # a request arrived, or memory or a place was freed, since the last walk
+        self._walk_may_help = False  # since the last walk a request came, or something was freed or can be narrowed
         self._last_turns: dict[str, int] = dict.fromkeys(models, 0)
         self._num_steps = 0
 
@@ -105,7 +105,8 @@ class Scheduler:
 
     @property
     def is_settled(self) -> bool:
-        """Whether a walk would admit nobody: since the last one no request came and nothing was freed."""
+        """Whether a walk would admit nobody: since the last one no request came, and nothing was freed or can be
+        narrowed."""
         return not (self._walk_may_help and self._queue)
 
     def add(self, request: Request) -> None:
@@ -213,6 +214,7 @@ class Scheduler:
             request.num_computed_tokens = computed = work.start + work.count
             if work.count > 1 or not computed % page_size:  # a page may be full
                 note_computed(request)
+                self._walk_may_help |= request.min_kv_precision is not None  # and be narrowed for who waits
             if computed == len(request.token_ids):
                 request.token_ids.append(int(token))
                 if request.times.first_token_s is None:
@@ -280,9 +282,7 @@ class Scheduler:
     def _grow(self, row: Row) -> None:
         """Grow a row to hold its known tokens, or preempt it when nobody can give way to it."""
         request = row.request
-        while (victim := self.quotas.blocks_growth(row)) or not self._kv.grow(request, request.num_tokens):
-            if victim is None and self.pressure.narrow(row.shares):
-                continue
+        while (victim := self.quotas.blocks_growth(row)) or not self._has_room(row):
             victim = victim or self._victim(row)
             self._preempt(victim)
             if victim is row:
@@ -290,6 +290,15 @@ class Scheduler:
         self.quotas.note(request)
         row.note_growth()
         self._reserve.update(row)
+
+    def _has_room(self, row: Row) -> bool:
+        """Grow a row, narrowing others' pages as need be. While any can be, the reserve of free slabs is left alone:
+        narrower pages have to go somewhere before those they were encoded from are free."""
+        request, kv = row.request, self._kv
+        while not kv.grow(request, request.num_tokens, leaving={}):
+            if kv.compaction.is_cut_short or not self.pressure.narrow(row.shares):
+                return kv.grow(request, request.num_tokens)
+        return True
 
     def _victim(self, row: Row) -> Row:
         """Who gives up its pages so that `row` can grow: the latest admitted after it, of its own page class

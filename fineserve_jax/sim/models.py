@@ -95,7 +95,7 @@ CACHES = {
     "bf16": CacheFormat(16),
     "fp8": CacheFormat(8, tokens=2),
     "int8": CacheFormat(8, tokens=2),
-    "int4": CacheFormat(4, tokens=1, channels=4, fixed=4, tail="bf16"),
+    "int4": CacheFormat(4, tokens=1, channels=4, fixed=4, tail="int8"),
 }
 
 

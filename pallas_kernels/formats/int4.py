@@ -1,7 +1,7 @@
 """int4: keys by channel, values by token, both in a rotated basis, all scales in 8 bits.
 
 Keys have channels that stay far from zero over many tokens, so a range per channel over a page's tokens costs far less
-than one per token (KIVI, arXiv 2402.02750); that needs the whole page, and the newest tokens stay in bf16 until then.
+than one per token (KIVI, arXiv 2402.02750); that needs the whole page, and the newest tokens stay in int8 until then.
 Values have no such channels: a range per token serves them. A Hadamard rotation of the head's channels (QuaRot, arXiv
 2404.00456) spreads outliers, of keys too, whose channels then need ranges of about the same size.
 
@@ -64,7 +64,7 @@ class Int4(KVFormat):
     name = "int4"
     value_bits = 4
     aux = (*[Aux.CHANNEL] * 4, Aux.TOKEN, *[Aux.PAGE] * 4)
-    tail = "bf16"
+    tail = "int8"
 
     def encode(self, k: Planes, v: Planes) -> PageWords:
         k, v = (tuple(jnp.clip(plane, -LARGEST_VALUE, LARGEST_VALUE) for plane in part) for part in (k, v))

@@ -35,24 +35,18 @@ def attend_pages(
 
 
 def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
-    """One query a row: tiles of many segments, whose sums are kept slot by slot and merged row by row at the end."""
-    shape = spec.tile_shape
+    """One query a row: tiles of pieces of many rows' segments, whose sums are kept row by row."""
     num_rows, *heads, head_dim = q.shape
-    per_row = shape.segments_per_row
 
     def add_tile(q: jax.Array, kv_format: KVFormat, index: jax.Array, so_far: PartialAttention) -> PartialAttention:
-        slots = tiles.slots[index]
-        rows = jnp.minimum(slots // per_row, num_rows - 1)
-        part = attend_tile(index, q[rows], tiles.query_positions[rows][:, None], kv_format)
-        merged = PartialAttention(*(old[slots] for old in so_far)).merge(part)
-        return PartialAttention(*(old.at[slots].set(new) for old, new in zip(so_far, merged, strict=True)))
+        rows = tiles.slots[index] // spec.segments_per_row
+        own = jnp.minimum(rows, num_rows - 1)
+        part = attend_tile(index, q[own], tiles.query_positions[own][:, None], kv_format)
+        return so_far.merge_rows(rows, part)
 
-    # One more slot takes what the tiles' empty places compute.
-    start = no_attention((shape.num_slots + 1, *heads), head_dim)
-    by_slot = _fold(spec, start, add_tile, q, tiles)
-    by_row = [part[:-1].reshape(num_rows, per_row, *part.shape[1:]) for part in by_slot]
-    segments = [PartialAttention(*(part[:, i] for part in by_row)) for i in range(per_row)]
-    return functools.reduce(PartialAttention.merge, segments)
+    # One more row takes what the tiles' empty places compute.
+    seen = _fold(spec, no_attention((num_rows + 1, *heads), head_dim), add_tile, q, tiles)
+    return PartialAttention(*(part[:-1] for part in seen))
 
 
 def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:

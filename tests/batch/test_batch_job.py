@@ -28,7 +28,7 @@ def answer(engine, tmp_path):
 
 def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
     prompts = [f"prompt number {i}" + "!" * (3 * i) for i in range(9)]
-    precisions = ["int4", "bf16", None]
+    precisions = ["int4", "int8", None]
     rows = [{"prompt": p, "kv_precision": precisions[i % 3], "max_tokens": 3 + i} for i, p in enumerate(prompts)]
     answers, summary = answer(rows)
     answers = by_id(answers)
@@ -43,10 +43,10 @@ def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
             "prompt_tokens": len(prompt),
             "output_tokens": 3 + i,
             "kv_precision": kv_precision,
-            "kv_tokens": {name: count for name, count in (("int4", in_pages), ("bf16", kept - in_pages)) if count},
+            "kv_tokens": {name: count for name, count in (("int4", in_pages), ("int8", kept - in_pages)) if count},
         }
     assert (summary.answered, summary.errors, summary.skipped) == (9, 0, 0)
-    assert summary.formats["bf16"].rows == 3
+    assert summary.formats["int8"].rows == 3
     assert summary.formats["int4"].prompt_tokens == sum(len(p) for i, p in enumerate(prompts) if i % 3 != 1)
     assert summary.output_tokens == sum(3 + i for i in range(9))
     for part in summary.formats.values():

@@ -25,7 +25,7 @@ def engine(models):
 
 def test_every_row_is_answered_by_its_model_as_if_that_were_alone(engine, models, tmp_path):
     rows = [
-        {"id": f"{name} {i}", "prompt": prompt, "model": name, "kv_precision": ["int4", "bf16"][i % 2], "logprobs": 0}
+        {"id": f"{name} {i}", "prompt": prompt, "model": name, "kv_precision": ["int4", "int8"][i % 2], "logprobs": 0}
         for i, prompt in enumerate(PROMPTS)
         for name in models
     ]

@@ -144,14 +144,15 @@ def test_places_without_tokens_point_at_the_null_page(batch):
 
 
 @every_batch
-def test_no_slot_is_twice_in_a_tile_or_in_two_formats(batch):
-    """XLA's decode scatters a tile's sums back by slot, which two of a kind would spoil."""
+def test_a_slot_is_in_one_format_and_only_a_formats_last_tile_has_room_left(batch):
     (shape, *_), tiles = batch, plan(batch)
     formats: dict[int, int] = {}
-    for slots, format_id in zip(tiles.slots, tiles.format_ids, strict=True):
-        real = slots[slots < shape.num_slots].tolist()
-        assert len(set(real)) == len(real)
-        assert all(formats.setdefault(slot, int(format_id)) == format_id for slot in real)
+    for first, end, format_id in zip(tiles.starts[:-1], tiles.starts[1:], range(shape.num_formats), strict=True):
+        slots = tiles.slots[first:end].reshape(-1)
+        num_pieces = int((slots < shape.num_slots).sum())
+        assert (slots[:num_pieces] < shape.num_slots).all()
+        assert end - first == -(-num_pieces // shape.rows)
+        assert all(formats.setdefault(slot, format_id) == format_id for slot in slots[:num_pieces].tolist())
 
 
 @every_batch
@@ -163,12 +164,13 @@ def test_a_block_knows_the_tiles_it_has_a_part_in(batch):
         assert listed.tolist() == own + [shape.max_tiles] * (len(listed) - len(own))
 
 
-def test_segments_of_like_length_share_tiles():
-    """Long ones first: one long segment among short ones does not make all of them take many tiles."""
+def test_pieces_of_long_and_short_segments_share_tiles():
     lengths = [1, 8 * PAGE_SIZE, 1, 8 * PAGE_SIZE]
     segments = [BatchSegment(i, 0, list(range(1, 9)), n) for i, n in enumerate(lengths)]
     runs = [QueryRun(i, 1, n) for i, n in enumerate(lengths)]
-    assert plan_tiles(segments, runs, make_shape(rows=2), PAGE_SIZE).starts.tolist() == [0, 9]
+    tiles = plan_tiles(segments, runs, make_shape(rows=2), PAGE_SIZE)
+    pieces = [-(-n // (make_shape().pages * PAGE_SIZE)) for n in lengths]
+    assert tiles.starts.tolist() == [0, -(-sum(pieces) // 2)]
 
 
 def test_more_segments_than_the_shape_has_room_for_are_refused():

@@ -34,7 +34,7 @@ def test_a_decoded_token_goes_to_its_page_or_to_the_tail():
     assert decode.tokens[:2].tolist() == [int8.token_ids[39], int4.token_ids[39]]
     assert decode.positions[:2].tolist() == [39, 39]
     assert decode.pages[:2].tolist() == [kv.page_unit(int8, 2), kv.tail_unit(int4)]
-    assert [NAMES[i] for i in decode.format_ids[:2]] == ["int8", "bf16"]
+    assert [NAMES[i] for i in decode.format_ids[:2]] == ["int8", "int8"]
     assert inputs.sample_slots[:2].tolist() == [0, 1]
     assert inputs.chunk is None
     assert (decode.pages[2:] == NOWHERE).all()
@@ -65,8 +65,8 @@ def test_chunks_lie_side_by_side_from_page_boundaries_on():
     assert sampled == [int8, int4]
     assert chunk.chunk_of_page.tolist() == [0, 1, 1, -1]
     assert chunk.pages.tolist() == [kv.page_unit(int8, 1), kv.page_unit(int4, 1), kv.tail_unit(int4), NOWHERE]
-    assert [NAMES[i] for i in chunk.written_format_ids[:3]] == ["int8", "int4", "bf16"]
-    assert [NAMES[i] for i in chunk.newest_format_ids[:3]] == ["int8", "bf16", "bf16"]
+    assert [NAMES[i] for i in chunk.written_format_ids[:3]] == ["int8", "int4", "int8"]
+    assert [NAMES[i] for i in chunk.newest_format_ids[:3]] == ["int8", "int8", "int8"]
     assert [NAMES[i] for i in chunk.full_format_ids[:3]] == ["int8", "int4", "int4"]
     assert chunk.tokens[:14].tolist() == int8.token_ids[16:]
     assert chunk.tokens[16:40].tolist() == int4.token_ids[16:]
@@ -94,7 +94,7 @@ def cached_tokens(tiles) -> dict[str, list[tuple[list[int], int, int]]]:
 
 
 def test_cached_tokens_are_those_before_the_work():
-    """In int4: the full pages, and in bf16 what the tail holds; both at their positions."""
+    """In int4: the full pages, and in int8 what the tail holds; both at their positions."""
     kv = make_kv()
     request = grown(kv, "a", "int4", 40)
     inputs, _ = build_inputs(spec(0), StepPlan((Work(request, 39, 1),), ()), kv)
@@ -102,7 +102,7 @@ def test_cached_tokens_are_those_before_the_work():
     padding = [0] * (tiles.pages.shape[2] - 1)
     assert cached_tokens(tiles) == {
         "int4": [([*pages_of(kv, request), *padding[1:]], 32, 0)],
-        "bf16": [([kv.tail_unit(request), *padding], 7, 32)],
+        "int8": [([kv.tail_unit(request), *padding], 7, 32)],
     }
     assert tiles.query_counts.tolist() == [1] + [0] * (ROWS - 1)
     assert tiles.query_positions[0] == 39
