@@ -127,9 +127,8 @@ def narrowed_perplexity(arguments: Arguments) -> dict[str, float]:
     token_ids = engine.tokenizer.encode(arguments.text.read_text(), add_special_tokens=False)
     found = {}
     for name in ("bf16", "int8", "int4"):
-        narrowed = None if name == "bf16" else name
         found[name] = measure_perplexity(
-            engine, token_ids, arguments.window, arguments.windows, "bf16", narrow_half_to=narrowed
+            engine, token_ids, arguments.window, arguments.windows, "bf16", narrow_half_to=name
         ).ppl
     return found
 

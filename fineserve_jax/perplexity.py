@@ -86,7 +86,7 @@ def measure_perplexity(
         on_window: called after each window with how many are done and the perplexity so far.
         model: whose; None for the only one there is.
         narrow_half_to: score only the second half of each window, its first half narrowed to this KV format before,
-            as it is when memory is short; None: score all of it, and narrow nothing.
+            as it is when memory is short, or left alone if that is `kv_precision`; None: score all of it.
 
     Raises:
         RequestError: too short a text, or windows that the engine cannot hold.
@@ -97,7 +97,7 @@ def measure_perplexity(
         raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
     _check(engine, served, token_ids, window, windows, kv_precision)
     served.runner.use_formats([kv_precision])
-    if narrow_half_to is not None:
+    if narrow_half_to not in (None, kv_precision):
         steps = ladder(engine.kv, served.name, kv_precision, narrow_half_to)
         if len(steps) == 1 or window < 2 * served.geometry.page_size:
             raise RequestError(
