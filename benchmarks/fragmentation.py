@@ -11,7 +11,7 @@ out. Every way to divide memory gets the same requests. While a step computes, t
                           that was admitted count before they are computed
 
 The second table compares how many requests run at a time, with those of `uniform` in the same memory: all in int4, and
-in the mix; by page size, and by the format in which int4 keeps its newest, unfilled page. The last line is JSON.
+in the mix; by page size. The last line is JSON.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from slab_world import MIX, MODEL, Layout, Lengths, Memory, World, make_classes, read_lengths
+from slab_world import MIX, MODEL, Lengths, Memory, World, make_classes, read_lengths
 
 WAYS = {
     "elastic": Memory(),
@@ -33,8 +33,6 @@ WAYS = {
     "uniform": Memory("uniform"),
     "slabs of the LCM, no compaction": Memory(slabs="lcm", compacts=False),
 }
-# As the engine has it, and two that it could have: the newest tokens of int4 requests in int8, and finer units.
-LAYOUTS = (Layout(), Layout(int4_tail="int8"), Layout(int4_tail="int8", unit_words=64))
 GOAL, INT4_GOAL, MIX_GOAL = 1.03, 3.5, 1.9
 
 
@@ -98,7 +96,7 @@ class Case:
 
     memory: Memory
     context: int
-    layout: Layout
+    page_size: int
     mix: tuple[str, ...] = MIX
     ageing_s: float = 30.0
     drains: bool = False
@@ -145,7 +143,7 @@ def compare_ratios(
     )
     ratios, runs = {}, {}
     for name, memory in WAYS.items():
-        samples = runs[name] = run(arguments, lengths[context], Case(memory, context, Layout(page_size), drains=True))
+        samples = runs[name] = run(arguments, lengths[context], Case(memory, context, page_size, drains=True))
         under_load = (samples.step >= arguments.warm_up) & (samples.step < arguments.steps)
         ending = (samples.step >= arguments.steps) & (samples.reserved >= 0.1 * samples.usable)
         for phase, chosen in {"load": under_load, "end, to a tenth": ending}.items():
@@ -159,46 +157,41 @@ def compare_ratios(
 def compare_concurrency(arguments: Arguments, lengths: Lengths, context: int, page_size: int) -> list[dict[str, Any]]:
     """Requests that run at a time, elastic over uniform."""
 
-    def load(way: str, layout: Layout, mix: tuple[str, ...], ageing_s: float) -> dict[str, Any]:
-        layout = dataclasses.replace(layout, page_size=page_size)
-        samples = run(arguments, lengths, Case(WAYS[way], context, layout, mix, ageing_s))
+    def load(way: str, mix: tuple[str, ...], ageing_s: float) -> dict[str, Any]:
+        samples = run(arguments, lengths, Case(WAYS[way], context, page_size, mix, ageing_s))
         return samples.where(samples.step >= arguments.warm_up).summary()
 
     rows = []
     loads = [("int4", ("int4",), arguments.ageing_s[0]), *(("mix", MIX, ageing_s) for ageing_s in arguments.ageing_s)]
     for name, mix, ageing_s in loads:
-        uniform = load("uniform", Layout(), mix, ageing_s)
-        for layout in LAYOUTS:
-            elastic = load("elastic", layout, mix, ageing_s)
-            rows.append(
-                {
-                    "context": context,
-                    "page_size": page_size,
-                    "requests": name,
-                    "ageing_s": ageing_s,
-                    "int4_tail": layout.int4_tail,
-                    "unit_words": layout.unit_words or "chosen",
-                    "elastic": elastic["running"],
-                    "uniform": uniform["running"],
-                    "ratio": round(elastic["running"] / uniform["running"], 3),
-                    "cached_max": elastic["cached"]["max"],
-                    "granted_max": elastic["granted"]["max"],
-                }
-            )
+        uniform, elastic = (load(way, mix, ageing_s) for way in ("uniform", "elastic"))
+        rows.append(
+            {
+                "context": context,
+                "page_size": page_size,
+                "requests": name,
+                "ageing_s": ageing_s,
+                "elastic": elastic["running"],
+                "uniform": uniform["running"],
+                "ratio": round(elastic["running"] / uniform["running"], 3),
+                "cached_max": elastic["cached"]["max"],
+                "granted_max": elastic["granted"]["max"],
+            }
+        )
     return rows
 
 
 def show_concurrency(rows: list[dict[str, Any]], console: Console) -> None:
     goals = f"goals: {INT4_GOAL} for int4, {MIX_GOAL} for the mix, {GOAL} for reserved bytes; * where reached"
     table = Table(title=f"requests running at a time; {goals}")
-    for heading in ("context", "page", "requests", "ageing", "int4's tail", "unit", "elastic", "uniform", "times"):
+    for heading in ("context", "page", "requests", "ageing", "elastic", "uniform", "times"):
         table.add_column(heading)
     table.add_column("reserved / cached: max")
     table.add_column("/ granted: max")
     for row in rows:
         goal = INT4_GOAL if row["requests"] == "int4" else MIX_GOAL
         table.add_row(
-            *(str(row[key]) for key in ("context", "page_size", "requests", "ageing_s", "int4_tail", "unit_words")),
+            *(str(row[key]) for key in ("context", "page_size", "requests", "ageing_s")),
             f"{row['elastic']:.0f}",
             f"{row['uniform']:.0f}",
             f"{row['ratio']:.2f}" + (" *" if row["ratio"] >= goal else ""),
@@ -210,11 +203,11 @@ def show_concurrency(rows: list[dict[str, Any]], console: Console) -> None:
 
 def run(arguments: Arguments, lengths: Lengths, case: Case) -> Samples:
     """Serve one case's requests, sampling."""
-    classes, unit_bytes = make_classes(case.layout)
+    classes, unit_bytes = make_classes(case.page_size)
     kv_bytes = arguments.kv_memory * case.context // arguments.contexts[0]
     world = World(case.memory, kv_bytes, classes, unit_bytes, case.ageing_s, arguments.chunk_tokens)
     rng = np.random.default_rng(arguments.seed)
-    token_bytes = np.mean([classes[MODEL, name].page_bytes / case.layout.page_size for name in case.mix])
+    token_bytes = np.mean([classes[MODEL, name].page_bytes / case.page_size for name in case.mix])
     # A request holds its prompt and on average half of its output, for as many steps as it has output tokens.
     byte_steps = token_bytes * ((lengths.prompts + lengths.outputs / 2) * lengths.outputs).mean()
     rate = arguments.load * kv_bytes / byte_steps

@@ -11,18 +11,27 @@ from pathlib import Path
 
 import numpy as np
 
-from fineserve_jax.assembly import page_classes
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
-from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
+from fineserve_jax.models import ModelConfig
+from fineserve_jax.page_shapes import WORD_BYTES, page_classes, page_geometry
 from fineserve_jax.request import FinishReason, Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
 
 MODEL = "smollm2"
-LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64  # SmolLM2-135M
+SHAPE = ModelConfig(  # SmolLM2-135M
+    family="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+)
 STEP_S = 0.05
 MIX = ("bf16", "int8", "int4")
 # Of azure_llm_2023_conv.csv at PERCENTS, to draw from where the file is not.
@@ -79,29 +88,10 @@ def read_lengths(trace: Path, context: int) -> Lengths:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How pages are made.
-
-    Attributes:
-        page_size: tokens of a page.
-        int4_tail: format in which int4 keeps its newest, unfilled page.
-        unit_words: 16-bit words of a unit, which a layer of a page is rounded up to; None: as the engine chooses.
-    """
-
-    page_size: int = 16
-    int4_tail: str = "bf16"
-    unit_words: int | None = None
-
-
-def make_classes(layout: Layout) -> tuple[dict[tuple[str, str], PageClass], int]:
+def make_classes(page_size: int) -> tuple[dict[tuple[str, str], PageClass], int]:
     """Page classes of the formats, and the bytes of a unit."""
-    unit_words = layout.unit_words or choose_unit_words(HEAD_DIM, layout.page_size)
-    geometry = PageGeometry(LAYERS, KV_HEADS, HEAD_DIM, layout.page_size, unit_words)
-    classes = page_classes(MODEL, geometry, MIX)
-    tail = classes[MODEL, layout.int4_tail]
-    classes[MODEL, "int4"] = dataclasses.replace(classes[MODEL, "int4"], tail=tail)
-    return classes, 2 * unit_words
+    geometry = page_geometry(SHAPE, page_size)
+    return page_classes(MODEL, geometry, MIX), WORD_BYTES * geometry.unit_words
 
 
 class World:

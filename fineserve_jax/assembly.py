@@ -1,6 +1,5 @@
 """From models and settings to the parts of an engine: page geometries, KV manager, scheduler, arena, runners."""
 
-import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.memory import format_bytes, host_capacity_bytes, host_memory_bytes, kv_memory_bytes
 from fineserve_jax.model_settings import ModelSettings
-from fineserve_jax.models import ModelConfig, build_model
+from fineserve_jax.models import build_model
+from fineserve_jax.page_shapes import WORD_BYTES, page_classes, page_geometries
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
 from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.precision import resolve_precision
@@ -32,7 +32,6 @@ from fineserve_jax.scheduler import FormatCost, ModelCost, Scheduler
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_SEQ_LEN = 2048
-WORD_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,44 +113,6 @@ def kernel_implementation() -> Implementation:
     if is_interpreted(implementation):
         log.warning("%s kernels are interpreted on this platform: right, but very slow", implementation)
     return implementation
-
-
-def page_geometry(model: ModelConfig, page_size: int, *, tpu: bool = False) -> PageGeometry:
-    """How the model's pages lie in an arena of its own."""
-    unit_words = choose_unit_words(model.head_dim, page_size, tpu=tpu)
-    return PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, page_size, unit_words)
-
-
-def page_geometries(models: Mapping[str, LoadedModel], page_size: int, *, tpu: bool = False) -> dict[str, PageGeometry]:
-    """How the pages of several models lie in one arena: in units of one length, which suits all.
-
-    Lengths of units are powers of two, so the least divides the others.
-    """
-    alone = {name: page_geometry(model.config, page_size, tpu=tpu) for name, model in models.items()}
-    unit_words = min(geometry.unit_words for geometry in alone.values())
-    return {name: dataclasses.replace(geometry, unit_words=unit_words) for name, geometry in alone.items()}
-
-
-def page_classes(model: str, geometry: PageGeometry, formats: Iterable[str]) -> dict[tuple[str, str], PageClass]:
-    """The page class of each format, and of the tails they need, by model and format name."""
-    classes: dict[tuple[str, str], PageClass] = {}
-
-    def add(name: str) -> PageClass:
-        if (model, name) not in classes:
-            kv_format = get_format(name)
-            classes[model, name] = PageClass(
-                model=model,
-                kv_format=name,
-                page_units=kv_format.page_units(geometry),
-                page_size=geometry.page_size,
-                page_bytes=geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES,
-                tail=None if kv_format.tail is None else add(kv_format.tail),
-            )
-        return classes[model, name]
-
-    for name in formats:
-        add(name)
-    return classes
 
 
 def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str]) -> ModelCost:

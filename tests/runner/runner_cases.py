@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fineserve_jax.assembly import page_classes, page_geometry
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slabs import SlabAllocator, choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
+from fineserve_jax.page_shapes import page_classes, page_geometry
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
 from fineserve_jax.runner.arena import Arena

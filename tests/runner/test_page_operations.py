@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fineserve_jax.assembly import page_classes
 from fineserve_jax.kv.operations import Copy, HostPages, Load, Save
+from fineserve_jax.page_shapes import page_classes
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.writing import requantise, write_pages

@@ -151,7 +151,7 @@ def plans(work, tenants, **options):
 @settings(deadline=None, max_examples=40)
 @given(requests)
 def test_without_quotas_tenants_change_nothing(work):
-    """Under a policy that learns nothing of tenants: the default one expects each tenant's answers to go on as before."""
+    """Under a policy that learns nothing of them: the default one expects each tenant's answers to go on as before."""
     assert plans(work, tenants=True, policy="fcfs") == plans(work, tenants=False, policy="fcfs")
 
 

@@ -1,0 +1,62 @@
+"""The shapes of models' pages: how a page lies in the arena, and how long it is in each KV format."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.loaders import LoadedModel
+from fineserve_jax.models import ModelConfig
+from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
+from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
+
+WORD_BYTES = 2
+MAX_PADDING = 0.015
+"""Part of a page that may be lost by rounding its layers up to units, before units are made shorter."""
+
+
+def page_geometry(model: ModelConfig, page_size: int, *, tpu: bool = False) -> PageGeometry:
+    """How the model's pages lie in an arena of its own: in long units, which are gathered faster, or in units of half
+    the length where long ones lose much to padding in some format and shorter ones less."""
+    longest = choose_unit_words(model.head_dim, page_size, tpu=tpu)
+    geometry = PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, page_size, longest)
+    if tpu or padding(geometry) <= MAX_PADDING:
+        return geometry
+    return min(geometry, dataclasses.replace(geometry, unit_words=longest // 2), key=padding)
+
+
+def padding(geometry: PageGeometry) -> float:
+    """The part of a page that holds nothing, in the registered format that loses most."""
+    held = [f.words_per_layer(geometry) / (f.units_per_layer(geometry) * geometry.unit_words) for f in FORMATS.values()]
+    return 1 - min(held)
+
+
+def page_geometries(models: Mapping[str, LoadedModel], page_size: int, *, tpu: bool = False) -> dict[str, PageGeometry]:
+    """How the pages of several models lie in one arena: in units of one length, which suits all.
+
+    Lengths of units are powers of two, so the least divides the others.
+    """
+    alone = {name: page_geometry(model.config, page_size, tpu=tpu) for name, model in models.items()}
+    unit_words = min(geometry.unit_words for geometry in alone.values())
+    return {name: dataclasses.replace(geometry, unit_words=unit_words) for name, geometry in alone.items()}
+
+
+def page_classes(model: str, geometry: PageGeometry, formats: Iterable[str]) -> dict[tuple[str, str], PageClass]:
+    """The page class of each format, and of the tails they need, by model and format name."""
+    classes: dict[tuple[str, str], PageClass] = {}
+
+    def add(name: str) -> PageClass:
+        if (model, name) not in classes:
+            kv_format = get_format(name)
+            classes[model, name] = PageClass(
+                model=model,
+                kv_format=name,
+                page_units=kv_format.page_units(geometry),
+                page_size=geometry.page_size,
+                page_bytes=geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES,
+                tail=None if kv_format.tail is None else add(kv_format.tail),
+            )
+        return classes[model, name]
+
+    for name in formats:
+        add(name)
+    return classes
