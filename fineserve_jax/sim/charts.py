@@ -47,8 +47,7 @@ def _axes(x_label: str, y_label: str, x_from: float, x_to: float, y_to: float, p
         left, height = place(x_from, y)
         parts.append(f'<line x1="{left}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 5}" y="{height + 4:.1f}" text-anchor="end">{y:g}</text>')
-    whole_powers = [float(x) for x in range(math.ceil(x_from), math.floor(x_to) + 1)]
-    for x in whole_powers if log_x else _ticks(x_from, x_to):
+    for x in (_log_ticks if log_x else _ticks)(x_from, x_to):
         across, height = place(x, 0.0)
         label = 10.0**x if log_x else x
         parts.append(f'<text x="{across:.1f}" y="{height + 14:.1f}" text-anchor="middle">{label:g}</text>')
@@ -84,6 +83,17 @@ def _ticks(start: float, stop: float, wanted: int = 5) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if (stop - start) / (step * factor) <= wanted + 1)
     first = math.ceil(start / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(stop / step + 1e-9) + 1)]
+
+
+def _log_ticks(start: float, stop: float, wanted: int = 3) -> list[float]:
+    """Logarithms of round numbers from 10**start to 10**stop: powers of ten where there are enough."""
+    for factors in ((1,), (1, 2, 5)):
+        powers = range(math.floor(start), math.floor(stop) + 1)
+        ticks = [power + math.log10(factor) for power in powers for factor in factors]
+        ticks = [x for x in ticks if start <= x <= stop]
+        if len(ticks) >= wanted:
+            return ticks
+    return [math.log10(x) for x in _ticks(10.0**start, 10.0**stop)]
 
 
 def distribution(values: Sequence[float], most: int = 200) -> Points:

@@ -11,6 +11,7 @@ from fineserve_jax.sim.simulator import Run, Sample, Served
 
 STYLE = """
 body { font: 14px sans-serif; margin: 2em; color: #222 }
+.wide { overflow-x: auto }
 table { border-collapse: collapse } td, th { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left } svg { margin: 6px } h2 { margin-top: 1.6em }
 """
@@ -102,4 +103,4 @@ def _table(results: Sequence[Result]) -> str:
             figure = value(result.summary)
             cells.append("" if figure is None else format(figure, form))
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'

@@ -132,3 +132,12 @@ def test_prefixes_in_a_workload_are_shared(tmp_path):
 def test_what_cannot_be_simulated_is_refused(words, message, capsys):
     assert main(["simulate", "--rate", "5", "--seconds", "2", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("xs", [(0.0066, 0.0069), (0.004, 0.03), (0.001, 90.0)])
+def test_a_logarithmic_axis_has_numbers_however_short_it_is(xs):
+    chart = ET.fromstring(line_chart("t", "x", "y", {"a": [(x, 1.0) for x in xs]}, log_x=True))
+    texts = chart.iter("{http://www.w3.org/2000/svg}text")
+    numbers = [float(text.text) for text in texts if text.get("y") == "242.0"]
+    assert len(numbers) >= 3
+    assert all(xs[0] * 0.999 <= number <= xs[1] * 1.001 for number in numbers)

@@ -1,0 +1,225 @@
+"""The gain of low-precision KV in short memory on a real engine, and what the simulator says of the same batch.
+
+    python benchmarks/paper_engine.py
+
+One model, requests in several KV precisions, and memory for only some of them at a time. Engines with the same model
+and memory take turns:
+
+    fineserve    slabs of any length; fewer bits first, then less expected work, with ageing
+    uniform      pages of one length for all formats, first come first served
+    static       a fixed share of the memory for each format, first come first served
+
+Each first serves a smaller batch, from which it learns how long steps take and answers are. With the profile that it
+learnt, the simulator then serves the same two batches through the same scheduler and memory on a virtual clock, and
+what it predicts of the second, total time and order of completion, stands beside what happened. The last line is JSON.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import kendalltau
+
+from fineserve_jax.compilation_cache import use_compilation_cache
+from fineserve_jax.config import EngineConfig
+from fineserve_jax.engine import Engine
+from fineserve_jax.loaders import LoadedModel, load_model
+from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.scheduler import StepProfile
+from fineserve_jax.sim.simulator import Run, Simulator
+from fineserve_jax.sim.workload import Arrival, Kind, assign, draw
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "fineserve": {"policy": "fineserve", "slab_policy": "elastic"},
+    "uniform": {"policy": "fcfs", "slab_policy": "uniform"},
+    "static": {"policy": "fcfs", "slab_policy": "partitioned"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    model: str = "smollm2-135m"
+    weights: str = "bf16"
+    requests: int = 200
+    learning_requests: int = 60
+    mix: tuple[str, ...] = ("bf16", "int8", "int4", "int4", "int4", "int4")
+    """KV precisions, dealt out at random; one that is named twice gets twice the share."""
+    shorten: float = 3.0
+    """Lengths are those of chats (medians of 110 and 230 tokens) over this."""
+    max_seq_len: int = 512
+    kv_memory: str = "24MiB"
+    max_batch_size: int = 64
+    max_chunk_tokens: int = 256
+    rounds: int = 1
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of one batch: seconds from its first step to its last token, and for each request when its last token came."""
+
+    seconds: float
+    finished_s: np.ndarray
+    mean_running: float
+    preemptions: int
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    use_compilation_cache()
+    model = load_model(arguments.model, arguments.weights)
+    learning, batch = (
+        workload(arguments, model.name, count, arguments.seed + number)
+        for number, count in enumerate((arguments.learning_requests, arguments.requests))
+    )
+    engines = {name: Engine(model, settings(arguments, name)) for name in SYSTEMS}
+    for engine in engines.values():
+        engine.warm_up(sorted(set(arguments.mix)))
+    for engine in engines.values():
+        serve(engine, learning, arguments.seed)
+    compiled = sum(engine.stats().num_compilations for engine in engines.values())
+    simulated = {name: simulate(arguments, model, engine, name, learning, batch) for name, engine in engines.items()}
+    real: dict[str, list[Outcome]] = {name: [] for name in engines}
+    for number in range(arguments.rounds):
+        for name, engine in engines.items():
+            real[name].append(serve(engine, batch, arguments.seed + 1 + number))
+    compiled = sum(engine.stats().num_compilations for engine in engines.values()) - compiled
+    report(arguments, batch, real, simulated, compiled)
+
+
+def settings(arguments: Arguments, system: str) -> EngineConfig:
+    return EngineConfig(
+        kv_memory=arguments.kv_memory,
+        kv_formats=tuple(dict.fromkeys(arguments.mix)),
+        max_batch_size=arguments.max_batch_size,
+        max_seq_len=arguments.max_seq_len,
+        max_chunk_tokens=arguments.max_chunk_tokens,
+        prefix_cache="off",
+        preemption="recompute",
+        **SYSTEMS[system],
+    )
+
+
+def workload(arguments: Arguments, model: str, count: int, seed: int) -> list[Arrival]:
+    """So many requests of chats' lengths, shortened, that are all there at the start."""
+    drawn = draw(rate=2.0 * count, seconds=1.0, seed=seed)[:count]
+    kinds = [Kind(1.0, model, kv_precision) for kv_precision in arguments.mix]
+    most = arguments.max_seq_len // 2
+    return [
+        dataclasses.replace(
+            arrival,
+            arrival_s=0.0,
+            prompt_tokens=min(most, max(1, round(arrival.prompt_tokens / arguments.shorten))),
+            output_tokens=min(most, max(1, round(arrival.output_tokens / arguments.shorten))),
+        )
+        for arrival in assign(drawn, kinds, seed)
+    ]
+
+
+def serve(engine: Engine, batch: list[Arrival], seed: int) -> Outcome:
+    """Serves a batch for real, prompts of random tokens."""
+    rng = np.random.default_rng(seed)
+    before, running = engine.stats().num_preemptions, []
+    requests = [
+        engine.add_request(
+            rng.integers(1000, 20000, arrival.prompt_tokens).tolist(),
+            SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
+            kv_precision=arrival.kv_precision,
+        )
+        for arrival in batch
+    ]
+    start, start_s = time.perf_counter(), engine.clock()
+    while engine.has_unfinished:
+        engine.step()
+        running.append(engine.scheduler.num_running)
+    seconds = time.perf_counter() - start
+    finished = np.array([request.times.finished_s for request in requests], float) - start_s
+    for request in requests:
+        engine.release(request)
+    return Outcome(seconds, finished, statistics.mean(running), engine.stats().num_preemptions - before)
+
+
+def simulate(
+    arguments: Arguments,
+    model: LoadedModel,
+    engine: Engine,
+    system: str,
+    learning: list[Arrival],
+    batch: list[Arrival],
+) -> Outcome:
+    """Serves both batches on a virtual clock, with a scheduler and memory like the engine's and its step profile."""
+    timer = StepProfile.from_dict(engine.scheduler.profiles[model.name].to_dict())
+    twin = Engine(model, settings(arguments, system))  # for its scheduler and its KV manager; it computes nothing
+    twin.scheduler.start_from({model.name: StepProfile.from_dict(timer.to_dict())})
+    for arrivals in (learning, batch):
+        simulator = Simulator(
+            twin.scheduler, twin.kv, {model.name: timer}, max_output_tokens=0, fast=False, record_steps=True
+        )
+        run = simulator.run(arrivals)
+    return outcome_of(run)
+
+
+def outcome_of(run: Run) -> Outcome:
+    finished = np.array([served.finished_s for served in run.served], float)
+    running = [step.num_decodes + len(step.chunks) for step in run.steps]
+    return Outcome(run.end_s, finished, statistics.mean(running), run.num_preemptions)
+
+
+def report(
+    arguments: Arguments,
+    batch: list[Arrival],
+    real: dict[str, list[Outcome]],
+    simulated: dict[str, Outcome],
+    compilations: int,
+) -> None:
+    tokens = sum(arrival.output_tokens for arrival in batch)
+    table = Table("", "s", "simulated", "error", "order (Kendall)", "tokens/s", "times uniform", "simulated", "running")
+    results = {}
+    uniform = statistics.median(outcome.seconds for outcome in real["uniform"])
+    for name, outcomes in real.items():
+        seconds, predicted = statistics.median(outcome.seconds for outcome in outcomes), simulated[name]
+        results[name] = {
+            "seconds": round(seconds, 2),
+            "simulated_seconds": round(predicted.seconds, 2),
+            "error": round(predicted.seconds / seconds - 1, 4),
+            "order_kendall_tau": round(float(kendalltau(outcomes[0].finished_s, predicted.finished_s).statistic), 4),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "times_uniform": round(uniform / seconds, 3),
+            "simulated_times_uniform": round(simulated["uniform"].seconds / predicted.seconds, 3),
+            "mean_running": round(outcomes[0].mean_running, 1),
+            "preemptions": outcomes[0].preemptions,
+        }
+        shown = results[name]
+        table.add_row(
+            name,
+            f"{seconds:.1f}",
+            f"{predicted.seconds:.1f}",
+            f"{shown['error']:+.1%}",
+            f"{shown['order_kendall_tau']:.3f}",
+            f"{shown['tokens_per_s']:.0f}",
+            f"{shown['times_uniform']:.2f}",
+            f"{shown['simulated_times_uniform']:.2f}",
+            f"{shown['mean_running']:.1f}",
+        )
+    Console(width=140).print(table)
+    print(
+        json.dumps(
+            {
+                **dataclasses.asdict(arguments),
+                "results": results,
+                "compilations_after_warm_up": compilations,
+                "device": jax.devices()[0].device_kind,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
