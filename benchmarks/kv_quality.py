@@ -3,7 +3,7 @@
     python benchmarks/kv_quality.py --text wikitext2_valid.txt
 
 Each scheme is a KV format like any other, so it is measured through the engine's own cache: a token sees its own page
-in bf16 and all earlier pages quantised. The simulated schemes keep their dequantised numbers in 32-bit words, which
+in int8 and all earlier pages quantised. The simulated schemes keep their dequantised numbers in 32-bit words, which
 changes nothing about what is read; their bits are those that a packed page would take, scales counted, padding not.
 """
 
@@ -42,7 +42,7 @@ class Arguments:
 class Simulated(Float32):
     """A page-wise scheme, given as what it makes of keys and of values."""
 
-    tail = "bf16"
+    tail = "int8"
 
     def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
         self.name, self.bits, self._k, self._v = name, bits, k, v

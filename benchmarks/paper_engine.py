@@ -33,7 +33,7 @@ from fineserve_jax.engine import Engine
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import StepProfile
-from fineserve_jax.sim.simulator import Run, Simulator
+from fineserve_jax.sim.simulator import Simulator
 from fineserve_jax.sim.workload import Arrival, Kind, assign, draw
 
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ class Arguments:
     """KV precisions, dealt out at random; one that is named twice gets twice the share."""
     shorten: float = 3.0
     """Lengths are those of chats (medians of 110 and 230 tokens) over this."""
-    max_seq_len: int = 512
+    max_seq_len: int = 256
     kv_memory: str = "24MiB"
     max_batch_size: int = 64
     max_chunk_tokens: int = 256
@@ -67,8 +67,8 @@ class Outcome:
 
     seconds: float
     finished_s: np.ndarray
-    mean_running: float
     preemptions: int
+    mean_running: float = float("nan")
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def workload(arguments: Arguments, model: str, count: int, seed: int) -> list[Ar
 def serve(engine: Engine, batch: list[Arrival], seed: int) -> Outcome:
     """Serves a batch for real, prompts of random tokens."""
     rng = np.random.default_rng(seed)
-    before, running = engine.stats().num_preemptions, []
+    before, running = engine.scheduler.num_preemptions, []
     requests = [
         engine.add_request(
             rng.integers(1000, 20000, arrival.prompt_tokens).tolist(),
@@ -143,7 +143,8 @@ def serve(engine: Engine, batch: list[Arrival], seed: int) -> Outcome:
     finished = np.array([request.times.finished_s for request in requests], float) - start_s
     for request in requests:
         engine.release(request)
-    return Outcome(seconds, finished, statistics.mean(running), engine.stats().num_preemptions - before)
+    preemptions = engine.scheduler.num_preemptions - before
+    return Outcome(seconds, finished, preemptions, statistics.mean(running))
 
 
 def simulate(
@@ -159,17 +160,10 @@ def simulate(
     twin = Engine(model, settings(arguments, system))  # for its scheduler and its KV manager; it computes nothing
     twin.scheduler.start_from({model.name: StepProfile.from_dict(timer.to_dict())})
     for arrivals in (learning, batch):
-        simulator = Simulator(
-            twin.scheduler, twin.kv, {model.name: timer}, max_output_tokens=0, fast=False, record_steps=True
-        )
-        run = simulator.run(arrivals)
-    return outcome_of(run)
-
-
-def outcome_of(run: Run) -> Outcome:
+        before = twin.scheduler.num_preemptions
+        run = Simulator(twin.scheduler, twin.kv, {model.name: timer}, max_output_tokens=0, fast=False).run(arrivals)
     finished = np.array([served.finished_s for served in run.served], float)
-    running = [step.num_decodes + len(step.chunks) for step in run.steps]
-    return Outcome(run.end_s, finished, statistics.mean(running), run.num_preemptions)
+    return Outcome(run.end_s, finished, run.num_preemptions - before)
 
 
 def report(
@@ -195,6 +189,7 @@ def report(
             "simulated_times_uniform": round(simulated["uniform"].seconds / predicted.seconds, 3),
             "mean_running": round(outcomes[0].mean_running, 1),
             "preemptions": outcomes[0].preemptions,
+            "simulated_preemptions": predicted.preemptions,
         }
         shown = results[name]
         table.add_row(

@@ -93,7 +93,7 @@ def assemble(
     kv = _kv_manager(config, unit_words, classes, size)
     for name in models:
         _check_one_request_fits(kv, name, configs[name], limits[name], size)
-    costs = {name: model_cost(model, geometries[name], config.served_formats) for name, model in models.items()}
+    costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
     scheduler = Scheduler(config.scheduler(), kv, costs, device_roofline(device))
     arena = Arena(next(iter(geometries.values())), kv.allocator.num_units)
     operations = PageOperations(arena, geometries, kv.allocator.slab_units, implementation)
@@ -113,6 +113,11 @@ def kernel_implementation() -> Implementation:
     if is_interpreted(implementation):
         log.warning("%s kernels are interpreted on this platform: right, but very slow", implementation)
     return implementation
+
+
+def _formats_kept(kv: KVManager, model: str) -> list[str]:
+    """KV formats that pages of the model may be in: those that requests name, and their tails."""
+    return [kv_format for served, kv_format in kv.classes if served == model]
 
 
 def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str]) -> ModelCost:

@@ -97,9 +97,10 @@ def measure_perplexity(
         raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
     _check(engine, served, token_ids, window, windows, kv_precision)
     served.runner.use_formats([kv_precision])
-    if narrow_half_to not in (None, kv_precision):
+    if narrow_half_to is not None:
         steps = ladder(engine.kv, served.name, kv_precision, narrow_half_to)
-        if len(steps) == 1 or window < 2 * served.geometry.page_size:
+        unchanged = len(steps) == 1 and narrow_half_to != kv_precision
+        if unchanged or window < 2 * served.geometry.page_size:
             raise RequestError(
                 f"half of a window of {window} tokens in {kv_precision} cannot be narrowed to {narrow_half_to}; give a "
                 f"narrower format, and windows of at least {2 * served.geometry.page_size} tokens"

@@ -36,15 +36,14 @@ class PartialAttention(NamedTuple):
 
         Args:
             rows: i32[P].
-            parts: of f32[P, ...], this being of f32[rows, ...].
+            parts: of f32[P, ...], this being of f32[rows, ...]. Costs nothing for rows that have no part.
         """
         peak = self.peak.at[rows].max(parts.peak)
-        mine, theirs = jnp.exp(self.peak - peak), jnp.exp(parts.peak - peak[rows])
-        return PartialAttention(
-            peak,
-            (self.weight * mine).at[rows].add(parts.weight * theirs),
-            (self.total * mine[..., None]).at[rows].add(parts.total * theirs[..., None]),
-        )
+        mine, theirs = jnp.exp(self.peak[rows] - peak[rows]), jnp.exp(parts.peak - peak[rows])
+        # A row with several parts is scaled down once for all: it is set as often, to the same values.
+        weight = self.weight.at[rows].set(self.weight[rows] * mine).at[rows].add(parts.weight * theirs)
+        scaled = self.total.at[rows].set(self.total[rows] * mine[..., None])
+        return PartialAttention(peak, weight, scaled.at[rows].add(parts.total * theirs[..., None]))
 
     def output(self) -> jax.Array:
         """f32[..., head_dim]: the attention output; 0 for queries that saw no key."""

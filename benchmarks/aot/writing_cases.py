@@ -48,7 +48,8 @@ def writing_cases(platform: Platform, full: bool) -> Iterator[Case]:
         for source, target in every if full else SOME_CHANGES:
             yield _requantise_case(platform, model, get_format(source), get_format(target))
     for model in (QWEN_32B, PHI, LONG_VECTORS, LONG_PAGES):
-        yield _requantise_case(platform, model, get_format("bf16"), get_format("int4"))
+        for source in ("bf16", "int8"):  # narrowing, and closing the page of the newest tokens
+            yield _requantise_case(platform, model, get_format(source), get_format("int4"))
 
 
 def _i32(*shape: int) -> jax.ShapeDtypeStruct:

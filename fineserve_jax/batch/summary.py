@@ -35,7 +35,7 @@ class BatchSummary:
     Attributes:
         answered, errors, skipped: rows; skipped ones had been answered by an earlier run.
         formats: per KV precision. Bytes count under the format that the pages are in: the newest tokens of an
-            int4 row lie in a bf16 page.
+            int4 row lie in an int8 page.
         seconds: from the first row to the last.
         decode_tokens, decode_s: output tokens of the steps that did nothing but decode, and their time.
         compilations, preemptions, narrowed_pages, hit_tokens: while the job ran; see `KVCounts`.

@@ -1,5 +1,6 @@
 """The books of an allocator and of a KV manager, audited from their smallest records upwards."""
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,6 +84,7 @@ def _check_prefix(kv: "KVManager") -> None:
         if page.writer is not None and page.writer not in kv.held:
             raise IntegrityError(f"page {handle} waits for request {page.writer.request_id}, which holds nothing")
     idle = [kv.prefix.by_handle[handle] for handle in kv.prefix.idle]
+    _equal("idle pages by class", +kv.prefix.idle_pages, Counter(page.page_class for page in idle))
     _equal("units of idle pages", kv.prefix.idle_units, sum(kv.allocator.page_units(page.page_class) for page in idle))
     _equal("idle pages that are not ready", [], [page.handle for page in idle if not page.ready])
     _equal("idle pages with holders", [], [page.handle for page in idle if kv.table.holders[page.handle]])

@@ -177,7 +177,7 @@ class KVManager:
         if allocator.free_units + self.prefix.idle_units < units:
             return False
         shares = {allocator.member(page_class).pool.share for page_class in wanted}
-        idle = iter(list(self.prefix.idle))
+        idle = self.prefix.least_recent()
         while not allocator.can_allocate(wanted, spare_slabs):
             if self.compaction.move():
                 continue

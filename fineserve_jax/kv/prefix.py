@@ -7,13 +7,17 @@ it instead of computing it again.
 """
 
 import hashlib
+import itertools
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.request import Request
+
+PAGES_AT_A_TIME = 64
+"""Idle pages that are looked at without copying the list of all of them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -57,6 +61,7 @@ class PrefixCache:
         self.stats = PrefixStats()
         self.by_handle: dict[int, ListedPage] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.idle_pages: Counter[PageClass] = Counter()
         self.idle_units = 0
         self._by_digest: dict[tuple[bytes, PageClass], ListedPage] = {}
 
@@ -81,13 +86,20 @@ class PrefixCache:
         del self._by_digest[listed.digest, listed.page_class]
         if handle in self.idle:
             del self.idle[handle]
-            self.idle_units -= self._page_units(listed.page_class)
+            self._count_idle(listed.page_class, -1)
 
     def hold(self, handle: int) -> None:
         """A listed page gets a holder."""
         if handle in self.idle:
             del self.idle[handle]
-            self.idle_units -= self._page_units(self.by_handle[handle].page_class)
+            self._count_idle(self.by_handle[handle].page_class, -1)
+
+    def least_recent(self) -> Iterator[int]:
+        """Idle pages, the least recently used first; each may be forgotten before the next is asked for."""
+        passed = 0
+        while some := list(itertools.islice(self.idle, passed, passed + PAGES_AT_A_TIME)):
+            yield from some
+            passed += sum(handle in self.idle for handle in some)
 
     def keep(self, handles: Sequence[int]) -> Sequence[int]:
         """Keep what is ready of pages that have lost their last holders, the last one as the most recently used;
@@ -99,12 +111,16 @@ class PrefixCache:
             listed = self.by_handle.get(handle)
             if listed is not None and listed.ready:
                 self.idle[handle] = None
-                self.idle_units += self._page_units(listed.page_class)
+                self._count_idle(listed.page_class, 1)
                 continue
             if listed is not None:
                 self.forget(handle)
             others.append(handle)
         return others
+
+    def _count_idle(self, page_class: PageClass, change: int) -> None:
+        self.idle_pages[page_class] += change
+        self.idle_units += change * self._page_units(page_class)
 
 
 def page_tokens(token_ids: Sequence[int], page: int, page_size: int) -> bytes:

@@ -1,6 +1,6 @@
 """Bytes that cached tokens need, and bytes that are reserved for them."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,9 +83,8 @@ def count_events(manager: "KVManager") -> KVCounts:
 def measure_usage(manager: "KVManager") -> KVUsage:
     stats = manager.allocator.stats()
     tokens = _cached_tokens(manager)
-    idle = Counter(manager.prefix.by_handle[handle].page_class for handle in manager.prefix.idle)
     formats = {
-        kv_format: _format_usage(manager, kv_format, stats, tokens, idle)
+        kv_format: _format_usage(manager, kv_format, stats, tokens)
         for kv_format in dict.fromkeys(page_class.kv_format for page_class in stats.classes)
     }
     return KVUsage(
@@ -122,11 +121,10 @@ def _format_usage(
     kv_format: str,
     stats: AllocatorStats,
     tokens: dict[PageClass, int],
-    idle: Counter[PageClass],
 ) -> FormatUsage:
     allocator = manager.allocator
     classes = [page_class for page_class in stats.classes if page_class.kv_format == kv_format]
-    pools = {allocator.members[page_class].pool for page_class in classes}
+    pools, idle = {allocator.members[page_class].pool for page_class in classes}, manager.prefix.idle_pages
     free_slabs = max(allocator.available_slabs(pool) for pool in pools)
     free_units = sum(pool.free_pages * pool.page_units for pool in pools)
     cached_bytes = sum(idle[c] * allocator.member(c).pool.page_units for c in classes) * allocator.unit_bytes

@@ -21,7 +21,7 @@ With quotas (see `quotas`) the requests that are owed memory come before all oth
 own.
 """
 
-from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.manager import Demand, KVManager
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.quotas import Quotas
@@ -110,12 +110,22 @@ class Admission:
         while not self._kv.grow(request, request.num_tokens, leaving):
             if self._kv.compaction.is_cut_short:
                 return False  # what is free has only to be moved together, in the next steps
-            if self._pressure.narrow(row.shares):
+            if self._narrowing_may_help(row, leaving) and self._pressure.narrow(row.shares):
                 continue
             if not (owed and self._quotas.reclaim(row)):
                 return owed and self._kv.grow(request, request.num_tokens)
             leaving = self._reserve.beside(row)
         return True
+
+    def _narrowing_may_help(self, row: Row, leaving: Demand | None) -> bool:
+        """Whether the row could have its pages if all that may be narrowed were; nothing is narrowed in vain."""
+        if not self._pressure.can_narrow:
+            return False
+        kv, request = self._kv, row.request
+        pages = [*kv.demand(request, request.num_tokens).items(), *(leaving or {}).items()]
+        units = sum(kv.allocator.page_units(page_class) * count for page_class, count in pages)
+        units += 0 if leaving is None else kv.reserve_slabs * kv.allocator.slab_units
+        return units <= kv.allocator.free_units + kv.prefix.idle_units + self._pressure.most_units(row.shares)
 
     def _close(self, row: Row, groups: list[Group], now: float) -> list[Group]:
         """Groups that stay open after `row` found no memory."""

@@ -31,6 +31,7 @@ class Pressure:
         profiles: predict what computing a request again takes.
 
     Attributes:
+        can_narrow: whether any row allowed narrowing when the step began.
         transfer_bytes_per_s: measured rate of copies between device and host memory.
         may_narrow: whether a row's pages may be narrowed for others; told by quotas.
         on_narrowing: told of each request whose pages were.
@@ -44,6 +45,7 @@ class Pressure:
         profiles: dict[str, StepProfile],
     ) -> None:
         self._config, self._kv, self._rows, self._profiles = config, kv, rows, profiles
+        self.can_narrow = False
         self.transfer_bytes_per_s = ASSUMED_BYTES_PER_S
         self.may_narrow: Callable[[Row], bool] = lambda row: True
         self.on_narrowing: Callable[[Request], None] = lambda request: None
@@ -52,8 +54,11 @@ class Pressure:
         """The measured rate of copies between device and host memory, if there is one yet."""
         self.transfer_bytes_per_s = bytes_per_s or self.transfer_bytes_per_s
 
-    def restore_reserve(self) -> None:
+    def begin_step(self) -> None:
         """Narrow pages until the reserve of free slabs is whole, while there still are some to work with."""
+        self.can_narrow = any(request.min_kv_precision is not None for request in self._rows)
+        if not self.can_narrow:
+            return
         allocator, reserve = self._kv.allocator, self._kv.reserve_slabs
         # Where pages are only waiting to be moved together, the reserve is whole again a step or two later.
         while len(allocator.free_slabs) < reserve and not self._kv.compaction.is_cut_short and self.narrow(None):
@@ -82,6 +87,20 @@ class Pressure:
                 self.on_narrowing(request)
                 return True
         return False
+
+    def most_units(self, shares: frozenset[str]) -> int:
+        """Units that would be free if all that may be narrowed were, in slabs of any length, or a few less."""
+        total = 0
+        for row in self._rows.values():
+            request = row.request
+            if request.min_kv_precision is None or row.shares.isdisjoint(shares) or not self.may_narrow(row):
+                continue
+            held = self._kv.held[request]
+            floor = self._kv.class_of(request.model, request.min_kv_precision).page_units
+            stop = request.num_computed_tokens // held.page_class.page_size - self._config.narrow_keep_pages
+            for run in held.parts(0, stop):
+                total += max(0, run.page_class.page_units - floor) * len(run.handles)
+        return total
 
     def _bits(self, page_class: PageClass) -> float:
         return self._profiles[page_class.model].model.formats[page_class.kv_format].bits

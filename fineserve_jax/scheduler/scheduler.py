@@ -182,7 +182,7 @@ class Scheduler:
         When decoding rows have to be preempted to make room, nothing is admitted in the same call, unless none is left.
         """
         self._kv.begin_step()
-        self.pressure.restore_reserve()
+        self.pressure.begin_step()
         preempted = self._make_room()
         if self._walk_may_help and not (preempted and self._rows):
             self._admit(now)
@@ -295,9 +295,13 @@ class Scheduler:
         """Grow a row, narrowing others' pages as need be. While any can be, the reserve of free slabs is left alone:
         narrower pages have to go somewhere before those they were encoded from are free."""
         request, kv = row.request, self._kv
-        while not kv.grow(request, request.num_tokens, leaving={}):
-            if kv.compaction.is_cut_short or not self.pressure.narrow(row.shares):
-                return kv.grow(request, request.num_tokens)
+        if self.pressure.can_narrow:
+            while not (kv.compaction.is_cut_short or kv.grow(request, request.num_tokens, leaving={})):
+                if not self.pressure.narrow(row.shares):
+                    break
+        while not kv.grow(request, request.num_tokens):
+            if not (self.pressure.can_narrow and self.pressure.narrow(row.shares)):
+                return False
         return True
 
     def _victim(self, row: Row) -> Row:

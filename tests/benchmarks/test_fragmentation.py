@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from fragmentation import WAYS, Arguments, Case, run
-from slab_world import LONGEST, Layout, read_lengths
+from slab_world import LONGEST, read_lengths
 
 ARGUMENTS = Arguments(kv_memory=256 * 2**20, contexts=(2048,), steps=80, every=5)
 
@@ -17,7 +17,7 @@ ARGUMENTS = Arguments(kv_memory=256 * 2**20, contexts=(2048,), steps=80, every=5
 @pytest.mark.parametrize("name", WAYS)
 def test_all_requests_are_served_out_of_the_memory_there_is(name):
     lengths = read_lengths(Path("no such trace"), 2048)
-    samples = run(ARGUMENTS, lengths, Case(WAYS[name], 2048, Layout(), drains=True))
+    samples = run(ARGUMENTS, lengths, Case(WAYS[name], 2048, 16, drains=True))
     busy = samples.where(samples.running > 0)
     assert (busy.cached <= busy.granted + 1).all()
     assert (busy.granted <= busy.reserved).all()

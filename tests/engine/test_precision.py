@@ -43,6 +43,13 @@ def test_auto_starts_narrower_when_the_request_would_not_fit_otherwise(make_engi
         assert engine.add_request([1] * 100, sampling, kv_precision="auto").kv_precision in starts_in
 
 
+def test_every_format_that_a_page_may_pass_through_has_a_cost(make_engine):
+    """Narrowed from bf16 to int4, pages are in int8 for a while if int4 keeps its newest tokens in that."""
+    engine = make_engine(kv_formats=("bf16", "int4"), kv_precision="auto")
+    (profile,) = engine.scheduler.profiles.values()
+    assert set(profile.model.formats) == {kv_format for _, kv_format in engine.kv.classes} > {"bf16", "int4"}
+
+
 def test_what_cannot_be_honoured_is_refused(make_engine):
     with pytest.raises(ConfigError, match="min_kv_precision='bf16' is wider than kv_precision='int8'"):
         make_engine(kv_precision="int8", min_kv_precision="bf16")

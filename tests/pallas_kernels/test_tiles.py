@@ -165,7 +165,7 @@ def test_a_block_knows_the_tiles_it_has_a_part_in(batch):
 
 
 def test_pieces_of_long_and_short_segments_share_tiles():
-    lengths = [1, 8 * PAGE_SIZE, 1, 8 * PAGE_SIZE]
+    lengths = [1, 1, 1, 8 * PAGE_SIZE]
     segments = [BatchSegment(i, 0, list(range(1, 9)), n) for i, n in enumerate(lengths)]
     runs = [QueryRun(i, 1, n) for i, n in enumerate(lengths)]
     tiles = plan_tiles(segments, runs, make_shape(rows=2), PAGE_SIZE)

@@ -1,5 +1,6 @@
 """Narrowing in place of waiting and of preemption, through the scheduler."""
 
+import pytest
 from scheduler_cases import FakeEngine, make_kv, make_request
 
 COUNT, PROMPT, OUTPUT = 12, 48, 32
@@ -27,8 +28,26 @@ def test_requests_that_wait_are_admitted_once_others_can_be_narrowed():
     assert engine.kv.num_narrowed_pages
 
 
-def test_nobody_is_preempted_while_pages_can_be_narrowed():
+@pytest.mark.parametrize("most_moved", [1 << 30, 16], ids=["", "little is moved in a step"])
+def test_nobody_is_preempted_while_pages_can_be_narrowed(most_moved):
     """Growing rows leave free slabs alone that narrowing needs to start with."""
     engine = squeezed(load=1.6)
+    engine.kv.compaction.max_step_bytes = most_moved
     engine.drain()
     assert engine.scheduler.num_preemptions == 0
+
+
+def test_nothing_is_narrowed_for_a_request_that_would_not_fit_anyway():
+    kv = make_kv(40)
+    kv.reserve_slabs = 2
+    engine = FakeEngine(kv, max_batch_size=COUNT)
+    for number in range(2):
+        engine.add(make_request(number, PROMPT, OUTPUT, min_kv_precision="int8"))
+    engine.add(make_request(2, PROMPT, OUTPUT))
+    for _ in range(10):
+        engine.step()
+    waiting = engine.add(make_request(3, 4 * PROMPT, OUTPUT))
+    for _ in range(10):
+        engine.step()
+    assert waiting not in kv.held
+    assert kv.num_narrowed_pages == 0
