@@ -45,7 +45,7 @@ def test_narrowing_takes_the_place_of_preemption_and_leaves_others_alone(make_en
 
 
 def test_the_newest_pages_stay_wide_and_the_floor_is_kept(make_engine):
-    engine = make_engine(kv_memory="700KB", kv_precision="int4")
+    engine = make_engine(kv_memory="600KB", kv_precision="int4")
     narrowed = [request for request in run(engine, min_kv_precision="int8") if len(request.kv_tokens) > 1]
     narrowed = [request for request in narrowed if request.kv_precision == "bf16"]
     assert narrowed

@@ -95,10 +95,10 @@ def test_no_model_is_left_out_for_long():
 
 
 def test_units_are_as_long_as_the_shortest_of_the_models():
-    alone = [page_geometry(model.config, 16).unit_words for model in MODELS.values()]
+    alone = [page_geometry(model.config, 32).unit_words for model in MODELS.values()]
     assert len(set(alone)) > 1
-    assert {geometry.unit_words for geometry in page_geometries(MODELS, 16).values()} == {min(alone)}
-    assert {geometry.unit_words for geometry in page_geometries(MODELS, 16, tpu=True).values()} == {1024}
+    assert {geometry.unit_words for geometry in page_geometries(MODELS, 32).values()} == {min(alone)}
+    assert {geometry.unit_words for geometry in page_geometries(MODELS, 32, tpu=True).values()} == {1024}
 
 
 def test_stats_say_what_each_model_holds():

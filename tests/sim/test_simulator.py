@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from sim_cases import MODEL, cluster, simulate, workload
 
@@ -34,14 +35,16 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others():
 
 @pytest.mark.parametrize("kv_bytes", [2e9, 40e9], ids=["short of memory", "plenty of memory"])
 def test_runs_of_equal_steps_in_one_go_change_next_to_nothing(kv_bytes):
-    """The few microseconds by which pages are moved together earlier or later."""
+    """The few microseconds by which pages are moved together earlier or later; by them, a request may just make it into
+    a step, or not."""
     arrivals = workload(rate=6.0)
     (fast, _), (slow, _) = (simulate(arrivals, where=cluster(kv_bytes), fast=fast, sample_s=1e9) for fast in (1, 0))
     assert fast.num_steps == slow.num_steps
     assert fast.num_preemptions == slow.num_preemptions
-    for one, other in zip(fast.served, slow.served, strict=True):
-        assert one.first_token_s == pytest.approx(other.first_token_s, rel=1e-4)
-        assert one.finished_s == pytest.approx(other.finished_s, rel=1e-4)
+    times = [[(one.first_token_s, one.finished_s) for one in run.served] for run in (fast, slow)]
+    late_s = np.abs(np.subtract(*times)).max(axis=1)
+    assert np.mean(late_s < 1e-4) >= 0.98
+    assert late_s.max() < 2 * slow.end_s / slow.num_steps
 
 
 def test_a_lone_request_takes_the_time_that_the_cost_model_says():
