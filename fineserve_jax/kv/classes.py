@@ -59,6 +59,12 @@ class PageClass:
             return -(-num_tokens // self.page_size)
         return num_tokens // self.page_size
 
+    def room(self, num_tokens: int) -> int:
+        """Tokens that the pages of the first `num_tokens` tokens, the tail included, have room for."""
+        if self.tail is None:
+            return self.num_pages(num_tokens) * self.page_size
+        return (self.num_pages(num_tokens) + 1) * self.page_size - 1
+
     def demand(self, num_tokens: int) -> "dict[PageClass, int]":
         """Pages by class that give the first `num_tokens` tokens of a request a home; no zero entries."""
         if num_tokens <= 0:

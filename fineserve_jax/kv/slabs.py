@@ -150,6 +150,10 @@ class SlabAllocator:
 
     def can_allocate(self, demand: Mapping[PageClass, int], spare_slabs: int = 0) -> bool:
         """Whether `allocate` of the same demand would succeed now, and leave so many slabs free."""
+        if len(demand) == 1 and not spare_slabs:  # most demands are for a page of which one is free
+            ((page_class, count),) = demand.items()
+            if 0 <= count <= self.member(page_class).pool.free_pages:
+                return True
         return self._fits(demand, empty=False, spare_slabs=spare_slabs)
 
     def fits_empty(self, demand: Mapping[PageClass, int]) -> bool:

@@ -33,11 +33,7 @@ class Row:
 
     def note_growth(self) -> None:
         """Its pages now hold all its known tokens."""
-        num_pages, covered = self.page_class.num_pages, self.request.num_tokens
-        pages = num_pages(covered)
-        while num_pages(covered + 1) == pages:
-            covered += 1
-        self.covered_tokens = covered
+        self.covered_tokens = self.page_class.room(self.request.num_tokens)
 
     @property
     def pages_to_come(self) -> int:

@@ -231,9 +231,7 @@ class UniformMachine(AllocatorMachine):
         return "all"
 
 
-thorough = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+thorough = settings(max_examples=60, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow])
 TestElastic = AllocatorMachine.TestCase
 TestPartitioned = PartitionedMachine.TestCase
 TestUniform = UniformMachine.TestCase

@@ -451,6 +451,4 @@ class ContentsMachine(RuleBasedStateMachine):
 
 
 TestContents = ContentsMachine.TestCase
-TestContents.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestContents.settings = settings(max_examples=60, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])

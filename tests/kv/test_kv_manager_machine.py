@@ -143,6 +143,4 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(
-    max_examples=80, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestManager.settings = settings(max_examples=80, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow])

@@ -180,7 +180,7 @@ BYTES = _one_token_per_byte()
 
 
 @given(st.text(max_size=30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_streamed_pieces_are_whole_characters_and_join_to_the_text(text):
     stream = BYTES.stream()
     pieces = [stream.push(byte) for byte in text.encode()]
@@ -194,7 +194,7 @@ def test_streamed_pieces_are_whole_characters_and_join_to_the_text(text):
 
 
 @given(st.lists(st.integers(0, 256), max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_streaming_any_tokens_gives_what_decoding_all_gives(ids):
     stream = BYTES.stream()
     streamed = "".join([stream.push(token) for token in ids]) + stream.flush()

@@ -21,7 +21,7 @@ def turn(config, x, position):
 
 
 @given(st.integers(0, 4000), st.integers(0, 4000), st.integers(0, 4000), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_dot_products_depend_on_the_distance_only(i, j, shift, seed):
     q, k = np.random.default_rng(seed).standard_normal((2, 16)).astype(np.float32)
     near = turn(BASE, q, i) @ turn(BASE, k, j)

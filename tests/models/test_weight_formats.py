@@ -74,7 +74,7 @@ def test_rows_are_the_stored_rows(name):
 
 
 @given(seed=st.integers(0, 2**32 - 1), magnitude=st.floats(1e-3, 1e3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_int8_encodes_within_half_a_step_and_keeps_the_extremes(seed, magnitude):
     matrix = random_matrix(seed, out=6) * np.float32(magnitude)
     stored = Int8().pack(matrix)
@@ -85,7 +85,7 @@ def test_int8_encodes_within_half_a_step_and_keeps_the_extremes(seed, magnitude)
 
 
 @given(seed=st.integers(0, 2**32 - 1), shift=st.floats(-2, 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_int4_encodes_within_half_a_step_of_its_group(seed, shift):
     matrix = random_matrix(seed, out=6, spread=0.3) + np.float32(shift)
     groups = matrix.reshape(6, -1, 32)

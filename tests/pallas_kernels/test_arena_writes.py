@@ -136,7 +136,7 @@ def test_a_page_written_token_by_token_is_the_page_written_at_once(kv_format, ge
 
 @every_token_format
 @both_arenas
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_writing_tokens_changes_those_tokens_only(kv_format, geometry, data):
     """Rows may be dropped, and which are written does not depend on their order."""
@@ -185,7 +185,7 @@ def distinct_pages(geometry, rng) -> np.ndarray:
     return rng.permutation(num_units(geometry) // longest)[:PAGES].astype(np.int32) * longest
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_a_commit_is_each_token_encoded_in_its_format_and_written(data):
     """Some nowhere; a format id that there is not is nowhere too."""

@@ -112,14 +112,14 @@ def check_merged(chunks: list[Chunk], seed: int) -> None:
         batch.check(batch.to_cached(layer).merge(batch.within()), layer)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(chunk_batches())
 def test_a_token_sees_its_page_as_it_is_now_and_earlier_pages_of_its_chunk_as_they_will_be_kept(case):
     batch = Batch(*case)
     batch.check(batch.within())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(chunk_batches())
 def test_merged_with_their_cached_prefix(case):
     check_merged(*case)

@@ -83,13 +83,13 @@ def check_batch(spec: AttentionSpec, batch, *, sharpness: float = 1.0, sinks: bo
     check_attention(spec, cache, queries(rng, SMALL, sharpness=sharpness), runs, logits)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batches(PLAIN))
 def test_rows_of_all_formats_in_one_batch(batch):
     check_batch(PLAIN, batch)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batches(LIMITED))
 def test_with_a_window_a_soft_cap_and_sinks(batch):
     check_batch(LIMITED, batch, sharpness=3, sinks=True)

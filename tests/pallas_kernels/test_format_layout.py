@@ -173,7 +173,7 @@ def test_values_that_have_a_scale_are_finite_for_any_words(name):
 # -- words -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(bits=st.sampled_from([2, 4, 8]), seed=st.integers(0, 2**32 - 1))
 def test_packing_is_planar_and_both_readings_undo_it(bits, seed):
     """Word w holds the values w, w + D/n, w + 2D/n ... in its bits from the lowest up."""
@@ -190,7 +190,7 @@ def test_packing_is_planar_and_both_readings_undo_it(bits, seed):
 
 
 @given(seed=st.integers(0, 2**32 - 1), planes=st.sampled_from([1, 2, 8]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_extremes_of_a_vector_are_those_of_all_its_planes(seed, planes):
     values = np.random.default_rng(seed).standard_normal((3, 64), np.float32)
     parts = tuple(np.split(values, planes, axis=-1))
@@ -198,7 +198,7 @@ def test_the_extremes_of_a_vector_are_those_of_all_its_planes(seed, planes):
     np.testing.assert_array_equal(smallest(parts), values.min(-1, keepdims=True))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_subnormal=False), min_size=4, max_size=4))
 def test_bf16_words_are_the_upper_halves_of_the_nearest_floats(values):
     values = np.array(values, np.float32)

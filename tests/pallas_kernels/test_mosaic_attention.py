@@ -55,7 +55,7 @@ def mixed_rows(draw):
     return draw(st.lists(st.lists(segment, max_size=2), min_size=MIXED.num_rows, max_size=MIXED.num_rows))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(mixed_rows())
 def test_rows_of_all_formats_in_one_batch(rows):
     check(MIXED, 3, *in_sequence(rows))

@@ -78,7 +78,7 @@ def check_batch(spec: AttentionSpec, batch, *, sharpness: float = 1.0, sinks: bo
     check_attention(spec, cache, queries(rng, sharpness), runs, logits)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(batches(PLAIN))
 def test_rows_of_all_formats_with_any_number_of_queries(batch):
     check_batch(PLAIN, batch)
@@ -87,7 +87,7 @@ def test_rows_of_all_formats_with_any_number_of_queries(batch):
 LIMITED = dataclasses.replace(PLAIN, formats=FEW, window=20, soft_cap=2.0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batches(LIMITED))
 def test_with_a_window_a_soft_cap_and_sinks(batch):
     check_batch(LIMITED, batch, sharpness=3, sinks=True)

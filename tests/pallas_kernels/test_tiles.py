@@ -51,7 +51,7 @@ def batches(draw):
 
 
 def every_batch(test):
-    return settings(max_examples=40, deadline=None)(given(batches())(test))
+    return settings(max_examples=40)(given(batches())(test))
 
 
 def plan(batch):

@@ -51,7 +51,7 @@ def batches(draw, spec: AttentionSpec):
     return segments, totals, draw(st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(batches(DECODE))
 def test_decoding_rows_of_all_formats_in_one_batch(batch):
     segments, totals, seed = batch

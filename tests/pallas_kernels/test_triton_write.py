@@ -40,7 +40,7 @@ def test_tokens(kv_format, geometry):
     check_write_tokens("triton", kv_format, geometry)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     pages=st.lists(
         st.one_of(st.sampled_from(EXAMPLES.places.tolist()), st.sampled_from([len(EXAMPLES), FAR_AWAY])),

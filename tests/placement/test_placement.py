@@ -37,7 +37,7 @@ devices = st.lists(st.sampled_from([DEVICES["h100"], DEVICES["a100"]]), min_size
 problems = st.builds(Problem, st.lists(loads, min_size=1, max_size=3).map(tuple), devices)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems)
 def test_greedy_search_comes_near_the_best_placement(problem):
     """Within a twentieth, or a request in a hundred where hardly any can be in time."""
@@ -49,7 +49,7 @@ def test_greedy_search_comes_near_the_best_placement(problem):
     assert 0.95 * best.in_time - 0.01 <= found.in_time <= best.in_time + 0.001
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems)
 def test_no_rule_of_others_beats_the_search(problem):
     _, best = exhaustive(problem)
@@ -62,7 +62,7 @@ def test_no_rule_of_others_beats_the_search(problem):
         assert found.in_time <= best.in_time + 0.001
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems, st.floats(1.1, 5.0))
 def test_more_requests_never_raise_the_share_in_time(problem, factor):
     placement, before = greedy(problem)

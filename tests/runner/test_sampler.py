@@ -33,14 +33,14 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
 # -- greedy, and log-probabilities -------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=SEEDS, scale=st.floats(0.01, 100))
 def test_temperature_zero_takes_the_likeliest_token(seed, scale):
     logits = np.random.default_rng(seed).standard_normal((8, 50)).astype(np.float32) * np.float32(scale)
     np.testing.assert_array_equal(draw(logits, [make_request()] * 8).tokens, logits.argmax(-1))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=SEEDS, scale=st.floats(0.01, 100), temperature=st.sampled_from([0.0, 0.7, 2.0]))
 def test_log_probabilities_are_the_models_own(seed, scale, temperature):
     """Whatever the temperature, penalties and biases that the token was drawn with."""
@@ -67,7 +67,7 @@ def test_a_small_vocabulary_has_fewer_top_log_probabilities():
 # -- which tokens may be drawn -----------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     seed=st.integers(0, 99),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
@@ -144,7 +144,7 @@ def test_positions_of_a_request_draw_independently():
 # -- penalties, biases -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=SEEDS,
     prompt=st.lists(st.integers(0, 9), min_size=1, max_size=8),
@@ -210,7 +210,7 @@ VARIED = (
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), seed=SEEDS)
 def test_a_rows_token_depends_neither_on_the_other_rows_nor_on_its_place(data, seed):
     """Alone among padding, or in any order with rows that ask for other parameters."""

@@ -114,14 +114,14 @@ def mixes(draw, formats):
     return feeds
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(feeds=mixes(SMOOTH))
 def test_any_mix_of_prefill_and_decode(smooth_world, feeds):
     """Pages that earlier mixes left behind are used again as they are."""
     assert_all_as_expected(smooth_world, feeds)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(feeds=mixes(REAL))
 def test_any_mix_of_prefill_and_decode_of_the_real_formats(world, feeds):
     assert_all_as_expected(world, feeds)

@@ -130,7 +130,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(arrivals, st.sampled_from([0.0, 2.0, 6.0]), st.sampled_from(["fineserve", "fcfs"]), st.integers(4, 12))
 @pytest.mark.parametrize("slab_policy", ["elastic", "partitioned"])
 def test_nobody_is_admitted_ahead_of_a_competitor_that_came_ageing_seconds_earlier(

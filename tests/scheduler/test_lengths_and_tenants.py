@@ -69,7 +69,7 @@ def test_the_scheduler_learns_from_requests_that_end_and_not_from_aborted_ones()
 # -- weighted tenants --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.floats(0.25, 8.0), st.integers(1, 40), st.integers(1, 40))
 def test_tenants_with_requests_waiting_are_admitted_work_in_proportion_to_their_weights(weight, length, other_length):
     weights = {"a": weight, "b": 1.0}

@@ -148,14 +148,14 @@ def plans(work, tenants, **options):
     return [[(w.request.sequence, w.start, w.count) for w in plan.works] if plan else None for plan in steps]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(requests)
 def test_without_quotas_tenants_change_nothing(work):
     """Under a policy that learns nothing of them: the default one expects each tenant's answers to go on as before."""
     assert plans(work, tenants=True, policy="fcfs") == plans(work, tenants=False, policy="fcfs")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(requests)
 def test_quotas_of_tenants_who_stay_away_change_nothing(work):
     quotas = {"tenant:carol": {"guaranteed": 0.6}, "tenant:dave": {"guaranteed": 0.4, "max": 0.5}}
@@ -232,5 +232,5 @@ class QuotaMachine(RuleBasedStateMachine):
         assert not any(self.account.used.values())
 
 
-QuotaMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+QuotaMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25)
 test_quota_machine = QuotaMachine.TestCase

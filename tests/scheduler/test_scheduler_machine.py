@@ -76,5 +76,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.kv.allocator.free_slabs) == self.kv.allocator.usable_slabs
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25)
 test_scheduler_machine = SchedulerMachine.TestCase

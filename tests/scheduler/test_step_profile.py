@@ -107,7 +107,7 @@ def test_what_no_step_shows_is_not_forgotten():
 amounts = st.tuples(st.integers(1, 600), st.integers(0, 10**6), st.floats(0, 1e9), st.floats(1e-6, 10.0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(amounts, max_size=20), amounts, amounts)
 def test_more_work_is_never_predicted_to_take_less_time(observed, cost, more):
     """Whatever was observed: coefficients stay at or above zero."""
@@ -119,7 +119,7 @@ def test_more_work_is_never_predicted_to_take_less_time(observed, cost, more):
     assert 0.0 <= profile.predict(cost) <= profile.predict(cost + more)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 10**6), st.integers(3, 12))
 def test_the_fit_is_the_best_without_negative_coefficients(seed, rows):
     """Karush, Kuhn and Tucker: no gradient along a free coefficient, none downhill into one that is held at 0."""

@@ -104,7 +104,7 @@ def test_late_requests_do_not_wait_for_ever():
     assert wait(20.0) == pytest.approx(20.0, abs=1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(arrivals, st.sampled_from([2.0, 6.0]), st.sampled_from(list(POLICIES)), st.integers(4, 12))
 def test_whatever_the_policy_and_the_targets_overtaking_has_a_limit(coming, limit_s, policy, num_slabs):
     engine = FakeEngine(make_kv(num_slabs), policy=policy, ageing_s=1.0, overtaking_limit_s=limit_s, max_batch_size=4)

@@ -51,7 +51,7 @@ def test_jsonl_lines_may_say_everything_about_a_request(tmp_path):
         read_jsonl(path)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.5, 20.0), st.sampled_from([0.5, 1.0, 4.0]), st.integers(0, 2**32 - 1))
 def test_drawn_arrivals_are_in_order_within_the_time_and_the_same_for_a_seed(rate, burstiness, seed):
     arrivals = draw(rate, 30.0, seed, burstiness=burstiness)
