@@ -4,8 +4,8 @@
 
 Two settings on one H100 with 80 GB. *Sharing*: Llama-3.1-8B in 16 bits, FP8 and AWQ share the device, each request
 with targets of a second for its first token and 100 ms for each further one (the FineServe paper's setting).
-*Pressure*: one 16-bit Llama-3.1-8B with requests in bf16, int8 and int4 KV and little memory for it, no targets (its
-summary's setting). Lengths are those of chats. Steps take as long as the measured table says for sharing, where one
+*Pressure*: one 16-bit Llama-3.1-8B that serves bf16, int8 and int4 KV, whichever of them its requests name, with little
+memory for it and no targets (its summary's setting). Lengths are those of chats. Steps take as long as the measured table says for sharing, where one
 is given or lies in `../shared`, and as a roofline says for pressure. A run goes on until all is served, so its
 throughput includes the draining of the queue.
 
@@ -31,6 +31,7 @@ from fineserve_jax.sim.workload import assign, draw
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "profiles" / "fineserve_apex_cost.csv"
 TTFT_S, TPOT_S = 1.0, 0.1
+ALL_FORMATS = ("bf16", "int8", "int4")
 THREE = ("llama-3.1-8b@bf16/bf16", "llama-3.1-8b@fp8/fp8", "llama-3.1-8b@awq/bf16")
 INTRODUCTION = """# Simulated curves
 
@@ -61,6 +62,8 @@ class Point:
     kv_bytes: float | None
     targets: bool
     burstiness: float = 1.0
+    served: tuple[str, ...] = ()
+    """KV formats that requests may name besides those of the mix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +109,13 @@ def curves() -> list[Curve]:
         Curve("sharing-memory", "Three variants, 1:1:1, 20 requests/s", "GB for KV",
               tuple(Point(g, 20.0, even, g * 1e9, True) for g in (2.0, 4.0, 16.0)), attainment),
         Curve("pressure-load", "80 % int4, 4 GB for KV", "requests/s",
-              tuple(Point(r, r, mixed, 4e9, False) for r in rates), tokens),
+              tuple(Point(r, r, mixed, 4e9, False, served=ALL_FORMATS) for r in rates), tokens),
         Curve("pressure-mix", "4 GB for KV, 60 requests/s", "share of int4",
-              tuple(Point(s, 60.0, kv_mix(s), 4e9, False) for s in (0.0, 0.33, 0.67, 1.0)), tokens),
+              tuple(Point(s, 60.0, kv_mix(s), 4e9, False, served=ALL_FORMATS) for s in (0.0, 0.33, 0.67, 1.0)), tokens),
         Curve("pressure-memory", "80 % int4, 60 requests/s", "GB for KV",
-              tuple(Point(g, 60.0, mixed, g * 1e9, False) for g in (1.0, 2.0, 4.0, 16.0)), tokens),
+              tuple(Point(g, 60.0, mixed, g * 1e9, False, served=ALL_FORMATS) for g in (1.0, 2.0, 4.0, 16.0)), tokens),
         Curve("pressure-most", "All int4, 100 requests/s", "GB for KV",
-              tuple(Point(g, 100.0, kv_mix(1.0), g * 1e9, False) for g in (1.0, 2.0, 4.0)), tokens),
+              tuple(Point(g, 100.0, kv_mix(1.0), g * 1e9, False, served=ALL_FORMATS) for g in (1.0, 2.0, 4.0)), tokens),
         Curve("one-precision", "All bf16, 4 GB for KV", "requests/s",
               tuple(Point(r, r, ("llama-3.1-8b/bf16",), 4e9, False) for r in low), tokens),
     ]  # fmt: skip
@@ -168,7 +171,8 @@ def experiment_of(point: Point, table: Path | None, arguments: Arguments) -> Exp
         kinds = with_targets(kinds, TTFT_S, TPOT_S)
     device = get_device("h100")
     arrivals = draw(point.rate, arguments.seconds, arguments.seed, burstiness=point.burstiness)
-    cluster = Cluster(device, tuple(formats), {model.name: names for model, names in formats.items()}, point.kv_bytes)
+    served = {model.name: tuple(dict.fromkeys((*names, *point.served))) for model, names in formats.items()}
+    cluster = Cluster(device, tuple(formats), served, point.kv_bytes)
     timers = {}
     if table is not None and point.targets:
         costs = CostTable(read_table(table), device, Efficiency())
