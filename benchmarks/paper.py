@@ -5,9 +5,9 @@
 Two settings on one H100 with 80 GB. *Sharing*: Llama-3.1-8B in 16 bits, FP8 and AWQ share the device, each request
 with targets of a second for its first token and 100 ms for each further one (the FineServe paper's setting).
 *Pressure*: one 16-bit Llama-3.1-8B that serves bf16, int8 and int4 KV, whichever of them its requests name, with little
-memory for it and no targets (its summary's setting). Lengths are those of chats. Steps take as long as the measured table says for sharing, where one
-is given or lies in `../shared`, and as a roofline says for pressure. A run goes on until all is served, so its
-throughput includes the draining of the queue.
+memory for it and no targets (its summary's setting). Lengths are those of chats. Steps take as long as the measured
+table says for sharing, where one is given or lies in `../shared`, and as a roofline says for pressure. A run goes on
+until all is served, so its throughput includes the draining of the queue.
 
 Writes the figures of each curve, a plot of it, and a page of tables about all curves whose figures are there, so that
 they can be run one by one (`--only`). Prints one line of JSON at the end.
