@@ -89,7 +89,7 @@ class Pressure:
         return False
 
     def most_units(self, shares: frozenset[str]) -> int:
-        """Units that narrowing as far as allowed would free, or a few less: pages that others share cannot be narrowed."""
+        """Units that narrowing as far as allowed would free, those of pages that others share too."""
         total = 0
         for row in self._rows.values():
             request = row.request
