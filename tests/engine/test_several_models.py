@@ -60,7 +60,7 @@ def alone(prompts) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("kind", SAMPLINGS)
 @pytest.mark.parametrize("policy", ["elastic", "uniform"])
 def test_each_model_says_what_it_says_alone_although_they_take_memory_from_each_other(prompts, alone, kind, policy):
-    engine = make_engine(slab_policy=policy)
+    engine = make_engine(slab_policy=policy, kv_memory="200KB")
     together = serve(engine, prompts, KV_FORMATS, SAMPLINGS[kind], NAMES)
     assert any(request.num_preemptions for request in together), "the memory was meant to be too small"
     assert [request.output_token_ids for request in together] == alone[kind]
