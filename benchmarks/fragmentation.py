@@ -11,7 +11,8 @@ out. Every way to divide memory gets the same requests. While a step computes, t
                           that was admitted count before they are computed
 
 The second table compares how many requests run at a time, with those of `uniform` in the same memory: all in int4, and
-in the mix; by page size. The last line is JSON.
+in the mix; by page size; from the warm-up on, and "at first" for as many steps again as that took. The last line is
+JSON.
 """
 
 import dataclasses
@@ -157,14 +158,16 @@ def compare_ratios(
 def compare_concurrency(arguments: Arguments, lengths: Lengths, context: int, page_size: int) -> list[dict[str, Any]]:
     """Requests that run at a time, elastic over uniform."""
 
-    def load(way: str, mix: tuple[str, ...], ageing_s: float) -> dict[str, Any]:
+    def load(way: str, mix: tuple[str, ...], ageing_s: float) -> list[dict[str, Any]]:
+        """Figures from the warm-up on: of as many steps again, and of all."""
         samples = run(arguments, lengths, Case(WAYS[way], context, page_size, mix, ageing_s))
-        return samples.where(samples.step >= arguments.warm_up).summary()
+        after = samples.step >= arguments.warm_up
+        return [samples.where(chosen).summary() for chosen in (after & (samples.step < 2 * arguments.warm_up), after)]
 
     rows = []
     loads = [("int4", ("int4",), arguments.ageing_s[0]), *(("mix", MIX, ageing_s) for ageing_s in arguments.ageing_s)]
     for name, mix, ageing_s in loads:
-        uniform, elastic = (load(way, mix, ageing_s) for way in ("uniform", "elastic"))
+        (early_uniform, uniform), (early, elastic) = (load(way, mix, ageing_s) for way in ("uniform", "elastic"))
         rows.append(
             {
                 "context": context,
@@ -174,6 +177,7 @@ def compare_concurrency(arguments: Arguments, lengths: Lengths, context: int, pa
                 "elastic": elastic["running"],
                 "uniform": uniform["running"],
                 "ratio": round(elastic["running"] / uniform["running"], 3),
+                "early_ratio": round(early["running"] / early_uniform["running"], 3),
                 "cached_max": elastic["cached"]["max"],
                 "granted_max": elastic["granted"]["max"],
             }
@@ -184,7 +188,7 @@ def compare_concurrency(arguments: Arguments, lengths: Lengths, context: int, pa
 def show_concurrency(rows: list[dict[str, Any]], console: Console) -> None:
     goals = f"goals: {INT4_GOAL} for int4, {MIX_GOAL} for the mix, {GOAL} for reserved bytes; * where reached"
     table = Table(title=f"requests running at a time; {goals}")
-    for heading in ("context", "page", "requests", "ageing", "elastic", "uniform", "times"):
+    for heading in ("context", "page", "requests", "ageing", "elastic", "uniform", "times", "times at first"):
         table.add_column(heading)
     table.add_column("reserved / cached: max")
     table.add_column("/ granted: max")
@@ -194,7 +198,7 @@ def show_concurrency(rows: list[dict[str, Any]], console: Console) -> None:
             *(str(row[key]) for key in ("context", "page_size", "requests", "ageing_s")),
             f"{row['elastic']:.0f}",
             f"{row['uniform']:.0f}",
-            f"{row['ratio']:.2f}" + (" *" if row["ratio"] >= goal else ""),
+            *(f"{row[key]:.2f}" + (" *" if row[key] >= goal else "") for key in ("ratio", "early_ratio")),
             f"{row['cached_max']:.3f}" + (" *" if row["cached_max"] <= GOAL else ""),
             f"{row['granted_max']:.3f}" + (" *" if row["granted_max"] <= GOAL else ""),
         )

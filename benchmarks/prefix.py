@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -39,6 +40,8 @@ class Arguments:
     """Requests of a round that come one after the other, besides the first."""
     formats: tuple[str, ...] = ("bf16", "int8", "int4")
     kv_memory: str = "1GiB"
+    plot: Path | None = None
+    """Where to draw the times to the first token; needs matplotlib."""
 
 
 @dataclasses.dataclass
@@ -109,10 +112,10 @@ def first_token_s(engine: Engine, prompt: list[int], kv_format: str) -> float:
     return seconds
 
 
-def report(arguments: Arguments, found: dict[tuple[str, str], Found], compilations: dict[str, int]) -> None:
+def report(arguments: Arguments, measured: dict[tuple[str, str], Found], compilations: dict[str, int]) -> None:
     table = Table("KV format", "prefix cache", "first, ms", "later, ms", "faster", "prompt tokens of a batch computed")
     results: dict[str, dict[str, float]] = {}
-    for (kv_format, prefix_cache), runs in found.items():
+    for (kv_format, prefix_cache), runs in measured.items():
         first, later = (1000 * statistics.median(times) for times in (runs.first_s, runs.later_s))
         results[f"{kv_format}, {prefix_cache}"] = {
             "first_ms": round(first, 1),
@@ -122,10 +125,16 @@ def report(arguments: Arguments, found: dict[tuple[str, str], Found], compilatio
         }
         counted = f"{statistics.median(runs.computed_tokens):,.0f}"
         table.add_row(kv_format, prefix_cache, f"{first:.0f}", f"{later:.0f}", f"{first / later:.1f} x", counted)
+    if arguments.plot is not None:
+        from bar_plot import draw_bars
+
+        times = {name: {"first": of["first_ms"], "later": of["later_ms"]} for name, of in results.items()}
+        draw_bars(times, "ms to the first token", arguments.plot)
     Console().print(table)
     asked = arguments.requests * (arguments.prefix_tokens + arguments.own_tokens)
     device = jax.devices()[0].device_kind
-    print(json.dumps(dataclasses.asdict(arguments) | {"asked_tokens": asked, "results": results, "device": device}))
+    found = {"asked_tokens": asked, "results": results, "device": device}
+    print(json.dumps(dataclasses.asdict(arguments) | found, default=str))
 
 
 if __name__ == "__main__":

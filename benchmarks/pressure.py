@@ -47,6 +47,8 @@ class Arguments:
     rounds: int = 3
     text: Path | None = None
     """Running text for the perplexity after narrowing, for example wikitext."""
+    plot: Path | None = None
+    """Where to draw the times; needs matplotlib."""
     windows: int = 8
     window: int = 1024
 
@@ -164,6 +166,10 @@ def report(
             f"{stats.kv_counts.narrowed_pages / arguments.rounds:.0f}",
             "yes" if unchanged else "no",
         )
+    if arguments.plot is not None:
+        from bar_plot import draw_bars
+
+        draw_bars({way: {"": value} for way, value in medians.items()}, "seconds for the batch", arguments.plot)
     console = Console()
     console.print(table)
     for name, ppl in quality.items():
