@@ -162,6 +162,12 @@ class KVManager:
             for page_class, pages in units.items()
         }
 
+    def lacking_units(self, wanted: Demand, spare_slabs: int = 0) -> int:
+        """Units that are wanted beyond those free or in pages that nobody holds; 0 or less: none."""
+        allocator = self.allocator
+        units = sum(allocator.page_units(page_class) * count for page_class, count in wanted.items())
+        return units + spare_slabs * allocator.slab_units - allocator.free_units - self.prefix.idle_units
+
     def make_room(self, wanted: Demand, spare_slabs: int = 0, *, at_once: bool = False, patient: bool = False) -> bool:
         """Whether that many pages can be had now, pages that nobody holds evicted and pages moved as need be.
 
@@ -172,9 +178,7 @@ class KVManager:
         allocator = self.allocator
         if allocator.can_allocate(wanted, spare_slabs):
             return True
-        units = sum(allocator.member(page_class).pool.page_units * count for page_class, count in wanted.items())
-        units += spare_slabs * allocator.slab_units
-        if allocator.free_units + self.prefix.idle_units < units:
+        if self.lacking_units(wanted, spare_slabs) > 0:
             return False
         shares = {allocator.member(page_class).pool.share for page_class in wanted}
         idle = self.prefix.least_recent()

@@ -21,6 +21,8 @@ With quotas (see `quotas`) the requests that are owed memory come before all oth
 own.
 """
 
+from collections import Counter
+
 from fineserve_jax.kv.manager import Demand, KVManager
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.pressure import Pressure
@@ -122,10 +124,10 @@ class Admission:
         if not self._pressure.can_narrow:
             return False
         kv, request = self._kv, row.request
-        pages = [*kv.demand(request, request.num_tokens).items(), *(leaving or {}).items()]
-        units = sum(kv.allocator.page_units(page_class) * count for page_class, count in pages)
-        units += 0 if leaving is None else kv.reserve_slabs * kv.allocator.slab_units
-        return units <= kv.allocator.free_units + kv.prefix.idle_units + self._pressure.most_units(row.shares)
+        wanted = Counter(kv.demand(request, request.num_tokens))
+        wanted.update(leaving or {})
+        lacking = kv.lacking_units(wanted, 0 if leaving is None else kv.reserve_slabs)
+        return lacking <= self._pressure.most_units(row.shares)
 
     def _close(self, row: Row, groups: list[Group], now: float) -> list[Group]:
         """Groups that stay open after `row` found no memory."""
