@@ -44,11 +44,13 @@ def main(
 
 def _compile(job: Literal["gpu", "tpu"], only: str, full: bool, folder: Path) -> int:
     os.environ |= ENVIRONMENT[job]
-    from benchmarks.aot import matrix, results
+    from benchmarks.aot import results
+    from benchmarks.aot.matrix import all_cases
+    from benchmarks.aot.run import run
 
     console, found, started = Console(width=160), [], time.perf_counter()
-    cases = [case for case in matrix.all_cases(job, full) if only in case.title]
-    for result in matrix.run(job, cases):
+    cases = [case for case in all_cases(job, full) if only in case.title]
+    for result in run(job, cases, full):
         found.append(result)
         state = "; ".join(result.problems()) or "ok"
         title = f"{result.target} {result.operation}, {result.model}, {result.formats}"

@@ -69,6 +69,7 @@ class Result:
         bytes: traffic; None: not counted.
         traffic_error: why traffic could not be counted.
         strict_bytes: whether `bytes` has to be within bounds.
+        crashes: how often its compiler took its process along before it compiled.
     """
 
     target: str
@@ -84,6 +85,7 @@ class Result:
     bytes: Bytes | None = None
     traffic_error: str = ""
     strict_bytes: bool = True
+    crashes: int = 0
 
     def problems(self) -> list[str]:
         """What is wrong, in words; nothing: the case is as it should be."""
@@ -104,7 +106,8 @@ class Result:
 
     def remarks(self) -> list[str]:
         """What is beyond a goal but no error."""
-        return self._many_registers() if self.head_dim < DECODE_HEAD_DIM else []
+        crashed = [f"its compiler crashed first, {self.crashes} times of {self.crashes + 1}"] if self.crashes else []
+        return crashed + (self._many_registers() if self.head_dim < DECODE_HEAD_DIM else [])
 
     def _many_registers(self) -> list[str]:
         if self.operation != "decode" or self.target != "H100":

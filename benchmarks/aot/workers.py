@@ -1,0 +1,102 @@
+"""Compilers in processes of their own: one that crashes, as libtpu's now and then does, takes only its process along."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Protocol
+
+from benchmarks.aot.cases import Case
+from benchmarks.aot.matrix import all_cases
+from benchmarks.aot.results import Result
+from benchmarks.aot.targets import Target
+
+ATTEMPTS = 3  # crashes after which a case counts as one that does not compile
+
+log = logging.getLogger(__name__)
+
+
+class Compiler(Protocol):
+    """What `GpuCompiler` and `TpuCompiler` have in common."""
+
+    target: Target
+
+    def compile(self, case: Case) -> Result: ...
+
+
+Begin = Callable[[Sequence[Target], bool], tuple[dict[str, Compiler], dict[str, Case]]]
+
+
+class Worker:
+    """Compiles cases of `all_cases` in another process: they cannot be sent there, but their titles can.
+
+    Args:
+        targets: the chips it compiles for, of one platform.
+        full: which cases there are; see `all_cases`.
+        begin: gives a new process its cases, by title, and its compilers, by the names of their chips.
+    """
+
+    def __init__(self, targets: Sequence[Target], full: bool, begin: Begin | None = None) -> None:
+        self._targets, self._full, self._begin = tuple(targets), full, begin or compilers_and_cases
+        self._pool = self._start()
+
+    def compile(self, case: Case) -> list[Result]:
+        """A case's results, one a chip; that a compiler raised or crashed is one, too."""
+        return [self._compile(case, target.name) for target in self._targets]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _compile(self, case: Case, target: str) -> Result:
+        for crashes in range(ATTEMPTS):
+            try:
+                result = self._pool.submit(_compile, case.title, target).result()
+                return dataclasses.replace(result, crashes=crashes)
+            except BrokenProcessPool:
+                self._pool = self._start()
+        return case.result(target, error=f"its compiler crashed {ATTEMPTS} times", crashes=ATTEMPTS)
+
+    def _start(self) -> ProcessPoolExecutor:
+        arguments = (self._begin, self._targets, self._full, log.getEffectiveLevel())
+        return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=arguments)
+
+
+def compilers_and_cases(targets: Sequence[Target], full: bool) -> tuple[dict[str, Compiler], dict[str, Case]]:
+    """Of real chips, all of one platform."""
+    cases = {case.title: case for case in all_cases(targets[0].platform, full)}
+    return {target.name: _compiler(target) for target in targets}, cases
+
+
+# What the worker's process has to work with.
+_compilers: dict[str, Compiler]
+_cases: dict[str, Case]
+
+
+def _start(begin: Begin, targets: Sequence[Target], full: bool, log_level: int) -> None:
+    global _compilers, _cases
+    for noisy in ("jax", "absl", "asyncio"):  # they miss the chips
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    logging.basicConfig(level=log_level)
+    _compilers, _cases = begin(targets, full)
+
+
+def _compile(title: str, target: str) -> Result:
+    case = _cases[title]
+    try:
+        return _compilers[target].compile(case)
+    except Exception as error:
+        log.debug("%s", title, exc_info=True)
+        message = f"{type(error).__name__}: {error}"
+        return case.result(target, error=message[:2000])
+
+
+def _compiler(target: Target) -> Compiler:
+    if target.platform == "gpu":
+        from benchmarks.aot.gpu import GpuCompiler
+
+        return GpuCompiler(target)
+    from benchmarks.aot.tpu import TpuCompiler
+
+    return TpuCompiler(target)

@@ -1,0 +1,70 @@
+"""A compiler that crashes costs a process, not the run."""
+
+import os
+import signal
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks.aot.cases import Case
+from benchmarks.aot.results import Result
+from benchmarks.aot.targets import Target
+from benchmarks.aot.workers import ATTEMPTS, Worker
+
+CHIP = Target("chip", "tpu", "none")
+
+
+def case(formats: str) -> Case:
+    return Case("decode", "model", formats, jax.numpy.sin, (), arena_size=0, head_dim=64)
+
+
+class Compiler:
+    """Crashes as a compiler in native code does: in formats `N times`, the first N times, told by files."""
+
+    target = CHIP
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def compile(self, case: Case) -> Result:
+        crashed = len(list(self.folder.iterdir()))
+        if crashed < int(case.formats.split()[0]):
+            (self.folder / str(crashed)).touch()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if case.formats.endswith("raises"):
+            raise ValueError("no such operation")
+        return case.result("chip", compile_s=1.0)
+
+
+class Begin:
+    """Of a worker's process: that compiler, and some cases."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, targets, full):
+        cases = {case(formats).title: case(formats) for formats in FORMATS}
+        return {"chip": Compiler(self.folder)}, cases
+
+
+FORMATS = ("0 times", f"{ATTEMPTS - 1} times", f"{ATTEMPTS} times", "0 times, and raises")
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_a_crash_is_a_result(formats, tmp_path):
+    worker = Worker([CHIP], full=False, begin=Begin(tmp_path))
+    [result] = worker.compile(case(formats))
+    [after] = worker.compile(case("0 times"))
+    worker.close()
+    crashes = int(formats.split()[0])
+    assert result.crashes == crashes == len(list(tmp_path.iterdir()))
+    if crashes == ATTEMPTS:
+        assert result.problems() == [f"does not compile: its compiler crashed {ATTEMPTS} times"]
+    elif formats.endswith("raises"):
+        assert result.problems() == ["does not compile: ValueError: no such operation"]
+    else:
+        assert not result.problems()
+        assert bool(result.remarks()) == (crashes > 0)
+    assert not after.problems()
+    assert after.crashes == 0
