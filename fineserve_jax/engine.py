@@ -22,7 +22,7 @@ from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.outputs import GrowingText
 from fineserve_jax.precision import Precision, resolve_precision
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, StepPlan
-from fineserve_jax.request_checks import check_memory, check_tokens
+from fineserve_jax.request_checks import check_memory, check_targets, check_tokens
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
@@ -151,10 +151,11 @@ class Engine:
             ttft_slo_s, tpot_slo_s, drop_when_late, tenant: see `Request`.
 
         Raises:
-            RequestError: see `check`.
+            RequestError: see `check`; targets that are not positive, or to be dropped when late without one.
         """
         sampling = sampling or SamplingParams()
         self.check(token_ids, sampling, kv_precision, model, min_kv_precision, tenant)
+        check_targets(ttft_slo_s, tpot_slo_s, drop_when_late)
         served, sequence = self.served(model), self._num_requests
         total = self._max_total_tokens(served, token_ids, sampling)
         precision = self._precision(served, kv_precision, min_kv_precision, total)
@@ -204,6 +205,8 @@ class Engine:
         """Ends a request at once, whatever it is doing; its tokens so far stay in it."""
         if request.status is not RequestStatus.FINISHED:
             self._finish(request, FinishReason.ABORT)
+            if not self.scheduler.has_unfinished:
+                self._rest()
 
     def release(self, request: Request) -> None:
         """Forgets a finished request's text. Callers do this when they have taken what they need."""
@@ -243,22 +246,30 @@ class Engine:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
-        """Computes one step; returns the requests that got a token, some of which it may have finished."""
+        """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
+        ended because they were late."""
+        start, compiled_before = time.perf_counter(), self._num_compilations
         plan = self.scheduler.schedule(self.clock())
-        for request in self.scheduler.take_dropped():
+        dropped = self.scheduler.take_dropped()
+        for request in dropped:
             self.texts[request].finish()
         if plan is None:
-            return []
-        start = time.perf_counter()
-        result = self.execute(plan)
-        advanced = self._commit(plan, result)
-        self._busy_s += time.perf_counter() - start
+            if dropped:
+                self._rest()
+            return dropped
+        advanced = self._commit(plan, self.execute(plan))
+        seconds = time.perf_counter() - start
+        self._busy_s += seconds
         self._num_steps += 1
+        if self._num_compilations == compiled_before:
+            self.scheduler.observe(plan, seconds)
+        if not self.scheduler.has_unfinished:
+            self._rest()
         if self.config.check_every and self._num_steps % self.config.check_every == 0:
             self.kv.check_integrity(thorough=False)
         if self._recorder is not None:
             self._record(self._recorder)
-        return advanced
+        return advanced + dropped
 
     def _record(self, recorder: Recorder) -> None:
         counts = {"preemptions": self.scheduler.num_preemptions, "reclaimed_rows": self.scheduler.quotas.num_reclaimed}
@@ -278,8 +289,6 @@ class Engine:
         sampled = {token.request: token for token in result.tokens}
         tokens = [sampled[work.request].token if work.request in sampled else -1 for work in plan.works]
         advanced = self.scheduler.commit(plan, tokens, self.clock())
-        if not result.compiled:
-            self.scheduler.observe(plan, result.seconds)
         for request in advanced:
             self._take(request, sampled[request])
         self._num_prompt_tokens += prompt_tokens
@@ -299,10 +308,12 @@ class Engine:
         self.texts[request].finish()
         request.kv_tokens = self.kv.tokens_by_format(request)
         self.scheduler.finish(request, reason, self.clock())
-        if not self.scheduler.has_unfinished:
-            self.kv.check_integrity()
-            self.scheduler.quotas.check_integrity()
-            self._save_profiles()
+
+    def _rest(self) -> None:
+        """What is done when nobody is left to serve: the books are audited and step times saved."""
+        self.kv.check_integrity()
+        self.scheduler.quotas.check_integrity()
+        self._save_profiles()
 
     def _save_profiles(self) -> None:
         """Keeps what was learnt of step times. That it could not be written is no reason to lose answers."""

@@ -1,5 +1,6 @@
 """What can be known to be wrong with a request before it waits: each error says what, the limit, and what to do."""
 
+import math
 from collections.abc import Collection, Sequence
 
 from fineserve_jax.assembly import ServedModel
@@ -47,6 +48,15 @@ def check_tokens(
             f"min_tokens={sampling.min_tokens} has to hold back {num_stop_ids} tokens, end-of-sequence tokens "
             f"included; it can hold back {MAX_STOP_IDS}; use fewer stop_token_ids or min_tokens=0"
         )
+
+
+def check_targets(ttft_slo_s: float | None, tpot_slo_s: float | None, drop_when_late: bool) -> None:
+    """Raises `RequestError` for latency targets that mean nothing."""
+    for name, target in (("ttft_slo_s", ttft_slo_s), ("tpot_slo_s", tpot_slo_s)):
+        if target is not None and not 0 < target < math.inf:
+            raise RequestError(f"{name}={target!r} is no latency target; give seconds, more than 0, or none")
+    if drop_when_late and ttft_slo_s is None:
+        raise RequestError("drop_when_late without a ttft_slo_s drops nothing; give ttft_slo_s, in seconds")
 
 
 def check_memory(kv: KVManager, model: str, kv_precision: str, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Compilers in processes of their own: one that crashes, as libtpu's now and then does, takes only its process along."""
+"""Compilers in processes of their own: one that crashes, as libtpu's now and then does, takes no other along."""
 
 import dataclasses
 import logging

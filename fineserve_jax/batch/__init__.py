@@ -11,6 +11,7 @@ with
     tenant             whose it is: quotas and shares are kept by it
     ttft_slo_s         target for its first token, in seconds after it joined the queue
     tpot_slo_s         target for each further token, in seconds
+    drop_when_late     true: no answer when the first token cannot be in time; `finish_reason` is then "late"
     ...                every field of `SamplingParams`
 
 An answer is

@@ -117,6 +117,7 @@ class BatchJob:
             tenant=row.tenant,
             ttft_slo_s=row.ttft_slo_s,
             tpot_slo_s=row.tpot_slo_s,
+            drop_when_late=row.drop_when_late,
         )
         self._open |= dict.fromkeys(samples, OpenRow(row, samples))
 

@@ -10,7 +10,17 @@ from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.sampling_params import SamplingParams
 
 TARGETS = ("ttft_slo_s", "tpot_slo_s")
-ROW_FIELDS = ("id", "prompt", "messages", "model", "kv_precision", "min_kv_precision", "tenant", *TARGETS)
+ROW_FIELDS = (
+    "id",
+    "prompt",
+    "messages",
+    "model",
+    "kv_precision",
+    "min_kv_precision",
+    "tenant",
+    *TARGETS,
+    "drop_when_late",
+)
 EXAMPLES = {"model": "smollm2-135m", "kv_precision": "int8", "min_kv_precision": "int4", "tenant": "alice"}
 RowId = str | int
 
@@ -29,6 +39,7 @@ class Row:
         min_kv_precision: KV format its older tokens may be narrowed to; None for the engine's.
         tenant: whose it is; empty for nobody's in particular.
         ttft_slo_s, tpot_slo_s: latency targets in seconds, see `Request`; None for none.
+        drop_when_late: whether it ends, unanswered, when its first token cannot be in time any more.
         sampling: the sampling fields it sets, unchecked.
     """
 
@@ -42,6 +53,7 @@ class Row:
     tenant: str
     ttft_slo_s: float | None
     tpot_slo_s: float | None
+    drop_when_late: bool
     sampling: dict[str, Any]
 
 
@@ -91,6 +103,7 @@ def parse_row(line: bytes, number: int) -> Row | BadRow:
         tenant=content.get("tenant") or "",
         ttft_slo_s=content.get("ttft_slo_s"),
         tpot_slo_s=content.get("tpot_slo_s"),
+        drop_when_late=content.get("drop_when_late") or False,
         sampling={name: value for name, value in content.items() if name not in ROW_FIELDS},
     )
 
@@ -130,6 +143,8 @@ def _what_is_wrong(content: dict[str, Any]) -> str | None:
         target = content.get(name)
         if target is not None and not _is_positive(target):
             return f"{name}={_shown(target)} is no latency target; give seconds, more than 0, or none"
+    if not isinstance(content.get("drop_when_late"), bool | None):
+        return f"drop_when_late={content['drop_when_late']!r} is neither true nor false; give one of them, or none"
     return None
 
 

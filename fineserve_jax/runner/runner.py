@@ -56,14 +56,10 @@ class StepResult:
     Attributes:
         tokens: the sampled tokens.
         scores: f32, the log-probability of each chunk token's successor, chunk slots in order; None if not asked for.
-        seconds: how long the device step took, with whatever had to be compiled.
-        compiled: whether it had to be compiled first.
     """
 
     tokens: list[SampledToken]
     scores: np.ndarray | None
-    seconds: float
-    compiled: bool
 
 
 class ModelRunner:
@@ -164,12 +160,12 @@ class ModelRunner:
         scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
         self.arena.units = programs.commit(self.arena.units, words, inputs)
         sampled, scored = jax.device_get((outputs, scored))
-        seconds = time.perf_counter() - start
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
         if compilations:
+            seconds = time.perf_counter() - start
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
-        return StepResult(_collect(requests, sampled), scored, seconds, bool(compilations))
+        return StepResult(_collect(requests, sampled), scored)
 
 
 @functools.cache

@@ -68,26 +68,32 @@ class StepCost:
         tokens: tokens that go through the model.
         chunk_pairs: pairs of a prefill token and a token it attends to.
         kv_bytes: bytes of cached K and V read.
+        kv_tokens: tokens that these bytes hold, which take their time where they are widened slowly.
     """
 
     tokens: int
     chunk_pairs: int
     kv_bytes: float
+    kv_tokens: int = 0
 
     def __add__(self, other: "StepCost") -> "StepCost":
         return StepCost(
-            self.tokens + other.tokens, self.chunk_pairs + other.chunk_pairs, self.kv_bytes + other.kv_bytes
+            self.tokens + other.tokens,
+            self.chunk_pairs + other.chunk_pairs,
+            self.kv_bytes + other.kv_bytes,
+            self.kv_tokens + other.kv_tokens,
         )
 
 
 def step_cost(works: Iterable[Work], formats: Mapping[str, FormatCost]) -> StepCost:
-    """Cost of computing `works` together. A decode row's attention is counted by the bytes it reads only,
-    since reading them is what takes its time."""
-    tokens, pairs, kv_bytes = 0, 0, 0.0
+    """Cost of computing `works` together. A decode row's attention is counted by what it reads only, since reading
+    is what takes its time."""
+    tokens, pairs, kv_bytes, kv_tokens = 0, 0, 0.0, 0
     for work in works:
         start, count = work.start, work.count
         tokens += count
+        kv_tokens += start
         kv_bytes += start * formats[work.request.kv_precision].bytes_per_token
         if count > 1:
             pairs += count * start + count * (count + 1) // 2
-    return StepCost(tokens, pairs, kv_bytes)
+    return StepCost(tokens, pairs, kv_bytes, kv_tokens)

@@ -83,11 +83,15 @@ def _due_s(request: Request, tpot_slo_s: float, now: float) -> float:
 class _ModelRows:
     """What the choice between models looks at: how many rows, what they read, and when the first is due."""
 
-    __slots__ = ("due_s", "formats", "has_prefill", "kv_bytes", "num_decodes")
+    __slots__ = ("due_s", "formats", "has_prefill", "kv_bytes", "kv_tokens", "num_decodes")
 
     def __init__(self, profile: StepProfile) -> None:
         self.formats = profile.model.formats
-        self.due_s, self.has_prefill, self.kv_bytes, self.num_decodes = math.inf, False, 0.0, 0
+        self.due_s, self.has_prefill, self.num_decodes = math.inf, False, 0
+        self.kv_bytes, self.kv_tokens = 0.0, 0
+
+    def decode_cost(self) -> StepCost:
+        return StepCost(self.num_decodes, 0, self.kv_bytes, self.kv_tokens)
 
 
 def _by_model(rows: Iterable[Row], profiles: Mapping[str, StepProfile], now: float) -> dict[str, _ModelRows]:
@@ -99,6 +103,7 @@ def _by_model(rows: Iterable[Row], profiles: Mapping[str, StepProfile], now: flo
         if of_model is None:
             of_model = models[request.model] = _ModelRows(profiles[request.model])
         computed = request.num_computed_tokens
+        of_model.kv_tokens += computed
         of_model.kv_bytes += computed * of_model.formats[request.kv_precision].bytes_per_token
         if len(request.token_ids) - computed > 1:
             of_model.has_prefill = True
@@ -127,10 +132,7 @@ def next_model(
     models = _by_model(rows, profiles, now)
     if len(models) == 1:
         return next(iter(models))
-    seconds = {
-        name: profiles[name].predict(StepCost(of_model.num_decodes, 0, of_model.kv_bytes))
-        for name, of_model in models.items()
-    }
+    seconds = {name: profiles[name].predict(of_model.decode_cost()) for name, of_model in models.items()}
     longest_s = max(seconds.values())
     due = {}
     for name, of_model in models.items():

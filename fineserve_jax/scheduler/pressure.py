@@ -134,5 +134,5 @@ class Pressure:
             count = min(chunk, request.num_computed_tokens - start)
             pairs = count * start + count * (count + 1) // 2
             kv_bytes = start * profile.model.formats[request.kv_precision].bytes_per_token
-            seconds += profile.predict(StepCost(count, pairs, kv_bytes))
+            seconds += profile.predict(StepCost(count, pairs, kv_bytes, start))
         return seconds

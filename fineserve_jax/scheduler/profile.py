@@ -1,13 +1,17 @@
 """Level 2's model of the device: how long a step takes, learnt while serving.
 
-    seconds = c0 fixed + c1 tokens + c2 max(0, tokens - knee) + c3 chunk_pairs + c4 kv_bytes,    all c >= 0
+    seconds = c0 fixed + c1 tokens + c2 max(0, tokens - knee) + c3 chunk_pairs + c4 kv_bytes + c5 kv_tokens,  all c >= 0
 
 `fixed` is the step's overhead and the reading of the weights. Up to the `knee` (the ridge point of the
 roofline, where the matrix products take as long as reading the weights) further tokens are nearly free;
-beyond it each costs its operations. Attention adds the operations of chunks and the bytes of cached K and V.
+beyond it each costs its operations. Attention adds the operations of chunks and the bytes of cached K and V, and
+for each token in these what a narrow format may cost besides where it is widened slowly.
 It starts as the device's roofline (Williams et al., CACM 2009: time is the greater of operations/peak and
-bytes/bandwidth), taken for the matrix products and for attention apart: c = (1, 0, 1, 1, 1) in units of the
-roofline's own seconds.
+bytes/bandwidth), taken for the matrix products and for attention apart: c = (1, 0, 1, 1, 1, 0) in units of the
+roofline's own seconds, a cached token's being those of its pair with one query.
+
+Relative errors weigh long steps by little, so that the fit alone comes out too short in sum wherever times scatter.
+Therefore it is multiplied by the `bias` that makes its sum right.
 """
 
 import json
@@ -22,13 +26,18 @@ from scipy.optimize import nnls
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost, StepCost
 
-NNLS_ITERATIONS = 100  # of five unknowns
+START = (1.0, 0.0, 1.0, 1.0, 1.0, 0.0)
+TERMS = len(START)
+NNLS_ITERATIONS = 100
 FORGETTING = 0.995
 """Weight of an observation falls by this factor with each later one: a memory of some 200 steps."""
 
 STICKINESS = 1e-3
 """Weight of the present coefficients against the observations; what no step shows (say, prefill while all
 decode) stays as it was."""
+
+LONGEST_COUNTED = 1.5
+"""Times its prediction that a step adds at most to the sums of `bias`: one that stood still moves it by little."""
 
 ERROR_MEMORY = 0.05
 """Weight of the newest relative error in the running one."""
@@ -42,7 +51,8 @@ class StepProfile:
         roofline: the device's peaks, where it starts from.
 
     Attributes:
-        coefficients: f64[5], the c of the formula above, in units of the roofline's seconds.
+        coefficients: f64[6], the c of the formula above, in units of the roofline's seconds.
+        bias: seconds observed over seconds that the coefficients alone would have predicted, in sum.
         error: running mean of |predicted - observed| / observed, each capped at 1; None before the first
             observation.
         num_observed: steps observed.
@@ -53,21 +63,24 @@ class StepProfile:
         weights_s = model.weight_bytes / roofline.bandwidth
         self.model, self.roofline = model, roofline
         self.knee_tokens = weights_s / token_s
-        self.coefficients = np.array([1.0, 0.0, 1.0, 1.0, 1.0])
+        self.coefficients = np.array(START)
+        self.bias = 1.0
         self.error: float | None = None
         self.num_observed = 0
         pair_s, byte_s = model.flops_per_pair / roofline.flops, 1.0 / roofline.bandwidth
         self._fixed_s = weights_s + roofline.overhead_s
         self._token_s, self._pair_s, self._byte_s = token_s, pair_s, byte_s
-        self._gram = np.zeros((5, 5))
-        self._moment = np.zeros(5)
+        self._gram = np.zeros((TERMS, TERMS))
+        self._moment = np.zeros(TERMS)
+        self._sums = np.zeros(2)  # of seconds observed and predicted
         self._publish()
 
     def predict(self, cost: StepCost) -> float:
         """Seconds that a step of that cost takes; grows with each part of the cost."""
-        c0, c1, c2, c3, c4 = self._seconds
+        c0, c1, c2, c3, c4, c5 = self._seconds
         beyond = max(0.0, cost.tokens - self.knee_tokens)
-        return c0 + c1 * cost.tokens + c2 * beyond + c3 * cost.chunk_pairs + c4 * cost.kv_bytes
+        attention = c3 * cost.chunk_pairs + c4 * cost.kv_bytes + c5 * cost.kv_tokens
+        return c0 + c1 * cost.tokens + c2 * beyond + attention
 
     def observe(self, cost: StepCost, seconds: float) -> None:
         """Learn from a step; not to be called for one that compiled.
@@ -81,6 +94,11 @@ class StepProfile:
         error = min(1.0, abs(self.predict(cost) - seconds) / seconds)
         self._remember(cost, seconds, FORGETTING)
         self._refit()
+        fitted = float(self._features(cost) @ self.coefficients)
+        self._sums = FORGETTING * self._sums + (min(seconds, LONGEST_COUNTED * fitted), fitted)
+        if self._sums[1] > 0.0:
+            self.bias = float(self._sums[0] / self._sums[1])
+        self._publish()
         self.error = error if self.error is None else self.error + ERROR_MEMORY * (error - self.error)
         self.num_observed += 1
 
@@ -90,6 +108,7 @@ class StepProfile:
             self._remember(cost, seconds, 1.0)
             self.num_observed += 1
         self._refit()
+        self._publish()
         return self
 
     def _remember(self, cost: StepCost, seconds: float, keep: float) -> None:
@@ -99,9 +118,8 @@ class StepProfile:
 
     def _refit(self) -> None:
         self.coefficients = _nonnegative_least_squares(
-            self._gram + STICKINESS * np.eye(5), self._moment + STICKINESS * self.coefficients
+            self._gram + STICKINESS * np.eye(TERMS), self._moment + STICKINESS * self.coefficients
         )
-        self._publish()
 
     # -- kept in a file ------------------------------------------------------------------------------------------
 
@@ -113,6 +131,8 @@ class StepProfile:
             "coefficients": self.coefficients.tolist(),
             "gram": self._gram.tolist(),
             "moment": self._moment.tolist(),
+            "sums": self._sums.tolist(),
+            "bias": self.bias,
             "error": self.error,
             "num_observed": self.num_observed,
         }
@@ -123,15 +143,16 @@ class StepProfile:
         model = dict(values["model"])
         formats = {name: FormatCost(**cost) for name, cost in model.pop("formats").items()}
         profile = cls(ModelCost(**model, formats=formats), DeviceRoofline(**values["roofline"]))
-        profile.coefficients = np.array(values["coefficients"], float).reshape(5)
-        profile._gram = np.array(values["gram"], float).reshape(5, 5)
-        profile._moment = np.array(values["moment"], float).reshape(5)
+        profile.coefficients = np.array(values["coefficients"], float).reshape(TERMS)
+        profile._gram = np.array(values["gram"], float).reshape(TERMS, TERMS)
+        profile._moment = np.array(values["moment"], float).reshape(TERMS)
+        profile._sums, profile.bias = np.array(values["sums"], float).reshape(2), float(values["bias"])
         profile.error, profile.num_observed = values["error"], values["num_observed"]
         profile._publish()
         return profile
 
     def _features(self, cost: StepCost) -> np.ndarray:
-        """The five terms in the roofline's seconds, so that coefficients are about 1."""
+        """The terms in the roofline's seconds, so that coefficients are about 1."""
         beyond = max(0.0, cost.tokens - self.knee_tokens)
         return np.array(
             [
@@ -140,13 +161,14 @@ class StepProfile:
                 self._token_s * beyond,
                 self._pair_s * cost.chunk_pairs,
                 self._byte_s * cost.kv_bytes,
+                self._pair_s * cost.kv_tokens,
             ]
         )
 
     def _publish(self) -> None:
         """Coefficients as plain floats in seconds: `predict` is called many times a step."""
-        units = (self._fixed_s, self._token_s, self._token_s, self._pair_s, self._byte_s)
-        self._seconds = tuple(c * unit for c, unit in zip(self.coefficients.tolist(), units, strict=True))
+        units = (self._fixed_s, self._token_s, self._token_s, self._pair_s, self._byte_s, self._pair_s)
+        self._seconds = tuple(self.bias * c * unit for c, unit in zip(self.coefficients.tolist(), units, strict=True))
 
 
 def save_profiles(path: str | Path, profiles: Mapping[str, StepProfile]) -> None:

@@ -58,8 +58,8 @@ class Row:
     def decode(self) -> StepCost:
         """The step half-way through the answers."""
         (cached,) = self.configuration.cost.formats.values()
-        context = self.input_len + self.output_len / 2
-        return StepCost(self.batch_size, 0, self.batch_size * context * cached.bytes_per_token)
+        tokens = self.batch_size * (self.input_len + self.output_len / 2)
+        return StepCost(self.batch_size, 0, tokens * cached.bytes_per_token, round(tokens))
 
 
 def read_table(path: str | Path) -> list[Row]:

@@ -263,7 +263,9 @@ class Simulator:
         count, now = 0, self._now
         while count < most and now < until:
             count += 1
-            now += predict(StepCost(cost.tokens, 0, cost.kv_bytes + count * growth))
+            now += predict(
+                StepCost(cost.tokens, 0, cost.kv_bytes + count * growth, cost.kv_tokens + count * len(works))
+            )
         self._now = now
         for work in works:
             work.request.token_ids += [0] * count

@@ -7,8 +7,8 @@
     paper       slabs as long as the least common multiple of the pages, late requests dropped (arXiv 2509.06261)
 
 What is another system's is its rules, not its code. All run on the same cost model, which has steps of one model at a
-time, and on this engine's pools, which move pages together when memory is short: Prism's and vLLM's do not. All but
-`paper` keep every request.
+time, and on this engine's pools. These move pages together when memory is short, but not for `prism` and `paper`, whose
+slabs are free for another class only when their last page is. All but `paper` keep every request.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ class System:
         policy: order of admission.
         slab_policy: `elastic`, `partitioned` or `uniform`.
         slabs: how long they are: `searched`, `lcm` or `granules`.
+        compacts: whether pages are moved together; where pages have one length, or fixed shares, there is no need to.
         drop_late: requests are dropped when their first token cannot come in time.
         settings: further fields of `SchedulerConfig`.
     """
@@ -48,6 +49,7 @@ class System:
     policy: str
     slab_policy: str = "elastic"
     slabs: str = "searched"
+    compacts: bool = True
     drop_late: bool = False
     settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
@@ -61,8 +63,8 @@ SYSTEMS = {
         System("fineserve", "fineserve"),
         System("uniform", "fcfs", slab_policy="uniform", settings=PLAIN),
         System("static", "fcfs", slab_policy="partitioned", settings=PLAIN),
-        System("prism", "least_slack", slabs="granules", settings=PLAIN),
-        System("paper", "fineserve", slabs="lcm", drop_late=True),
+        System("prism", "least_slack", slabs="granules", compacts=False, settings=PLAIN),
+        System("paper", "fineserve", slabs="lcm", compacts=False, drop_late=True),
     )
 }
 
@@ -130,6 +132,7 @@ def build(
     # With scales in the pages their least common multiple is gigabytes, and nobody would build that.
     classes = page_classes(formats, config.page_size, bare=system.slabs == "lcm")
     kv = KVManager(_allocator(system, cluster, classes), classes, prefix_cache=cluster.prefix_cache)
+    kv.compaction.enabled = system.compacts
     costs = {model.name: model.cost(names, config.page_size) for model, names in formats.items()}
     rooflines = {model.name: model.roofline(cluster.device, cluster.efficiency) for model in cluster.models}
     scheduler = Scheduler(config, kv, costs, next(iter(rooflines.values())))

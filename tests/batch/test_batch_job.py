@@ -119,12 +119,34 @@ def test_latency_targets_reach_the_engine_with_every_sample(engine, answer, monk
 
     def note(*arguments, **options):
         request = add(*arguments, **options)
-        targets.append((request.ttft_slo_s, request.tpot_slo_s))
+        targets.append((request.ttft_slo_s, request.tpot_slo_s, request.drop_when_late))
         return request
 
     monkeypatch.setattr(engine, "add_request", note)
-    answer([{"prompt": "a", "n": 2, "ttft_slo_s": 1.5, "tpot_slo_s": 1}, {"prompt": "b", "ttft_slo_s": None}])
-    assert targets == [(1.5, 1), (1.5, 1), (None, None)]
+    aimed = {"ttft_slo_s": 1.5, "tpot_slo_s": 1, "drop_when_late": True}
+    answer([{"prompt": "a", "n": 2, **aimed}, {"prompt": "b", "ttft_slo_s": None}])
+    assert targets == [(1.5, 1, True), (1.5, 1, True), (None, None, False)]
+
+
+def test_a_row_that_is_dropped_as_late_is_answered_so(engine, answer):
+    """Each row's clock starts as it joins the queue; a first token within a nanosecond cannot be."""
+    late = {"ttft_slo_s": 1e-9, "drop_when_late": True}
+    answers, summary = answer([{"id": "late", "prompt": "a", "n": 2, **late}, {"id": "kept", "prompt": "a"}])
+    by_id = {row["id"]: row for row in answers}
+    assert [s["finish_reason"] for s in by_id["late"]["samples"]] == ["late", "late"]
+    assert by_id["late"]["output_tokens"] == 0
+    assert by_id["kept"]["finish_reason"] == "length"
+    assert (summary.answered, summary.errors) == (2, 0)
+    answers, summary = answer([{"id": "late alone", "prompt": "a", **late}])
+    assert answers[-1]["finish_reason"] == "late"
+    assert not engine.has_unfinished
+
+
+def test_dropping_without_a_target_is_refused_and_disturbs_nobody(answer):
+    answers, summary = answer([{"prompt": "a", "drop_when_late": True}, {"prompt": "a"}])
+    assert (summary.answered, summary.errors) == (1, 1)
+    [error] = [row["error"] for row in answers if "error" in row]
+    assert error == "drop_when_late without a ttft_slo_s drops nothing; give ttft_slo_s, in seconds"
 
 
 def test_statistics_are_taken_once_a_step(engine, answer, monkeypatch):

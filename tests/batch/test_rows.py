@@ -59,6 +59,7 @@ def test_every_sampling_field_may_stand_in_a_row():
         (b'{"prompt": "a", "tpot_slo_s": 1e999}', r"tpot_slo_s=inf is no latency target; .*"),
         (b'{"prompt": "a", "tpot_slo_s": true}', r"tpot_slo_s=a JSON boolean is no latency target; .*"),
         (b'{"prompt": "a", "ttft_slo_s": "1"}', r"ttft_slo_s=a JSON string is no latency target; .*"),
+        (b'{"prompt": "a", "drop_when_late": 1}', r"drop_when_late=1 is neither true nor false; .*"),
         (b'{"prompt": "a", "id": 1.5}', r"id is a JSON number; give text or a whole number, or none"),
         (b'{"prompt": "a", "id": true}', r"id is a JSON boolean; give text or a whole number, or none"),
         (b'{"prompt": "a", "id": [1]}', r"id is a JSON list of .*; give text or a whole number, or none"),

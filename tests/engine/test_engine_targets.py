@@ -1,10 +1,12 @@
 """What the scheduler learns and decides reaches the engine's callers."""
 
 import json
+import math
+import time
 
 import pytest
 
-from fineserve_jax.errors import ConfigError
+from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.request import FinishReason
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -18,13 +20,44 @@ def test_a_request_that_asked_for_it_ends_as_late(make_engine):
     first = engine.add_request([5, 6, 7], sampling)
     late = engine.add_request([5, 6, 7], sampling, ttft_slo_s=2.0, drop_when_late=True)
     kept = engine.add_request([5, 6, 7], sampling, ttft_slo_s=2.0)
+    returned = []
     while engine.has_unfinished:
-        engine.step()
+        returned.append(engine.step())
         now[0] += 1.0
+    assert [step.count(late) for step in returned].count(1) == 1  # told when it ends
     assert [request.finish_reason for request in (first, late, kept)] == ["length", "late", "length"]
     assert late.output_token_ids == []
     assert late.finish_reason is FinishReason.LATE
     engine.kv.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("targets", "error"),
+    [
+        ({"ttft_slo_s": 0.0}, r"ttft_slo_s=0\.0 is no latency target; give seconds, more than 0"),
+        ({"tpot_slo_s": math.nan}, r"tpot_slo_s=nan is no latency target"),
+        ({"drop_when_late": True}, r"drop_when_late without a ttft_slo_s drops nothing"),
+    ],
+)
+def test_targets_that_mean_nothing_are_refused(make_engine, targets, error):
+    engine = make_engine()
+    with pytest.raises(RequestError, match=error):
+        engine.add_request([5, 6, 7], **targets)
+    assert not engine.has_unfinished
+
+
+def test_a_step_is_observed_with_all_that_it_took(make_engine, monkeypatch):
+    """Not only the time on the device: who predicts when tokens come needs the host's part, too."""
+    engine, sampling = make_engine(), SamplingParams(max_tokens=4, ignore_eos=True)
+    engine.warm_up()
+    observed, execute = [], engine.execute
+    monkeypatch.setattr(engine.scheduler, "observe", lambda plan, seconds: observed.append(seconds))
+    monkeypatch.setattr(engine, "execute", lambda plan: (time.sleep(0.02), execute(plan))[1])
+    engine.add_request([5, 6, 7], sampling)
+    while engine.has_unfinished:
+        engine.step()
+    assert len(observed) == 4
+    assert min(observed) >= 0.02
 
 
 def test_learnt_step_times_are_kept_in_a_file(make_engine, tmp_path):
