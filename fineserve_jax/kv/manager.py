@@ -8,8 +8,10 @@ Sharing (`sharing`), narrowing (`narrowing`), compaction (`compaction`) and host
 same books.
 """
 
+import itertools
 from array import array
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
@@ -19,6 +21,7 @@ from fineserve_jax.kv.host_memory import HostMemory
 from fineserve_jax.kv.integrity import check_manager
 from fineserve_jax.kv.operations import Copy, PageOperation
 from fineserve_jax.kv.pages import RequestPages, Segment
+from fineserve_jax.kv.pool import Share
 from fineserve_jax.kv.prefix import PrefixCache
 from fineserve_jax.kv.sharing import Sharing
 from fineserve_jax.kv.slabs import SlabAllocator
@@ -27,6 +30,8 @@ from fineserve_jax.kv.usage import KVCounts, KVUsage, count_events, measure_usag
 from fineserve_jax.request import Request
 
 Demand = Mapping[PageClass, int]
+MOST_EVICTED_AT_A_TIME = 8
+"""Cached pages that are evicted before it is asked again whether there is room; fewer where few are cached."""
 
 
 class KVManager:
@@ -101,6 +106,13 @@ class KVManager:
             return self.class_of(request.model, request.kv_precision).demand(num_tokens)
         lacking = held.page_class.num_pages(num_tokens) - held.num_pages
         return {held.page_class: lacking} if lacking > 0 else {}
+
+    def joint_demand(self, requests: Iterable[Request]) -> Counter[PageClass]:
+        """Pages that requests lack, by class, so that each of their known tokens has a home."""
+        lacking: Counter[PageClass] = Counter()
+        for request in requests:
+            lacking.update(self.demand(request, request.num_tokens))
+        return lacking
 
     def grow(self, request: Request, num_tokens: int, leaving: Demand | None = None) -> bool:
         """Give the request all pages that its first `num_tokens` tokens need, or none; it never shrinks.
@@ -181,25 +193,25 @@ class KVManager:
         if self.lacking_units(wanted, spare_slabs) > 0:
             return False
         shares = {allocator.member(page_class).pool.share for page_class in wanted}
-        idle = self.prefix.least_recent()
+        idle, at_a_time = self.prefix.least_recent(), 1 + min(len(self.prefix.idle) // 64, MOST_EVICTED_AT_A_TIME - 1)
         while not allocator.can_allocate(wanted, spare_slabs):
             if self.compaction.move():
                 continue
-            handle = None if patient and self.compaction.is_cut_short else next(idle, None)
-            if handle is None:
+            is_early = patient and self.compaction.is_cut_short
+            handles = [] if is_early else list(itertools.islice(idle, at_a_time))
+            if not handles:
                 if at_once and self.compaction.move(at_once=True):
                     continue
                 return False
             # A slab of any share's may be a spare one, if those are what is wanting.
-            of_any_use = len(allocator.free_slabs) < spare_slabs
-            if of_any_use or allocator.member(self.prefix.by_handle[handle].page_class).pool.share in shares:
-                self._evict(handle)
+            if len(allocator.free_slabs) >= spare_slabs:
+                handles = [handle for handle in handles if self._share_of(handle) in shares]
+            self._evict(handles)
         return True
 
     def forget_prefixes(self) -> None:
         """Give up all pages that nobody holds."""
-        for handle in list(self.prefix.idle):
-            self._evict(handle)
+        self._evict(list(self.prefix.idle))
 
     def begin_step(self) -> None:
         """To be called once before each step: restores the reserve of free slabs, as far as that moves or evicts
@@ -208,10 +220,14 @@ class KVManager:
         if len(self.allocator.free_slabs) < self.reserve_slabs:
             self.make_room({}, self.reserve_slabs, patient=True)
 
-    def _evict(self, handle: int) -> None:
-        self.prefix.forget(handle)
-        self.prefix.stats.evicted_pages += 1
-        self._free([handle])
+    def _share_of(self, listed: int) -> Share:
+        return self.allocator.member(self.prefix.by_handle[listed].page_class).pool.share
+
+    def _evict(self, handles: Handles) -> None:
+        for handle in handles:
+            self.prefix.forget(handle)
+        self.prefix.stats.evicted_pages += len(handles)
+        self._free(handles)
 
     def let_go(self, handles: Handles) -> None:
         """One holder less of each page; those without any are freed unless the prefix cache keeps them."""

@@ -17,7 +17,7 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.request import Request
 
 PAGES_AT_A_TIME = 64
-"""Idle pages that are looked at without copying the list of all of them."""
+"""Pages that are looked at in one go: idle ones, and a prompt's."""
 
 
 @dataclass(eq=False, slots=True)
@@ -123,19 +123,19 @@ class PrefixCache:
         self.idle_units += change * self._page_units(page_class)
 
 
-def page_tokens(token_ids: Sequence[int], page: int, page_size: int) -> bytes:
-    """A page's token ids, i32 as bytes."""
-    return array("i", token_ids[page * page_size : (page + 1) * page_size]).tobytes()
+def prefix_pages(
+    token_ids: Sequence[int], page_size: int, digest: bytes, first: int, stop: int
+) -> Iterator[tuple[bytes, bytes]]:
+    """Digest and tokens (their ids, i32 as bytes) of each page from `first` to `stop`, all of them full.
 
-
-def next_digest(digest: bytes, tokens: bytes) -> bytes:
-    """The digest that covers one more page; 16 bytes, so that two prefixes practically never share one."""
-    return hashlib.blake2b(tokens, digest_size=16, key=digest).digest()
-
-
-def prefix_pages(token_ids: Sequence[int], page_size: int, digest: bytes, first: int) -> Iterator[tuple[bytes, bytes]]:
-    """Digest and tokens of each full page from the page `first` on, `digest` being that of the pages before."""
-    for page in range(first, len(token_ids) // page_size):
-        tokens = page_tokens(token_ids, page, page_size)
-        digest = next_digest(digest, tokens)
-        yield digest, tokens
+    Args:
+        digest: of the pages before `first`; b"" for none. 16 bytes, so that two prefixes practically never share one.
+    """
+    for begin in range(first, stop, PAGES_AT_A_TIME):
+        end = min(begin + PAGES_AT_A_TIME, stop)
+        words = array("i", token_ids[begin * page_size : end * page_size])
+        some, length = words.tobytes(), page_size * words.itemsize
+        for place in range(0, len(some), length):
+            tokens = some[place : place + length]
+            digest = hashlib.blake2b(digest + tokens, digest_size=16).digest()
+            yield digest, tokens

@@ -124,7 +124,7 @@ class Sharing:
             self._kv.copy(held.page(full)[1], own.page(full)[1], page_class, page_class)
         if self._lists(request, own):
             own.num_listed = full
-            for own.digest, _ in prefix_pages(request.token_ids[: full * size], size, b"", 0):
+            for own.digest, _ in prefix_pages(request.token_ids, size, b"", 0, full):
                 pass
         request.num_computed_tokens = known
         return True
@@ -175,8 +175,8 @@ class Sharing:
         found: list[ListedPage] = []
         size = page_class.page_size
         # The last token is computed in any case, since what follows it is to be sampled.
-        known = request.token_ids[: (min(num_tokens, request.num_tokens) - 1) // size * size]
-        for digest, tokens in prefix_pages(known, size, b"", 0):
+        known = (min(num_tokens, request.num_tokens) - 1) // size
+        for digest, tokens in prefix_pages(request.token_ids, size, b"", 0, known):
             listed = self._list.find(page_class, digest, tokens)
             if listed is None and self.prefix_cache == "convert":
                 listed = self._find_wider(page_class, digest, tokens)
@@ -224,9 +224,9 @@ class Sharing:
     def _extend(self, request: Request, held: RequestPages, stop: int, ready: bool) -> None:
         """List the request's pages up to the page `stop`, as computed or to be computed by it."""
         size, writer = held.page_class.page_size, None if ready else request
-        tokens_and_digests = prefix_pages(request.token_ids[: stop * size], size, held.digest, held.num_listed)
-        for index, (digest, tokens) in enumerate(tokens_and_digests, held.num_listed):
-            page_class, handle = held.page(index)
-            self._list.add(ListedPage(page_class, digest, tokens, handle, writer, ready))
-            held.digest = digest
+        pages = prefix_pages(request.token_ids, size, held.digest, held.num_listed, stop)
+        for run in held.parts(held.num_listed, stop):
+            for handle, (digest, tokens) in zip(run.handles, pages, strict=False):
+                self._list.add(ListedPage(run.page_class, digest, tokens, handle, writer, ready))
+                held.digest = digest
         held.num_listed = max(held.num_listed, stop)

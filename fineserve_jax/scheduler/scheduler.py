@@ -274,7 +274,10 @@ class Scheduler:
         """Grow every row whose tokens have outgrown its pages, oldest admission first; whether any row was
         preempted for it."""
         before = self.num_preemptions
-        for row in [row for row in self._rows.values() if len(row.request.token_ids) > row.covered_tokens]:
+        rows = [row for row in self._rows.values() if len(row.request.token_ids) > row.covered_tokens]
+        if len(rows) > 1 and not self.pressure.can_narrow:  # all at once where that can be had, else each for itself
+            self._kv.make_room(self._kv.joint_demand(row.request for row in rows))
+        for row in rows:
             if row.request in self._rows:
                 self._grow(row)
         return self.num_preemptions > before
