@@ -36,7 +36,7 @@ class Arguments:
     held_back: float = 0.25
     """Share of each configuration's rows that the fit does not see."""
     seeds: int = 5
-    layer_overhead_s: float = 250e-6
+    layer_overhead_s: float = 330e-6
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def curves() -> list[Curve]:
     attainment, tokens = "attainment", "output_tokens_per_s"
     return [
         Curve("sharing-skewed", "Three variants, 8:1:1, Poisson", "requests/s",
-              tuple(Point(r, r, skewed, None, True) for r in rates), attainment, measured=True),
+              tuple(Point(r, r, skewed, None, True) for r in rates), attainment, seconds=40.0, measured=True),
         Curve("sharing-bursty", "Three variants, 8:1:1, bursty (CV 3)", "requests/s",
               tuple(Point(r, r, skewed, None, True, 3.0) for r in rates[::2]), attainment, measured=True),
         Curve("sharing-even", "Three variants, 1:1:1, Poisson", "requests/s",

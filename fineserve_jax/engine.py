@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 
 from fineserve_jax.assembly import ServedModel, assemble
 from fineserve_jax.config import AUTO, EngineConfig
-from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.narrowing import ladder
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.model_settings import ModelSettings
+from fineserve_jax.output_files import check_can_write
 from fineserve_jax.outputs import GrowingText
 from fineserve_jax.precision import Precision, resolve_precision
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, StepPlan
@@ -61,7 +61,7 @@ class Engine:
         parts = assemble(models, self.config, settings or {})
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
         if self.config.step_profile is not None:
-            _check_folder(self.config.step_profile)
+            check_can_write("step_profile", self.config.step_profile)
             if Path(self.config.step_profile).exists():
                 self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock
@@ -398,12 +398,3 @@ class Engine:
             name: ModelStats(served.model.weights, kv[name], profiles[name].error)
             for name, served in self.models.items()
         }
-
-
-def _check_folder(path: str) -> None:
-    """Raises ConfigError for a file that could not be written, before there is anything to write."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"step_profile={path!r} cannot be written: there is no folder {folder}; create it")
-    if not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise ConfigError(f"step_profile={path!r} cannot be written; name a file in a folder that can be written to")

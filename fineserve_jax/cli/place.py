@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fineserve_jax.output_files import check_can_write
 from fineserve_jax.placement import Estimate, Placement, Problem, exhaustive, greedy, prism, read_problem, slab_aware
 
 Rule = Callable[[Problem], tuple[Placement, Estimate]]
@@ -32,6 +33,7 @@ def place(
         rule: greedy search, exhaustive search for small cases, or the rules of the FineServe paper and of Prism.
         json_output: write the placement there.
     """
+    check_can_write("json", json_output)
     problem = read_problem(workload)
     placement, expected = RULES[rule](problem)
     console = Console()

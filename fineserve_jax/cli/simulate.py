@@ -1,6 +1,7 @@
 """`fineserve-jax simulate`: this engine's scheduler, and others' rules, on devices that need not be there."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from fineserve_jax.cli.options import Switch
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.output_files import check_can_write
 from fineserve_jax.scheduler import load_profiles
 from fineserve_jax.sim.cost_table import CostTable, read_table
 from fineserve_jax.sim.devices import Device, Efficiency, get_device
@@ -46,6 +48,7 @@ def simulate(
     max_batch_size: int = 256,
     max_chunk_tokens: int = 2048,
     prefix_cache: Switch = False,
+    layer_overhead_us: float = 0.0,
     table: Path | None = None,
     step_profile: Path | None = None,
     html: Path | None = None,
@@ -77,12 +80,17 @@ def simulate(
         max_batch_size: most requests in memory.
         max_chunk_tokens: most prefill tokens of a step.
         prefix_cache: share pages between requests that begin alike (JSON lines with `prefix`).
+        layer_overhead_us: microseconds in which the host launches a layer's kernels; the roofline takes at least as
+            long. About 330 for an engine that launches one by one; 0 for one that replays recorded graphs, to whose
+            steps a millisecond is added.
         table: measured latencies in the form of FineServe's published tables.
         step_profile: JSON of an engine's learnt step times.
         html: write a report that opens offline.
         perfetto: write a trace of the last run for ui.perfetto.dev.
         json_output: write all figures.
     """
+    for option, path in (("html", html), ("perfetto", perfetto), ("json", json_output)):
+        check_can_write(option, path)
     kinds, formats = parse_mix(mix or ("llama-3.1-8b/bf16", "llama-3.1-8b/int8", "llama-3.1-8b/int4"), tp)
     systems = [get_system(name) for name in system or ("fineserve", "uniform")]
     arrivals = _arrivals(trace, rate, seconds, burstiness, seed)
@@ -95,6 +103,7 @@ def simulate(
         tuple(formats),
         {model.name: names for model, names in formats.items()},
         None if kv_memory is None else _bytes(kv_memory),
+        efficiency=_efficiency(layer_overhead_us, measured=table is not None or step_profile is not None),
         prefix_cache="exact" if prefix_cache else "off",
     )
     check_arrivals(arrivals, cluster)
@@ -120,6 +129,16 @@ def _arrivals(trace: Path | None, rate: float, seconds: float, burstiness: float
     if trace is None:
         return draw(rate, seconds, seed, burstiness=burstiness)
     return read_csv(trace) if trace.suffix == ".csv" else read_jsonl(trace)
+
+
+def _efficiency(layer_overhead_us: float, measured: bool) -> Efficiency:
+    if not 0 <= layer_overhead_us < math.inf:
+        raise ConfigError(f"layer_overhead_us={layer_overhead_us:g} is no time; give 0 or more microseconds")
+    if layer_overhead_us and measured:
+        raise ConfigError("--table and --step-profile are measured, launches included; leave out --layer-overhead-us")
+    if not layer_overhead_us:
+        return Efficiency()
+    return Efficiency(step_overhead_s=0.0, layer_overhead_s=layer_overhead_us * 1e-6)
 
 
 def _timers(

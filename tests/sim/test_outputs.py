@@ -115,6 +115,17 @@ def test_prefixes_in_a_workload_are_shared(tmp_path):
     assert ttft[("--prefix-cache",)] < 0.5 * ttft[()]
 
 
+def test_launches_one_by_one_hold_up_what_is_read_faster(tmp_path):
+    """32 layers of Llama-3.1-8B whose kernels take 500 us each to launch: no token comes faster than every 16 ms."""
+    output, tpot = tmp_path / "figures.json", {}
+    for flags in ((), ("--layer-overhead-us", "500")):
+        words = ["simulate", *WORK, "--mix", "llama-3.1-8b@awq/bf16", "--system", "fineserve", *flags]
+        assert main([*words, "--json", str(output)]) == 0
+        tpot[flags] = json.loads(output.read_text())[0]["tpot"]["p50"]
+    assert tpot[()] < 0.008
+    assert 0.016 <= tpot["--layer-overhead-us", "500"] < 0.02
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -127,6 +138,10 @@ def test_prefixes_in_a_workload_are_shared(tmp_path):
         (["--device", "l4", "--mix", "llama-3.1-70b/bf16"], "more than 1 x l4 has"),
         (["--table", "none.csv"], "none.csv is no table of measured costs"),
         (["--step-profile", "none.json"], "cannot read the step profile none.json"),
+        (["--html", "nowhere/report.html"], "html='nowhere/report.html' cannot be written: there is no folder"),
+        (["--json", "/"], "json='/' cannot be written; name a file"),
+        (["--layer-overhead-us", "-1"], "layer_overhead_us=-1 is no time; give 0 or more microseconds"),
+        (["--step-profile", "none.json", "--layer-overhead-us", "9"], "leave out --layer-overhead-us"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(words, message, capsys):
