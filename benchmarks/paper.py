@@ -255,7 +255,7 @@ def section(curve: Curve, written: Figures, folder: str) -> str:
     results, setting = written["results"], written["setting"]
     timed = "the measured table" if setting["table"] else "the roofline"
     cells: list[Cell] = [("tokens/s", lambda f: f"{f['output_tokens_per_s']:.0f}")]
-    if curve.figure == "attainment":
+    if curve.points[0].targets:
         cells.insert(0, ("in time", lambda f: f"{f['attainment']:.1%}"))
         cells.append(("tokens/s in time", lambda f: f"{f['goodput_tokens_per_s']:.0f}"))
     elif curve.figure == "end_to_end_p99_s":

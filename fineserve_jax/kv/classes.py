@@ -3,7 +3,8 @@
 A *unit* is a fixed-size row of the arena; a page is a run of whole units and is named by its first one.
 """
 
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 
 from fineserve_jax.errors import ConfigError
 
@@ -31,8 +32,12 @@ class PageClass:
     page_size: int
     page_bytes: int
     tail: "PageClass | None" = None
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # The generated hash would walk the tail on each of a step's thousands of look-ups; a model and format have one
+        # class in an arena. It is the same in every process, since a pickled class takes it along.
+        object.__setattr__(self, "_hash", zlib.crc32(str(self).encode()))
         for name in ("page_units", "page_size", "page_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} of {self}: a page needs at least 1")
@@ -46,9 +51,8 @@ class PageClass:
                 f"it must hold {self.page_size} of {self.model!r}"
             )
 
-    # The generated hash would walk the tail on each look-up; a model and format have one class in an arena.
     def __hash__(self) -> int:
-        return hash((self.model, self.kv_format))
+        return self._hash
 
     def __str__(self) -> str:
         return f"{self.model}/{self.kv_format}"

@@ -10,8 +10,7 @@ same books.
 
 import itertools
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
@@ -107,13 +106,6 @@ class KVManager:
         lacking = held.page_class.num_pages(num_tokens) - held.num_pages
         return {held.page_class: lacking} if lacking > 0 else {}
 
-    def joint_demand(self, requests: Iterable[Request]) -> Counter[PageClass]:
-        """Pages that requests lack, by class, so that each of their known tokens has a home."""
-        lacking: Counter[PageClass] = Counter()
-        for request in requests:
-            lacking.update(self.demand(request, request.num_tokens))
-        return lacking
-
     def grow(self, request: Request, num_tokens: int, leaving: Demand | None = None) -> bool:
         """Give the request all pages that its first `num_tokens` tokens need, or none; it never shrinks.
 
@@ -133,6 +125,22 @@ class KVManager:
         if pages is None:
             return False
         held.append(held.page_class, pages[held.page_class])
+        return True
+
+    def grow_together(self, requests: Sequence[Request]) -> bool:
+        """Give each of some requests that hold pages all those that its known tokens need, or none of them any."""
+        lacking = [(self.held[request], self.demand(request, request.num_tokens)) for request in requests]
+        joint: dict[PageClass, int] = {}
+        for _, demand in lacking:
+            for page_class, count in demand.items():
+                joint[page_class] = joint.get(page_class, 0) + count
+        pages = self.take(joint) if joint else {}
+        if pages is None:
+            return False
+        for held, demand in lacking:
+            for page_class, count in demand.items():
+                held.append(page_class, pages[page_class][-count:])
+                del pages[page_class][-count:]
         return True
 
     def release(self, request: Request) -> None:

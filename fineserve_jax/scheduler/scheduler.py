@@ -275,12 +275,24 @@ class Scheduler:
         preempted for it."""
         before = self.num_preemptions
         rows = [row for row in self._rows.values() if len(row.request.token_ids) > row.covered_tokens]
-        if len(rows) > 1 and not self.pressure.can_narrow:  # all at once where that can be had, else each for itself
-            self._kv.make_room(self._kv.joint_demand(row.request for row in rows))
+        if self._grow_together(rows):
+            return False
         for row in rows:
             if row.request in self._rows:
                 self._grow(row)
         return self.num_preemptions > before
+
+    def _grow_together(self, rows: Sequence[Row]) -> bool:
+        """Grow all these rows at once, or none: where memory is short, or shares of it are to be kept, each has to ask
+        for itself."""
+        if self.pressure.can_narrow or self.config.quotas:
+            return False
+        if not self._kv.grow_together([row.request for row in rows]):
+            return False
+        for row in rows:
+            row.note_growth()
+            self._reserve.update(row)
+        return True
 
     def _grow(self, row: Row) -> None:
         """Grow a row to hold its known tokens, or preempt it when nobody can give way to it."""

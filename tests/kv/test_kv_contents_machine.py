@@ -241,14 +241,18 @@ class ContentsMachine(RuleBasedStateMachine):
         idle=st.none() | st.integers(0, 3),
         token=st.integers(0, 1),
         in_order=st.booleans(),
+        together=st.booleans(),
     )
-    def steps(self, times, num_pages, idle, token, in_order):
+    def steps(self, times, num_pages, idle, token, in_order, together):
         """Some steps that compute every row that can go on but one, chunks being at most `num_pages` long."""
         for _ in range(times):
             self.begin_step()
             self.run_operations()
             self.check_batches()
-            grown = [row for row in self.rows if self.kv.grow(row, row.num_tokens)]
+            if together and self.kv.grow_together(list(self.rows)):
+                grown = list(self.rows)
+            else:
+                grown = [row for row in self.rows if self.kv.grow(row, row.num_tokens)]
             self.run_operations()
             able = [row for row in (grown if in_order else reversed(grown)) if self.can_go_on(row)]
             self.step([row for i, row in enumerate(able) if i != idle], num_pages, token)

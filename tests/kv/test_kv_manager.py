@@ -57,6 +57,26 @@ def test_the_tail_is_kept_while_pages_close_behind_it():
     assert kv.segments(row, 0) == []
 
 
+def test_requests_grow_together_or_not_at_all():
+    kv, rows = manager(3), [request("int8"), request("int4"), request("int8")]
+    for row in rows:
+        row.token_ids = [0] * PAGE_SIZE
+        assert kv.grow(row, 1)
+    assert kv.grow_together(rows)
+    assert [len(pages_of(kv, row)) for row in rows] == [1, 1, 1]
+    kv.check_integrity()
+    before = [pages_of(kv, row) for row in rows]
+    rows[1].token_ids = [0] * 1000
+    assert not kv.grow_together(rows)
+    assert [pages_of(kv, row) for row in rows] == before
+    rows[1].token_ids = [0] * 3 * PAGE_SIZE
+    rows[2].token_ids = [0] * 2 * PAGE_SIZE
+    assert kv.grow_together(rows)
+    assert [len(pages_of(kv, row)) for row in rows] == [1, 3, 2]
+    assert len({page for row in rows for page in pages_of(kv, row)}) == 6
+    kv.check_integrity()
+
+
 def test_an_unknown_precision_is_refused_with_those_there_are():
     with pytest.raises(ConfigError, match="no KV cache for m/fp32; this engine has: m/bf16, m/int8, m/int4"):
         manager(2).grow(request("fp32"), 1)
