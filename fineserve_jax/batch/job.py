@@ -14,7 +14,7 @@ from fineserve_jax.engine import Engine
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import Tokenizer
 from fineserve_jax.outputs import total_kv_tokens
-from fineserve_jax.request import Request, RequestStatus
+from fineserve_jax.request import FinishReason, Request, RequestStatus
 from fineserve_jax.runner.runner import TokenLogprobs
 
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
@@ -148,6 +148,7 @@ class BatchJob:
             self.engine.release(request)
         self.answers.write(answer)
         self.summary.note_row(first.kv_precision, first.num_prompt_tokens, answer["output_tokens"])
+        self.summary.late += any(request.finish_reason is FinishReason.LATE for request in opened.samples)
 
     def _fail(self, line: int, row_id: RowId, error: str) -> None:
         self.summary.errors += 1

@@ -34,6 +34,7 @@ class BatchSummary:
 
     Attributes:
         answered, errors, skipped: rows; skipped ones had been answered by an earlier run.
+        late: answered rows of which a sample was dropped, since it could not begin in time.
         formats: per KV precision. Bytes count under the format that the pages are in: the newest tokens of an
             int4 row lie in an int8 page.
         seconds: from the first row to the last.
@@ -45,6 +46,7 @@ class BatchSummary:
     answered: int = 0
     errors: int = 0
     skipped: int = 0
+    late: int = 0
     formats: defaultdict[str, FormatSummary] = field(default_factory=lambda: defaultdict(FormatSummary))
     seconds: float = 0.0
     decode_tokens: int = 0
@@ -108,7 +110,8 @@ class BatchSummary:
         return table
 
     def _headline(self) -> str:
-        counts = Counter(answered=self.answered, errors=self.errors)
+        answered = f"answered ({self.late} of them dropped as late)" if self.late else "answered"
+        counts = Counter({answered: self.answered, "errors": self.errors})
         if self.skipped:
             counts["answered earlier"] = self.skipped
         told = ", ".join(f"{count} {what}" for what, count in counts.items())

@@ -136,7 +136,8 @@ def test_a_row_that_is_dropped_as_late_is_answered_so(engine, answer):
     assert [s["finish_reason"] for s in by_id["late"]["samples"]] == ["late", "late"]
     assert by_id["late"]["output_tokens"] == 0
     assert by_id["kept"]["finish_reason"] == "length"
-    assert (summary.answered, summary.errors) == (2, 0)
+    assert (summary.answered, summary.errors, summary.late) == (2, 0, 1)
+    assert str(summary.table().title).startswith("2 answered (1 of them dropped as late), 0 errors, in ")
     answers, summary = answer([{"id": "late alone", "prompt": "a", **late}])
     assert answers[-1]["finish_reason"] == "late"
     assert not engine.has_unfinished
