@@ -3,7 +3,8 @@
     python benchmarks/paper_engine.py
 
 One model, requests in several KV precisions, and memory for only some of them at a time. Engines with the same model
-and memory take turns:
+and memory take turns step by step, each with a clock of its own that stands still meanwhile, so that it does them all
+the same good or harm if the machine is faster for a while:
 
     fineserve    slabs of any length; fewer bits first, then less expected work, with ageing
     uniform      pages of one length for all formats, first come first served
@@ -11,11 +12,14 @@ and memory take turns:
 
 Each first serves a smaller batch, from which it learns how long steps take and answers are. With the profile that it
 learnt, the simulator then serves the same two batches through the same scheduler and memory on a virtual clock, and
-what it predicts of the second, total time and order of completion, stands beside what happened. The last line is JSON.
+what it predicts of the second, total time and order of completion, stands beside what happened. So does what the
+profile says of the very steps that were taken, which leaves only its own error, and how much faster or slower the
+machine has become since. The last line is JSON.
 """
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from typing import Any
@@ -31,8 +35,10 @@ from fineserve_jax.compilation_cache import use_compilation_cache
 from fineserve_jax.config import EngineConfig
 from fineserve_jax.engine import Engine
 from fineserve_jax.loaders import LoadedModel, load_model
+from fineserve_jax.request import StepPlan
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import StepProfile
+from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.simulator import Simulator
 from fineserve_jax.sim.workload import Arrival, Kind, assign, draw
 
@@ -68,7 +74,25 @@ class Outcome:
     seconds: float
     finished_s: np.ndarray
     preemptions: int
-    mean_running: float = float("nan")
+    mean_running: float = math.nan
+    steps_predicted_s: float = math.nan
+    """What the profile of before the batch says of its steps."""
+
+
+class OwnTime:
+    """A clock, in seconds, that runs only within `with`."""
+
+    def __init__(self) -> None:
+        self._passed_s, self._since = 0.0, math.nan
+
+    def __call__(self) -> float:
+        return self._passed_s if math.isnan(self._since) else self._passed_s + time.perf_counter() - self._since
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *raised: object) -> None:
+        self._passed_s, self._since = self(), math.nan
 
 
 def main() -> None:
@@ -79,17 +103,16 @@ def main() -> None:
         workload(arguments, model.name, count, arguments.seed + number)
         for number, count in enumerate((arguments.learning_requests, arguments.requests))
     )
-    engines = {name: Engine(model, settings(arguments, name)) for name in SYSTEMS}
+    engines = {name: Engine(model, settings(arguments, name), clock=OwnTime()) for name in SYSTEMS}
     for engine in engines.values():
         engine.warm_up(sorted(set(arguments.mix)))
-    for engine in engines.values():
-        serve(engine, learning, arguments.seed)
+    serve(engines, learning, arguments.seed)
     compiled = sum(engine.stats().num_compilations for engine in engines.values())
     simulated = {name: simulate(arguments, model, engine, name, learning, batch) for name, engine in engines.items()}
     real: dict[str, list[Outcome]] = {name: [] for name in engines}
     for number in range(arguments.rounds):
-        for name, engine in engines.items():
-            real[name].append(serve(engine, batch, arguments.seed + 1 + number))
+        for name, outcome in serve(engines, batch, arguments.seed + 1 + number).items():
+            real[name].append(outcome)
     compiled = sum(engine.stats().num_compilations for engine in engines.values()) - compiled
     report(arguments, batch, real, simulated, compiled)
 
@@ -123,28 +146,56 @@ def workload(arguments: Arguments, model: str, count: int, seed: int) -> list[Ar
     ]
 
 
-def serve(engine: Engine, batch: list[Arrival], seed: int) -> Outcome:
-    """Serves a batch for real, prompts of random tokens."""
-    rng = np.random.default_rng(seed)
-    before, running = engine.scheduler.num_preemptions, []
-    requests = [
-        engine.add_request(
-            rng.integers(1000, 20000, arrival.prompt_tokens).tolist(),
-            SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
-            kv_precision=arrival.kv_precision,
+def serve(engines: dict[str, Engine], batch: list[Arrival], seed: int) -> dict[str, Outcome]:
+    """Each engine serves a batch for real, prompts of random tokens; they take turns step by step."""
+    servings = {name: Serving(engine, batch, seed) for name, engine in engines.items()}
+    while left := [serving for serving in servings.values() if serving.engine.has_unfinished]:
+        for serving in left:
+            serving.step()
+    return {name: serving.outcome() for name, serving in servings.items()}
+
+
+class Serving:
+    """An engine on its way through a batch."""
+
+    def __init__(self, engine: Engine, batch: list[Arrival], seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.engine, self.running, self.predicted_s = engine, list[int](), 0.0
+        self.preemptions, self.start_s = engine.scheduler.num_preemptions, engine.clock()
+        (profile,) = engine.scheduler.profiles.values()
+        self.profile, self.observe = StepProfile.from_dict(profile.to_dict()), engine.scheduler.observe
+        engine.scheduler.observe = self.note  # type: ignore[method-assign]
+        self.requests = [
+            engine.add_request(
+                rng.integers(1000, 20000, arrival.prompt_tokens).tolist(),
+                SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
+                kv_precision=arrival.kv_precision,
+            )
+            for arrival in batch
+        ]
+
+    def step(self) -> None:
+        with self.engine.clock:  # type: ignore[attr-defined]
+            self.engine.step()
+        self.running.append(self.engine.scheduler.num_running)
+
+    def note(self, plan: StepPlan, seconds: float) -> None:
+        self.predicted_s += self.profile.predict(step_cost(plan.works, self.profile.model.formats))
+        self.observe(plan, seconds)
+
+    def outcome(self) -> Outcome:
+        engine = self.engine
+        del engine.scheduler.observe  # of the instance: the class has its own again
+        finished = np.array([request.times.finished_s for request in self.requests], float) - self.start_s
+        for request in self.requests:
+            engine.release(request)
+        return Outcome(
+            engine.clock() - self.start_s,
+            finished,
+            engine.scheduler.num_preemptions - self.preemptions,
+            statistics.mean(self.running),
+            self.predicted_s,
         )
-        for arrival in batch
-    ]
-    start, start_s = time.perf_counter(), engine.clock()
-    while engine.has_unfinished:
-        engine.step()
-        running.append(engine.scheduler.num_running)
-    seconds = time.perf_counter() - start
-    finished = np.array([request.times.finished_s for request in requests], float) - start_s
-    for request in requests:
-        engine.release(request)
-    preemptions = engine.scheduler.num_preemptions - before
-    return Outcome(seconds, finished, preemptions, statistics.mean(running))
 
 
 def simulate(
@@ -174,7 +225,18 @@ def report(
     compilations: int,
 ) -> None:
     tokens = sum(arrival.output_tokens for arrival in batch)
-    table = Table("", "s", "simulated", "error", "order (Kendall)", "tokens/s", "times uniform", "simulated", "running")
+    table = Table(
+        "",
+        "s",
+        "simulated",
+        "error",
+        "its steps",
+        "order (Kendall)",
+        "tokens/s",
+        "times uniform",
+        "simulated",
+        "running",
+    )
     results = {}
     uniform = statistics.median(outcome.seconds for outcome in real["uniform"])
     for name, outcomes in real.items():
@@ -183,6 +245,7 @@ def report(
             "seconds": round(seconds, 2),
             "simulated_seconds": round(predicted.seconds, 2),
             "error": round(predicted.seconds / seconds - 1, 4),
+            "steps_predicted_error": round(outcomes[0].steps_predicted_s / outcomes[0].seconds - 1, 4),
             "order_kendall_tau": round(float(kendalltau(outcomes[0].finished_s, predicted.finished_s).statistic), 4),
             "tokens_per_s": round(tokens / seconds, 1),
             "times_uniform": round(uniform / seconds, 3),
@@ -197,6 +260,7 @@ def report(
             f"{seconds:.1f}",
             f"{predicted.seconds:.1f}",
             f"{shown['error']:+.1%}",
+            f"{shown['steps_predicted_error']:+.1%}",
             f"{shown['order_kendall_tau']:.3f}",
             f"{shown['tokens_per_s']:.0f}",
             f"{shown['times_uniform']:.2f}",
