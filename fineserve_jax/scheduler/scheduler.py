@@ -18,6 +18,7 @@ from fineserve_jax.scheduler.admission import Admission
 from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost, step_cost
 from fineserve_jax.scheduler.execution import next_model, plan_step
+from fineserve_jax.scheduler.growth import Growth
 from fineserve_jax.scheduler.lengths import OutputLengths
 from fineserve_jax.scheduler.policies import find_policy, policy_context
 from fineserve_jax.scheduler.pressure import Pressure
@@ -69,6 +70,7 @@ class Scheduler:
         self.pressure = Pressure(config, kv, self._rows, self.profiles)
         self.quotas = Quotas(kv, config.quotas, self._rows, config.growth_reserve_pages, self._preempt)
         self.pressure.may_narrow, self.pressure.on_narrowing = self.quotas.may_give_way, self.quotas.note
+        self._growth = Growth(kv, self._rows, self._reserve, self.pressure, self.quotas, self._preempt)
         self._admission = Admission(config, kv, self._queue, self._reserve, self.pressure, self.quotas)
         self._dropped: list[Request] = []
         self._walk_may_help = False  # since the last walk a request came, or something was freed or can be narrowed
@@ -183,7 +185,7 @@ class Scheduler:
         """
         self._kv.begin_step()
         self.pressure.begin_step()
-        preempted = self._make_room()
+        preempted = self._growth.make_room()
         if self._walk_may_help and not (preempted and self._rows):
             self._admit(now)
             self._walk_may_help |= self._kv.compaction.is_cut_short or self._admission.owes
@@ -267,78 +269,6 @@ class Scheduler:
         for work in plan.works:
             work.request.status = RequestStatus.RUNNING
         return plan
-
-    # -- memory for the decoding rows ------------------------------------------------------------------------
-
-    def _make_room(self) -> bool:
-        """Grow every row whose tokens have outgrown its pages, oldest admission first; whether any row was
-        preempted for it."""
-        before = self.num_preemptions
-        rows = [row for row in self._rows.values() if len(row.request.token_ids) > row.covered_tokens]
-        if self._grow_together(rows):
-            return False
-        for row in rows:
-            if row.request in self._rows:
-                self._grow(row)
-        return self.num_preemptions > before
-
-    def _grow_together(self, rows: Sequence[Row]) -> bool:
-        """Grow all these rows at once, or none: where memory is short, or shares of it are to be kept, each has to ask
-        for itself."""
-        if self.pressure.can_narrow or self.config.quotas:
-            return False
-        if not self._kv.grow_together([row.request for row in rows]):
-            return False
-        for row in rows:
-            row.note_growth()
-            self._reserve.update(row)
-        return True
-
-    def _grow(self, row: Row) -> None:
-        """Grow a row to hold its known tokens, or preempt it when nobody can give way to it."""
-        request = row.request
-        while (victim := self.quotas.blocks_growth(row)) or not self._has_room(row):
-            victim = victim or self._victim(row)
-            self._preempt(victim)
-            if victim is row:
-                return
-        self.quotas.note(request)
-        row.note_growth()
-        self._reserve.update(row)
-
-    def _has_room(self, row: Row) -> bool:
-        """Grow a row, narrowing others' pages as need be. While any can be, the reserve of free slabs is left alone:
-        narrower pages have to go somewhere before those they were encoded from are free."""
-        request, kv = row.request, self._kv
-        if self.pressure.can_narrow:
-            while not (kv.compaction.is_cut_short or kv.grow(request, request.num_tokens, leaving={})):
-                if not self.pressure.narrow(row.shares):
-                    break
-        while not kv.grow(request, request.num_tokens):
-            if not (self.pressure.can_narrow and self.pressure.narrow(row.shares)):
-                return False
-        return True
-
-    def _victim(self, row: Row) -> Row:
-        """Who gives up its pages so that `row` can grow: the latest admitted after it, of its own page class
-        if there is one, since those pages are of use at once; `row` itself when all that compete were
-        admitted before it. Rows that quotas protect are spared if others can give way, even earlier ones if `row` is
-        protected, too."""
-        rows = [other for other in reversed(self._rows.values()) if other is row or other.competes_with(row)]
-        if len(rows) == 1 and not self._kv.held[row.request].exact:
-            return row  # narrowed, its pages take slabs of several formats; computed again, they are in one
-        if len(rows) == 1:
-            raise RuntimeError(
-                f"request {row.request.request_id} cannot grow to {row.request.num_tokens} tokens although "
-                "no other competes for its memory; the engine must refuse requests that do not fit alone "
-                "(KVManager.fits_alone)"
-            )
-        later = rows[: rows.index(row)]
-        yielding = [other for other in later if self.quotas.may_give_way(other)]
-        if not yielding and not self.quotas.may_give_way(row):
-            yielding = [other for other in rows if self.quotas.may_give_way(other)] or later
-        own_class = (other for other in yielding if other.page_class is row.page_class)
-        return next(own_class, yielding[0] if yielding else row)
 
     def _preempt(self, row: Row) -> None:
         """Take a row's pages; its tokens stay."""
