@@ -1,7 +1,7 @@
 """Memory for the rows that decode: each step some outgrow their pages, and if need be others give way to them.
 
-Who gives way is the latest admitted of those that compete for the same memory, and if that is the row itself, it does. Only
-one that quotas protect takes the pages of rows from before it, if they are not protected.
+Who gives way is the latest admitted of those that compete for the same memory, be it the row itself. Only a row that
+quotas protect takes pages of rows from before it, if these are not protected.
 """
 
 from collections.abc import Callable, Sequence
