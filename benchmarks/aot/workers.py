@@ -36,11 +36,15 @@ class Worker:
         targets: the chips it compiles for, of one platform.
         full: which cases there are; see `all_cases`.
         begin: gives a new process its cases, by title, and its compilers, by the names of their chips.
+
+    Raises:
+        BrokenProcessPool: `begin` raised; what, is printed.
     """
 
     def __init__(self, targets: Sequence[Target], full: bool, begin: Begin | None = None) -> None:
         self._targets, self._full, self._begin = tuple(targets), full, begin or compilers_and_cases
         self._pool = self._start()
+        self._pool.submit(bool).result()
 
     def compile(self, case: Case) -> list[Result]:
         """A case's results, one a chip; that a compiler raised or crashed is one, too."""

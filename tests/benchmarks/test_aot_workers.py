@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax
@@ -48,6 +49,10 @@ class Begin:
         return {"chip": Compiler(self.folder)}, cases
 
 
+def no_compilers(targets, full):
+    raise ModuleNotFoundError("libtpu")
+
+
 FORMATS = ("0 times", f"{ATTEMPTS - 1} times", f"{ATTEMPTS} times", "0 times, and raises")
 
 
@@ -68,3 +73,8 @@ def test_a_crash_is_a_result(formats, tmp_path):
         assert bool(result.remarks()) == (crashes > 0)
     assert not after.problems()
     assert after.crashes == 0
+
+
+def test_compilers_that_are_not_there_end_the_run_at_once():
+    with pytest.raises(BrokenProcessPool):
+        Worker([CHIP], full=False, begin=no_compilers)
