@@ -118,7 +118,7 @@ def curves() -> list[Curve]:
     skewed, even = shared_mix((8, 1, 1)), shared_mix((1, 1, 1))
     rates = (20.0, 40.0, 60.0, 80.0)
     low, little = (10.0, 20.0, 30.0), (0.5, 1.0, 2.0, 4.0)
-    moderate = (20.0, 24.0, 27.0)
+    moderate = (20.0, 27.0, 33.0, 40.0)
     mixed = kv_mix(0.8)
     attainment, tokens = "attainment", "output_tokens_per_s"
     return [
