@@ -17,8 +17,9 @@ they can be run one by one (`--only`). Prints one line of JSON at the end.
 import dataclasses
 import functools
 import json
+import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ FIRST_COME = dataclasses.replace(SYSTEMS["fineserve"], name="fcfs", policy="fcfs
 LABELS = {
     "attainment": "share of requests in time",
     "output_tokens_per_s": "tokens/s",
-    "end_to_end_p99_s": "99th percentile of the whole time, s",
+    "end_to_end.p99": "99th percentile of the whole time, s",
 }
 INTRODUCTION = """# Simulated curves
 
@@ -141,7 +142,7 @@ def curves() -> list[Curve]:
         Curve("pressure-most", "All int4, 100 requests/s", "GB for KV",
               tuple(Point(g, 100.0, kv_mix(1.0), g * 1e9, False, served=ALL_FORMATS) for g in little), tokens),
         Curve("latency", "Three formats alike, 4 GB for KV", "requests/s",
-              tuple(Point(r, r, kv_mix(1 / 3), 4e9, False) for r in moderate), "end_to_end_p99_s",
+              tuple(Point(r, r, kv_mix(1 / 3), 4e9, False) for r in moderate), "end_to_end.p99",
               systems=(SYSTEMS["fineserve"], FIRST_COME, SYSTEMS["uniform"])),
         Curve("one-precision", "All bf16, 4 GB for KV", "requests/s",
               tuple(Point(r, r, ("llama-3.1-8b/bf16",), 4e9, False) for r in low), tokens),
@@ -155,7 +156,7 @@ def main() -> None:
     start = time.process_time()
     for curve in curves():
         if not arguments.only or any(part in curve.name for part in arguments.only):
-            run_curve(curve, table, arguments)
+            run_curve(curve, table if curve.measured else None, arguments)
     paths = [(curve, path_of(curve, arguments)) for curve in curves()]
     done = [(curve, json.loads(path.read_text())) for curve, path in paths if path.exists()]
     sections = [section(curve, written, arguments.output.name) for curve, written in done]
@@ -170,13 +171,13 @@ def path_of(curve: Curve, arguments: Arguments) -> Path:
 
 def run_curve(curve: Curve, table: Path | None, arguments: Arguments) -> None:
     """Runs all systems at all points; writes figures and plot."""
+    seconds, seed = arguments.seconds or curve.seconds, arguments.seed
     results: Results = {system.name: [] for system in curve.systems}
     for point in curve.points:
-        experiment = experiment_of(curve, point, table, arguments)
+        experiment = experiment_of(point, table, seconds, seed)
         for system in curve.systems:
             results[system.name].append(experiment.run(system).summary.to_dict())
-    measured = table is not None and curve.measured
-    setting = {"seconds": arguments.seconds or curve.seconds, "seed": arguments.seed, "table": measured}
+    setting = {"seconds": seconds, "seed": seed, "table": table is not None}
     points = [dataclasses.asdict(point) for point in curve.points]
     written = {"setting": setting, "points": points, "results": results}
     path_of(curve, arguments).write_text(json.dumps(_rounded(written)) + "\n")
@@ -193,20 +194,20 @@ def _rounded(value: Any) -> Any:
     return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def experiment_of(curve: Curve, point: Point, table: Path | None, arguments: Arguments) -> Experiment:
+def experiment_of(point: Point, table: Path | None, seconds: float, seed: int) -> Experiment:
     kinds, formats = parse_mix(point.mix)
     if point.targets:
         kinds = with_targets(kinds, TTFT_S, TPOT_S)
     device = get_device("h100")
-    arrivals = draw(point.rate, arguments.seconds or curve.seconds, arguments.seed, burstiness=point.burstiness)
+    arrivals = draw(point.rate, seconds, seed, burstiness=point.burstiness)
     served = {model.name: tuple(dict.fromkeys((*names, *point.served))) for model, names in formats.items()}
     cluster = Cluster(device, tuple(formats), served, point.kv_bytes)
     timers = {}
-    if table is not None and curve.measured:
+    if table is not None:
         costs = CostTable(read_table(table), device, Efficiency())
         timers = {model.name: costs.profile(model, names[0]) for model, names in formats.items()}
     settings = {"max_batch_size": 512, "max_chunk_tokens": 2048}
-    return Experiment(assign(arrivals, kinds, arguments.seed), cluster, timers, settings)
+    return Experiment(assign(arrivals, kinds, seed), cluster, timers, settings)
 
 
 # -- what came out -----------------------------------------------------------------------------------------------
@@ -236,8 +237,9 @@ def ratios_of(results: Results, name: str, of: str) -> list[float]:
     return [figure_of(own, of) / max(figure_of(other, of), 1e-9) for own, other in pairs]
 
 
-def figure_of(figures: Figures, name: str) -> float:
-    return figures["end_to_end"]["p99"] if name == "end_to_end_p99_s" else figures[name]
+def figure_of(figures: Figures, path: str) -> float:
+    """The figure at a path of keys, joined by dots."""
+    return functools.reduce(operator.getitem, path.split("."), figures)
 
 
 def plot(curve: Curve, results: Results) -> str:
@@ -248,31 +250,22 @@ def plot(curve: Curve, results: Results) -> str:
     return line_chart(curve.title, curve.axis, LABELS[curve.figure], lines) + "\n"
 
 
-Cell = tuple[str, Callable[[Figures], str]]
-
-
 def section(curve: Curve, written: Figures, folder: str) -> str:
     results, setting = written["results"], written["setting"]
     timed = "the measured table" if setting["table"] else "the roofline"
-    cells: list[Cell] = [("tokens/s", lambda f: f"{f['output_tokens_per_s']:.0f}")]
+    shown = [("tokens/s", "output_tokens_per_s", ".0f")]
     if curve.points[0].targets:
-        cells.insert(0, ("in time", lambda f: f"{f['attainment']:.1%}"))
-        cells.append(("tokens/s in time", lambda f: f"{f['goodput_tokens_per_s']:.0f}"))
-    elif curve.figure == "end_to_end_p99_s":
-        cells += [(f"whole time of {name}, p99, s", functools.partial(_p99_of, name)) for name in ALL_FORMATS]
+        shown = [("in time", "attainment", ".1%"), *shown, ("tokens/s in time", "goodput_tokens_per_s", ".0f")]
+    elif curve.figure == "end_to_end.p99":
+        shown += [(f"whole time of {name}, p99, s", f"end_to_end_p99_by_format.{name}", ".2f") for name in ALL_FORMATS]
     else:
-        cells.append(("TTFT p99, s", lambda f: f"{f['ttft']['p99']:.1f}"))
-        cells.append(("preemptions", lambda f: f"{f['num_preemptions']}"))
+        shown += [("TTFT p99, s", "ttft.p99", ".1f"), ("preemptions", "num_preemptions", "d")]
     said = f"Requests arrive for {setting['seconds']:g} s; steps take as long as {timed} says."
     lines = [f"## {curve.title}", "", said, "", f"![{curve.title}]({folder}/{curve.name}.svg)", ""]
-    for title, cell in cells:
-        rows = ([name, *(cell(figures) for figures in ones)] for name, ones in results.items())
+    for title, path, spec in shown:
+        rows = ([name, *(format(figure_of(figures, path), spec) for figures in ones)] for name, ones in results.items())
         lines += [*_table([f"{title}, by {curve.axis}", *(f"{point.x:g}" for point in curve.points)], rows), ""]
     return "\n".join(lines)
-
-
-def _p99_of(kv_format: str, figures: Figures) -> str:
-    return f"{figures['end_to_end_p99_by_format'][kv_format]:.2f}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

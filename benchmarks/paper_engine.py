@@ -17,6 +17,7 @@ profile says of the very steps that were taken, which leaves only its own error,
 machine has become since. The last line is JSON.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -37,7 +38,6 @@ from fineserve_jax.engine import Engine
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.request import StepPlan
 from fineserve_jax.sampling_params import SamplingParams
-from fineserve_jax.scheduler import StepProfile
 from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.simulator import Simulator
 from fineserve_jax.sim.workload import Arrival, Kind, assign, draw
@@ -163,7 +163,7 @@ class Serving:
         self.engine, self.running, self.predicted_s = engine, list[int](), 0.0
         self.preemptions, self.start_s = engine.scheduler.num_preemptions, engine.clock()
         (profile,) = engine.scheduler.profiles.values()
-        self.profile, self.observe = StepProfile.from_dict(profile.to_dict()), engine.scheduler.observe
+        self.profile, self.observe = copy.deepcopy(profile), engine.scheduler.observe
         engine.scheduler.observe = self.note  # type: ignore[method-assign]
         self.requests = [
             engine.add_request(
@@ -207,9 +207,9 @@ def simulate(
     batch: list[Arrival],
 ) -> Outcome:
     """Serves both batches on a virtual clock, with a scheduler and memory like the engine's and its step profile."""
-    timer = StepProfile.from_dict(engine.scheduler.profiles[model.name].to_dict())
+    timer = copy.deepcopy(engine.scheduler.profiles[model.name])
     twin = Engine(model, settings(arguments, system))  # for its scheduler and its KV manager; it computes nothing
-    twin.scheduler.start_from({model.name: StepProfile.from_dict(timer.to_dict())})
+    twin.scheduler.start_from({model.name: copy.deepcopy(timer)})
     for arrivals in (learning, batch):
         before = twin.scheduler.num_preemptions
         run = Simulator(twin.scheduler, twin.kv, {model.name: timer}, max_output_tokens=0, fast=False).run(arrivals)

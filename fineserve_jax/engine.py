@@ -61,7 +61,7 @@ class Engine:
         parts = assemble(models, self.config, settings or {})
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
         if self.config.step_profile is not None:
-            check_can_write("step_profile", self.config.step_profile)
+            check_can_write("step_profile", self.config.step_profile, replaced=True)
             if Path(self.config.step_profile).exists():
                 self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock

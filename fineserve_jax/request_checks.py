@@ -1,6 +1,6 @@
 """What can be known to be wrong with a request before it waits: each error says what, the limit, and what to do."""
 
-import math
+import sys
 from collections.abc import Collection, Sequence
 
 from fineserve_jax.assembly import ServedModel
@@ -53,10 +53,15 @@ def check_tokens(
 def check_targets(ttft_slo_s: float | None, tpot_slo_s: float | None, drop_when_late: bool) -> None:
     """Raises `RequestError` for latency targets that mean nothing."""
     for name, target in (("ttft_slo_s", ttft_slo_s), ("tpot_slo_s", tpot_slo_s)):
-        if target is not None and not 0 < target < math.inf:
+        if target is not None and not is_latency_target(target):
             raise RequestError(f"{name}={target!r} is no latency target; give seconds, more than 0, or none")
     if drop_when_late and ttft_slo_s is None:
         raise RequestError("drop_when_late without a ttft_slo_s drops nothing; give ttft_slo_s, in seconds")
+
+
+def is_latency_target(seconds: float) -> bool:
+    """Whether it is above 0 and a float can hold it, which a whole number from JSON may be too large for."""
+    return 0 < seconds <= sys.float_info.max
 
 
 def check_memory(kv: KVManager, model: str, kv_precision: str, total: int) -> None:

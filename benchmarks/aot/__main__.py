@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from benchmarks.aot.logs import log_from
+
 # Before jax is imported. XLA must not look for a GPU to time kernels on, nor JAX mind that there is none.
 ENVIRONMENT = {
     "gpu": {"XLA_FLAGS": "--xla_gpu_autotune_level=0", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
@@ -36,9 +38,7 @@ def main(
         docs: where the report goes.
         verbose: show why a case failed in full.
     """
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.CRITICAL)
-    for noisy in ("jax", "absl", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    log_from(logging.DEBUG if verbose else logging.CRITICAL)
     return _report(folder, docs) if job == "report" else _compile(job, only, full, folder)
 
 

@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from typing import Protocol
 
 from benchmarks.aot.cases import Case
+from benchmarks.aot.logs import log_from
 from benchmarks.aot.matrix import all_cases
 from benchmarks.aot.results import Result
 from benchmarks.aot.targets import Target
@@ -29,6 +30,22 @@ class Compiler(Protocol):
 Begin = Callable[[Sequence[Target], bool], tuple[dict[str, Compiler], dict[str, Case]]]
 
 
+def compilers_and_cases(targets: Sequence[Target], full: bool) -> tuple[dict[str, Compiler], dict[str, Case]]:
+    """Of real chips, all of one platform."""
+    cases = {case.title: case for case in all_cases(targets[0].platform, full)}
+    return {target.name: _compiler(target) for target in targets}, cases
+
+
+def _compiler(target: Target) -> Compiler:
+    if target.platform == "gpu":
+        from benchmarks.aot.gpu import GpuCompiler
+
+        return GpuCompiler(target)
+    from benchmarks.aot.tpu import TpuCompiler
+
+    return TpuCompiler(target)
+
+
 class Worker:
     """Compiles cases of `all_cases` in another process: they cannot be sent there, but their titles can.
 
@@ -41,8 +58,8 @@ class Worker:
         BrokenProcessPool: `begin` raised; what, is printed.
     """
 
-    def __init__(self, targets: Sequence[Target], full: bool, begin: Begin | None = None) -> None:
-        self._targets, self._full, self._begin = tuple(targets), full, begin or compilers_and_cases
+    def __init__(self, targets: Sequence[Target], full: bool, begin: Begin = compilers_and_cases) -> None:
+        self._targets, self._full, self._begin = tuple(targets), full, begin
         self._pool = self._start()
         self._pool.submit(bool).result()
 
@@ -67,12 +84,6 @@ class Worker:
         return ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=arguments)
 
 
-def compilers_and_cases(targets: Sequence[Target], full: bool) -> tuple[dict[str, Compiler], dict[str, Case]]:
-    """Of real chips, all of one platform."""
-    cases = {case.title: case for case in all_cases(targets[0].platform, full)}
-    return {target.name: _compiler(target) for target in targets}, cases
-
-
 # What the worker's process has to work with.
 _compilers: dict[str, Compiler]
 _cases: dict[str, Case]
@@ -80,9 +91,7 @@ _cases: dict[str, Case]
 
 def _start(begin: Begin, targets: Sequence[Target], full: bool, log_level: int) -> None:
     global _compilers, _cases
-    for noisy in ("jax", "absl", "asyncio"):  # they miss the chips
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    logging.basicConfig(level=log_level)
+    log_from(log_level)
     _compilers, _cases = begin(targets, full)
 
 
@@ -94,13 +103,3 @@ def _compile(title: str, target: str) -> Result:
         log.debug("%s", title, exc_info=True)
         message = f"{type(error).__name__}: {error}"
         return case.result(target, error=message[:2000])
-
-
-def _compiler(target: Target) -> Compiler:
-    if target.platform == "gpu":
-        from benchmarks.aot.gpu import GpuCompiler
-
-        return GpuCompiler(target)
-    from benchmarks.aot.tpu import TpuCompiler
-
-    return TpuCompiler(target)

@@ -1,12 +1,12 @@
 """Rows of a file of prompts: read one by one, checked, and turned into what the engine takes."""
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fineserve_jax.loaders import Tokenizer, encode_chat
+from fineserve_jax.request_checks import is_latency_target
 from fineserve_jax.sampling_params import SamplingParams
 
 TARGETS = ("ttft_slo_s", "tpot_slo_s")
@@ -141,7 +141,7 @@ def _what_is_wrong(content: dict[str, Any]) -> str | None:
             return f'{name}={value!r} is a JSON {_kind(value)}; give text such as "{example}"'
     for name in TARGETS:
         target = content.get(name)
-        if target is not None and not _is_positive(target):
+        if target is not None and not (_is_number(target) and is_latency_target(target)):
             return f"{name}={_shown(target)} is no latency target; give seconds, more than 0, or none"
     if not isinstance(content.get("drop_when_late"), bool | None):
         return f"drop_when_late={content['drop_when_late']!r} is neither true nor false; give one of them, or none"
@@ -156,13 +156,12 @@ def _is_token_list(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)
 
 
-def _is_positive(value: Any) -> bool:
-    """Whether it is a number above 0 that a float can hold."""
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if type(value) in (int, float) else f"a JSON {_kind(value)}"
+    return repr(value) if _is_number(value) else f"a JSON {_kind(value)}"
 
 
 def _kind(value: Any) -> str:

@@ -201,7 +201,7 @@ class KVManager:
         if self.lacking_units(wanted, spare_slabs) > 0:
             return False
         shares = {allocator.member(page_class).pool.share for page_class in wanted}
-        idle, at_a_time = self.prefix.least_recent(), 1 + min(len(self.prefix.idle) // 64, MOST_EVICTED_AT_A_TIME - 1)
+        idle, at_a_time = self.prefix.least_recent(), min(1 + len(self.prefix.idle) // 64, MOST_EVICTED_AT_A_TIME)
         while not allocator.can_allocate(wanted, spare_slabs):
             if self.compaction.move():
                 continue

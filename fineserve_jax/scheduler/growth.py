@@ -36,19 +36,18 @@ class Growth:
     ) -> None:
         self._kv, self._rows, self._reserve = kv, rows, reserve
         self._pressure, self._quotas, self._preempt = pressure, quotas, preempt
-        self._has_preempted = False
 
     def make_room(self) -> bool:
         """Grow every row whose tokens have outgrown its pages, oldest admission first; whether any row was
         preempted for it."""
-        self._has_preempted = False
         rows = [row for row in self._rows.values() if len(row.request.token_ids) > row.covered_tokens]
         if self._grow_together(rows):
             return False
+        any_preempted = False
         for row in rows:
             if row.request in self._rows:
-                self._grow(row)
-        return self._has_preempted
+                any_preempted |= self._grow(row)
+        return any_preempted
 
     def _grow_together(self, rows: Sequence[Row]) -> bool:
         """Grow all these rows at once, or none: where memory is short, or shares of it are to be kept, each has to ask
@@ -62,18 +61,20 @@ class Growth:
             self._reserve.update(row)
         return True
 
-    def _grow(self, row: Row) -> None:
-        """Grow a row to hold its known tokens, or preempt it when nobody can give way to it."""
-        request = row.request
+    def _grow(self, row: Row) -> bool:
+        """Grow a row to hold its known tokens, or preempt it when nobody can give way to it; whether any was
+        preempted."""
+        request, any_preempted = row.request, False
         while (victim := self._quotas.blocks_growth(row)) or not self._has_room(row):
             victim = victim or self._victim(row)
             self._preempt(victim)
-            self._has_preempted = True
+            any_preempted = True
             if victim is row:
-                return
+                return any_preempted
         self._quotas.note(request)
         row.note_growth()
         self._reserve.update(row)
+        return any_preempted
 
     def _has_room(self, row: Row) -> bool:
         """Grow a row, narrowing others' pages as need be. While any can be, the reserve of free slabs is left alone:

@@ -52,7 +52,6 @@ class StepProfile:
 
     Attributes:
         coefficients: f64[6], the c of the formula above, in units of the roofline's seconds.
-        bias: seconds observed over seconds that the coefficients alone would have predicted, in sum.
         error: running mean of |predicted - observed| / observed, each capped at 1; None before the first
             observation.
         num_observed: steps observed.
@@ -64,7 +63,6 @@ class StepProfile:
         self.model, self.roofline = model, roofline
         self.knee_tokens = weights_s / token_s
         self.coefficients = np.array(START)
-        self.bias = 1.0
         self.error: float | None = None
         self.num_observed = 0
         pair_s, byte_s = model.flops_per_pair / roofline.flops, 1.0 / roofline.bandwidth
@@ -74,6 +72,12 @@ class StepProfile:
         self._moment = np.zeros(TERMS)
         self._sums = np.zeros(2)  # of seconds observed and predicted
         self._publish()
+
+    @property
+    def bias(self) -> float:
+        """Seconds observed over seconds that the coefficients alone would have predicted, in sum; 1 before any."""
+        observed, predicted = self._sums.tolist()
+        return observed / predicted if predicted > 0.0 else 1.0
 
     def predict(self, cost: StepCost) -> float:
         """Seconds that a step of that cost takes; grows with each part of the cost."""
@@ -96,8 +100,6 @@ class StepProfile:
         self._refit()
         fitted = float(self._features(cost) @ self.coefficients)
         self._sums = FORGETTING * self._sums + (min(seconds, LONGEST_COUNTED * fitted), fitted)
-        if self._sums[1] > 0.0:
-            self.bias = float(self._sums[0] / self._sums[1])
         self._publish()
         self.error = error if self.error is None else self.error + ERROR_MEMORY * (error - self.error)
         self.num_observed += 1
@@ -132,7 +134,6 @@ class StepProfile:
             "gram": self._gram.tolist(),
             "moment": self._moment.tolist(),
             "sums": self._sums.tolist(),
-            "bias": self.bias,
             "error": self.error,
             "num_observed": self.num_observed,
         }
@@ -146,7 +147,7 @@ class StepProfile:
         profile.coefficients = np.array(values["coefficients"], float).reshape(TERMS)
         profile._gram = np.array(values["gram"], float).reshape(TERMS, TERMS)
         profile._moment = np.array(values["moment"], float).reshape(TERMS)
-        profile._sums, profile.bias = np.array(values["sums"], float).reshape(2), float(values["bias"])
+        profile._sums = np.array(values["sums"], float).reshape(2)
         profile.error, profile.num_observed = values["error"], values["num_observed"]
         profile._publish()
         return profile
@@ -168,7 +169,8 @@ class StepProfile:
     def _publish(self) -> None:
         """Coefficients as plain floats in seconds: `predict` is called many times a step."""
         units = (self._fixed_s, self._token_s, self._token_s, self._pair_s, self._byte_s, self._pair_s)
-        self._seconds = tuple(self.bias * c * unit for c, unit in zip(self.coefficients.tolist(), units, strict=True))
+        bias = self.bias
+        self._seconds = tuple(bias * c * unit for c, unit in zip(self.coefficients.tolist(), units, strict=True))
 
 
 def save_profiles(path: str | Path, profiles: Mapping[str, StepProfile]) -> None:
