@@ -23,7 +23,7 @@ from fineserve_jax.pallas_kernels import (
     commit_pages,
     new_arena,
     paged_attention,
-    requantise,
+    requantize,
 )
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
@@ -62,22 +62,22 @@ def make_batch(
 ) -> Batch:
     """Caches `tokens[row]` random tokens for each row, whose format is dealt out in turn.
 
-    A row in a page-wise format keeps the tokens of its last page in the format's tail, if they do not fill it.
+    A row in a page-wise format keeps the tokens of its last page in the format's residual, if they do not fill it.
 
     Args:
         queries: new tokens of each row, at the positions that follow its cached ones; None: one each (decoding).
         options: of the `AttentionSpec`.
     """
-    tails = {FORMATS[kv_format.tail] for kv_format in formats if kv_format.tail is not None}
-    program = tuple(dict.fromkeys([*formats, *tails]))
+    residuals = {FORMATS[kv_format.residual] for kv_format in formats if kv_format.residual is not None}
+    program = tuple(dict.fromkeys([*formats, *residuals]))
     plan: dict[KVFormat, list[int]] = {kv_format: [] for kv_format in program}
     segments, next_unit, size = [], max(f.page_units(geometry) for f in program), geometry.page_size
     for row, num_tokens in enumerate(tokens):
         kv_format = formats[row % len(formats)]
-        whole = num_tokens if kv_format.tail is None else num_tokens // size * size
+        whole = num_tokens if kv_format.residual is None else num_tokens // size * size
         parts = [(kv_format, 0, whole)]
         if whole < num_tokens:
-            parts.append((FORMATS[kv_format.tail], whole, num_tokens - whole))
+            parts.append((FORMATS[kv_format.residual], whole, num_tokens - whole))
         for part, first, count in parts:
             pages = [next_unit + i * part.page_units(geometry) for i in range(-(-count // size))]
             next_unit += len(pages) * part.page_units(geometry)
@@ -185,13 +185,13 @@ def _read(batch: Batch, segment: BatchSegment) -> list[np.ndarray]:
 
 
 def write_differences(geometry: PageGeometry, implementation: Implementation) -> float:
-    """The share of an arena's words that differ from XLA's, after commits and requantisations of all formats."""
+    """The share of an arena's words that differ from XLA's, after commits and requantizations of all formats."""
     arenas = [np.asarray(_write_everything(geometry, name)) for name in (implementation, "xla")]
     return float((arenas[0] != arenas[1]).mean())
 
 
 def _write_everything(geometry: PageGeometry, implementation: Implementation) -> jax.Array:
-    token_wise = tuple(kv_format for kv_format in FORMATS.values() if kv_format.tail is None)
+    token_wise = tuple(kv_format for kv_format in FORMATS.values() if kv_format.residual is None)
     stride, every = FORMATS["fp32"].page_units(geometry), tuple(FORMATS.values())
     num_pages = 4 * len(every)
     k, v = (
@@ -217,7 +217,7 @@ def _write_everything(geometry: PageGeometry, implementation: Implementation) ->
     for i, target in enumerate(every):
         source = jnp.array([2, 2 + len(every)], jnp.int32) * stride  # bf16 pages
         own = (num_pages + 1 + 2 * i + jnp.arange(2, dtype=jnp.int32)) * stride
-        arena = requantise(
+        arena = requantize(
             arena, source, own, jnp.int32(2), FORMATS["bf16"], target, geometry, implementation=implementation
         )
     return arena

@@ -19,13 +19,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fineserve_jax.compilation_cache import use_compilation_cache
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.compilation_cache import use_compilation_cache
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.perplexity import measure_perplexity, read_text
 from fineserve_jax.loaders import load_model
 from fineserve_jax.pallas_kernels.formats import FORMATS, PageWords, Planes, get_format, register
 from fineserve_jax.pallas_kernels.formats.wide import Float32
-from fineserve_jax.perplexity import measure_perplexity, read_text
 
 Quantise = Callable[[jax.Array], jax.Array]  # f32[..., T, D] -> the same, rounded to what 4 bits keep
 
@@ -42,7 +42,7 @@ class Arguments:
 class Simulated(Float32):
     """A page-wise scheme, given as what it makes of keys and of values."""
 
-    tail = "int8"
+    residual = "int8"
 
     def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
         self.name, self.bits, self._k, self._v = name, bits, k, v

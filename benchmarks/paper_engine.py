@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
 
-from fineserve_jax.compilation_cache import use_compilation_cache
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.compilation_cache import use_compilation_cache
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel, load_model
-from fineserve_jax.request import StepPlan
+from fineserve_jax.request import SchedulerOutput
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.simulator import Simulator
@@ -179,8 +179,8 @@ class Serving:
             self.engine.step()
         self.running.append(self.engine.scheduler.num_running)
 
-    def note(self, plan: StepPlan, seconds: float) -> None:
-        self.predicted_s += self.profile.predict(step_cost(plan.works, self.profile.model.formats))
+    def note(self, plan: SchedulerOutput, seconds: float) -> None:
+        self.predicted_s += self.profile.predict(step_cost(plan.chunks, self.profile.model.formats))
         self.observe(plan, seconds)
 
     def outcome(self) -> Outcome:

@@ -67,11 +67,11 @@ def measure(arguments: Arguments, waiting: int) -> tuple[list[float], list[float
         planned = time.process_time()
         assert plan is not None
         now += 0.02
-        advanced = scheduler.commit(plan, [7] * len(plan.works), now)
+        advanced = scheduler.commit(plan, [7] * len(plan.chunks), now)
         commits.append(time.process_time() - planned)
         decisions.append(planned - start)
         kv.take_operations()
-        chunks += len(plan.chunks)
+        chunks += len(plan.prefills)
         if advanced:
             scheduler.finish(advanced[step % len(advanced)], FinishReason.LENGTH, now)
         number += 1
@@ -98,7 +98,7 @@ def fill(arguments: Arguments, waiting: int) -> tuple[Scheduler, KVManager]:
         plan = scheduler.schedule(now)
         assert plan is not None
         now += 0.02
-        scheduler.commit(plan, [7] * len(plan.works), now)
+        scheduler.commit(plan, [7] * len(plan.chunks), now)
         kv.take_operations()
     return scheduler, kv
 

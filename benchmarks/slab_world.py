@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fineserve_jax.engine.page_shapes import WORD_BYTES, page_classes, page_geometry
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.models import ModelConfig
-from fineserve_jax.page_shapes import WORD_BYTES, page_classes, page_geometry
 from fineserve_jax.request import FinishReason, Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
@@ -141,7 +141,7 @@ class World:
         if plan is None:
             yield
             return
-        advanced = self.scheduler.commit(plan, [0] * len(plan.works), self.now)
+        advanced = self.scheduler.commit(plan, [0] * len(plan.chunks), self.now)
         yield
         for request in advanced:
             if request.num_tokens == request.max_total_tokens:
@@ -170,9 +170,9 @@ class World:
             waits = request.num_uncomputed_tokens > 1
             tokens = request.num_tokens if waits else request.num_computed_tokens
             page_class = held.page_class
-            if page_class.tail is not None:
+            if page_class.residual is not None:
                 full = page_class.num_pages(tokens) * page_class.page_size
-                total += (tokens - full) * page_class.tail.page_bytes / page_class.page_size
+                total += (tokens - full) * page_class.residual.page_bytes / page_class.page_size
                 tokens = full
             total += tokens * page_class.page_bytes / page_class.page_size
         return total

@@ -21,9 +21,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fineserve_jax.compilation_cache import use_compilation_cache
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.compilation_cache import use_compilation_cache
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import load_model
 from fineserve_jax.sampling_params import SamplingParams
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fineserve_jax import Engine, EngineConfig
+from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import load_model
 from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageVectors, PageWords, Planes, register
 from fineserve_jax.pallas_kernels.formats.int4 import hadamard
@@ -25,7 +26,6 @@ from fineserve_jax.pallas_kernels.formats.packing import (
     unpack_unsigned,
     words_to_f32,
 )
-from fineserve_jax.perplexity import measure_perplexity
 
 PLANES = 8  # values that share a 16-bit word
 SMALLEST_STEP = 2.0**-100
@@ -42,7 +42,7 @@ class Int2(KVFormat):
     name = "int2"
     value_bits = 2
     aux = (*[Aux.CHANNEL] * 2 * PLANES, Aux.TOKEN)  # of the planes of K lowest levels, then steps; the steps of V
-    tail = "bf16"  # channels' ranges take a whole page; until it is full, its tokens are kept so
+    residual = "bf16"  # channels' ranges take a whole page; until it is full, its tokens are kept so
 
     def encode(self, k: Planes, v: Planes) -> PageWords:
         low_words = [bf16_to_words(jnp.min(plane, axis=-2, keepdims=True)) for plane in k]

@@ -6,8 +6,8 @@ from fineserve_jax.errors import ConfigError, FineServeError, ModelLoadError, Re
 from fineserve_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from fineserve_jax.config import EngineConfig
-    from fineserve_jax.engine import Engine
+    from fineserve_jax.engine.engine import Engine
+    from fineserve_jax.engine.engine_config import EngineConfig
     from fineserve_jax.llm import LLM
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "SamplingParams",
 ]
 
-_NEED_JAX = {"LLM": "llm", "Engine": "engine", "EngineConfig": "config"}
+_NEED_JAX = {"LLM": "llm", "Engine": "engine.engine", "EngineConfig": "engine.engine_config"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any
 
-from fineserve_jax.assembly import ServedModel
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.load import load_engine
+from fineserve_jax.engine.model_settings import model_sources
+from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, total_kv_tokens
+from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.load_engine import load_engine
 from fineserve_jax.loaders import Tokenizer, encode_chat
-from fineserve_jax.model_settings import model_sources
-from fineserve_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput, total_kv_tokens
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.sampling_params import SamplingParams
-from fineserve_jax.stats import EngineStats
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[Mapping[str, Any]]

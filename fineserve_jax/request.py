@@ -61,6 +61,7 @@ class Request:
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
         drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
             it then waits behind those that still can.
+        priority: requests with smaller numbers are admitted first.
         tenant: whose it is: lengths are learnt, memory is shared and quotas are kept by it; "": nobody's in particular.
     """
 
@@ -82,6 +83,7 @@ class Request:
     tpot_slo_s: float | None = None
     drop_when_late: bool = False
     tenant: str = ""
+    priority: int = 0
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0
@@ -112,7 +114,7 @@ class Request:
 
 
 @dataclass(slots=True, unsafe_hash=True)  # frozen, it would take a microsecond more to create, for every row and step
-class Work:
+class ScheduledChunk:
     """What a step computes of one request: its tokens `[start, start + count)`.
 
     `count == 1` goes through the step's decode rows, anything longer is a prefill chunk. A chunk starts at a
@@ -130,16 +132,17 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """The work of one step, decided on the host. `decodes` all have `count == 1`, `chunks` have more."""
+class SchedulerOutput:
+    """What one step computes, decided on the host. `decodes` all have `count == 1`, `prefills` have more; `chunks` are
+    both, decodes first."""
 
-    decodes: tuple[Work, ...]
-    chunks: tuple[Work, ...]
+    decodes: tuple[ScheduledChunk, ...]
+    prefills: tuple[ScheduledChunk, ...]
 
     @property
-    def works(self) -> tuple[Work, ...]:
-        return self.decodes + self.chunks
+    def chunks(self) -> tuple[ScheduledChunk, ...]:
+        return self.decodes + self.prefills
 
     @property
     def num_tokens(self) -> int:
-        return sum(work.count for work in self.works)
+        return sum(scheduled.count for scheduled in self.chunks)

@@ -4,11 +4,15 @@
 parameters, `pack_params` and `random_params` the parameters themselves.
 """
 
-from fineserve_jax.models.config import ModelConfig, RopeScaling
-from fineserve_jax.models.formats import WEIGHT_RECIPES
+if __name__ == "models":  # imported from the repository's root: a second copy, with registries of its own
+    raise ImportError("import fineserve_jax.models instead of models; the folder is a package of fineserve_jax")
+
+
+from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.params import abstract_params, pack_params, random_params
 from fineserve_jax.models.registry import build_model, get_family, register_family
 from fineserve_jax.models.transformer import Attend, CausalLM
+from fineserve_jax.models.weight_formats import WEIGHT_RECIPES
 
 __all__ = [
     "WEIGHT_RECIPES",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.models.formats import Arrays, WeightFormat
+from fineserve_jax.models.weight_formats import Arrays, WeightFormat
 
 
 class Matrix(nn.Module):

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.models.config import ModelConfig
-from fineserve_jax.models.formats import WeightFormat, weight_recipe
+from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.registry import build_model
+from fineserve_jax.models.weight_formats import WeightFormat, weight_recipe
 
 Params = dict[str, Any]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models import llama, mistral, qwen2, qwen3
-from fineserve_jax.models.config import ModelConfig
 from fineserve_jax.models.family import Family
-from fineserve_jax.models.formats import weight_recipe
+from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.transformer import CausalLM
+from fineserve_jax.models.weight_formats import weight_recipe
 
 _families: dict[str, Family] = {}
 

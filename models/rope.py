@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fineserve_jax.models.config import ModelConfig, RopeScaling
+from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

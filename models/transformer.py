@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.models.config import ModelConfig
-from fineserve_jax.models.formats import weight_recipe
 from fineserve_jax.models.layers import Linear, Matrix, RMSNorm
+from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.rope import apply_rope, rope_tables
+from fineserve_jax.models.weight_formats import weight_recipe
 
 
 class Attend(Protocol):

@@ -1,12 +1,18 @@
 """Paged attention over KV caches of mixed precisions, and writing them. README.md shows how to call it."""
 
+if __name__ == "pallas_kernels":  # imported from the repository's root: a second copy, with registries of its own
+    raise ImportError(
+        "import fineserve_jax.pallas_kernels instead of pallas_kernels; the folder is a package of fineserve_jax"
+    )
+
+
 from fineserve_jax.pallas_kernels.attention import paged_attention
 from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, get_format, register
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words, new_arena
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.spec import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
-from fineserve_jax.pallas_kernels.writing import commit, commit_pages, requantise, write_pages, write_tokens
+from fineserve_jax.pallas_kernels.writing import commit, commit_pages, requantize, write_pages, write_tokens
 
 __all__ = [
     "FORMATS",
@@ -24,7 +30,7 @@ __all__ = [
     "new_arena",
     "paged_attention",
     "register",
-    "requantise",
+    "requantize",
     "write_pages",
     "write_tokens",
 ]

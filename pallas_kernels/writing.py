@@ -49,10 +49,10 @@ def commit(
         ValueError: one of the formats is page-wise.
     """
     for format_id, kv_format in enumerate(formats):
-        if kv_format.tail is not None:
+        if kv_format.residual is not None:
             raise ValueError(
-                f"{kv_format.name} encodes whole pages; write new tokens in {kv_format.tail}, and full pages "
-                "with commit_pages or requantise"
+                f"{kv_format.name} encodes whole pages; write new tokens in {kv_format.residual}, and full pages "
+                "with commit_pages or requantize"
             )
         words = kv_format.encode_vectors(*(part.astype(jnp.float32)[..., None, :] for part in (k, v)))
         own = jnp.where(format_ids == format_id, pages, NOWHERE)
@@ -134,7 +134,7 @@ def write_pages(
     return _writer(name).write_pages(arena, words, pages, kv_format, geometry, **options)
 
 
-def requantise(
+def requantize(
     arena: jax.Array,
     sources: jax.Array,
     targets: jax.Array,
@@ -155,7 +155,7 @@ def requantise(
         source_format, target_format: any two formats.
     """
     name, options = _resolve(implementation, interpret)
-    return _writer(name).requantise(arena, sources, targets, count, source_format, target_format, geometry, **options)
+    return _writer(name).requantize(arena, sources, targets, count, source_format, target_format, geometry, **options)
 
 
 def _resolve(implementation: Implementation | None, interpret: bool | None) -> tuple[Implementation, dict[str, bool]]:

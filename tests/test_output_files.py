@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.output_files import check_can_write
 
 
 @pytest.fixture

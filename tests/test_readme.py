@@ -57,9 +57,9 @@ def test_the_format_of_the_example_can_be_registered():
 
 def test_the_readme_calls_the_python_interface_as_it_is():
     one, several, short = (block for block in blocks() if "llm.generate" in block)
-    from fineserve_jax.config import EngineConfig
+    from fineserve_jax.engine.engine_config import EngineConfig
+    from fineserve_jax.engine.model_settings import model_sources
     from fineserve_jax.llm import LLM
-    from fineserve_jax.model_settings import model_sources
     from fineserve_jax.sampling_params import SamplingParams
 
     arguments = re.search(r"LLM\((.*?)\)", one).group(1)

@@ -72,7 +72,7 @@ def _case(
         num_rows=ROWS if decodes else CHUNK_TOKENS // geometry.page_size,
         max_pages=CONTEXT // geometry.page_size,
         num_queries=None if decodes else CHUNK_TOKENS,
-        segments_per_row=2 if any(kv_format.tail for kv_format in formats) else 1,
+        segments_per_row=2 if any(kv_format.residual for kv_format in formats) else 1,
         window=model.window,
         soft_cap=model.soft_cap,
         implementation=IMPLEMENTATION[platform],

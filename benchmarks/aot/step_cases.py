@@ -19,7 +19,7 @@ from benchmarks.aot.cases import (
 )
 from benchmarks.aot.targets import Platform
 from fineserve_jax.models import ModelConfig, abstract_params, build_model
-from fineserve_jax.request import StepPlan
+from fineserve_jax.request import SchedulerOutput
 from fineserve_jax.runner import step
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.sampler import build_sampling
@@ -73,7 +73,7 @@ def _stages(platform: Platform, model: Model, config: ModelConfig) -> Iterator[C
         interpret=False,
     )
     params = abstract_params(config, WEIGHTS)
-    host_inputs, _ = build_inputs(spec, StepPlan((), ()), None)  # type: ignore[arg-type]  # an empty plan asks nothing
+    host_inputs, _ = build_inputs(spec, SchedulerOutput((), ()), None)  # type: ignore[arg-type]  # an empty plan asks nothing
     inputs, sampling = shapes_of((host_inputs, build_sampling([], ROWS, CONTEXT)))
     arena, number = arena_shape(geometry), jax.ShapeDtypeStruct((), jnp.int32)
     stream = jax.eval_shape(functools.partial(step.embed, spec), params, inputs)

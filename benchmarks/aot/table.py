@@ -146,8 +146,8 @@ queries times query heads of a KV head, and reads the tile's pages for them. For
 the L2 cache mostly, since those programs run side by side: 32 queries of Qwen3-32B, whose group is 8, take 8 programs.
 Programs of 64 rows were tried: compiled for an A100 they spill (212 bytes with 4 warps, 456 with 8).
 
-Not in the table, because they are known to spill: requantising to int4 pages of 64 tokens and more at head size 256 on
-an A100 (1,144 bytes from bf16 to 64 tokens), and of 128 on either GPU. They compile, and a page is requantised once in
+Not in the table, because they are known to spill: requantizing to int4 pages of 64 tokens and more at head size 256 on
+an A100 (1,144 bytes from bf16 to 64 tokens), and of 128 on either GPU. They compile, and a page is requantized once in
 its life.
 """
 

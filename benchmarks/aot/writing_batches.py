@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.aot.batches import held_bytes, padding_bytes
 from benchmarks.aot.results import Bytes
 from benchmarks.aot.traffic import count_traffic
-from fineserve_jax.pallas_kernels import KVFormat, PageGeometry, commit, commit_pages, requantise
+from fineserve_jax.pallas_kernels import KVFormat, PageGeometry, commit, commit_pages, requantize
 from fineserve_jax.pallas_kernels.implementation import Implementation
 
 PAGES = 2  # of each format
@@ -48,7 +48,7 @@ class CommitBatch:
 
 
 @dataclass(frozen=True)
-class RequantiseBatch:
+class RequantizeBatch:
     """Two pages of one layer that change format."""
 
     implementation: Implementation
@@ -62,7 +62,7 @@ class RequantiseBatch:
         both = (self.source, self.target)
         pages, num_units = _lay_out(both, geometry)
         function = functools.partial(
-            requantise,
+            requantize,
             source_format=self.source,
             target_format=self.target,
             geometry=geometry,

@@ -22,8 +22,8 @@ from benchmarks.aot.cases import (
     without_aux,
 )
 from benchmarks.aot.targets import Platform
-from benchmarks.aot.writing_batches import CommitBatch, RequantiseBatch
-from fineserve_jax.pallas_kernels import FORMATS, KVFormat, commit, commit_pages, get_format, requantise
+from benchmarks.aot.writing_batches import CommitBatch, RequantizeBatch
+from fineserve_jax.pallas_kernels import FORMATS, KVFormat, commit, commit_pages, get_format, requantize
 
 # int4 takes a head's page at once: 128 tokens of 128 channels fit in a GPU program's registers, or 32 of 256.
 LONG_PAGES = dataclasses.replace(LLAMA_8B, name="Llama-3.1-8B, T = 128", page_sizes=(("gpu", 128), ("tpu", 128)))
@@ -35,7 +35,7 @@ SOME_CHANGES = (("fp32", "bf16"), ("fp16", "fp8"), ("bf16", "int8"), ("bf16", "i
 
 def writing_cases(platform: Platform, full: bool) -> Iterator[Case]:
     """Commits are programs of one kernel for each format: all formats in one program are compiled for one model."""
-    token_formats = tuple(kv_format for kv_format in FORMATS.values() if kv_format.tail is None)
+    token_formats = tuple(kv_format for kv_format in FORMATS.values() if kv_format.residual is None)
     for model in models_of_single_formats(full):
         for kv_format in token_formats:
             yield _commit_case(platform, model, kv_format.name, (kv_format,), "commit")
@@ -46,10 +46,10 @@ def writing_cases(platform: Platform, full: bool) -> Iterator[Case]:
     every = tuple((a.name, b.name) for a in FORMATS.values() for b in FORMATS.values() if a.value_bits > b.value_bits)
     for model in models_of_single_formats(full):
         for source, target in every if full else SOME_CHANGES:
-            yield _requantise_case(platform, model, get_format(source), get_format(target))
+            yield _requantize_case(platform, model, get_format(source), get_format(target))
     for model in (QWEN_32B, PHI, LONG_VECTORS, LONG_PAGES):
         for source in ("bf16", "int8"):  # narrowing, and closing the page of the newest tokens
-            yield _requantise_case(platform, model, get_format(source), get_format("int4"))
+            yield _requantize_case(platform, model, get_format(source), get_format("int4"))
 
 
 def _i32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -82,15 +82,15 @@ def _commit_case(platform: Platform, model: Model, name: str, formats: tuple[KVF
     )
 
 
-def _requantise_case(platform: Platform, model: Model, source: KVFormat, target: KVFormat) -> Case:
+def _requantize_case(platform: Platform, model: Model, source: KVFormat, target: KVFormat) -> Case:
     geometry = model.geometry(platform)
 
     def case(source: KVFormat) -> Case:
         function = functools.partial(
-            requantise, source_format=source, target_format=target, geometry=geometry, **_implementation(platform)
+            requantize, source_format=source, target_format=target, geometry=geometry, **_implementation(platform)
         )
         return Case(
-            "requantise",
+            "requantize",
             model.name,
             f"{source.name} → {target.name}",
             function,
@@ -99,7 +99,7 @@ def _requantise_case(platform: Platform, model: Model, source: KVFormat, target:
             model.head_dim,
             donate=(0,),
             reads_pages=True,
-            batch=RequantiseBatch(IMPLEMENTATION[platform], source, target, geometry),
+            batch=RequantizeBatch(IMPLEMENTATION[platform], source, target, geometry),
         )
 
     bare = case(without_aux(source)) if platform == "gpu" and source.aux else None

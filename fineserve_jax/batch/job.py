@@ -10,10 +10,10 @@ import numpy as np
 from fineserve_jax.batch.answers import AnswerFile
 from fineserve_jax.batch.rows import BadRow, Row, RowId, prompt_tokens, row_sampling
 from fineserve_jax.batch.summary import BatchSummary
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.outputs import total_kv_tokens
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import Tokenizer
-from fineserve_jax.outputs import total_kv_tokens
 from fineserve_jax.request import FinishReason, Request, RequestStatus
 from fineserve_jax.runner.runner import TokenLogprobs
 

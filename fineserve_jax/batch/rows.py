@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fineserve_jax.engine.request_checks import is_latency_target
 from fineserve_jax.loaders import Tokenizer, encode_chat
-from fineserve_jax.request_checks import is_latency_target
 from fineserve_jax.sampling_params import SamplingParams
 
 TARGETS = ("ttft_slo_s", "tpot_slo_s")

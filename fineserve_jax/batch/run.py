@@ -13,11 +13,11 @@ from fineserve_jax.batch.progress import reporter
 from fineserve_jax.batch.prompts import PromptFile
 from fineserve_jax.batch.rows import read_rows
 from fineserve_jax.batch.summary import BatchSummary
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.load import load_engine
+from fineserve_jax.engine.model_settings import model_sources
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.load_engine import load_engine
-from fineserve_jax.model_settings import model_sources
 from fineserve_jax.sampling_params import SamplingParams
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from rich import box
 from rich.table import Table
 
-from fineserve_jax.memory import format_bytes
-from fineserve_jax.stats import EngineStats
+from fineserve_jax.engine.memory import format_bytes
+from fineserve_jax.engine.stats import EngineStats
 
 
 @dataclass(slots=True)

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-from fineserve_jax.config import Weights
+from fineserve_jax.engine.engine_config import Weights
+from fineserve_jax.engine.model_settings import ModelSource, model_sources
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.model_settings import ModelSource, model_sources
 
 DEFAULT_MODEL = "smollm2-135m"
 

@@ -25,9 +25,9 @@ import tyro
 from pydantic import BaseModel
 
 from fineserve_jax.cli.model_flags import DEFAULT_MODEL, choose_model, choose_models, models_of_file
-from fineserve_jax.config import EngineConfig, read_settings
+from fineserve_jax.engine.engine_config import EngineConfig, read_settings
+from fineserve_jax.engine.model_settings import ModelSource
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.model_settings import ModelSource
 from fineserve_jax.sampling_params import SamplingParams
 
 MODEL_KEYS = ("model", "models")

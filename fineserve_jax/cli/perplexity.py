@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from fineserve_jax.cli.options import ConfigFlag, ModelFlag, PerplexityFlags, Switch, settle
-from fineserve_jax.compilation_cache import use_compilation_cache
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.compilation_cache import use_compilation_cache
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.perplexity import measure_perplexity, read_text
 from fineserve_jax.loaders import load_model
-from fineserve_jax.perplexity import measure_perplexity, read_text
 
 
 def perplexity(

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fineserve_jax.output_files import check_can_write
+from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.placement import Estimate, Placement, Problem, exhaustive, greedy, prism, read_problem, slab_aware
 
 Rule = Callable[[Problem], tuple[Placement, Estimate]]

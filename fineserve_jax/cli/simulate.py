@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax.cli.options import Switch
+from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.output_files import check_can_write
 from fineserve_jax.scheduler import load_profiles
 from fineserve_jax.sim.cost_table import CostTable, read_table
 from fineserve_jax.sim.devices import Device, Efficiency, get_device

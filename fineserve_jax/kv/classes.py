@@ -19,11 +19,11 @@ class PageClass:
         page_units: units that a page of all layers takes.
         page_size: tokens a page holds.
         page_bytes: exact bytes of a full page's values and scales, at most `page_units` units.
-        tail: class of the newest, unfilled page, for a format that can only encode whole pages; None for a
+        residual: class of the newest, unfilled page, for a format that can only encode whole pages; None for a
             format that encodes token by token.
 
     Raises:
-        ConfigError: a length below 1, or a tail that does not fit its class.
+        ConfigError: a length below 1, or a residual page that does not fit its class.
     """
 
     model: str
@@ -31,23 +31,26 @@ class PageClass:
     page_units: int
     page_size: int
     page_bytes: int
-    tail: "PageClass | None" = None
+    residual: "PageClass | None" = None
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # The generated hash would walk the tail on each of a step's thousands of look-ups; a model and format have one
-        # class in an arena. It is the same in every process, since a pickled class takes it along.
+        # The generated hash would walk the residual class on each of a step's thousands of look-ups; a model and
+        # format have one class in an arena. It is the same in every process, since a pickled class takes it along.
         object.__setattr__(self, "_hash", zlib.crc32(str(self).encode()))
         for name in ("page_units", "page_size", "page_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} of {self}: a page needs at least 1")
-        if self.tail is None:
+        if self.residual is None:
             return
-        if self.tail.tail is not None:
-            raise ConfigError(f"the tail of {self} is {self.tail}, which has a tail itself; use a token-wise format")
-        if (self.tail.model, self.tail.page_size) != (self.model, self.page_size):
+        if self.residual.residual is not None:
             raise ConfigError(
-                f"the tail of {self} holds {self.tail.page_size} tokens of {self.tail.model!r}; "
+                f"the residual page of {self} is {self.residual}, "
+                "which has a residual page itself; use a token-wise format"
+            )
+        if (self.residual.model, self.residual.page_size) != (self.model, self.page_size):
+            raise ConfigError(
+                f"the residual page of {self} holds {self.residual.page_size} tokens of {self.residual.model!r}; "
                 f"it must hold {self.page_size} of {self.model!r}"
             )
 
@@ -58,14 +61,14 @@ class PageClass:
         return f"{self.model}/{self.kv_format}"
 
     def num_pages(self, num_tokens: int) -> int:
-        """Pages of this class, the tail aside, that the first `num_tokens` tokens of a request need."""
-        if self.tail is None:
+        """Pages of this class, the residual page aside, that the first `num_tokens` tokens of a request need."""
+        if self.residual is None:
             return -(-num_tokens // self.page_size)
         return num_tokens // self.page_size
 
     def room(self, num_tokens: int) -> int:
-        """Tokens that the pages of the first `num_tokens` tokens, the tail included, have room for."""
-        if self.tail is None:
+        """Tokens that the pages of the first `num_tokens` tokens, the residual page included, have room for."""
+        if self.residual is None:
             return self.num_pages(num_tokens) * self.page_size
         return (self.num_pages(num_tokens) + 1) * self.page_size - 1
 
@@ -75,4 +78,4 @@ class PageClass:
             return {}
         pages = self.num_pages(num_tokens)
         demand = {self: pages} if pages else {}
-        return demand if self.tail is None else demand | {self.tail: 1}
+        return demand if self.residual is None else demand | {self.residual: 1}

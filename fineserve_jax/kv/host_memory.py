@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a request held: `runs` (class, pages) in the order of positions, and then its tail if it has one."""
+    """What a request held: `runs` (class, pages) in the order of positions, and then its residual page if any."""
 
     pages: HostPages
     page_class: PageClass
     runs: list[tuple[PageClass, int]]
-    has_tail: bool
+    has_residual: bool
     exact: bool
 
 
@@ -46,9 +46,9 @@ class HostMemory:
         self.num_saved = 0
 
     def num_bytes(self, request: Request) -> int:
-        """Bytes that saving what the request holds would take: the pages of its computed tokens, and its tail."""
+        """Bytes that saving the request would take: the pages of its computed tokens, and its residual page."""
         held = self._kv.held[request]
-        return self._bytes([*self._runs(held, request), *self._tail(held)])
+        return self._bytes([*self._runs(held, request), *self._residual(held)])
 
     def has_room(self, request: Request) -> bool:
         return self.used_bytes + self.num_bytes(request) <= self.max_bytes
@@ -58,12 +58,12 @@ class HostMemory:
         held = self._kv.held[request]
         runs = self._runs(held, request)
         handles = [list(run.handles) for run in held.parts(0, sum(count for _, count in runs))]
-        pages = [*runs, *self._tail(held)]
-        if held.tail is not None:
-            handles.append([held.tail])
+        pages = [*runs, *self._residual(held)]
+        if held.residual is not None:
+            handles.append([held.residual])
         host = HostPages([page_class for page_class, _ in pages], [count for _, count in pages])
         self._kv.ask(Save(host, [self._kv.table.units_of(part) for part in handles]))
-        saved = Saved(host, held.page_class, runs, held.tail is not None, held.exact)
+        saved = Saved(host, held.page_class, runs, held.residual is not None, held.exact)
         self._kv.release(request)
         self.saved[request] = saved
         self.used_bytes += self._bytes(pages)
@@ -79,8 +79,8 @@ class HostMemory:
         if pages is None:
             return False
         held = RequestPages(saved.page_class, exact=saved.exact)
-        if saved.has_tail and saved.page_class.tail is not None:
-            held.tail = pages[saved.page_class.tail].pop()
+        if saved.has_residual and saved.page_class.residual is not None:
+            held.residual = pages[saved.page_class.residual].pop()
         units = []
         for page_class, count in saved.runs:
             own = pages[page_class]
@@ -88,8 +88,8 @@ class HostMemory:
             held.append(page_class, own[:count])
             del own[:count]
         held.append(saved.page_class, pages.get(saved.page_class, array("i")))
-        if held.tail is not None:
-            units.append(self._kv.table.units_of([held.tail]))
+        if held.residual is not None:
+            units.append(self._kv.table.units_of([held.residual]))
         self._kv.ask(Load(saved.pages, units))
         self._kv.held[request] = held
         held.num_ready = request.num_computed_tokens // saved.page_class.page_size
@@ -107,9 +107,13 @@ class HostMemory:
         computed = held.page_class.num_pages(request.num_computed_tokens)
         return [(run.page_class, len(run.handles)) for run in held.parts(0, computed)]
 
-    def _tail(self, held: RequestPages) -> list[tuple[PageClass, int]]:
-        """Class and number, 1, of the tail page; empty if there is none."""
-        return [(held.page_class.tail, 1)] if held.tail is not None and held.page_class.tail is not None else []
+    def _residual(self, held: RequestPages) -> list[tuple[PageClass, int]]:
+        """Class and number, 1, of the residual page; empty if there is none."""
+        return (
+            [(held.page_class.residual, 1)]
+            if held.residual is not None and held.page_class.residual is not None
+            else []
+        )
 
     def _wanted(self, saved: Saved, num_tokens: int) -> list[tuple[PageClass, int]]:
         """Pages by class that a saved request needs: those it had, and more for tokens not computed yet."""
@@ -117,8 +121,8 @@ class HostMemory:
         wanted = [*saved.runs]
         if more > 0:
             wanted.append((saved.page_class, more))
-        if saved.has_tail and saved.page_class.tail is not None:
-            wanted.append((saved.page_class.tail, 1))
+        if saved.has_residual and saved.page_class.residual is not None:
+            wanted.append((saved.page_class.residual, 1))
         return wanted
 
     def _bytes(self, runs: list[tuple[PageClass, int]]) -> int:

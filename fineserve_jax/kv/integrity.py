@@ -59,9 +59,9 @@ def _name_odd_page(page_class: PageClass, listed: np.ndarray, owned: np.ndarray)
 def _check_holders(kv: "KVManager", units: np.ndarray, tags: np.ndarray) -> None:
     """Each page has as many holders as the table says; what has none is idle in the prefix cache."""
     runs = [run for held in kv.held.values() for run in held.runs]
-    tails = [held.tail for held in kv.held.values() if held.tail is not None]
+    residuals = [held.residual for held in kv.held.values() if held.residual is not None]
     in_runs = np.frombuffer(b"".join([run.handles for run in runs]), np.int32)
-    counted = np.bincount(np.concatenate([in_runs, np.array(tails, np.int32)]), minlength=len(units))
+    counted = np.bincount(np.concatenate([in_runs, np.array(residuals, np.int32)]), minlength=len(units))
     _equal("highest handle", max(len(units), len(counted)), len(units))
     recorded = np.array(kv.table.holders)
     for handle in np.flatnonzero(recorded != counted).tolist():
@@ -122,8 +122,8 @@ def _check_pool(allocator: "SlabAllocator", pool: SlabPool, tags: np.ndarray, po
     _equal(f"free pages of {name}", pool.free_pages, int(free.sum()))
     _equal_arrays(f"free pages in each slab of {name}", np.array(allocator.slab_free)[slabs], free)
     _equal(f"slabs of {name} that should have become free", [], slabs[free == pool.capacity].tolist())
-    in_tail = tags[slabs, pool.capacity :].any(axis=1)
-    _equal(f"slabs of {name} with pages in their tails", [], slabs[in_tail].tolist())
+    in_end = tags[slabs, pool.capacity :].any(axis=1)
+    _equal(f"slabs of {name} with pages in their unused ends", [], slabs[in_end].tolist())
     own_tags = np.zeros(256, bool)
     own_tags[[0, *(member.tag for member in allocator.members.values() if member.pool is pool)]] = True
     foreign = ~own_tags[pages].all(axis=1)

@@ -157,8 +157,8 @@ class KVManager:
             if listed is not None and listed.writer is request:
                 listed.writer = None
         self.let_go(handles[::-1])  # so that a prefix is evicted from its end on
-        if held.tail is not None:
-            self.let_go([held.tail])
+        if held.residual is not None:
+            self.let_go([held.residual])
 
     def _start(self, request: Request, num_tokens: int, leaving: Demand | None) -> bool:
         if request in self.host.saved:
@@ -304,24 +304,24 @@ class KVManager:
             count = min(num_cached - first, len(run.handles) * size)
             segments.append(Segment(run.page_class.kv_format, self.table.units_of(run.handles), first, count))
             first += count
-        if held.tail is not None and held.page_class.tail is not None and num_cached > first:
-            tail = self.table.units_of([held.tail])
-            segments.append(Segment(held.page_class.tail.kv_format, tail, first, num_cached - first))
+        if held.residual is not None and held.page_class.residual is not None and num_cached > first:
+            residual = self.table.units_of([held.residual])
+            segments.append(Segment(held.page_class.residual.kv_format, residual, first, num_cached - first))
         return segments
 
     def page_units(self, request: Request, first: int, count: int) -> list[int]:
-        """First units of `count` of the request's pages from the page `first` on, the tail aside."""
+        """First units of `count` of the request's pages from the page `first` on, the residual page aside."""
         parts = self.holds(request).parts(first, first + count)
         return [unit for run in parts for unit in self.table.units_of(run.handles)]
 
     def page_unit(self, request: Request, page: int) -> int:
-        """First unit of one of the request's pages, the tail aside."""
+        """First unit of one of the request's pages, the residual page aside."""
         return self.table.units[self.held[request].page(page)[1]]
 
-    def tail_unit(self, request: Request) -> int | None:
-        """First unit of the request's tail page, if it has one."""
-        tail = self.holds(request).tail
-        return None if tail is None else self.table.units[tail]
+    def residual_unit(self, request: Request) -> int | None:
+        """First unit of the request's residual page, if it has one."""
+        residual = self.holds(request).residual
+        return None if residual is None else self.table.units[residual]
 
     def tokens_by_format(self, request: Request) -> dict[str, int]:
         """How many of the request's computed tokens are kept in each KV format, oldest first."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fineserve_jax.kv.manager import KVManager
 
 MAX_RUNS = 4
-"""Most runs of pages a narrowed request has, each a segment of attention; the tail is one more."""
+"""Most runs of pages a narrowed request has, each a segment of attention; the residual page is one more."""
 
 
 def ladder(kv: "KVManager", model: str, kv_format: str, floor_format: str | None) -> list[PageClass]:

@@ -2,11 +2,11 @@
 
     positions        0 .. 2T-1    2T .. 4T-1    4T .. 5T-1   5T .. 5T+k-1
     int8             run of 6 pages, the last filled up to k
-    int4             run of 5 pages                          tail (int8), filled up to k
+    int4             run of 5 pages                          residual (int8), filled up to k
     bf16, narrowed   run (int4)   run (int8)    run of 2 pages (bf16)
 
-A format that encodes whole pages keeps its newest, unfilled page in a wider format, its *tail*. When it is full it is
-encoded into a page of its own and begins anew.
+A format that encodes whole pages keeps its newest, unfilled page in a wider format, its *residual page*. When that
+is full it is encoded into a page of its own and begins anew.
 """
 
 from array import array
@@ -35,7 +35,7 @@ class RequestPages:
     Attributes:
         page_class: class of its newest pages, and of all until some are narrowed.
         runs: its pages, in the order of positions.
-        tail: handle of the tail page; None for a format without one, and before the first page.
+        residual: handle of the residual page; None for a format without one, and before the first page.
         num_listed: leading pages that the prefix cache was told of, or gave.
         num_ready: leading pages of those that are known to hold their keys and values.
         digest: of the listed pages' tokens.
@@ -47,7 +47,7 @@ class RequestPages:
 
     page_class: PageClass
     runs: list[PageRun] = field(default_factory=list)
-    tail: int | None = None
+    residual: int | None = None
     num_listed: int = 0
     num_ready: int = 0
     digest: bytes = b""
@@ -56,7 +56,7 @@ class RequestPages:
 
     @property
     def num_pages(self) -> int:
-        """Pages, the tail aside."""
+        """Pages, the residual page aside."""
         return sum(len(run.handles) for run in self.runs)
 
     def append(self, page_class: PageClass, handles: "array[int]") -> None:

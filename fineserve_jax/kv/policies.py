@@ -70,7 +70,7 @@ class Partitioned(Elastic):
         if missing:
             raise ConfigError(
                 f"the partitioned slab policy has shares for {', '.join(sorted(shares))}, none for "
-                f"{', '.join(missing)}; add a share for it (an int4 cache also needs its tail's format)"
+                f"{', '.join(missing)}; add a share for it (an int4 cache also needs its residual page's format)"
             )
         return apportion(num_slabs, shares)
 

@@ -5,9 +5,9 @@ A request counts against the quota of its tenant and against that of its KV prec
     "tenant:alice"      what requests of the tenant alice hold, whatever their precision
     "precision:int8"    what requests that asked for int8 hold, whoever they are of
 
-with all pages that it holds, its tail and pages that it shares with others included. Shares are of what any mix of
-pages can fill: the ends of slabs that no whole page fits, and one slab a page length that may be part empty, are left
-out, so that guarantees which add up to 1 can all be had at once.
+with all pages that it holds, its residual page and pages that it shares with others included. Shares are of what any
+mix of pages can fill: the ends of slabs that no whole page fits, and one slab a page length that may be part empty,
+are left out, so that guarantees which add up to 1 can all be had at once.
 """
 
 import math
@@ -144,8 +144,8 @@ class QuotaAccount:
     def _held_units(self, request: Request) -> int:
         held, page_units = self._kv.holds(request), self._kv.allocator.page_units
         units = sum(len(run.handles) * page_units(run.page_class) for run in held.runs)
-        if held.tail is not None and held.page_class.tail is not None:
-            units += page_units(held.page_class.tail)
+        if held.residual is not None and held.page_class.residual is not None:
+            units += page_units(held.page_class.residual)
         return units
 
 

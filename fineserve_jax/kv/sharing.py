@@ -62,8 +62,8 @@ class Sharing:
         if pages is None:
             return False
         held = self._kv.held[request] = RequestPages(page_class)
-        if page_class.tail is not None:
-            (held.tail,) = pages[page_class.tail]
+        if page_class.residual is not None:
+            (held.residual,) = pages[page_class.residual]
         new = iter(pages.get(page_class, ()))
         places = [listed.handle if listed.page_class is page_class else next(new) for listed in found]
         held.append(page_class, array("i", [*places, *new]))
@@ -100,8 +100,8 @@ class Sharing:
             return False
         size = page_class.page_size
         full, begun = divmod(known, size)
-        tail_is_gone = begun and page_class.tail is not None and origin.num_computed_tokens // size > full
-        if num_tokens != request.num_prompt_tokens or origin.num_computed_tokens < known or tail_is_gone:
+        residual_is_gone = begun and page_class.residual is not None and origin.num_computed_tokens // size > full
+        if num_tokens != request.num_prompt_tokens or origin.num_computed_tokens < known or residual_is_gone:
             return False
         shared = array("i", (handle for run in held.parts(0, full) for handle in run.handles))
         demand = page_class.demand(num_tokens)
@@ -114,12 +114,12 @@ class Sharing:
         own = self._kv.held[request] = RequestPages(page_class, num_ready=full)
         own.append(page_class, shared)
         own.append(page_class, pages.get(page_class, array("i")))
-        if page_class.tail is not None:
-            (own.tail,) = pages[page_class.tail]
-        if begun and page_class.tail is not None:
-            assert held.tail is not None, "a request in a format with a tail has one"
-            assert own.tail is not None, "it was taken above"
-            self._kv.copy(held.tail, own.tail, page_class.tail, page_class.tail)
+        if page_class.residual is not None:
+            (own.residual,) = pages[page_class.residual]
+        if begun and page_class.residual is not None:
+            assert held.residual is not None, "a request in a format with a residual page has one"
+            assert own.residual is not None, "it was taken above"
+            self._kv.copy(held.residual, own.residual, page_class.residual, page_class.residual)
         elif begun:
             self._kv.copy(held.page(full)[1], own.page(full)[1], page_class, page_class)
         if self._lists(request, own):

@@ -34,7 +34,7 @@ def choose_slab_units(page_units: Iterable[int], num_units: int, max_waste: floa
         raise ConfigError(f"max_waste={max_waste}: give a fraction over 0 and at most 1")
     longest = max(lengths)
     limit = num_units // (MIN_SLABS_PER_CLASS * len(lengths) + 1)
-    # A tail is shorter than a page, so no longer slab than this can be the first one good enough.
+    # The unused end is shorter than a page, so no longer slab than this can be the first one good enough.
     limit = min(limit, int(longest / max_waste) + 1)
     best, least_waste = longest, np.inf
     for start in range(longest, limit + 1, 64 * longest):
@@ -51,6 +51,6 @@ def choose_slab_units(page_units: Iterable[int], num_units: int, max_waste: floa
 def _multiples(lengths: list[int], start: int, stop: int) -> np.ndarray:
     """Multiples of any of the lengths in [start, stop), ascending.
 
-    No other slab length needs a look: made one unit shorter, it loses that unit from every tail.
+    No other slab length needs a look: made one unit shorter, it loses that unit from every unused end.
     """
     return np.unique(np.concatenate([np.arange(-(-start // n) * n, stop, n) for n in lengths]))

@@ -3,7 +3,7 @@
     units   0         S         2S        3S        4S        5S   num_units
             | slab 0  | slab 1  | slab 2  | slab 3  | slab 4  | .. |
             |null page|p p p p .|P  P  .  | free    |p p p p .| not used: shorter than a slab
-                       \\_ pool of p's class, `.` is the tail that no whole page fits
+                       \\_ pool of p's class, `.` is the end that no whole page fits
 
 Host side only: nothing here touches a device.
 """
@@ -40,7 +40,7 @@ class SlabAllocator:
         num_units: units of the arena; those behind the last whole slab stay unused.
         slab_units: units of a slab, at least the longest page's; see `choose_slab_units`.
         policy: "elastic", "partitioned" or "uniform"; see `kv/policies.py`.
-        classes: page classes to know from the start; their tails need not be named.
+        classes: page classes to know from the start; those of their residual pages need not be named.
         shares: for "partitioned", the weight of each KV format.
         unit_bytes: bytes of a unit, for statistics.
 
@@ -82,14 +82,14 @@ class SlabAllocator:
     # -- classes -------------------------------------------------------------------------------------------
 
     def register(self, page_class: PageClass) -> None:
-        """Make a class, and its tail, known; a class known already changes nothing.
+        """Make a class, and that of its residual pages, known; a class known already changes nothing.
 
         Raises:
             ConfigError: longer than a slab, another class of that model and format, too many classes, no
                 share, or (under "uniform") longer than the pages already in use.
         """
-        if page_class.tail is not None:
-            self.register(page_class.tail)
+        if page_class.residual is not None:
+            self.register(page_class.residual)
         if page_class in self.members:
             return
         self._check_class(page_class)

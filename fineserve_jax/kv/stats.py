@@ -19,7 +19,7 @@ class ClassStats:
         free_pages: free pages in its pool's slabs.
         allocatable_pages: pages it could get now: those, and what the free slabs in its quota would give.
         reserved_bytes: bytes of the slabs that serve it: its pages with what they are rounded up by, and its
-            part of the pool's free pages and slab tails, in proportion to the pages it owns.
+            part of the pool's free pages and unused slab ends, in proportion to the pages it owns.
         free_bytes: bytes that it could still take: free pages of its pool, and free slabs in its quota.
             Classes can take the same free slab, so these do not add up over classes.
     """

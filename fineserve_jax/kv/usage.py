@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FormatUsage:
-    """The pages of one KV format, over all models; tail pages count under their own format.
+    """The pages of one KV format, over all models; residual pages count under their own format.
 
     Attributes:
         needed_bytes: exact bytes of the cached tokens' values and scales.
-        reserved_bytes: bytes of the slabs that serve the format, tails and free pages included, less `cached_bytes`.
+        reserved_bytes: bytes of the slabs that serve the format, free pages included, less `cached_bytes`.
         cached_bytes: bytes of pages that nobody holds, kept for requests that begin alike until memory is wanted.
         free_bytes: bytes it could still take; a free slab counts for every format that may take it.
         cached_tokens: tokens whose K and V lie in pages of the format.
@@ -111,8 +111,8 @@ def _cached_tokens(manager: "KVManager") -> dict[PageClass, int]:
             in_run = min(cached, len(run.handles) * size)
             tokens[run.page_class] += in_run - counted * size
             cached -= in_run
-        if held.page_class.tail is not None:
-            tokens[held.page_class.tail] += cached
+        if held.page_class.residual is not None:
+            tokens[held.page_class.residual] += cached
     return tokens
 
 

@@ -22,7 +22,7 @@ from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_model import read_json
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
 from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.models.config import ModelConfig
+from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.params import Params, abstract_params
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.gguf_file import GGUFFile
-from fineserve_jax.models.config import ModelConfig, RopeScaling
+from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_gguf_architecture, get_family
 
 _TOP_NAMES = {

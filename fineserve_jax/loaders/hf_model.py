@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.models.config import ModelConfig, RopeScaling
 from fineserve_jax.models.family import Family
+from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_hf_architecture
 
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")

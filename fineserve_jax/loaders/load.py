@@ -15,9 +15,9 @@ from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer
 from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.models.config import ModelConfig
-from fineserve_jax.models.formats import weight_recipe
+from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.params import pack_params
+from fineserve_jax.models.weight_formats import weight_recipe
 
 DEFAULT_WEIGHTS = "bf16"
 

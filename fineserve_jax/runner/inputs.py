@@ -8,7 +8,7 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
 from fineserve_jax.pallas_kernels.writing import NOWHERE
-from fineserve_jax.request import Request, StepPlan, Work
+from fineserve_jax.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.shapes import StepSpec
 
 Array = Any  # numpy on the host, jax.Array in the step
@@ -82,22 +82,22 @@ class StepInputs(NamedTuple):
     sample_slots: Array
 
 
-def build_inputs(spec: StepSpec, plan: StepPlan, kv: KVManager) -> tuple[StepInputs, list[Request]]:
+def build_inputs(spec: StepSpec, plan: SchedulerOutput, kv: KVManager) -> tuple[StepInputs, list[Request]]:
     """Lays a plan out for the device.
 
     Returns:
         the inputs, and the requests whose next tokens are sampled, in the order of `sample_slots`.
     """
     builder = _Builder(spec, kv)
-    for work in plan.decodes:
-        builder.add_decode(work)
-    for work in plan.chunks:
-        builder.add_chunk(work)
+    for scheduled in plan.decodes:
+        builder.add_decode(scheduled)
+    for scheduled in plan.prefills:
+        builder.add_chunk(scheduled)
     return builder.finish(), builder.sampled
 
 
 class _Builder:
-    """Fills the arrays of one step, work by work."""
+    """Fills the arrays of one step, one scheduled chunk after another."""
 
     def __init__(self, spec: StepSpec, kv: KVManager) -> None:
         self.spec, self.kv = spec, kv
@@ -119,61 +119,61 @@ class _Builder:
         self.chunk_of_page, self.chunk_pages = np.full(pages, -1, np.int32), np.full(pages, NOWHERE, np.int32)
         self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
 
-    def add_decode(self, work: Work) -> None:
-        row, position, request = self.num_decodes, work.start, work.request
+    def add_decode(self, scheduled: ScheduledChunk) -> None:
+        row, position, request = self.num_decodes, scheduled.start, scheduled.request
         self.num_decodes += 1
         self.tokens[row], self.positions[row] = request.token_ids[position], position
-        tail, page = self.kv.tail_unit(request), position // self.page_size
-        if tail is None:
+        residual, page = self.kv.residual_unit(request), position // self.page_size
+        if residual is None:
             self.row_pages[row] = self.kv.page_unit(request, page)
         else:
-            self.row_pages[row] = tail
+            self.row_pages[row] = residual
             if position % self.page_size == self.page_size - 1:
-                self._close(request.kv_precision, tail, self.kv.page_unit(request, page))
-        self.row_formats[row] = self.format_ids[get_format(request.kv_precision).tail or request.kv_precision]
+                self._close(request.kv_precision, residual, self.kv.page_unit(request, page))
+        self.row_formats[row] = self.format_ids[get_format(request.kv_precision).residual or request.kv_precision]
         self.decode_queries.append(QueryRun(row, 1, position))
-        self._add_segments(self.decode_segments, row, work)
-        self._sample(work, row)
+        self._add_segments(self.decode_segments, row, scheduled)
+        self._sample(scheduled, row)
 
-    def add_chunk(self, work: Work) -> None:
-        chunk, request, first = self.num_chunks, work.request, self.next_page
+    def add_chunk(self, scheduled: ScheduledChunk) -> None:
+        chunk, request, first = self.num_chunks, scheduled.request, self.next_page
         self.num_chunks += 1
-        num_pages = -(-work.count // self.page_size)
+        num_pages = -(-scheduled.count // self.page_size)
         self.next_page += num_pages
         slot = first * self.page_size
-        where = slice(self.spec.shape.rows + slot, self.spec.shape.rows + slot + work.count)
-        self.tokens[where] = request.token_ids[work.start : work.start + work.count]
-        self.positions[where] = np.arange(work.start, work.start + work.count)
-        successors = request.token_ids[work.start + 1 : work.start + work.count + 1]
+        where = slice(self.spec.shape.rows + slot, self.spec.shape.rows + slot + scheduled.count)
+        self.tokens[where] = request.token_ids[scheduled.start : scheduled.start + scheduled.count]
+        self.positions[where] = np.arange(scheduled.start, scheduled.start + scheduled.count)
+        successors = request.token_ids[scheduled.start + 1 : scheduled.start + scheduled.count + 1]
         self.targets[slot : slot + len(successors)] = successors
 
         own = slice(first, first + num_pages)
-        tail, page = self.kv.tail_unit(request), work.start // self.page_size
+        residual, page = self.kv.residual_unit(request), scheduled.start // self.page_size
         full = self.format_ids[request.kv_precision]
-        newest = self.format_ids[get_format(request.kv_precision).tail or request.kv_precision]
+        newest = self.format_ids[get_format(request.kv_precision).residual or request.kv_precision]
         self.chunk_of_page[own] = chunk
         self.full[own], self.written[own], self.newest[own] = full, full, newest
         pages = self.kv.page_units(request, page, num_pages)
-        if tail is not None and work.count % self.page_size:
-            pages = [*pages[: num_pages - 1], tail]
+        if residual is not None and scheduled.count % self.page_size:
+            pages = [*pages[: num_pages - 1], residual]
             self.written[first + num_pages - 1] = newest
         self.chunk_pages[own] = pages
-        self.chunk_queries.append(QueryRun(slot, work.count, work.start))
-        self._add_segments(self.chunk_segments, chunk, work)
-        self._sample(work, where.stop - 1)
+        self.chunk_queries.append(QueryRun(slot, scheduled.count, scheduled.start))
+        self._add_segments(self.chunk_segments, chunk, scheduled)
+        self._sample(scheduled, where.stop - 1)
 
-    def _add_segments(self, segments: list[BatchSegment], row: int, work: Work) -> None:
-        for part in self.kv.segments(work.request, work.start):
+    def _add_segments(self, segments: list[BatchSegment], row: int, scheduled: ScheduledChunk) -> None:
+        for part in self.kv.segments(scheduled.request, scheduled.start):
             format_id = self.format_ids[part.kv_format]
             segments.append(BatchSegment(row, format_id, part.pages, part.num_tokens, part.first_position))
 
     def _close(self, kv_format: str, source: int, target: int) -> None:
         self.closing[list(self.spec.paged_formats).index(self.format_ids[kv_format])].append((source, target))
 
-    def _sample(self, work: Work, slot: int) -> None:
-        if work.samples:
+    def _sample(self, scheduled: ScheduledChunk, slot: int) -> None:
+        if scheduled.samples:
             self.sample_slots[len(self.sampled)] = slot
-            self.sampled.append(work.request)
+            self.sampled.append(scheduled.request)
 
     def finish(self) -> StepInputs:
         spec, rows = self.spec, self.spec.shape.rows

@@ -19,7 +19,7 @@ from fineserve_jax.kv.operations import Copy, Load, PageOperation, Save
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.pallas_kernels.writing import NOWHERE, requantise
+from fineserve_jax.pallas_kernels.writing import NOWHERE, requantize
 from fineserve_jax.runner.arena import Arena
 
 COPIES = 64  # of a call, the rest being padding
@@ -117,7 +117,7 @@ class PageOperations:
             units = source.page_units
             return self._program(("copy", units), functools.partial(copy_pages, page_units=units))
         convert = functools.partial(
-            requantise,
+            requantize,
             source_format=get_format(source.kv_format),
             target_format=get_format(target.kv_format),
             geometry=self.geometries[source.model],

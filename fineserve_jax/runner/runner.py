@@ -17,7 +17,7 @@ from fineserve_jax.models import CausalLM
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.request import Request, StepPlan
+from fineserve_jax.request import Request, SchedulerOutput
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs
@@ -100,12 +100,12 @@ class ModelRunner:
         self.num_compilations = 0
 
     def use_formats(self, names: Iterable[str]) -> None:
-        """Makes the steps from now on serve these KV formats too, and the tails they need.
+        """Makes the steps from now on serve these KV formats too, and the residuals they need.
 
         Programs read and write just the formats that the engine has met: each adds a loop to every layer.
         """
         wanted = {*self.format_names, *names}
-        wanted |= {tail for name in wanted if (tail := get_format(name).tail)}
+        wanted |= {residual for name in wanted if (residual := get_format(name).residual)}
         self.format_names = tuple(name for name in FORMATS if name in wanted)
 
     def use_narrowing(self) -> None:
@@ -117,12 +117,12 @@ class ModelRunner:
         before = self.num_compilations
         shapes = [StepShape(rows, 0) for rows in self.row_buckets]
         shapes += [StepShape(self.row_buckets[-1], chunk) for chunk in self.chunk_buckets]
-        empty = StepPlan((), ())
+        empty = SchedulerOutput((), ())
         for shape in shapes:
             self._run(self._spec(shape), empty)
         return self.num_compilations - before
 
-    def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
+    def execute(self, plan: SchedulerOutput, scores: bool = False) -> StepResult:
         """Computes a step; its keys and values are in the arena when this returns.
 
         What the KV manager has queued for the device must have been done.
@@ -132,9 +132,9 @@ class ModelRunner:
         """
         return self._run(self._spec(self._shape(plan)), plan, scores)
 
-    def _shape(self, plan: StepPlan) -> StepShape:
+    def _shape(self, plan: SchedulerOutput) -> StepShape:
         page_size = self.geometry.page_size
-        slots = sum(-(-work.count // page_size) * page_size for work in plan.chunks)
+        slots = sum(-(-scheduled.count // page_size) * page_size for scheduled in plan.prefills)
         if not slots:
             return StepShape(pick(self.row_buckets, len(plan.decodes)), 0)
         return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots))
@@ -145,7 +145,7 @@ class ModelRunner:
             self.model, self.geometry, self.format_names, shape, max_pages, self.max_runs, self.implementation
         )
 
-    def _run(self, spec: StepSpec, plan: StepPlan, scores: bool = False) -> StepResult:
+    def _run(self, spec: StepSpec, plan: SchedulerOutput, scores: bool = False) -> StepResult:
         host_inputs, requests = build_inputs(spec, plan, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled

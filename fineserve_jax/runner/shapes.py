@@ -34,10 +34,10 @@ class StepSpec:
     Attributes:
         model: the Flax module; its parameters are an argument of the step.
         geometry: of the model's pages.
-        format_names: KV formats the step reads and writes; format ids are indices into it. A format's tail is in it.
+        format_names: KV formats the step reads and writes; format ids are indices into it. Residual formats are in it.
         shape: slots of the step.
         max_pages: pages of the longest sequence.
-        max_runs: most runs of pages of different formats that a request has, its tail aside.
+        max_runs: most runs of pages of different formats that a request has, its residual page aside.
         implementation: of the kernels.
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
     """
@@ -55,19 +55,19 @@ class StepSpec:
     def formats(self) -> tuple[KVFormat, ...]:
         return tuple(get_format(name) for name in self.format_names)
 
-    def tail_of(self, kv_format: KVFormat) -> KVFormat:
+    def residual_of(self, kv_format: KVFormat) -> KVFormat:
         """The format of the newest tokens of requests in a page-wise format."""
-        return next(tail for tail in self.formats if tail.name == kv_format.tail)
+        return next(residual for residual in self.formats if residual.name == kv_format.residual)
 
     @property
     def token_formats(self) -> dict[int, KVFormat]:
         """Format id -> format, of those that encode token by token."""
-        return {i: f for i, f in enumerate(self.formats) if f.tail is None}
+        return {i: f for i, f in enumerate(self.formats) if f.residual is None}
 
     @property
     def paged_formats(self) -> dict[int, KVFormat]:
         """Format id -> format, of those that encode whole pages."""
-        return {i: f for i, f in enumerate(self.formats) if f.tail is not None}
+        return {i: f for i, f in enumerate(self.formats) if f.residual is not None}
 
     @property
     def query_dtype(self) -> jnp.dtype:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from fineserve_jax.models.transformer import RopeTables
 from fineserve_jax.pallas_kernels.formats import PageWords
-from fineserve_jax.pallas_kernels.writing import NOWHERE, requantise, write_pages, write_tokens
-from fineserve_jax.runner.attention import LayerAttention, LayerWords
+from fineserve_jax.pallas_kernels.writing import NOWHERE, requantize, write_pages, write_tokens
 from fineserve_jax.runner.inputs import StepInputs
+from fineserve_jax.runner.layer_attention import LayerAttention, LayerWords
 from fineserve_jax.runner.sampler import Sampled, SamplingInputs, sample
 from fineserve_jax.runner.shapes import StepSpec
 
@@ -63,7 +63,7 @@ def score(spec: StepSpec, params: Params, stream: Stream, targets: jax.Array) ->
 
 
 def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: StepInputs) -> jax.Array:
-    """Writes what the layers encoded: decoded tokens, chunks' pages, and then tail pages that became full.
+    """Writes what the layers encoded: decoded tokens, chunks' pages, and then residual pages that became full.
 
     Donate the arena. Everything else reads it before this writes it.
     """
@@ -81,8 +81,8 @@ def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: S
             arena = write_pages(arena, words, pages, kv_format, spec.geometry, **how)
     for i, kv_format in enumerate(spec.paged_formats.values()):
         pages_and_count = closing.sources[i], closing.targets[i], closing.counts[i]
-        formats = spec.tail_of(kv_format), kv_format
-        arena = requantise(arena, *pages_and_count, *formats, spec.geometry, **how)
+        formats = spec.residual_of(kv_format), kv_format
+        arena = requantize(arena, *pages_and_count, *formats, spec.geometry, **how)
     return arena
 
 

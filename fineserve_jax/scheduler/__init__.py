@@ -1,15 +1,15 @@
 """The two-level scheduler: host code only, no jax.
 
-add -> WaitingQueue -level 1, admission (memory)-> rows -level 2, execution (compute)-> StepPlan -> commit
+add -> WaitingQueue -level 1, admission (memory)-> rows -level 2, execution (compute)-> SchedulerOutput -> commit
              ^                                      |
              +--------- preempted, to recompute ----+
 """
 
-from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost, StepCost
 from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
 from fineserve_jax.scheduler.profile import StepProfile, load_profiles, save_profiles
 from fineserve_jax.scheduler.scheduler import Scheduler
+from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 
 __all__ = [
     "POLICIES",

@@ -24,10 +24,10 @@ own.
 from collections import Counter
 
 from fineserve_jax.kv.manager import Demand, KVManager
-from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.rows import GrowthReserve, Row, shares_of
+from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 from fineserve_jax.scheduler.waiting import Entry, Group, WaitingQueue
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.request import Work
+from fineserve_jax.request import ScheduledChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +85,15 @@ class StepCost:
         )
 
 
-def step_cost(works: Iterable[Work], formats: Mapping[str, FormatCost]) -> StepCost:
+def step_cost(chunks: Iterable[ScheduledChunk], formats: Mapping[str, FormatCost]) -> StepCost:
     """Cost of computing `works` together. A decode row's attention is counted by what it reads only, since reading
     is what takes its time."""
     tokens, pairs, kv_bytes, kv_tokens = 0, 0, 0.0, 0
-    for work in works:
-        start, count = work.start, work.count
+    for scheduled in chunks:
+        start, count = scheduled.start, scheduled.count
         tokens += count
         kv_tokens += start
-        kv_bytes += start * formats[work.request.kv_precision].bytes_per_token
+        kv_bytes += start * formats[scheduled.request.kv_precision].bytes_per_token
         if count > 1:
             pairs += count * start + count * (count + 1) // 2
     return StepCost(tokens, pairs, kv_bytes, kv_tokens)

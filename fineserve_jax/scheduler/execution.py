@@ -16,11 +16,11 @@ import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from fineserve_jax.request import Request, StepPlan, Work
-from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.costs import StepCost, step_cost
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.rows import Row
+from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 
 CATCHING_UP = 0.75
 """Seconds of a step, of a row's target, for one that is behind."""
@@ -32,7 +32,7 @@ MOST_TURNS_LEFT_OUT = 16
 """Steps of other models after which one that has rows is due, whatever its targets."""
 
 
-def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile, now: float) -> StepPlan:
+def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile, now: float) -> SchedulerOutput:
     """The next step of one model.
 
     Args:
@@ -41,7 +41,7 @@ def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile
         profile: predicts the model's step time.
         now: when the step begins.
     """
-    decodes: list[Work] = []
+    decodes: list[ScheduledChunk] = []
     prefilling: list[Row] = []
     for row in rows:
         request = row.request
@@ -49,20 +49,20 @@ def plan_step(rows: Iterable[Row], config: SchedulerConfig, profile: StepProfile
         if len(request.token_ids) - computed > 1:
             prefilling.append(row)
         else:
-            decodes.append(Work(request, computed, 1))
+            decodes.append(ScheduledChunk(request, computed, 1))
     if not prefilling:
-        return StepPlan(tuple(decodes), ())
+        return SchedulerOutput(tuple(decodes), ())
     target_s = _time_for_step(decodes, now) if config.slo_aware else math.inf
     prefilling.sort(key=lambda row: (row.walk, row.key, row.request.num_uncomputed_tokens, row.request.sequence))
     chunks = _ChunkPicker(config, profile, decodes, target_s).pick([row.request for row in prefilling])
-    return StepPlan(tuple(decodes), tuple(chunks))
+    return SchedulerOutput(tuple(decodes), tuple(chunks))
 
 
-def _time_for_step(decodes: Iterable[Work], now: float) -> float:
+def _time_for_step(decodes: Iterable[ScheduledChunk], now: float) -> float:
     """How long the next step may take for the decoding rows; written out, as it is run for each row of a step."""
     shortest_s = math.inf
-    for work in decodes:
-        request = work.request
+    for scheduled in decodes:
+        request = scheduled.request
         tpot_slo_s = request.tpot_slo_s
         if tpot_slo_s is None:
             continue
@@ -157,28 +157,30 @@ class _ChunkPicker:
     step.
     """
 
-    def __init__(self, config: SchedulerConfig, profile: StepProfile, decodes: Sequence[Work], target_s: float) -> None:
+    def __init__(
+        self, config: SchedulerConfig, profile: StepProfile, decodes: Sequence[ScheduledChunk], target_s: float
+    ) -> None:
         self._config = config
         self._profile = profile
         self._target_s = target_s
         self._cost = step_cost(decodes, profile.model.formats)
         self._out_of_reach = target_s < math.inf and profile.predict(self._cost) > target_s
         self._room = config.max_chunk_tokens
-        self._chunks: list[Work] = []
+        self._chunks: list[ScheduledChunk] = []
 
-    def pick(self, requests: Iterable[Request]) -> list[Work]:
+    def pick(self, requests: Iterable[Request]) -> list[ScheduledChunk]:
         """Chunks for the first of `requests`, in their order, each after the first only if those before it
         end."""
         for request in requests:
             count = self._count(request)
             if not count:
                 break
-            self._take(Work(request, request.num_computed_tokens, count))
+            self._take(ScheduledChunk(request, request.num_computed_tokens, count))
             if count < request.num_uncomputed_tokens or self._room <= 0:
                 break
         return self._chunks
 
-    def _take(self, chunk: Work) -> None:
+    def _take(self, chunk: ScheduledChunk) -> None:
         self._chunks.append(chunk)
         self._cost = self._cost_with(chunk)
         self._room -= -(-chunk.count // self._config.page_size) * self._config.page_size
@@ -206,8 +208,8 @@ class _ChunkPicker:
     def _in_time(self, request: Request, count: int) -> bool:
         if self._target_s == math.inf:
             return True
-        chunk = Work(request, request.num_computed_tokens, count)
+        chunk = ScheduledChunk(request, request.num_computed_tokens, count)
         return self._profile.predict(self._cost_with(chunk)) <= self._target_s
 
-    def _cost_with(self, chunk: Work) -> StepCost:
+    def _cost_with(self, chunk: ScheduledChunk) -> StepCost:
         return self._cost + step_cost((chunk,), self._profile.model.formats)

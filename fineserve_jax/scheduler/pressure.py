@@ -11,10 +11,10 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import Request
-from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.costs import StepCost
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.rows import Row
+from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 
 PAGES_AT_A_TIME = 32
 ASSUMED_BYTES_PER_S = 4e9

@@ -94,7 +94,7 @@ class GrowthReserve:
 
 
 def shares_of(kv: KVManager, page_class: PageClass) -> frozenset[str]:
-    """Memory shares that a request's pages, its tail's included, count against."""
+    """Memory shares that a request's pages, its residual page's included, count against."""
     share_name = kv.allocator.policy.share_name
     own = share_name(page_class)
-    return frozenset({own} if page_class.tail is None else {own, share_name(page_class.tail)})
+    return frozenset({own} if page_class.residual is None else {own, share_name(page_class.residual)})

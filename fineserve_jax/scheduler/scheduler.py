@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import FinishReason, Request, RequestStatus, StepPlan
+from fineserve_jax.request import FinishReason, Request, RequestStatus, SchedulerOutput
 from fineserve_jax.scheduler.admission import Admission
-from fineserve_jax.scheduler.config import SchedulerConfig
 from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost, step_cost
 from fineserve_jax.scheduler.execution import next_model, plan_step
 from fineserve_jax.scheduler.growth import Growth
@@ -25,6 +24,7 @@ from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.rows import GrowthReserve, Row
+from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue, model_and_format, model_format_and_tenant
 
 
@@ -178,7 +178,7 @@ class Scheduler:
 
     # -- a step ----------------------------------------------------------------------------------------------
 
-    def schedule(self, now: float) -> StepPlan | None:
+    def schedule(self, now: float) -> SchedulerOutput | None:
         """The next step, of one model; None when there is no request to compute.
 
         When decoding rows have to be preempted to make room, nothing is admitted in the same call, unless none is left.
@@ -193,28 +193,28 @@ class Scheduler:
             return None
         return self._plan(self._next_model(now), now)
 
-    def commit(self, plan: StepPlan, sampled: Sequence[int], now: float) -> list[Request]:
+    def commit(self, plan: SchedulerOutput, sampled: Sequence[int], now: float) -> list[Request]:
         """Enter the outcome of a step.
 
         Args:
             plan: as `schedule` returned it.
-            sampled: token for each of `plan.works`, in that order; the value is ignored where the work
+            sampled: token for each of `plan.chunks`, in that order; the value is ignored where the chunk
                 samples none, and where the request was aborted meanwhile.
             now: end of the step, engine clock.
 
         Returns:
-            Requests that got a token, in the order of `plan.works`.
+            Requests that got a token, in the order of `plan.chunks`.
         """
-        works = plan.works
-        if len(sampled) != len(works):
-            raise ValueError(f"{len(sampled)} sampled tokens for a plan of {len(works)} works")
+        chunks = plan.chunks
+        if len(sampled) != len(chunks):
+            raise ValueError(f"{len(sampled)} sampled tokens for a step of {len(chunks)} chunks")
         advanced, note_computed, page_size = [], self._kv.sharing.note_computed, self.config.page_size
-        for work, token in zip(works, sampled, strict=True):
-            request = work.request
+        for scheduled, token in zip(chunks, sampled, strict=True):
+            request = scheduled.request
             if request.status is RequestStatus.FINISHED:
                 continue
-            request.num_computed_tokens = computed = work.start + work.count
-            if work.count > 1 or not computed % page_size:  # a page may be full
+            request.num_computed_tokens = computed = scheduled.start + scheduled.count
+            if scheduled.count > 1 or not computed % page_size:  # a page may be full
                 note_computed(request)
                 self._walk_may_help |= request.min_kv_precision is not None  # and be narrowed for who waits
             if computed == len(request.token_ids):
@@ -224,10 +224,10 @@ class Scheduler:
                 advanced.append(request)
         return advanced
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
+    def observe(self, plan: SchedulerOutput, seconds: float) -> None:
         """Learn from how long a step took on the device; leave out steps that compiled."""
-        profile = self._profile(plan.works[0].request.model)
-        profile.observe(step_cost(plan.works, profile.model.formats), seconds)
+        profile = self._profile(plan.chunks[0].request.model)
+        profile.observe(step_cost(plan.chunks, profile.model.formats), seconds)
 
     def _admit(self, now: float) -> None:
         for request in self._queue.defer_late(now):
@@ -259,15 +259,15 @@ class Scheduler:
             return next_model(self._rows.values(), self.profiles, self._last_turns, self._num_steps, now)
         return min({row.request.model: None for row in self._rows.values()}, key=self._last_turns.__getitem__)
 
-    def _plan(self, model: str, now: float) -> StepPlan:
+    def _plan(self, model: str, now: float) -> SchedulerOutput:
         rows = [
             row for row in self._rows.values() if row.request.model == model and self._kv.sharing.can_go_on(row.request)
         ]
         plan = plan_step(rows, self.config, self.profiles[model], now)
         self._num_steps += 1
         self._last_turns[model] = self._num_steps
-        for work in plan.works:
-            work.request.status = RequestStatus.RUNNING
+        for scheduled in plan.chunks:
+            scheduled.request.status = RequestStatus.RUNNING
         return plan
 
     def _preempt(self, row: Row) -> None:

@@ -80,7 +80,7 @@ class CacheFormat:
     tokens: int = 0
     channels: int = 0
     fixed: int = 0
-    tail: str | None = None
+    residual: str | None = None
 
     def words_per_layer(self, shape: ModelShape, page_size: int) -> int:
         vector = shape.head_dim * self.bits // 16
@@ -95,7 +95,7 @@ CACHES = {
     "bf16": CacheFormat(16),
     "fp8": CacheFormat(8, tokens=2),
     "int8": CacheFormat(8, tokens=2),
-    "int4": CacheFormat(4, tokens=1, channels=4, fixed=4, tail="int8"),
+    "int4": CacheFormat(4, tokens=1, channels=4, fixed=4, residual="int8"),
 }
 
 
@@ -199,10 +199,10 @@ def get_cache(name: str) -> CacheFormat:
 def page_classes(
     kv_formats: Mapping[ServedModel, Iterable[str]], page_size: int, *, bare: bool = False
 ) -> dict[tuple[str, str], PageClass]:
-    """The page class of each model and KV format, and of the tails they need.
+    """The page class of each model and KV format, and of the residuals they need.
 
     Args:
-        bare: pages hold values only, without scales and tails, so that their lengths are as their bits.
+        bare: pages hold values only, without scales and residuals, so that their lengths are as their bits.
     """
     classes: dict[tuple[str, str], PageClass] = {}
 
@@ -217,7 +217,7 @@ def page_classes(
                 page_units=model.shape.num_layers * math.ceil(words / UNIT_WORDS),
                 page_size=page_size,
                 page_bytes=2 * model.shape.num_layers * words,
-                tail=None if cache.tail is None else add(model, cache.tail),
+                residual=None if cache.residual is None else add(model, cache.residual),
             )
         return classes[key]
 

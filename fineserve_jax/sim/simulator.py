@@ -16,7 +16,7 @@ from typing import Protocol
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.operations import Copy
-from fineserve_jax.request import FinishReason, Request, RequestTimes, StepPlan
+from fineserve_jax.request import FinishReason, Request, RequestTimes, SchedulerOutput
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import Scheduler, StepCost
 from fineserve_jax.scheduler.costs import step_cost
@@ -215,15 +215,15 @@ class Simulator:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def _step(self, plan: StepPlan) -> None:
-        works, scheduler, start = plan.works, self._scheduler, self._now
-        model = works[0].request.model
+    def _step(self, plan: SchedulerOutput) -> None:
+        chunks, scheduler, start = plan.chunks, self._scheduler, self._now
+        model = chunks[0].request.model
         # Pages that are moved before the step are read and written.
         moved = 2.0 * sum(move.source_class.page_bytes for move in self._kv.take_operations() if isinstance(move, Copy))
-        cost = step_cost(works, scheduler.profiles[model].model.formats) + StepCost(0, 0, moved)
+        cost = step_cost(chunks, scheduler.profiles[model].model.formats) + StepCost(0, 0, moved)
         seconds = self._timers[model].predict(cost)
         self._now = start + seconds
-        advanced = scheduler.commit(plan, [0] * len(works), self._now)
+        advanced = scheduler.commit(plan, [0] * len(chunks), self._now)
         number = self._run.num_steps
         if number < OBSERVED_AT_FIRST or number % OBSERVED_LATER == 0:
             scheduler.observe(plan, seconds)
@@ -233,11 +233,13 @@ class Simulator:
             scheduler.finish(request, FinishReason.LENGTH, self._now)
             request.token_ids = []  # an hour of trace has many
         count = 1
-        if self._fast and not plan.chunks and not ended:
+        if self._fast and not plan.prefills and not ended:
             count += self._repeat(plan)
         if self._record_steps:
-            chunks = tuple((work.request.request_id, work.start, work.count) for work in plan.chunks)
-            self._run.steps.append(Step(start, self._now, model, len(plan.decodes), chunks, count))
+            prefills = tuple(
+                (scheduled.request.request_id, scheduled.start, scheduled.count) for scheduled in plan.prefills
+            )
+            self._run.steps.append(Step(start, self._now, model, len(plan.decodes), prefills, count))
         if self._now >= self._next_sample_s:
             self._sample()
         if self._on_step is not None:
@@ -246,39 +248,39 @@ class Simulator:
     def _left(self, request: Request) -> int:
         return self._arrivals[request.sequence].output_tokens - request.num_output_tokens
 
-    def _repeat(self, plan: StepPlan) -> int:
+    def _repeat(self, plan: SchedulerOutput) -> int:
         """Take the steps that would follow `plan` and be like it; how many."""
-        scheduler, works = self._scheduler, plan.decodes
-        if not scheduler.is_settled or scheduler.num_running != len(works):
+        scheduler, chunks = self._scheduler, plan.decodes
+        if not scheduler.is_settled or scheduler.num_running != len(chunks):
             return 0
-        most = self._with_memory(plan, min(self._left(work.request) for work in works) - 1)
+        most = self._with_memory(plan, min(self._left(scheduled.request) for scheduled in chunks) - 1)
         if most < 1:
             return 0
-        model = works[0].request.model
+        model = chunks[0].request.model
         formats, predict = scheduler.profiles[model].model.formats, self._timers[model].predict
-        growth = sum(formats[work.request.kv_precision].bytes_per_token for work in works)
+        growth = sum(formats[scheduled.request.kv_precision].bytes_per_token for scheduled in chunks)
         until = self._arrivals[self._next].arrival_s if self._next < len(self._arrivals) else float("inf")
         until = until if self._stop_s is None else min(until, self._stop_s)
-        cost = step_cost(works, formats)
+        cost = step_cost(chunks, formats)
         count, now = 0, self._now
         while count < most and now < until:
             count += 1
             now += predict(
-                StepCost(cost.tokens, 0, cost.kv_bytes + count * growth, cost.kv_tokens + count * len(works))
+                StepCost(cost.tokens, 0, cost.kv_bytes + count * growth, cost.kv_tokens + count * len(chunks))
             )
         self._now = now
-        for work in works:
-            work.request.token_ids += [0] * count
-            work.request.num_computed_tokens += count
-            self._kv.sharing.note_computed(work.request)
+        for scheduled in chunks:
+            scheduled.request.token_ids += [0] * count
+            scheduled.request.num_computed_tokens += count
+            self._kv.sharing.note_computed(scheduled.request)
         self._run.num_steps += count
         return count
 
-    def _with_memory(self, plan: StepPlan, count: int) -> int:
+    def _with_memory(self, plan: SchedulerOutput, count: int) -> int:
         """At most `count` steps for which all rows find pages, whatever order they ask in."""
         rows: dict[tuple[str, str], int] = {}
-        for work in plan.decodes:
-            group = (work.request.model, work.request.kv_precision)
+        for scheduled in plan.decodes:
+            group = (scheduled.request.model, scheduled.request.kv_precision)
             rows[group] = rows.get(group, 0) + 1
         page_size = self._scheduler.config.page_size
         while count > 0:

@@ -19,21 +19,21 @@ def register(kv_format: KVFormat) -> KVFormat:
     """Makes a format known under its name.
 
     Raises:
-        ValueError: the name is taken, the tail is unusable, or without a tail some auxiliary part is not per token.
+        ValueError: the name is taken, its residual format is unusable, or none is named and an auxiliary part is not per token.
     """
-    name, tail = kv_format.name, kv_format.tail
+    name, residual = kv_format.name, kv_format.residual
     if name in FORMATS:
         raise ValueError(f"a KV format named {name!r} is registered already; choose another name")
-    if tail is None:
+    if residual is None:
         if any(part is not Aux.TOKEN for part in kv_format.aux):
             parts = ", ".join(part.value for part in kv_format.aux)
             raise ValueError(
                 f"KV format {name!r} has auxiliary parts ({parts}) that take a whole page to encode; "
-                "name the format of its newest tokens as `tail`"
+                "name the format of its newest tokens as `residual`"
             )
-    elif tail not in FORMATS or FORMATS[tail].tail is not None:
+    elif residual not in FORMATS or FORMATS[residual].residual is not None:
         raise ValueError(
-            f"KV format {name!r} wants {tail!r} for its newest tokens, "
+            f"KV format {name!r} wants {residual!r} for its newest tokens, "
             "which is no registered token-wise format; register that first"
         )
     FORMATS[name] = kv_format

@@ -81,14 +81,14 @@ class KVFormat(ABC):
         name: what users write, e.g. "int8".
         value_bits: bits of one stored value, scales not counted; a power of two from 1 to 32.
         aux: the auxiliary parts of a page and head, in the order in which they lie in the page.
-        tail: None if every token is encoded by itself (all `aux` are then per token). Otherwise the name of the
+        residual: None if every token is encoded by itself (all `aux` are then per token). Otherwise the name of the
             token-wise format that holds a page's tokens until the page is full and can be encoded as a whole.
     """
 
     name: str
     value_bits: int
     aux: tuple[Aux, ...] = ()
-    tail: str | None = None
+    residual: str | None = None
 
     @abstractmethod
     def encode(self, k: Planes, v: Planes) -> PageWords:

@@ -64,7 +64,7 @@ class Int4(KVFormat):
     name = "int4"
     value_bits = 4
     aux = (*[Aux.CHANNEL] * 4, Aux.TOKEN, *[Aux.PAGE] * 4)
-    tail = "int8"
+    residual = "int8"
 
     def encode(self, k: Planes, v: Planes) -> PageWords:
         k, v = (tuple(jnp.clip(plane, -LARGEST_VALUE, LARGEST_VALUE) for plane in part) for part in (k, v))

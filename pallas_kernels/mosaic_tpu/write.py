@@ -30,7 +30,7 @@ from fineserve_jax.pallas_kernels.pallas_api import (
     when,
 )
 
-__all__ = ["requantise", "write_pages", "write_tokens"]
+__all__ = ["requantize", "write_pages", "write_tokens"]
 
 # Keys and values that change format in one step. Few, because decoded ones take memory, and programs for large arrays
 # take long to compile.
@@ -53,7 +53,7 @@ def write_pages(
     return _copy_into(arena, lay_out(pages_first, kv_format, geometry), pages, interpret)
 
 
-def requantise(
+def requantize(
     arena: jax.Array,
     sources: jax.Array,
     targets: jax.Array,
@@ -64,7 +64,7 @@ def requantise(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Reads full pages in one format and writes what they hold to others in another. See `writing.requantise`."""
+    """Reads full pages in one format and writes what they hold to others in another. See `writing.requantize`."""
     part, parts = _parts_of_pages(geometry)
     at_a_time = min(len(sources) * parts, max(1, VALUES_AT_A_TIME // _values(part)))
     steps = -(-count * parts // at_a_time)

@@ -1,4 +1,4 @@
-"""Writing the arena in Triton: new tokens and whole pages. Pages that change format: see `requantise`.
+"""Writing the arena in Triton: new tokens and whole pages. Pages that change format: see `requantize`.
 
 Every array of new words is rows: one a token (its vector, or one of its scales) or one a page (what covers the whole
 page), for each layer and head. A program copies a block of a layer's rows of one page. Sizes that are no power of two
@@ -19,9 +19,9 @@ from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.triton.placing import at, clear_padding, powers_of_two, store_words
-from fineserve_jax.pallas_kernels.triton.requantise import requantise
+from fineserve_jax.pallas_kernels.triton.requantize import requantize
 
-__all__ = ["requantise", "write_pages", "write_tokens"]
+__all__ = ["requantize", "write_pages", "write_tokens"]
 
 BLOCK_WORDS = 2048  # of one array, that a program copies
 WARP_WORDS = 256  # 8 words, 128 bits, a thread

@@ -64,7 +64,7 @@ def write_pages(
     return arena.at[units].set(lay_out(by_page, kv_format, geometry), mode="drop")
 
 
-def requantise(
+def requantize(
     arena: jax.Array,
     sources: jax.Array,
     targets: jax.Array,
@@ -73,7 +73,7 @@ def requantise(
     target_format: KVFormat,
     geometry: PageGeometry,
 ) -> jax.Array:
-    """Reads full pages in one format and writes what they hold to other pages in another. See `writing.requantise`."""
+    """Reads full pages in one format and writes what they hold to other pages in another. See `writing.requantize`."""
     layers = jnp.arange(geometry.num_layers, dtype=jnp.int32)[:, None]
     padding = [(0, -len(sources) % PAGES_AT_A_TIME)]
     sources, targets = jnp.pad(sources, padding), jnp.pad(targets, padding)

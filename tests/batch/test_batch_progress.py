@@ -6,8 +6,8 @@ from rich.console import Console
 
 from fineserve_jax.batch.progress import Bar, Lines, reporter
 from fineserve_jax.batch.summary import BatchSummary
+from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.kv.usage import FormatUsage, KVCounts
-from fineserve_jax.stats import EngineStats
 
 
 class Terminal(io.StringIO):

@@ -16,7 +16,7 @@ from fineserve_jax.loaders.hf_tokenizer import save_tokenizer
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "smollm2"
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 SPECIAL = ["<unk>", "<s>", "</s>"]
-# int4 needs int8 for its tails, so that steps of both formats, in any mixture, are the same programs.
+# int4 needs int8 for its residuals, so that steps of both formats, in any mixture, are the same programs.
 OPTIONS: dict[str, Any] = {
     "weights": "fp32",
     "kv_precision": "int4",

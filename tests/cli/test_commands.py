@@ -13,8 +13,8 @@ from tiny_model import OPTIONS
 from fineserve_jax import LLM, Engine, EngineConfig, SamplingParams
 from fineserve_jax.batch import AnswerFile
 from fineserve_jax.cli import main
+from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import load_model
-from fineserve_jax.perplexity import measure_perplexity
 
 
 def one_line_error(err):

@@ -9,10 +9,10 @@ from model_oracle import flax_logits
 from tiny_model import OPTIONS
 
 from fineserve_jax import ConfigError, Engine, EngineConfig, RequestError
+from fineserve_jax.engine.perplexity import measure_perplexity, read_text
 from fineserve_jax.loaders import load_model
 from fineserve_jax.models import build_model
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.perplexity import measure_perplexity, read_text
 
 TOKENS = np.random.default_rng(0).integers(3, 96, 100).tolist()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fineserve_jax.batch import run_batch
-from fineserve_jax.config import EngineConfig
+from fineserve_jax.engine.engine_config import EngineConfig
 
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts.jsonl"
 

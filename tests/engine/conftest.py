@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from engine_cases import random_model
 
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel
 
 

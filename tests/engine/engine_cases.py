@@ -5,7 +5,7 @@ import string
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import ModelConfig, random_params
 from fineserve_jax.request import Request

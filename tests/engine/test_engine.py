@@ -3,8 +3,8 @@
 import pytest
 from engine_cases import CHARACTERS, EOS, serve
 
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.sampling_params import SamplingParams

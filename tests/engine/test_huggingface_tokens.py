@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.request import Request
 from fineserve_jax.sampling_params import SamplingParams

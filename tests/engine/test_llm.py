@@ -5,10 +5,10 @@ from engine_cases import character_tokenizer, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fineserve_jax import load_engine
+from fineserve_jax.engine import load as load_engine
+from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
-from fineserve_jax.outputs import GrowingText
 from fineserve_jax.sampling_params import SamplingParams
 
 TOKENIZER = character_tokenizer()
@@ -92,7 +92,7 @@ def test_warm_up_leaves_nothing_to_compile(llm):
     stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_text_ends_before_the_first_stop_string_and_none_of_it_is_ever_shown(text, stop):
-    growing = GrowingText(TOKENIZER, tuple(stop))
+    growing = IncrementalDetokenizer(TOKENIZER, tuple(stop))
     shown = ""
     for character in text:
         done = growing.push(TOKENIZER.encode(character)[0])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from engine_cases import random_model
 
-from fineserve_jax import load_engine, model_settings
+from fineserve_jax.engine import load as load_engine
+from fineserve_jax.engine import model_settings
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.sampling_params import SamplingParams

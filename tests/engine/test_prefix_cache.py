@@ -88,7 +88,7 @@ def test_a_fork_computes_one_token_and_goes_its_own_way(make_engine, kv_precisio
     while engine.has_unfinished:
         engine.step()
         engine.kv.check_integrity()
-    # Where the prompt filled its last page, int4 has encoded it, and the tail that a fork would start from is gone.
+    # Where the prompt filled its last page, int4 has encoded it: the residual page that a fork starts from is gone.
     gone = kv_precision == "int4" and length % 16 == 0
     assert engine.stats().num_prompt_tokens == before + (length if gone else 1)
     alone = make_engine(prefix_cache="off")

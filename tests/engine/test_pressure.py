@@ -38,7 +38,7 @@ def test_narrowing_takes_the_place_of_preemption_and_leaves_others_alone(make_en
         assert sum(request.kv_tokens.values()) == request.num_tokens - 1
         if name != "auto":
             assert request.output_token_ids == expected.output_token_ids
-            assert set(request.kv_tokens) <= {name, get_format(name).tail or name}
+            assert set(request.kv_tokens) <= {name, get_format(name).residual or name}
     fixed = make_engine(kv_memory="600KB", kv_precision="int4")
     run(fixed, ["bf16" if name == "auto" else name for name in FORMATS])
     assert fixed.stats().num_preemptions > 0, "without narrowing the memory was meant to be too small"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from engine_cases import random_model, serve
 
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.model_settings import ModelSettings
+from fineserve_jax.engine.page_shapes import page_geometries, page_geometry
+from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.model_settings import ModelSettings
-from fineserve_jax.page_shapes import page_geometries, page_geometry
 from fineserve_jax.pallas_kernels.formats import FORMATS
-from fineserve_jax.perplexity import measure_perplexity
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.execution import MOST_TURNS_LEFT_OUT
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.llm import LLM
 from fineserve_jax.request import Request
 from fineserve_jax.sampling_params import SamplingParams

@@ -3,8 +3,8 @@
 import pytest
 from engine_cases import random_model
 
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.sampling_params import SamplingParams
@@ -41,8 +41,8 @@ def test_quotas_change_when_tokens_come_but_not_which():
 
 
 def test_a_prompt_beyond_its_tenants_maximum_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr("fineserve_jax.load_engine.load_model", lambda source, weights: random_model())
-    monkeypatch.setattr("fineserve_jax.load_engine.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("fineserve_jax.engine.load.load_model", lambda source, weights: random_model())
+    monkeypatch.setattr("fineserve_jax.engine.load.use_compilation_cache", lambda: None)
     llm = LLM("tiny", **OPTIONS, quotas={"tenant:bob": {"max": 0.05}})
     with pytest.raises(RequestError, match=r"prompt 1: a request of up to 120 tokens.*quota 'tenant:bob' allows"):
         llm.generate(["a" * 10, "b" * 100], TWENTY, tenant=["", "bob"])

@@ -27,16 +27,16 @@ class Cell(NamedTuple):
         return self._replace(formats=(*self.formats, kv_format))
 
 
-def formats_of(page_class: PageClass, in_tail: bool) -> tuple[str, ...]:
+def formats_of(page_class: PageClass, in_residual: bool) -> tuple[str, ...]:
     """What a token that is computed in a class has been encoded in."""
-    tail = () if page_class.tail is None else (page_class.tail.kv_format,)
-    return tail if in_tail else (*tail, page_class.kv_format)
+    residual = () if page_class.residual is None else (page_class.residual.kv_format,)
+    return residual if in_residual else (*residual, page_class.kv_format)
 
 
-def alone(page_class: PageClass, tokens: Sequence[int], position: int, in_tail: bool) -> Cell:
+def alone(page_class: PageClass, tokens: Sequence[int], position: int, in_residual: bool) -> Cell:
     """The cell that computing the tokens alone in a class gives."""
     prefix = (page_class.model, *tokens[: position + 1])
-    return Cell(prefix, page_class.kv_format, formats_of(page_class, in_tail), True)
+    return Cell(prefix, page_class.kv_format, formats_of(page_class, in_residual), True)
 
 
 Cells = tuple[Cell | None, ...]

@@ -9,15 +9,15 @@ PAGE_SIZE = 4
 UNIT_BYTES = 8
 
 
-def page_class(kv_format: str, units: int, *, model: str = "m", tail: PageClass | None = None) -> PageClass:
+def page_class(kv_format: str, units: int, *, model: str = "m", residual: PageClass | None = None) -> PageClass:
     """A class whose pages leave 3 bytes of their units unused."""
-    return PageClass(model, kv_format, units, PAGE_SIZE, units * UNIT_BYTES - 3, tail)
+    return PageClass(model, kv_format, units, PAGE_SIZE, units * UNIT_BYTES - 3, residual)
 
 
 # Lengths that do not divide each other; int4 keeps its newest page in bf16.
 BF16 = page_class("bf16", 7)
 INT8 = page_class("int8", 5)
-INT4 = page_class("int4", 3, tail=BF16)
+INT4 = page_class("int4", 3, residual=BF16)
 FP32 = page_class("fp32", 13)
 OTHER_INT8 = page_class("int8", 2, model="other")
 
@@ -32,7 +32,7 @@ def arena(num_slabs: int, slab_units: int = 20, policy: str = "elastic", **optio
 
 
 def pages_of(kv, request) -> list[int]:
-    """First units of the request's pages, in order, the tail aside."""
+    """First units of the request's pages, in order, the residual page aside."""
     return kv.page_units(request, 0, kv.holds(request).num_pages)
 
 

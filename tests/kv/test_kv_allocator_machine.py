@@ -129,11 +129,11 @@ class AllocatorMachine(RuleBasedStateMachine):
             del self.owned[page]
 
     def near_misses(self, page_class: PageClass) -> list[int]:
-        """Numbers that look like pages: in a slab's tail, inside a page, beyond the arena."""
+        """Numbers that look like pages: in a slab's unused end, inside a page, beyond the arena."""
         arena, capacity = self.num_slabs * self.slab_units, self.capacity(page_class)
-        tails = [s * self.slab_units + capacity * self.length(page_class) for s in self.slabs_of(page_class)]
+        ends = [s * self.slab_units + capacity * self.length(page_class) for s in self.slabs_of(page_class)]
         beside = [page + step for page in self.owned for step in (0, 1, arena, -arena)]
-        return [0, -1, *tails, *beside]
+        return [0, -1, *ends, *beside]
 
     @rule(data=st.data(), page_class=st.sampled_from(CLASSES))
     def refuse_to_free_what_is_not_owned(self, data, page_class):

@@ -28,12 +28,12 @@ MAX_TOKENS = 22
 FEW = table.FEW
 
 
-def page_class(model: str, kv_format: str, units: int, size: int, tail: PageClass | None = None) -> PageClass:
-    return PageClass(model, kv_format, units, size, units * UNIT_BYTES - 3, tail)
+def page_class(model: str, kv_format: str, units: int, size: int, residual: PageClass | None = None) -> PageClass:
+    return PageClass(model, kv_format, units, size, units * UNIT_BYTES - 3, residual)
 
 
 BF16, INT8 = page_class("m", "bf16", 7, 2), page_class("m", "int8", 5, 2)
-INT4 = page_class("m", "int4", 3, 2, tail=BF16)
+INT4 = page_class("m", "int4", 3, 2, residual=BF16)
 OTHER_BF16, OTHER_INT8 = page_class("other", "bf16", 4, 3), page_class("other", "int8", 2, 3)
 CLASSES = {(c.model, c.kv_format): c for c in (BF16, INT8, INT4, OTHER_BF16, OTHER_INT8)}
 LONGEST = max(c.page_units for c in CLASSES.values())
@@ -91,9 +91,9 @@ class ContentsMachine(RuleBasedStateMachine):
     def class_of(self, request: Request) -> PageClass:
         return CLASSES[request.model, request.kv_precision]
 
-    def in_tail(self, request: Request, position: int, num_cached: int) -> bool:
+    def in_residual(self, request: Request, position: int, num_cached: int) -> bool:
         own = self.class_of(request)
-        return own.tail is not None and position >= num_cached // own.page_size * own.page_size
+        return own.residual is not None and position >= num_cached // own.page_size * own.page_size
 
     def is_exact(self, request: Request) -> bool:
         """Whether the request may read only what computing it alone would have given."""
@@ -118,7 +118,7 @@ class ContentsMachine(RuleBasedStateMachine):
         assert len(known) <= computed < request.num_tokens
         for position, cell in enumerate(self.read(request, computed)[len(known) :], len(known)):
             expected = alone(
-                self.class_of(request), request.token_ids, position, self.in_tail(request, position, computed)
+                self.class_of(request), request.token_ids, position, self.in_residual(request, position, computed)
             )
             assert cell is not None
             assert cell.prefix == expected.prefix
@@ -137,7 +137,7 @@ class ContentsMachine(RuleBasedStateMachine):
         return [holding[unit] for unit in pages[request]]
 
     def formats(self, request: Request) -> list[str]:
-        """Format of each page that holds computed tokens, the tail aside."""
+        """Format of each page that holds computed tokens, the residual page aside."""
         full = request.num_computed_tokens // self.class_of(request).page_size * self.class_of(request).page_size
         segments = self.kv.segments(request, full)
         return [segment.kv_format for segment in segments for _ in segment.pages]
@@ -179,7 +179,7 @@ class ContentsMachine(RuleBasedStateMachine):
         """Whether the origin still has all but the last of the fork's tokens, as they were computed."""
         known, own = request.num_tokens - 1, self.class_of(request)
         closed = origin.num_computed_tokens // own.page_size > known // own.page_size
-        gone = own.tail is not None and known % own.page_size and closed
+        gone = own.residual is not None and known % own.page_size and closed
         return origin.num_computed_tokens >= known and not gone and self.is_exact(origin)
 
     def new_request(self, key, prompt, **options) -> Request:
@@ -297,24 +297,24 @@ class ContentsMachine(RuleBasedStateMachine):
         assert left == 1 or start % size == 0, "a chunk starts at a page"
         stop = start + (1 if left == 1 else min(left, num_pages * size))
         seen = self.read(request, start)
-        pure = seen == [alone(own, request.token_ids, i, self.in_tail(request, i, start)) for i in range(start)]
+        pure = seen == [alone(own, request.token_ids, i, self.in_residual(request, i, start)) for i in range(start)]
         cells, writes = [], []
         for position in range(start, stop):
-            # A page that the chunk fills is written as such; a decoded token goes to the tail if there is one.
-            in_tail = own.tail is not None and (left == 1 or self.in_tail(request, position, stop))
+            # A page that the chunk fills is written as such; a decoded token goes to the residual page if there is one.
+            in_residual = own.residual is not None and (left == 1 or self.in_residual(request, position, stop))
             prefix = (request.model, *request.token_ids[: position + 1])
-            cell = Cell(prefix, own.kv_format, formats_of(own, in_tail), pure)
+            cell = Cell(prefix, own.kv_format, formats_of(own, in_residual), pure)
             cells.append(cell)
-            unit = self.written_unit(request, position // size, in_tail)
-            writes.append((unit, own.tail if in_tail else own, position % size, cell))
+            unit = self.written_unit(request, position // size, in_residual)
+            writes.append((unit, own.residual if in_residual else own, position % size, cell))
         return cells, writes
 
-    def written_unit(self, request: Request, page: int, in_tail: bool) -> int:
+    def written_unit(self, request: Request, page: int, in_residual: bool) -> int:
         """Where the request writes; it must be alone in writing there, and nobody may rely on what is there."""
         held, kv = self.kv.held[request], self.kv
-        if in_tail:
-            assert kv.table.holders[held.tail] == 1
-            return kv.tail_unit(request)
+        if in_residual:
+            assert kv.table.holders[held.residual] == 1
+            return kv.residual_unit(request)
         page_class, handle = held.page(page)
         assert page_class is self.class_of(request)
         listed = kv.prefix.by_handle.get(handle)
@@ -325,19 +325,19 @@ class ContentsMachine(RuleBasedStateMachine):
         return kv.page_unit(request, page)
 
     def close(self, request: Request, count: int) -> None:
-        """A decoded token may have filled the tail, which is then encoded into a page of its own."""
+        """A decoded token may have filled the residual page, which is then encoded into a page of its own."""
         own, stop = self.class_of(request), request.num_computed_tokens + count
-        if own.tail is None or request.num_tokens - request.num_computed_tokens > 1 or stop % own.page_size:
+        if own.residual is None or request.num_tokens - request.num_computed_tokens > 1 or stop % own.page_size:
             return
-        unit = self.written_unit(request, stop // own.page_size - 1, in_tail=False)
-        self.device.apply(Copy(self.kv.tail_unit(request), unit, own.tail, own))
+        unit = self.written_unit(request, stop // own.page_size - 1, in_residual=False)
+        self.device.apply(Copy(self.kv.residual_unit(request), unit, own.residual, own))
 
     def as_kept(self, request: Request, cells: list[Cell]) -> list[Cell]:
-        """Cells of tails that have been closed meanwhile are in the full page's format."""
+        """Cells of residuals that have been closed meanwhile are in the full page's format."""
         own = self.class_of(request)
         return [
             cell.encoded(own.kv_format)
-            if own.tail is not None and len(cell.formats) == 1 and not self.in_tail(request, i, len(cells))
+            if own.residual is not None and len(cell.formats) == 1 and not self.in_residual(request, i, len(cells))
             else cell
             for i, cell in enumerate(cells)
         ]
@@ -408,7 +408,9 @@ class ContentsMachine(RuleBasedStateMachine):
             assert self.read(request, len(cells)) == cells
             if self.is_exact(request):
                 own, tokens = self.class_of(request), request.token_ids
-                assert cells == [alone(own, tokens, i, self.in_tail(request, i, len(cells))) for i in range(len(cells))]
+                assert cells == [
+                    alone(own, tokens, i, self.in_residual(request, i, len(cells))) for i in range(len(cells))
+                ]
 
     @invariant()
     def books_are_right(self):

@@ -40,18 +40,18 @@ def test_what_fits_alone_does_not_depend_on_what_is_cached():
     assert not kv.grow(request("int4"), before)
 
 
-def test_the_tail_is_kept_while_pages_close_behind_it():
+def test_the_residual_is_kept_while_pages_close_behind_it():
     kv, row = manager(6), request("int4")
     assert kv.grow(row, 1)
-    tail = kv.tail_unit(row)
-    assert tail is not None
-    assert kv.segments(row, 1) == [Segment("bf16", [tail], 0, 1)]
+    residual = kv.residual_unit(row)
+    assert residual is not None
+    assert kv.segments(row, 1) == [Segment("bf16", [residual], 0, 1)]
     assert kv.grow(row, 2 * PAGE_SIZE + 3)
     pages = pages_of(kv, row)
-    assert kv.tail_unit(row) == tail
+    assert kv.residual_unit(row) == residual
     assert kv.segments(row, 2 * PAGE_SIZE + 3) == [
         Segment("int4", pages, 0, 2 * PAGE_SIZE),
-        Segment("bf16", [tail], 2 * PAGE_SIZE, 3),
+        Segment("bf16", [residual], 2 * PAGE_SIZE, 3),
     ]
     assert kv.segments(row, PAGE_SIZE) == [Segment("int4", pages[:1], 0, PAGE_SIZE)]
     assert kv.segments(row, 0) == []

@@ -20,7 +20,7 @@ def request(model: str, kv_precision: str, number: int = 0) -> Request:
 
 
 def pages_for(key: tuple[str, str], num_tokens: int) -> tuple[int, int]:
-    """Pages and tail pages that so many tokens take."""
+    """Pages and residual pages that so many tokens take."""
     if key == ("m", "int4"):
         return num_tokens // PAGE_SIZE, int(num_tokens > 0)
     return -(-num_tokens // PAGE_SIZE), 0
@@ -52,10 +52,10 @@ class ManagerMachine(RuleBasedStateMachine):
     def grow(self, request, num_tokens):
         key = (request.model, request.kv_precision)
         before = snapshot(self.manager)
-        pages, has_tail = pages_of(self.manager, request), self.manager.holds(request).tail is not None
+        pages, has_residual = pages_of(self.manager, request), self.manager.holds(request).residual is not None
         demand = self.manager.demand(request, num_tokens)
-        want_pages, want_tail = pages_for(key, num_tokens)
-        lacking = {CLASSES[key]: max(0, want_pages - len(pages)), BF16: int(want_tail and not has_tail)}
+        want_pages, want_residual = pages_for(key, num_tokens)
+        lacking = {CLASSES[key]: max(0, want_pages - len(pages)), BF16: int(want_residual and not has_residual)}
         if key == ("m", "bf16"):
             lacking = {BF16: max(0, want_pages - len(pages))}
         assert demand == {page_class: count for page_class, count in lacking.items() if count}
@@ -85,7 +85,7 @@ class ManagerMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(list(self.tokens)))
         self.manager.release(request)
         del self.tokens[request]
-        assert (pages_of(self.manager, request), self.manager.tail_unit(request)) == ([], None)
+        assert (pages_of(self.manager, request), self.manager.residual_unit(request)) == ([], None)
         before = snapshot(self.manager)
         self.manager.release(request)
         assert snapshot(self.manager) == before
@@ -97,21 +97,21 @@ class ManagerMachine(RuleBasedStateMachine):
             held = self.manager.holds(request)
             key = (request.model, request.kv_precision)
             assert held.page_class == CLASSES[key]
-            assert (held.num_pages, int(held.tail is not None)) == pages_for(key, num_tokens)
+            assert (held.num_pages, int(held.residual is not None)) == pages_for(key, num_tokens)
 
     @invariant()
     def segments_cover_the_cached_tokens_in_order(self):
         for request in self.tokens:
-            pages, tail = pages_of(self.manager, request), self.manager.tail_unit(request)
+            pages, residual = pages_of(self.manager, request), self.manager.residual_unit(request)
             cached = request.num_computed_tokens
             places = []
             for segment in self.manager.segments(request, cached):
                 assert segment.first_position == len(places)
                 assert 0 < segment.num_tokens <= len(segment.pages) * PAGE_SIZE
                 places += [(segment.kv_format, segment.pages[i // PAGE_SIZE]) for i in range(segment.num_tokens)]
-            closed = cached if tail is None else cached // PAGE_SIZE * PAGE_SIZE
+            closed = cached if residual is None else cached // PAGE_SIZE * PAGE_SIZE
             expected = [(request.kv_precision, pages[i // PAGE_SIZE]) for i in range(closed)]
-            assert places == expected + [("bf16", tail)] * (cached - closed)
+            assert places == expected + [("bf16", residual)] * (cached - closed)
             with pytest.raises(PageError, match="grow it first"):
                 self.manager.segments(request, self.tokens[request] + PAGE_SIZE)
 
@@ -122,8 +122,8 @@ class ManagerMachine(RuleBasedStateMachine):
         for request in self.tokens:
             page_class = CLASSES[request.model, request.kv_precision]
             for position in range(request.num_computed_tokens):
-                in_tail = page_class == INT4 and position >= request.num_computed_tokens // PAGE_SIZE * PAGE_SIZE
-                tokens[BF16 if in_tail else page_class] += 1
+                in_residual = page_class == INT4 and position >= request.num_computed_tokens // PAGE_SIZE * PAGE_SIZE
+                tokens[BF16 if in_residual else page_class] += 1
         for kv_format, row in usage.formats.items():
             mine = [c for c in tokens if c.kv_format == kv_format]
             exact = sum(tokens[c] * c.page_bytes / PAGE_SIZE for c in mine)

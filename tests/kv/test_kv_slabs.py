@@ -37,13 +37,13 @@ def test_the_fullest_slab_gives_the_next_page():
     assert [page // 20 for page in taken] == [slabs[1]] * 1 + [slabs[0]] * 2 + [slabs[2]] * 3
 
 
-def test_no_page_begins_in_the_tail_of_a_slab():
+def test_no_page_begins_in_the_unused_end_of_a_slab():
     allocator = arena(2)
     pages = allocator.allocate({INT4: 12})[INT4]
-    tail = min(pages) + 6 * INT4.page_units
-    assert tail + 2 == min(page for page in pages if page > tail)
-    with pytest.raises(PageError, match=f"page {tail} is not owned"):
-        allocator.free(INT4, [tail])
+    end = min(pages) + 6 * INT4.page_units
+    assert end + 2 == min(page for page in pages if page > end)
+    with pytest.raises(PageError, match=f"page {end} is not owned"):
+        allocator.free(INT4, [end])
 
 
 def test_elastic_slabs_change_precision_once_they_are_empty():
@@ -80,7 +80,7 @@ def test_a_later_format_gets_its_equal_share_as_the_others_shrink():
     assert allocator.allocatable(BF16) == 0
 
 
-def test_a_tail_counts_against_the_share_of_its_own_format():
+def test_a_residual_page_counts_against_the_share_of_its_own_format():
     allocator = arena(4, policy="partitioned", shares={"bf16": 1, "int4": 3}, classes=(INT4,))
     assert allocator.allocatable(BF16) == 20 // BF16.page_units
     assert not allocator.can_allocate({INT4: 1, BF16: 3})
@@ -175,9 +175,12 @@ REFUSALS = {
         "page_bytes=17 do not fit in 2 units of 8 bytes (16)",
     ),
     "a page of no units": (lambda: page_class("bf16", 0), "page_units=0"),
-    "a tail with a tail": (lambda: page_class("int2", 2, tail=INT4), "has a tail itself"),
-    "a tail of another model": (
-        lambda: page_class("int4", 2, tail=OTHER_INT8),
+    "a residual page with a residual page": (
+        lambda: page_class("int2", 2, residual=INT4),
+        "has a residual page itself",
+    ),
+    "a residual page of another model": (
+        lambda: page_class("int4", 2, residual=OTHER_INT8),
         "'other'; it must hold 4 of 'm'",
     ),
     "an unknown class": (lambda: arena(2).allocate({FP32: 1}), "m/fp32 is no class .*register it first"),
@@ -216,7 +219,7 @@ def own_the_null_page(allocator, pages):
     allocator.tags.rows[0, 0] = allocator.member(BF16).tag
 
 
-def own_a_page_in_a_tail(allocator, pages):
+def own_a_page_in_an_unused_end(allocator, pages):
     allocator.tags.rows[pages[BF16][0] // allocator.slab_units, 5] = allocator.member(BF16).tag
 
 
@@ -249,7 +252,7 @@ def misfile_a_slab(allocator, pages):
         (forget_a_page, "free pages of pool 2"),
         (give_a_page_to_another_class, "foreign pages"),
         (own_the_null_page, "free slabs with pages in use"),
-        (own_a_page_in_a_tail, "pages in their tails"),
+        (own_a_page_in_an_unused_end, "pages in their unused ends"),
         (miscount_free_pages, "free pages of pool 2"),
         (miscount_owned_pages, "pages owned by m/int8"),
         (miscount_slabs, "slabs of pool 2"),

@@ -46,7 +46,7 @@ def encode(kv_format, k, v):
 
 def page_layer(kv_format: KVFormat, geometry: PageGeometry, words, num_tokens: int) -> np.ndarray:
     """A layer of a page, u16; `words` are [kv_heads, ...]. Token-wise formats have NaN behind the last token."""
-    tokens = geometry.page_size if kv_format.tail else min(num_tokens, geometry.page_size)
+    tokens = geometry.page_size if kv_format.residual else min(num_tokens, geometry.page_size)
     flat = np.full(kv_format.units_per_layer(geometry) * geometry.unit_words, NAN_WORD, np.uint16)
     shape = (2, geometry.kv_heads, geometry.page_size, kv_format.vector_words(geometry))
     values = flat[: np.prod(shape)].reshape(shape)

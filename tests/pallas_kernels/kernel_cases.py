@@ -63,8 +63,8 @@ def example_int2() -> KVFormat:
 
 
 ALL_FORMATS: dict[str, KVFormat] = FORMATS | {"int2": example_int2()}
-TOKEN_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.tail is None}
-PAGE_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.tail is not None}
+TOKEN_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.residual is None}
+PAGE_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.residual is not None}
 
 
 def geometry_id(geometry: PageGeometry) -> str:
@@ -130,9 +130,9 @@ def write_tokens(arena, words, pages, offsets, kv_format, geometry, implementati
 
 
 @functools.partial(jax.jit, static_argnames=("source", "target", "geometry", "implementation"))
-def requantise(arena, sources, targets, count, source, target, geometry, implementation="xla"):
+def requantize(arena, sources, targets, count, source, target, geometry, implementation="xla"):
     pages = _indices(sources, targets, count)
-    return writing.requantise(arena, *pages, source, target, geometry, implementation=implementation)
+    return writing.requantize(arena, *pages, source, target, geometry, implementation=implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("formats", "geometry", "implementation"))
@@ -206,7 +206,7 @@ class Cache:
         (format_id,) = (i for i, f in enumerate(self.formats) if f.name == format_name)
         kv_format, num_pages = self.formats[format_id], -(-num_tokens // size)
         k, v = (self.rng.standard_normal(page_shape(geometry), np.float32) for _ in "kv")
-        if kv_format.tail is None:
+        if kv_format.residual is None:
             behind = np.arange(PAGES * size).reshape(-1, size, 1) >= num_tokens
             k, v = np.where(behind, np.float32(np.nan), k), np.where(behind, np.float32(np.nan), v)
         words, k, v, *_ = store(kv_format, k, v)

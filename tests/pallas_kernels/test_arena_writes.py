@@ -232,7 +232,9 @@ def test_vectors_in_bf16_are_committed_as_the_numbers_they_are():
 def test_a_commit_of_tokens_in_a_page_wise_format_is_refused(kv_format):
     k, v = token_vectors(SMALL, seed=9)
     places = [np.zeros(PAGES, np.int32)] * 3
-    message = f"{kv_format.name} encodes whole pages; write new tokens in {kv_format.tail}.*commit_pages or requantise"
+    message = (
+        f"{kv_format.name} encodes whole pages; write new tokens in {kv_format.residual}.*commit_pages or requantize"
+    )
     with pytest.raises(ValueError, match=message):
         commit(noise(SMALL), k, v, *places, (ALL_FORMATS["bf16"], kv_format), SMALL)
 

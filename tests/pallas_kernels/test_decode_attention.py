@@ -115,7 +115,7 @@ def test_groups_of_query_heads_share_their_key_head(geometry, group, names):
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 33, 128])
 def test_rows_end_anywhere_in_a_page(num_tokens):
-    """In formats that take whole pages, full ones and a tail in int8."""
+    """In formats that take whole pages, full ones and a residual page in int8."""
     whole = num_tokens // 16 * 16
     paged = [[(name, whole), ("int8", num_tokens - whole)] for name in PAGE_FORMATS]
     check(PLAIN, [*([(name, num_tokens)] for name in TOKEN_FORMATS), *paged], seed=num_tokens)

@@ -167,7 +167,7 @@ def test_huge_numbers_stay_finite(kv_format):
     assert all(np.isfinite(part).all() for part in store(kv_format, huge, -huge)[1:])
 
 
-@pytest.mark.parametrize("name", [name for name, kv_format in FORMATS.items() if kv_format.tail is None])
+@pytest.mark.parametrize("name", [name for name, kv_format in FORMATS.items() if kv_format.residual is None])
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**32 - 1), where=st.tuples(*(st.integers(0, n - 1) for n in page_shape(SMALL)[:-1])))
 def test_tokens_of_a_token_wise_format_do_not_see_each_other(name, seed, where):

@@ -212,11 +212,11 @@ def test_bf16_words_are_the_upper_halves_of_the_nearest_floats(values):
 # -- the registry ------------------------------------------------------------------------------------------
 
 
-def test_every_tail_is_a_registered_token_wise_format():
+def test_every_residual_is_a_registered_token_wise_format():
     for name, kv_format in FORMATS.items():
         assert get_format(name) is kv_format
         assert kv_format.name == name
-        assert kv_format.tail is None or get_format(kv_format.tail).tail is None
+        assert kv_format.residual is None or get_format(kv_format.residual).residual is None
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones_named():
@@ -229,13 +229,13 @@ def test_an_unknown_precision_is_refused_with_the_known_ones_named():
     [
         ({"name": "int8"}, "'int8' is registered already; choose another name"),
         (
-            {"name": "new", "tail": "int4"},
+            {"name": "new", "residual": "int4"},
             "wants 'int4' for its newest tokens, which is no registered token-wise format",
         ),
-        ({"name": "new", "tail": "fp4"}, "wants 'fp4' for its newest tokens"),
-        ({"name": "new", "tail": None}, r"parts \(channel, .*page\) that take a whole page.*name.*as `tail`"),
+        ({"name": "new", "residual": "fp4"}, "wants 'fp4' for its newest tokens"),
+        ({"name": "new", "residual": None}, r"parts \(channel, .*page\) that take a whole page.*name.*as `residual`"),
     ],
-    ids=["taken", "page-wise tail", "unknown tail", "no tail"],
+    ids=["taken", "page-wise residual", "unknown residual", "no residual page"],
 )
 def test_a_format_that_cannot_work_is_refused(attributes, message):
     before = dict(FORMATS)

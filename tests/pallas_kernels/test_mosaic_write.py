@@ -10,13 +10,13 @@ from write_cases import (
     SAME_BASIS,
     TOKEN_FORMATS,
     Arena,
-    Requantised,
+    Requantized,
     check_equal,
     check_write_pages,
     check_write_tokens,
     format_cases,
     pair_cases,
-    requantise,
+    requantize,
     write_tokens,
 )
 
@@ -34,7 +34,7 @@ SMALL = GEOMETRIES[1]
 @pytest.fixture
 def recompiled():
     """For tests that change a module's constant: jit knows nothing of those."""
-    clear = [write_tokens.clear_cache, requantise.clear_cache]
+    clear = [write_tokens.clear_cache, requantize.clear_cache]
     for each in clear:
         each()
     yield
@@ -63,18 +63,18 @@ def test_as_many_tokens_as_there_are(monkeypatch, recompiled):
 
 @pair_cases(SAME_BASIS[:2], GEOMETRIES)
 def test_pages_change_format(source, target, geometry):
-    check_equal(Requantised("mosaic_tpu", source, target, geometry))
+    check_equal(Requantized("mosaic_tpu", source, target, geometry))
 
 
 @pair_cases([("int4", "bf16"), ("bf16", "int4"), ("int8", "int4")], GEOMETRIES)
 def test_pages_change_format_and_basis(source, target, geometry):
     """XLA does the arithmetic here too, so nothing differs."""
-    check_equal(Requantised("mosaic_tpu", source, target, geometry))
+    check_equal(Requantized("mosaic_tpu", source, target, geometry))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_only_so_many_pages_change_format(count):
-    check_equal(Requantised("mosaic_tpu", get_format("bf16"), get_format("int8"), GEOMETRIES[0], count))
+    check_equal(Requantized("mosaic_tpu", get_format("bf16"), get_format("int8"), GEOMETRIES[0], count))
 
 
 @pytest.mark.parametrize("layers", [1, 8])
@@ -82,4 +82,4 @@ def test_pages_change_format_in_several_steps(layers, monkeypatch, recompiled):
     """A layer of a page at a time; four pages at a time."""
     values_of_layer = 2 * SMALL.kv_heads * SMALL.page_size * SMALL.head_dim
     monkeypatch.setattr(write, "VALUES_AT_A_TIME", layers * values_of_layer)
-    check_equal(Requantised("mosaic_tpu", get_format("bf16"), get_format("int8"), SMALL, count=5))
+    check_equal(Requantized("mosaic_tpu", get_format("bf16"), get_format("int8"), SMALL, count=5))

@@ -10,7 +10,7 @@ from write_cases import (
     SAME_BASIS,
     TOKEN_FORMATS,
     Arena,
-    Requantised,
+    Requantized,
     check_bf16_nearly_equal,
     check_equal,
     check_nearly_equal,
@@ -56,24 +56,24 @@ def test_tokens_at_any_place_of_any_pages(pages, offsets):
 
 @pair_cases(SAME_BASIS, GEOMETRIES)
 def test_pages_change_format(source, target, geometry):
-    check_equal(Requantised("triton", source, target, geometry))
+    check_equal(Requantized("triton", source, target, geometry))
 
 
 @pair_cases(ROTATING, GEOMETRIES)
 def test_pages_change_format_and_basis(source, target, geometry):
-    check_nearly_equal(Requantised("triton", source, target, geometry), target.value_bits)
+    check_nearly_equal(Requantized("triton", source, target, geometry), target.value_bits)
 
 
 def test_pages_leave_a_rotated_basis():
-    check_bf16_nearly_equal(Requantised("triton", get_format("int4"), get_format("bf16"), GEOMETRIES[0]))
+    check_bf16_nearly_equal(Requantized("triton", get_format("int4"), get_format("bf16"), GEOMETRIES[0]))
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_only_so_many_pages_change_format(count):
-    check_equal(Requantised("triton", get_format("bf16"), get_format("int8"), GEOMETRIES[0], count))
+    check_equal(Requantized("triton", get_format("bf16"), get_format("int8"), GEOMETRIES[0], count))
 
 
 def test_blocks_of_tokens_of_long_pages_change_format():
     """A page of 64 tokens of 128 channels takes more than one program."""
     geometry = make_geometry(kv_heads=1, head_dim=128, page_size=64)
-    check_equal(Requantised("triton", get_format("bf16"), get_format("int8"), geometry))
+    check_equal(Requantized("triton", get_format("bf16"), get_format("int8"), geometry))

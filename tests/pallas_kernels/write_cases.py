@@ -22,11 +22,11 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 write_pages = quick_jit(writing.write_pages, static_argnames=("kv_format", "geometry", "implementation"))
 write_tokens = quick_jit(writing.write_tokens, static_argnames=("kv_format", "geometry", "implementation"))
-requantise = quick_jit(
-    writing.requantise, static_argnames=("source_format", "target_format", "geometry", "implementation")
+requantize = quick_jit(
+    writing.requantize, static_argnames=("source_format", "target_format", "geometry", "implementation")
 )
 
-TOKEN_FORMATS = [kv_format for kv_format in ALL_FORMATS.values() if kv_format.tail is None]
+TOKEN_FORMATS = [kv_format for kv_format in ALL_FORMATS.values() if kv_format.residual is None]
 KERNEL_PAGES = 6
 NUM_PLACES = 14  # where pages fit into an arena
 
@@ -110,7 +110,7 @@ def check_write_tokens(
     np.testing.assert_array_equal(after, expected)
 
 
-class Requantised:
+class Requantized:
     """Pages of normal numbers converted by a kernel and by XLA.
 
     Attributes:
@@ -136,18 +136,18 @@ class Requantised:
         before = write_pages(arena.noise, words, sources, source, geometry, implementation="xla")
         args = before, sources, targets, np.int32(count), source, target, geometry
         self.found, self.expected = (
-            np.asarray(requantise(*args, implementation=name)) for name in (implementation, "xla")
+            np.asarray(requantize(*args, implementation=name)) for name in (implementation, "xla")
         )
         self.written = np.zeros(self.found.shape, bool)
         for page in targets[:count]:
             self.written[page : page + target.page_units(geometry)] = page < len(arena)
 
 
-def check_equal(result: Requantised) -> None:
+def check_equal(result: Requantized) -> None:
     np.testing.assert_array_equal(result.found, result.expected)
 
 
-def check_nearly_equal(result: Requantised, digit_bits: int) -> None:
+def check_nearly_equal(result: Requantized, digit_bits: int) -> None:
     """Few words differ, each of their digits by at most one; outside of the target pages none does."""
     differ = result.found != result.expected
     assert not differ[~result.written].any()
@@ -158,7 +158,7 @@ def check_nearly_equal(result: Requantised, digit_bits: int) -> None:
         assert set(difference) <= {0, 1, (1 << digit_bits) - 1}
 
 
-def check_bf16_nearly_equal(result: Requantised) -> None:
+def check_bf16_nearly_equal(result: Requantized) -> None:
     """Values differ by no more than the last bit and what sums in another order do."""
     np.testing.assert_array_equal(result.found[~result.written], result.expected[~result.written])
     found, expected = (

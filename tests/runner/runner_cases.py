@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fineserve_jax.engine.page_shapes import page_classes, page_geometry
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slabs import SlabAllocator, choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
-from fineserve_jax.page_shapes import page_classes, page_geometry
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
+from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.runner import ModelRunner, SampledToken
 from fineserve_jax.sampling_params import SamplingParams
@@ -54,7 +54,7 @@ def make_kv(formats: Iterable[str] = FORMATS) -> KVManager:
 
 
 def pages_of(kv: KVManager, request: Request) -> list[int]:
-    """First units of the request's pages, in order, the tail aside."""
+    """First units of the request's pages, in order, the residual page aside."""
     return kv.page_units(request, 0, kv.holds(request).num_pages)
 
 
@@ -73,7 +73,7 @@ def make_request(name: str, kv_precision: str, token_ids: Sequence[int], **param
 
 
 class Feed(NamedTuple):
-    """Tokens to compute in one KV format, cut into works of these lengths: 1 decodes, more is a chunk."""
+    """Tokens to compute in one KV format, cut into chunks of these lengths: 1 decodes, more is a chunk."""
 
     kv_precision: str
     tokens: tuple[int, ...]
@@ -84,7 +84,7 @@ class Found(NamedTuple):
     """What a feed gave.
 
     Attributes:
-        logprobs: position -> f64[VOCAB], of the token after it; for the last position of each work.
+        logprobs: position -> f64[VOCAB], of the token after it; for the last position of each chunk.
         scores: position -> log-probability of the token that does come after it; for the others of each chunk.
     """
 
@@ -117,34 +117,34 @@ class World:
         self.runner.arena.units = jnp.full_like(self.runner.arena.units, NAN_WORD)
 
     def feed(self, feeds: Sequence[Feed]) -> list[Found]:
-        """Computes all feeds side by side, the i-th work of each in step i; then gives their pages back."""
+        """Computes all feeds side by side, the i-th chunk of each in step i; then gives their pages back."""
         requests = [make_request(f"r{i}", feed.kv_precision, ()) for i, feed in enumerate(feeds)]
         found = {request: Found({}, {}) for request in requests}
         for step in range(max(len(feed.cuts) for feed in feeds)):
             both = zip(requests, feeds, strict=True)
-            works = [self._work(request, feed, step) for request, feed in both if step < len(feed.cuts)]
-            chunks = tuple(work for work in works if work.count > 1)
-            plan = StepPlan(tuple(work for work in works if work.count == 1), chunks)
+            chunks = [self._chunk(request, feed, step) for request, feed in both if step < len(feed.cuts)]
+            prefills = tuple(chunk for chunk in chunks if chunk.count > 1)
+            plan = SchedulerOutput(tuple(chunk for chunk in chunks if chunk.count == 1), prefills)
             result = self.runner.execute(plan, scores=self.scores)
             for sampled in result.tokens:
                 found[sampled.request].logprobs[sampled.request.num_tokens - 1] = _all_logprobs(sampled)
             first = 0
-            for work in chunks if self.scores else ():
-                for i in range(work.count - 1):
-                    found[work.request].scores[work.start + i] = float(result.scores[first + i])
-                first += -(-work.count // PAGE_SIZE) * PAGE_SIZE
+            for scheduled in prefills if self.scores else ():
+                for i in range(scheduled.count - 1):
+                    found[scheduled.request].scores[scheduled.start + i] = float(result.scores[first + i])
+                first += -(-scheduled.count // PAGE_SIZE) * PAGE_SIZE
         for request in requests:
             self.kv.release(request)
         self.kv.check_integrity()
         return list(found.values())
 
-    def _work(self, request: Request, feed: Feed, step: int) -> Work:
+    def _chunk(self, request: Request, feed: Feed, step: int) -> ScheduledChunk:
         """Grows the request to what this step computes; it does not know its later tokens yet, so that it samples."""
         start, count = sum(feed.cuts[:step]), feed.cuts[step]
         request.token_ids = list(feed.tokens[: start + count])
         request.num_computed_tokens = start
         assert self.kv.grow(request, start + count)
-        return Work(request, start, count)
+        return ScheduledChunk(request, start, count)
 
 
 def _all_logprobs(sampled: SampledToken) -> np.ndarray:
@@ -160,7 +160,7 @@ def _all_logprobs(sampled: SampledToken) -> np.ndarray:
 def expected_logprobs(kv_precision: str, tokens: tuple[int, ...]) -> np.ndarray:
     """f64[tokens, VOCAB], the log-probabilities after each token, of a plain forward pass.
 
-    Keys and values of a token's own page are seen as the tail format keeps them, those of earlier pages as the full
+    Keys and values of a token's own page are seen as the residual format keeps them, those of earlier pages as the full
     format does.
     """
     _, params = tiny_model()
@@ -178,14 +178,14 @@ def _forward(kv_precision: str, params, tokens):
     same_page = pages[:, None] == pages
     hidden = positions[:, None] < positions
     full = get_format(kv_precision)
-    newest = get_format(full.tail or kv_precision)
+    newest = get_format(full.residual or kv_precision)
     group = CONFIG.num_heads // CONFIG.num_kv_heads
 
     def attend(layer, q, k, v):
-        tail = _as_kept(newest, k, v)
+        residual = _as_kept(newest, k, v)
         (k_own, v_own), (k_old, v_old) = (
             [jnp.repeat(part, group, axis=1) for part in parts]
-            for parts in (tail, tail if newest is full else _as_kept(full, *tail))
+            for parts in (residual, residual if newest is full else _as_kept(full, *residual))
         )
         own, old = (jnp.einsum("qhd,khd->hqk", q, k, precision="highest") for k in (k_own, k_old))
         logits = jnp.where(hidden, -jnp.inf, jnp.where(same_page, own, old) * CONFIG.attention_scale)

@@ -33,7 +33,7 @@ class Woven(Float32):
     """
 
     name = "woven"
-    tail = "bent"
+    residual = "bent"
 
     def encode(self, k, v):
         k, v = ((part[0] - 0.7 * part[0].mean(axis=-2, keepdims=True),) for part in (k, v))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fineserve_jax.engine.page_shapes import page_classes
 from fineserve_jax.kv.operations import Copy, HostPages, Load, Save
-from fineserve_jax.page_shapes import page_classes
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
-from fineserve_jax.pallas_kernels.writing import requantise, write_pages
+from fineserve_jax.pallas_kernels.writing import requantize, write_pages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import COPIES, TRANSFERRED_PAGES, PageOperations
 
@@ -39,7 +39,7 @@ def slots(page_class) -> range:
 def program(source, target):
     """The conversion of one page."""
     formats = {"source_format": get_format(source.kv_format), "target_format": get_format(target.kv_format)}
-    return jax.jit(functools.partial(requantise, **formats, geometry=GEOMETRY, implementation="xla"))
+    return jax.jit(functools.partial(requantize, **formats, geometry=GEOMETRY, implementation="xla"))
 
 
 @functools.cache

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from fineserve_jax.engine.page_shapes import MAX_PADDING, padding, page_geometry
 from fineserve_jax.models import ModelConfig
-from fineserve_jax.page_shapes import MAX_PADDING, padding, page_geometry
 
 HEADS = [(3, 64), (8, 128), (1, 64), (2, 32), (1, 256)]
 

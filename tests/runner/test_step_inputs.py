@@ -6,7 +6,7 @@ from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make
 
 from fineserve_jax.pallas_kernels.formats import FORMATS
 from fineserve_jax.pallas_kernels.writing import NOWHERE
-from fineserve_jax.request import StepPlan, Work
+from fineserve_jax.request import ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.shapes import MIN_ROWS, StepShape, StepSpec, chunk_buckets, pick, row_buckets
 
@@ -25,15 +25,17 @@ def grown(kv, name: str, kv_precision: str, num_tokens: int):
     return request
 
 
-def test_a_decoded_token_goes_to_its_page_or_to_the_tail():
+def test_a_decoded_token_goes_to_its_page_or_to_the_residual():
     kv = make_kv()
     int8, int4 = grown(kv, "a", "int8", 40), grown(kv, "b", "int4", 40)
-    inputs, sampled = build_inputs(spec(0), StepPlan((Work(int8, 39, 1), Work(int4, 39, 1)), ()), kv)
+    inputs, sampled = build_inputs(
+        spec(0), SchedulerOutput((ScheduledChunk(int8, 39, 1), ScheduledChunk(int4, 39, 1)), ()), kv
+    )
     decode = inputs.decode
     assert sampled == [int8, int4]
     assert decode.tokens[:2].tolist() == [int8.token_ids[39], int4.token_ids[39]]
     assert decode.positions[:2].tolist() == [39, 39]
-    assert decode.pages[:2].tolist() == [kv.page_unit(int8, 2), kv.tail_unit(int4)]
+    assert decode.pages[:2].tolist() == [kv.page_unit(int8, 2), kv.residual_unit(int4)]
     assert [NAMES[i] for i in decode.format_ids[:2]] == ["int8", "int8"]
     assert inputs.sample_slots[:2].tolist() == [0, 1]
     assert inputs.chunk is None
@@ -42,15 +44,15 @@ def test_a_decoded_token_goes_to_its_page_or_to_the_tail():
 
 
 @pytest.mark.parametrize("position", [0, 14, 15, 16, 31])
-def test_a_tail_is_closed_by_the_token_that_fills_it(position):
+def test_a_residual_is_closed_by_the_token_that_fills_it(position):
     kv = make_kv()
     request = grown(kv, "a", "int4", position + 1)
-    inputs, _ = build_inputs(spec(0), StepPlan((Work(request, position, 1),), ()), kv)
+    inputs, _ = build_inputs(spec(0), SchedulerOutput((ScheduledChunk(request, position, 1),), ()), kv)
     closing = inputs.closing
     if position % PAGE_SIZE == PAGE_SIZE - 1:
         assert closing.counts.tolist() == [1]
         assert (closing.sources[0, 0], closing.targets[0, 0]) == (
-            kv.tail_unit(request),
+            kv.residual_unit(request),
             kv.page_unit(request, position // PAGE_SIZE),
         )
     else:
@@ -60,11 +62,13 @@ def test_a_tail_is_closed_by_the_token_that_fills_it(position):
 def test_chunks_lie_side_by_side_from_page_boundaries_on():
     kv = make_kv()
     int8, int4 = grown(kv, "a", "int8", 30), grown(kv, "b", "int4", 40)
-    inputs, sampled = build_inputs(spec(), StepPlan((), (Work(int8, 16, 14), Work(int4, 16, 24))), kv)
+    inputs, sampled = build_inputs(
+        spec(), SchedulerOutput((), (ScheduledChunk(int8, 16, 14), ScheduledChunk(int4, 16, 24))), kv
+    )
     chunk = inputs.chunk
     assert sampled == [int8, int4]
     assert chunk.chunk_of_page.tolist() == [0, 1, 1, -1]
-    assert chunk.pages.tolist() == [kv.page_unit(int8, 1), kv.page_unit(int4, 1), kv.tail_unit(int4), NOWHERE]
+    assert chunk.pages.tolist() == [kv.page_unit(int8, 1), kv.page_unit(int4, 1), kv.residual_unit(int4), NOWHERE]
     assert [NAMES[i] for i in chunk.written_format_ids[:3]] == ["int8", "int4", "int8"]
     assert [NAMES[i] for i in chunk.newest_format_ids[:3]] == ["int8", "int8", "int8"]
     assert [NAMES[i] for i in chunk.full_format_ids[:3]] == ["int8", "int4", "int4"]
@@ -79,7 +83,7 @@ def test_chunks_lie_side_by_side_from_page_boundaries_on():
 def test_a_chunk_before_a_prompts_last_samples_nothing():
     kv = make_kv()
     request = grown(kv, "a", "int4", 40)
-    inputs, sampled = build_inputs(spec(), StepPlan((), (Work(request, 0, 32),)), kv)
+    inputs, sampled = build_inputs(spec(), SchedulerOutput((), (ScheduledChunk(request, 0, 32),)), kv)
     assert sampled == []
     assert inputs.chunk.pages.tolist() == [*pages_of(kv, request), NOWHERE, NOWHERE]
     assert inputs.chunk.targets[:32].tolist() == request.token_ids[1:33]
@@ -94,15 +98,15 @@ def cached_tokens(tiles) -> dict[str, list[tuple[list[int], int, int]]]:
 
 
 def test_cached_tokens_are_those_before_the_work():
-    """In int4: the full pages, and in int8 what the tail holds; both at their positions."""
+    """In int4: the full pages, and in int8 what the residual page holds; both at their positions."""
     kv = make_kv()
     request = grown(kv, "a", "int4", 40)
-    inputs, _ = build_inputs(spec(0), StepPlan((Work(request, 39, 1),), ()), kv)
+    inputs, _ = build_inputs(spec(0), SchedulerOutput((ScheduledChunk(request, 39, 1),), ()), kv)
     tiles = inputs.decode.tiles
     padding = [0] * (tiles.pages.shape[2] - 1)
     assert cached_tokens(tiles) == {
         "int4": [([*pages_of(kv, request), *padding[1:]], 32, 0)],
-        "int8": [([kv.tail_unit(request), *padding], 7, 32)],
+        "int8": [([kv.residual_unit(request), *padding], 7, 32)],
     }
     assert tiles.query_counts.tolist() == [1] + [0] * (ROWS - 1)
     assert tiles.query_positions[0] == 39
@@ -111,8 +115,8 @@ def test_cached_tokens_are_those_before_the_work():
 def test_a_chunks_queries_follow_what_is_cached():
     kv = make_kv()
     first, second = grown(kv, "a", "int8", 30), grown(kv, "b", "int8", 40)
-    works = (Work(first, 0, 30), Work(second, 16, 24))
-    tiles = build_inputs(spec(), StepPlan((), works), kv)[0].chunk.tiles
+    chunks = (ScheduledChunk(first, 0, 30), ScheduledChunk(second, 16, 24))
+    tiles = build_inputs(spec(), SchedulerOutput((), chunks), kv)[0].chunk.tiles
     assert cached_tokens(tiles) == {"int8": [([kv.page_unit(second, 0), *[0] * (tiles.pages.shape[2] - 1)], 16, 0)]}
     blocks = [(tiles.query_slots[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
     assert blocks == [(0, 30, 0), (32, 24, 16)]

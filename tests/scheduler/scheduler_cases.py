@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slabs import SlabAllocator
-from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, StepPlan
+from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, SchedulerOutput
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
 
@@ -28,10 +28,12 @@ def make_kv(
 ):
     classes = {}
     for model in models:
-        tail = PageClass(model, "bf16", PAGE_UNITS["bf16"], page_size, 16)
+        residual = PageClass(model, "bf16", PAGE_UNITS["bf16"], page_size, 16)
         for name, units in PAGE_UNITS.items():
-            own_tail = tail if name == "int4" else None
-            classes[model, name] = tail if name == "bf16" else PageClass(model, name, units, page_size, 16, own_tail)
+            own_residual = residual if name == "int4" else None
+            classes[model, name] = (
+                residual if name == "bf16" else PageClass(model, name, units, page_size, 16, own_residual)
+            )
     allocator = SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, classes.values(), **options)
     return KVManager(allocator, classes)
 
@@ -80,7 +82,7 @@ class FakeEngine:
         self.scheduler.add(request)
         return request
 
-    def step(self, seconds: float = 1.0) -> StepPlan | None:
+    def step(self, seconds: float = 1.0) -> SchedulerOutput | None:
         plan = self.scheduler.schedule(self.now)
         self.kv.check_integrity()
         self.check_counts()
@@ -88,7 +90,7 @@ class FakeEngine:
             return None
         check_plan(plan, self.kv, self.scheduler.config)
         self.now += seconds
-        sampled = [token(work.request.sequence, work.start + work.count) for work in plan.works]
+        sampled = [token(scheduled.request.sequence, scheduled.start + scheduled.count) for scheduled in plan.chunks]
         advanced = self.scheduler.commit(plan, sampled, self.now)
         for request in advanced:
             check_tokens(request)
@@ -132,22 +134,22 @@ def check_tokens(request: Request) -> None:
     assert request.token_ids == [token(request.sequence, i) for i in range(request.num_tokens)]
 
 
-def check_plan(plan: StepPlan, kv: KVManager, config: SchedulerConfig) -> None:
-    works, page_size = plan.works, config.page_size
-    assert works
-    assert len({work.request for work in works}) == len(works) <= config.max_batch_size
-    assert len({work.request.model for work in works}) == 1
-    for work in works:
-        request = work.request
+def check_plan(plan: SchedulerOutput, kv: KVManager, config: SchedulerConfig) -> None:
+    chunks, page_size = plan.chunks, config.page_size
+    assert chunks
+    assert len({scheduled.request for scheduled in chunks}) == len(chunks) <= config.max_batch_size
+    assert len({scheduled.request.model for scheduled in chunks}) == 1
+    for scheduled in chunks:
+        request = scheduled.request
         assert request.status is RequestStatus.RUNNING
-        assert work.start == request.num_computed_tokens
-        assert work.start + work.count <= request.num_tokens
-        assert kv.demand(request, work.start + work.count) == {}
-    assert all(work.count == 1 and work.samples for work in plan.decodes)
-    for chunk in plan.chunks:
+        assert scheduled.start == request.num_computed_tokens
+        assert scheduled.start + scheduled.count <= request.num_tokens
+        assert kv.demand(request, scheduled.start + scheduled.count) == {}
+    assert all(scheduled.count == 1 and scheduled.samples for scheduled in plan.decodes)
+    for chunk in plan.prefills:
         assert chunk.count > 1
         assert chunk.start % page_size == 0
         assert chunk.count % page_size == 0 or chunk.samples
         assert chunk.samples or config.chunked_prefill
-    rounded = sum(-(-chunk.count // page_size) * page_size for chunk in plan.chunks)
-    assert rounded <= config.max_chunk_tokens or (not config.chunked_prefill and len(plan.chunks) == 1)
+    rounded = sum(-(-chunk.count // page_size) * page_size for chunk in plan.prefills)
+    assert rounded <= config.max_chunk_tokens or (not config.chunked_prefill and len(plan.prefills) == 1)

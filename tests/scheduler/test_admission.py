@@ -73,7 +73,7 @@ def test_a_request_alone_gets_in_even_if_its_greatest_length_would_not_fit():
     early_stopper = make_request(1, 8, 1000)
     engine.scheduler.add(early_stopper)
     plan = engine.scheduler.schedule(engine.now)
-    assert [work.request for work in plan.works] == [early_stopper]
+    assert [scheduled.request for scheduled in plan.chunks] == [early_stopper]
 
 
 def test_nothing_to_grow_into_needs_no_reserve():

@@ -5,12 +5,12 @@ import math
 import pytest
 from scheduler_cases import COST, FORMATS, MODEL, PAGE_SIZE, ROOFLINE, FakeEngine, make_kv, make_request
 
-from fineserve_jax.request import Work
+from fineserve_jax.request import ScheduledChunk
 from fineserve_jax.scheduler.costs import step_cost
 
 
 def counts(plan):
-    return {work.request.sequence: work.count for work in plan.works}
+    return {scheduled.request.sequence: scheduled.count for scheduled in plan.chunks}
 
 
 def test_a_prompt_is_computed_in_chunks_of_whole_pages_and_a_rest():
@@ -23,7 +23,7 @@ def test_a_rest_of_one_token_is_a_decode_row():
     engine = FakeEngine(make_kv(40), max_chunk_tokens=8)
     request = engine.add(make_request(0, 9, 2))
     engine.step()
-    assert engine.step().decodes == (Work(request, 8, 1),)
+    assert engine.step().decodes == (ScheduledChunk(request, 8, 1),)
     assert request.num_output_tokens == 1
 
 
@@ -71,12 +71,12 @@ def decoding_with_a_prompt_waiting(target_s, **settings):
         engine.step(target_s or 1.0)  # neither ahead of the target nor behind
     engine.add(make_request(9, 400, 2, "int8"))
     plan = engine.step()
-    return plan, engine.scheduler.profiles[MODEL].predict(step_cost(plan.works, FORMATS))
+    return plan, engine.scheduler.profiles[MODEL].predict(step_cost(plan.chunks, FORMATS))
 
 
 def test_without_a_target_the_chunk_is_as_long_as_allowed():
     plan, _ = decoding_with_a_prompt_waiting(None)
-    assert [chunk.count for chunk in plan.chunks] == [256]
+    assert [chunk.count for chunk in plan.prefills] == [256]
 
 
 def test_the_chunk_is_the_longest_that_keeps_the_tightest_target():
@@ -85,10 +85,10 @@ def test_the_chunk_is_the_longest_that_keeps_the_tightest_target():
     lengths = []
     for target_s in (0.022, 0.026, 0.03, 0.04, 0.1):
         plan, predicted = decoding_with_a_prompt_waiting(target_s)
-        (chunk,) = plan.chunks
+        (chunk,) = plan.prefills
         assert predicted <= target_s
         profile = FakeEngine(make_kv(2)).scheduler.profiles[MODEL]
-        a_page_more = (*plan.decodes, Work(chunk.request, 0, chunk.count + PAGE_SIZE))
+        a_page_more = (*plan.decodes, ScheduledChunk(chunk.request, 0, chunk.count + PAGE_SIZE))
         assert chunk.count == 256 or profile.predict(step_cost(a_page_more, FORMATS)) > target_s
         lengths.append(chunk.count)
     assert lengths == sorted(set(lengths))
@@ -97,14 +97,14 @@ def test_the_chunk_is_the_longest_that_keeps_the_tightest_target():
 def test_a_target_that_leaves_no_room_holds_prefill_back():
     decodes_alone, _ = decoding_with_a_prompt_waiting(0.0215, max_batch_size=5, chunked_prefill=False)
     assert len(decodes_alone.decodes) == 4
-    assert decodes_alone.chunks == ()
+    assert decodes_alone.prefills == ()
 
 
 @pytest.mark.parametrize(("chunked", "count"), [(True, PAGE_SIZE), (False, 400)])
 def test_a_target_out_of_reach_lets_the_least_chunk_go_along(chunked, count):
     plan, predicted = decoding_with_a_prompt_waiting(0.001, chunked_prefill=chunked)
     assert predicted > 0.001
-    assert [chunk.count for chunk in plan.chunks] == [count]
+    assert [chunk.count for chunk in plan.prefills] == [count]
 
 
 def test_the_tightest_target_counts_and_only_that_of_decoding_rows():
@@ -115,7 +115,7 @@ def test_the_tightest_target_counts_and_only_that_of_decoding_rows():
     for _ in range(2):
         engine.step(0.04)
     engine.add(make_request(9, 400, 2, "int8", tpot_slo_s=0.001))
-    assert engine.step().chunks[0].count == plan.chunks[0].count
+    assert engine.step().prefills[0].count == plan.prefills[0].count
 
 
 def test_a_row_ahead_of_its_target_lends_its_time_to_prefill_and_one_behind_takes_some():
@@ -128,7 +128,7 @@ def test_a_row_ahead_of_its_target_lends_its_time_to_prefill_and_one_behind_take
             engine.step(step_s)
         engine.add(make_request(9, 400, 2, "int8"))
         plan = engine.step()
-        return plan.chunks[0].count, engine.scheduler.profiles[MODEL].predict(step_cost(plan.works, FORMATS))
+        return plan.prefills[0].count, engine.scheduler.profiles[MODEL].predict(step_cost(plan.chunks, FORMATS))
 
     (behind, short), (neither, even), (ahead, long) = (prefill_after(step_s) for step_s in (0.06, 0.04, 0.03))
     assert behind < neither < ahead
@@ -137,17 +137,17 @@ def test_a_row_ahead_of_its_target_lends_its_time_to_prefill_and_one_behind_take
 
 def test_targets_do_not_hold_prefill_back_where_they_are_not_to_count():
     plan, _ = decoding_with_a_prompt_waiting(0.022, slo_aware=False)
-    assert [chunk.count for chunk in plan.chunks] == [256]
+    assert [chunk.count for chunk in plan.prefills] == [256]
 
 
 def test_step_cost_counts_tokens_pairs_and_bytes_read():
     decode, first, second = make_request(0, 11), make_request(1, 8, kv="int8"), make_request(2, 30, kv="int4")
-    works = [Work(decode, 10, 1), Work(first, 0, 8), Work(second, 4, 8)]
-    cost = step_cost(works, COST.formats)
+    chunks = [ScheduledChunk(decode, 10, 1), ScheduledChunk(first, 0, 8), ScheduledChunk(second, 4, 8)]
+    cost = step_cost(chunks, COST.formats)
     assert cost.tokens == 17
     assert cost.chunk_pairs == sum(range(1, 9)) + sum(range(5, 13))
     assert cost.kv_bytes == 10 * 4000 + 4 * 1000
-    assert step_cost(works[:1], FORMATS) + step_cost(works[1:], FORMATS) == cost
+    assert step_cost(chunks[:1], FORMATS) + step_cost(chunks[1:], FORMATS) == cost
 
 
 def test_roofline_and_cases_agree_on_the_fixed_time():

@@ -88,7 +88,7 @@ def test_several_models_take_turns():
     engine = FakeEngine(make_kv(60, models=("a", "b")), {"a": COST, "b": COST})
     for i in range(4):
         engine.add(make_request(i, 4, 6, model="ab"[i % 2]))
-    models = [engine.step().works[0].request.model for _ in range(8)]
+    models = [engine.step().chunks[0].request.model for _ in range(8)]
     assert models == ["a", "b"] * 4
     engine.drain()
 
@@ -98,7 +98,7 @@ def test_the_same_calls_give_the_same_plans():
         engine = crowded(number=9, policy="fineserve")
         while engine.scheduler.has_unfinished:
             plan = engine.step()
-            yield [(w.request.sequence, w.start, w.count) for w in plan.works]
+            yield [(w.request.sequence, w.start, w.count) for w in plan.chunks]
 
     assert list(plans()) == list(plans())
 
@@ -108,10 +108,10 @@ def test_abort_frees_a_request_wherever_it_is_even_in_the_middle_of_a_step():
     scheduler = engine.scheduler
     assert scheduler.abort("r5", 1.0) is engine.requests[5]
     plan = scheduler.schedule(1.0)
-    running = plan.works[1].request
+    running = plan.chunks[1].request
     assert scheduler.abort(running.request_id, 2.0) is running
     assert running not in engine.kv.held
-    assert running not in scheduler.commit(plan, [1] * len(plan.works), 3.0)
+    assert running not in scheduler.commit(plan, [1] * len(plan.chunks), 3.0)
     assert (running.status, running.finish_reason) == (RequestStatus.FINISHED, FinishReason.ABORT)
     assert running.num_output_tokens == 0
     assert scheduler.abort(running.request_id, 4.0) is None
@@ -128,7 +128,7 @@ def test_commit_notes_the_first_token_and_who_got_one():
     assert scheduler.commit(scheduler.schedule(2.0), [7], 3.0) == [request]
     assert request.output_token_ids == [6, 7]
     assert (request.times.admitted_s, request.times.first_token_s) == (0.0, 2.0)
-    with pytest.raises(ValueError, match="2 sampled tokens for a plan of 1 works"):
+    with pytest.raises(ValueError, match="2 sampled tokens for a step of 1 chunks"):
         scheduler.commit(scheduler.schedule(3.0), [1, 2], 4.0)
 
 

@@ -133,7 +133,7 @@ def two_models(rows, targets=(None, None), **settings):
 
 
 def turns(engine, steps=60, seconds=0.021):
-    return [engine.step(seconds).works[0].request.model for _ in range(steps)]
+    return [engine.step(seconds).chunks[0].request.model for _ in range(steps)]
 
 
 def test_models_take_turns_where_targets_are_not_to_count():

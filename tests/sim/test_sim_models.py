@@ -19,7 +19,7 @@ def test_pages_are_as_long_as_the_engines(shape, name):
     page_class = page_classes({model: [name]}, 16)[model.name, name]
     assert page_class.page_units == FORMATS[name].page_units(geometry)
     assert page_class.page_bytes == 2 * shape.num_layers * FORMATS[name].words_per_layer(geometry)
-    assert (page_class.tail and page_class.tail.kv_format) == FORMATS[name].tail
+    assert (page_class.residual and page_class.residual.kv_format) == FORMATS[name].residual
 
 
 @pytest.mark.parametrize(

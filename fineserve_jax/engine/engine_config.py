@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.quotas import Quota, check_quotas
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.scheduler.config import SchedulerConfig
+from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 from fineserve_jax.validation import Validated
 
 Weights = Literal["fp32", "bf16", "int8", "int4"]

@@ -13,7 +13,7 @@ from kernel_cases import (
     gather,
     geometry_id,
     page_shape,
-    requantise,
+    requantize,
     store,
     write_pages,
 )
@@ -47,7 +47,7 @@ def arena_of(kv_format, geometry, seed: int):
 def test_target_pages_hold_the_encoding_of_what_the_source_pages_stand_for(source, target, geometry):
     source, target = ALL_FORMATS[source], ALL_FORMATS[target]
     arena, sources, targets, stored = arena_of(source, geometry, seed=1)
-    after = requantise(arena, sources, targets, PAGES, source, target, geometry)
+    after = requantize(arena, sources, targets, PAGES, source, target, geometry)
     expected = store(target, stored.k, stored.v)
     found = gather(after, targets, target, geometry)
     jax.tree.map(np.testing.assert_array_equal, found, expected.words)
@@ -59,7 +59,7 @@ def test_only_the_first_count_pages_are_written(geometry, count):
     source, target = ALL_FORMATS["bf16"], ALL_FORMATS["int4"]
     arena, sources, targets, _ = arena_of(source, geometry, seed=2)
     before = np.array(arena)
-    after = np.array(requantise(arena, sources, targets, count, source, target, geometry))
+    after = np.array(requantize(arena, sources, targets, count, source, target, geometry))
     written = np.zeros(len(before), bool)
     for page in targets[:count]:
         written[page : page + target.page_units(geometry)] = True

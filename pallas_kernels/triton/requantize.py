@@ -78,7 +78,7 @@ class _Change:
         return max(LEAST_LANES, min(self.warps * WARP_WORDS // self.tokens, most))
 
 
-def requantise(
+def requantize(
     arena: jax.Array,
     sources: jax.Array,
     targets: jax.Array,
@@ -89,7 +89,7 @@ def requantise(
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Reads full pages in one format and writes what they hold to others in another. See `writing.requantise`."""
+    """Reads full pages in one format and writes what they hold to others in another. See `writing.requantize`."""
     units = arena.reshape(len(arena), -1)
     matrix = change_of_basis(source_format, target_format, geometry.head_dim)
     operands = [sources, targets, jnp.asarray(count, jnp.int32).reshape(1), units]
@@ -105,14 +105,14 @@ def requantise(
         input_output_aliases={3: 0},
         compiler_params=triton_params(num_warps=change.warps, num_stages=1),
         interpret=interpret,
-        name="requantise",
+        name="requantize",
     )
     return launch(*operands).reshape(arena.shape)
 
 
 def _tokens(target: KVFormat, geometry: PageGeometry) -> int:
     """Tokens of a program: all of a page's if they have to be encoded together."""
-    if target.tail is not None:
+    if target.residual is not None:
         return geometry.page_size
     return min(geometry.page_size, max(16, BLOCK_VALUES // padded(geometry.head_dim)))
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fineserve_jax.config import AUTO
+from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager

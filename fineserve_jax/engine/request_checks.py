@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Collection, Sequence
 
-from fineserve_jax.assembly import ServedModel
+from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.runner.sampler import MAX_STOP_IDS

@@ -41,7 +41,7 @@ def page_geometries(models: Mapping[str, LoadedModel], page_size: int, *, tpu: b
 
 
 def page_classes(model: str, geometry: PageGeometry, formats: Iterable[str]) -> dict[tuple[str, str], PageClass]:
-    """The page class of each format, and of the tails they need, by model and format name."""
+    """The page class of each format, and of the residuals they need, by model and format name."""
     classes: dict[tuple[str, str], PageClass] = {}
 
     def add(name: str) -> PageClass:
@@ -53,7 +53,7 @@ def page_classes(model: str, geometry: PageGeometry, formats: Iterable[str]) -> 
                 page_units=kv_format.page_units(geometry),
                 page_size=geometry.page_size,
                 page_bytes=geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES,
-                tail=None if kv_format.tail is None else add(kv_format.tail),
+                residual=None if kv_format.residual is None else add(kv_format.residual),
             )
         return classes[model, name]
 

@@ -1,8 +1,9 @@
 """Attention of one layer of a step, and the encoded keys and values it leaves to be written.
 
 Every token sees keys and values as they are kept: in its request's KV format, and, where that format encodes whole
-pages, in the format's tail precision inside the token's own page. What a token sees thus depends on its position alone,
-and not on how its prompt was cut into chunks, what was batched with it, or whether it was preempted and recomputed.
+pages, in the format's residual precision inside the token's own page. What a token sees thus depends on its position
+alone, and not on how its prompt was cut into chunks, what was batched with it, or whether it was preempted and
+recomputed.
 """
 
 from dataclasses import dataclass, field

@@ -9,24 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from fineserve_jax.assembly import ServedModel, assemble
-from fineserve_jax.config import AUTO, EngineConfig
+from fineserve_jax.engine.build import ServedModel, build_engine
+from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
+from fineserve_jax.engine.engine_config import AUTO, EngineConfig
+from fineserve_jax.engine.model_settings import ModelSettings
+from fineserve_jax.engine.output_files import check_can_write
+from fineserve_jax.engine.precision import Precision, resolve_precision
+from fineserve_jax.engine.request_checks import check_memory, check_targets, check_tokens
+from fineserve_jax.engine.stats import EngineStats, ModelStats
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.narrowing import ladder
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.model_settings import ModelSettings
-from fineserve_jax.output_files import check_can_write
-from fineserve_jax.outputs import GrowingText
-from fineserve_jax.precision import Precision, resolve_precision
-from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, StepPlan
-from fineserve_jax.request_checks import check_memory, check_targets, check_tokens
+from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, SchedulerOutput
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
-from fineserve_jax.stats import EngineStats, ModelStats
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Engine:
     ) -> None:
         self.config = config or EngineConfig()
         models = {model.name: model} if isinstance(model, LoadedModel) else model
-        parts = assemble(models, self.config, settings or {})
+        parts = build_engine(models, self.config, settings or {})
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
         if self.config.step_profile is not None:
             check_can_write("step_profile", self.config.step_profile, replaced=True)
@@ -66,7 +66,7 @@ class Engine:
                 self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock
         self.formats = self.config.served_formats  # as of now: formats registered later have no pages here
-        self.texts: dict[Request, GrowingText] = {}
+        self.texts: dict[Request, IncrementalDetokenizer] = {}
         self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_output_tokens = 0
         self._busy_s = 0.0
         record = self.config.record
@@ -185,7 +185,7 @@ class Engine:
         self.scheduler.add(request)
         self._num_requests += 1
         self._use(served, precision)
-        self.texts[request] = GrowingText(served.tokenizer, sampling.stop)
+        self.texts[request] = IncrementalDetokenizer(served.tokenizer, sampling.stop)
         return request
 
     def add_samples(self, token_ids: Sequence[int], sampling: SamplingParams, **how: Any) -> list[Request]:
@@ -206,7 +206,7 @@ class Engine:
         if request.status is not RequestStatus.FINISHED:
             self._finish(request, FinishReason.ABORT)
             if not self.scheduler.has_unfinished:
-                self._rest()
+                self._on_idle()
 
     def release(self, request: Request) -> None:
         """Forgets a finished request's text. Callers do this when they have taken what they need."""
@@ -235,7 +235,7 @@ class Engine:
                 self._use(served, precision)
                 steps = self._ladder(served, precision)
                 pairs += itertools.pairwise(steps)
-                pairs += [(step, step) for step in (*steps, *(step.tail for step in steps if step.tail))]
+                pairs += [(step, step) for step in (*steps, *(step.residual for step in steps if step.residual))]
             served.runner.warm_up()
         if self.kv.sharing.prefix_cache == "convert":
             used = {page_class for pair in pairs for page_class in pair}
@@ -255,7 +255,7 @@ class Engine:
             self.texts[request].finish()
         if plan is None:
             if dropped:
-                self._rest()
+                self._on_idle()
             return dropped
         advanced = self._commit(plan, self.execute(plan))
         seconds = time.perf_counter() - start
@@ -264,7 +264,7 @@ class Engine:
         if self._num_compilations == compiled_before:
             self.scheduler.observe(plan, seconds)
         if not self.scheduler.has_unfinished:
-            self._rest()
+            self._on_idle()
         if self.config.check_every and self._num_steps % self.config.check_every == 0:
             self.kv.check_integrity(thorough=False)
         if self._recorder is not None:
@@ -276,18 +276,19 @@ class Engine:
         waiting, running = self.scheduler.num_waiting, self.scheduler.num_running
         recorder.note(self._num_steps, self.clock(), running, waiting, counts)
 
-    def execute(self, plan: StepPlan, scores: bool = False) -> StepResult:
+    def execute(self, plan: SchedulerOutput, scores: bool = False) -> StepResult:
         """Does what the KV manager has queued for the device, and computes a plan; see `ModelRunner.execute`."""
         self.page_operations.apply(self.kv.take_operations())
         self.scheduler.pressure.note_rate(self.page_operations.bytes_per_s)
-        return self.models[plan.works[0].request.model].runner.execute(plan, scores)
+        return self.models[plan.chunks[0].request.model].runner.execute(plan, scores)
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> list[Request]:
+    def _commit(self, plan: SchedulerOutput, result: StepResult) -> list[Request]:
         prompt_tokens = sum(
-            max(0, min(work.start + work.count, work.request.num_prompt_tokens) - work.start) for work in plan.works
+            max(0, min(chunk.start + chunk.count, chunk.request.num_prompt_tokens) - chunk.start)
+            for chunk in plan.chunks
         )
         sampled = {token.request: token for token in result.tokens}
-        tokens = [sampled[work.request].token if work.request in sampled else -1 for work in plan.works]
+        tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in plan.chunks]
         advanced = self.scheduler.commit(plan, tokens, self.clock())
         for request in advanced:
             self._take(request, sampled[request])
@@ -309,7 +310,7 @@ class Engine:
         request.kv_tokens = self.kv.tokens_by_format(request)
         self.scheduler.finish(request, reason, self.clock())
 
-    def _rest(self) -> None:
+    def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
         self.kv.check_integrity()
         self.scheduler.quotas.check_integrity()

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fineserve_jax.config import AUTO, EngineConfig, Weights
+from fineserve_jax.engine.engine_config import AUTO, EngineConfig, Weights
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.loaders.load import resolve_source

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fineserve_jax.assembly import ServedModel
-from fineserve_jax.config import AUTO
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import ladder, narrow, next_narrowing
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.request import Request, RequestTimes, StepPlan, Work
+from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
 from fineserve_jax.sampling_params import SamplingParams
 
 PAGES_AT_A_TIME = 32
@@ -77,7 +77,7 @@ def measure_perplexity(
     """Perplexity of the first `windows` consecutive runs of `window` tokens, each by itself.
 
     A token's score is its log-probability given the tokens of its window before it, whose keys and values are read as
-    decoding would read them: in the KV format, its newest page in the format's tail precision if it has one.
+    decoding would read them: in the KV format, its newest page in the format's residual precision if it has one.
 
     Args:
         engine: with nothing else to do meanwhile. Its `max_chunk_tokens` does not change the result.
@@ -170,8 +170,8 @@ def _score_window(
         while (count := min(largest_chunk, request.num_uncomputed_tokens)) > 1:  # a last token alone predicts nothing
             if narrow_to is not None and request.num_computed_tokens < half:
                 count = min(count, half - request.num_computed_tokens)
-            work = Work(request, request.num_computed_tokens, count)
-            scores = engine.execute(StepPlan((), (work,)), scores=True).scores
+            chunk = ScheduledChunk(request, request.num_computed_tokens, count)
+            scores = engine.execute(SchedulerOutput((), (chunk,)), scores=True).scores
             if scores is None:
                 raise RuntimeError("the runner returned no scores although they were asked for")
             parts.append(scores[:count])

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fineserve_jax.compilation_cache import use_compilation_cache
-from fineserve_jax.config import EngineConfig
-from fineserve_jax.engine import Engine
+from fineserve_jax.engine.compilation_cache import use_compilation_cache
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.model_settings import load_models, model_sources
 from fineserve_jax.loaders import load_model
-from fineserve_jax.model_settings import load_models, model_sources
 
 
 def load_engine(model: str | Path | Mapping[str, Any], config: EngineConfig) -> Engine:

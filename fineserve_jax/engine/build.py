@@ -7,22 +7,22 @@ from typing import NamedTuple
 
 import jax
 
-from fineserve_jax.config import EngineConfig
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.memory import format_bytes, host_capacity_bytes, host_memory_bytes, kv_memory_bytes
+from fineserve_jax.engine.model_settings import ModelSettings
+from fineserve_jax.engine.page_shapes import WORD_BYTES, page_classes, page_geometries
+from fineserve_jax.engine.precision import resolve_precision
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.memory import format_bytes, host_capacity_bytes, host_memory_bytes, kv_memory_bytes
-from fineserve_jax.model_settings import ModelSettings
 from fineserve_jax.models import build_model
-from fineserve_jax.page_shapes import WORD_BYTES, page_classes, page_geometries
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
 from fineserve_jax.pallas_kernels.writing import NOWHERE
-from fineserve_jax.precision import resolve_precision
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.roofline import device_roofline
@@ -67,7 +67,7 @@ class EngineParts(NamedTuple):
     models: dict[str, ServedModel]
 
 
-def assemble(
+def build_engine(
     models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
 ) -> EngineParts:
     """Builds the parts of an engine.
@@ -116,7 +116,7 @@ def kernel_implementation() -> Implementation:
 
 
 def _formats_kept(kv: KVManager, model: str) -> list[str]:
-    """KV formats that pages of the model may be in: those that requests name, and their tails."""
+    """KV formats that pages of the model may be in: those that requests name, and their residuals."""
     return [kv_format for served, kv_format in kv.classes if served == model]
 
 

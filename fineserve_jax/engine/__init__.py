@@ -1,0 +1,1 @@
+"""The engine: its construction, settings, loop, and what it tells of itself."""
