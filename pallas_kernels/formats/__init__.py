@@ -19,7 +19,7 @@ def register(kv_format: KVFormat) -> KVFormat:
     """Makes a format known under its name.
 
     Raises:
-        ValueError: the name is taken, its residual format is unusable, or none is named and an auxiliary part is not per token.
+        ValueError: the name is taken, its residual format is unusable, or none is named and a part is not per token.
     """
     name, residual = kv_format.name, kv_format.residual
     if name in FORMATS:
