@@ -71,7 +71,7 @@ class Quotas:
     def is_owed(self, request: Request) -> bool:
         if self.account is None:
             return False
-        return self.account.is_owed(request, self._units(self.account, request))
+        return self.account.is_under_guarantee(request, self._units(self.account, request))
 
     def admits(self, row: Row) -> bool:
         """Whether the row's maxima allow it its pages, and some growth to it and to those that are there."""
@@ -99,7 +99,7 @@ class Quotas:
 
     def may_give_way(self, row: Row) -> bool:
         """Whether the row's memory may be taken for others."""
-        return self.account is None or not self.account.is_protected(row.request)
+        return self.account is None or self.account.is_preemptible(row.request)
 
     def reclaim(self, row: Row) -> bool:
         """Preempt the latest admitted row that is not protected and competes with `row`; whether there was one."""
