@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from slab_world import MIX, MODEL, Lengths, Memory, World, make_classes, read_lengths
 
+from fineserve_jax.kv.usage import measure_usage
+
 WAYS = {
     "elastic": Memory(),
     "elastic, no compaction": Memory(compacts=False),
@@ -225,11 +227,13 @@ def run(arguments: Arguments, lengths: Lengths, case: Case) -> Samples:
         sampled = step % arguments.every == 0
         for _ in world.step():
             if sampled:
-                usage = world.kv.usage()
-                rows.append((step, usage.reserved_bytes, usage.needed_bytes, world.granted_bytes, len(world.kv.held)))
+                usage = measure_usage(world.kv)
+                rows.append(
+                    (step, usage.reserved_bytes, usage.needed_bytes, world.granted_bytes, len(world.kv.requests))
+                )
                 read += arguments.every * usage.needed_bytes
         if sampled:
-            usage = world.kv.usage()
+            usage = measure_usage(world.kv)
             between.append(usage.reserved_bytes / max(usage.needed_bytes, 1))
         step += 1
     steps, reserved, cached, granted, running = np.array(rows).T

@@ -16,9 +16,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.slabs import SlabAllocator, choose_slab_units
+from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -68,21 +70,21 @@ def time_pages(prefix_cache: str, num_requests: int, rounds: int) -> float:
         for i, request in enumerate(requests):
             best[1, i] = min(best[1, i], seconds(kv.release, request))
             request.num_computed_tokens = 0
-    kv.check_integrity()
+    check_integrity(kv)
     return 1000 * float(best.sum())
 
 
 def time_checks(rounds: int) -> tuple[float, float]:
     """Milliseconds of the integrity check, in full and as for every step, with 256 requests of 100 pages, all of them
-    listed in the prefix cache."""
+    kept in the prefix cache."""
     kv = new_manager(REQUESTS * PAGES_A_REQUEST, "exact")
     names = list(UNITS)
     for i in range(REQUESTS):
         request = new_request(names[i % 3], PAGES_A_REQUEST, i)
         assert kv.grow(request, request.num_tokens)
         request.num_computed_tokens = request.num_tokens - 1
-        kv.sharing.note_computed(request)
-    checks = kv.check_integrity, lambda: kv.check_integrity(thorough=False)
+        kv.note_computed(request)
+    checks = lambda: check_integrity(kv), lambda: check_integrity(kv, thorough=False)
     full, quick = (1000 * min(timeit.repeat(check, number=1, repeat=rounds)) for check in checks)
     return full, quick
 
@@ -96,7 +98,7 @@ def bytes_of_many(num_pages: int) -> tuple[int, int]:
         times = RequestTimes(arrival_s=0.0)
         request = Request("r", "m", "int4", SAMPLING, tokens, len(tokens), len(tokens), i, times, shares_prefix=False)
         assert kv.grow(request, len(tokens))
-    assert len(kv.table) == num_pages
+    assert sum(kv.holds(request).num_pages for request in kv.requests) == num_pages
     now, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return now, peak

@@ -94,7 +94,9 @@ def fill(arguments: Arguments, waiting: int) -> tuple[Scheduler, KVManager]:
     now = 0.0
     for number in range(arguments.running + waiting):
         scheduler.add(request(number, arguments, number * 1e-4))
-    while any(r.status is not RequestStatus.FINISHED and r.num_output_tokens == 0 for r in kv.held) or not kv.held:
+    while (
+        any(r.status is not RequestStatus.FINISHED and r.num_output_tokens == 0 for r in kv.requests) or not kv.requests
+    ):
         plan = scheduler.schedule(now)
         assert plan is not None
         now += 0.02

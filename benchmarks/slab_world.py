@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from fineserve_jax.engine.page_shapes import WORD_BYTES, page_classes, page_geometry
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
-from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.models import ModelConfig
 from fineserve_jax.request import FinishReason, Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
@@ -118,9 +118,8 @@ class World:
         slab_units = math.lcm(*units) if memory.slabs == "lcm" else choose_slab_units(units, num_units)
         allocator = SlabAllocator(num_units, slab_units, memory.policy, classes.values(), unit_bytes=unit_bytes)
         reserve = min(max(2, allocator.num_slabs // 64), allocator.num_slabs // 8) if memory.compacts else 0
-        self.kv = KVManager(allocator, classes, prefix_cache="off", reserve_slabs=reserve)
-        if not memory.compacts:
-            self.kv.compaction.enabled = False
+        self.kv = KVManager(allocator, classes, prefix_cache="off", reserve_slabs=reserve, compacts=memory.compacts)
+        self.unit_bytes = unit_bytes
         page_size = next(iter(classes.values())).page_size
         config = SchedulerConfig(
             max_batch_size=100_000, max_chunk_tokens=chunk_tokens, page_size=page_size, ageing_s=ageing_s
@@ -135,9 +134,8 @@ class World:
         """One step; pauses once, where its tokens are computed and the requests that end with it still hold theirs."""
         plan = self.scheduler.schedule(self.now)
         self.now += STEP_S
-        unit_bytes = self.kv.allocator.unit_bytes
         for operation in self.kv.take_operations():
-            self.moved_bytes += operation.target_class.page_units * unit_bytes
+            self.moved_bytes += operation.target_class.page_units * self.unit_bytes
         if plan is None:
             yield
             return
@@ -166,10 +164,10 @@ class World:
     def granted_bytes(self) -> float:
         """Exact bytes of the tokens that pages were given for: those cached, and those of admitted prompts to come."""
         total = 0.0
-        for request, held in self.kv.held.items():
+        for request in self.kv.requests:
             waits = request.num_uncomputed_tokens > 1
             tokens = request.num_tokens if waits else request.num_computed_tokens
-            page_class = held.page_class
+            page_class = self.kv.holds(request).page_class
             if page_class.residual is not None:
                 full = page_class.num_pages(tokens) * page_class.page_size
                 total += (tokens - full) * page_class.residual.page_bytes / page_class.page_size

@@ -13,10 +13,10 @@ from fineserve_jax.engine.model_settings import ModelSettings
 from fineserve_jax.engine.page_shapes import WORD_BYTES, page_classes, page_geometries
 from fineserve_jax.engine.precision import resolve_precision
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
-from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import build_model
 from fineserve_jax.pallas_kernels.formats import get_format
@@ -90,13 +90,14 @@ def build_engine(
         classes |= page_classes(name, geometry, config.served_formats)
     size = kv_memory_bytes(config.kv_memory, device)
     unit_words = next(iter(geometries.values())).unit_words
-    kv = _kv_manager(config, unit_words, classes, size)
+    allocator = _allocator(config, unit_words, classes, size)
+    kv = _kv_manager(config, allocator, classes, size)
     for name in models:
         _check_one_request_fits(kv, name, configs[name], limits[name], size)
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
     scheduler = Scheduler(config.scheduler(), kv, costs, device_roofline(device))
-    arena = Arena(next(iter(geometries.values())), kv.allocator.num_units)
-    operations = PageOperations(arena, geometries, kv.allocator.slab_units, implementation)
+    arena = Arena(next(iter(geometries.values())), allocator.num_units)
+    operations = PageOperations(arena, geometries, allocator.slab_units, implementation)
     served = {}
     for name, model in models.items():
         runner = _runner(model, geometries[name], arena, kv, config, limits[name], implementation)
@@ -186,9 +187,9 @@ def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:
     return config.max_seq_len
 
 
-def _kv_manager(
+def _allocator(
     config: EngineConfig, unit_words: int, classes: dict[tuple[str, str], PageClass], size: int
-) -> KVManager:
+) -> SlabAllocator:
     unit_bytes = unit_words * WORD_BYTES
     num_units = min(size // unit_bytes, NOWHERE)
     longest = max(page_class.page_units for page_class in classes.values())
@@ -198,9 +199,14 @@ def _kv_manager(
             f"{format_bytes(longest * unit_bytes)}; give at least {format_bytes(64 * longest * unit_bytes)}"
         )
     slab_units = choose_slab_units([page_class.page_units for page_class in classes.values()], num_units)
-    allocator = SlabAllocator(
+    return SlabAllocator(
         num_units, slab_units, config.slab_policy, classes.values(), config.slab_shares, unit_bytes=unit_bytes
     )
+
+
+def _kv_manager(
+    config: EngineConfig, allocator: SlabAllocator, classes: dict[tuple[str, str], PageClass], size: int
+) -> KVManager:
     return KVManager(
         allocator,
         classes,

@@ -19,9 +19,10 @@ from fineserve_jax.engine.request_checks import check_memory, check_targets, che
 from fineserve_jax.engine.stats import EngineStats, ModelStats
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.kv.narrowing import ladder
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.kv.stats import ClassStats
+from fineserve_jax.kv.usage import count_events, measure_classes, measure_usage
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, SchedulerOutput
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
@@ -237,10 +238,10 @@ class Engine:
                 pairs += itertools.pairwise(steps)
                 pairs += [(step, step) for step in (*steps, *(step.residual for step in steps if step.residual))]
             served.runner.warm_up()
-        if self.kv.sharing.prefix_cache == "convert":
+        if self.config.prefix_cache == "convert":
             used = {page_class for pair in pairs for page_class in pair}
             pairs += [(a, b) for a in used for b in used if a.model == b.model and a.page_bytes > b.page_bytes]
-        self.page_operations.warm_up(pairs, transfers=self.kv.host.max_bytes > 0)
+        self.page_operations.warm_up(pairs, transfers=self.kv.host_bytes > 0)
         return self._num_compilations - before
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ class Engine:
         if not self.scheduler.has_unfinished:
             self._on_idle()
         if self.config.check_every and self._num_steps % self.config.check_every == 0:
-            self.kv.check_integrity(thorough=False)
+            check_integrity(self.kv, thorough=False)
         if self._recorder is not None:
             self._record(self._recorder)
         return advanced + dropped
@@ -312,7 +313,7 @@ class Engine:
 
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
-        self.kv.check_integrity()
+        check_integrity(self.kv)
         self.scheduler.quotas.check_integrity()
         self._save_profiles()
 
@@ -348,7 +349,7 @@ class Engine:
             served.runner.use_narrowing()
 
     def _ladder(self, served: ServedModel, precision: Precision) -> list[PageClass]:
-        return ladder(self.kv, served.name, precision.start, precision.floor)
+        return self.kv.ladder(served.name, precision.start, precision.floor)
 
     def _stop_ids(self, served: ServedModel, sampling: SamplingParams) -> frozenset[int]:
         ends = () if sampling.ignore_eos else served.tokenizer.eos_token_ids
@@ -375,9 +376,9 @@ class Engine:
         models = self._model_stats()
         errors = [model.prediction_error for model in models.values() if model.prediction_error is not None]
         return EngineStats(
-            kv=self.kv.usage().formats,
+            kv=measure_usage(self.kv).formats,
             kv_bytes=self.arena.nbytes,
-            kv_counts=self.kv.counts(),
+            kv_counts=count_events(self.kv),
             num_waiting=self.scheduler.num_waiting,
             num_running=self.scheduler.num_running,
             num_prompt_tokens=self._num_prompt_tokens,
@@ -392,7 +393,7 @@ class Engine:
 
     def _model_stats(self) -> dict[str, ModelStats]:
         kv: dict[str, dict[str, ClassStats]] = {name: {} for name in self.models}
-        for page_class, stats in self.kv.allocator.stats().classes.items():
+        for page_class, stats in measure_classes(self.kv).items():
             kv[page_class.model][page_class.kv_format] = stats
         profiles = self.scheduler.profiles
         return {

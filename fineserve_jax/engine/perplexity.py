@@ -12,7 +12,6 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.narrowing import ladder, narrow, next_narrowing
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
 from fineserve_jax.sampling_params import SamplingParams
@@ -98,7 +97,7 @@ def measure_perplexity(
     _check(engine, served, token_ids, window, windows, kv_precision)
     served.runner.use_formats([kv_precision])
     if narrow_half_to is not None:
-        steps = ladder(engine.kv, served.name, kv_precision, narrow_half_to)
+        steps = engine.kv.ladder(served.name, kv_precision, narrow_half_to)
         unchanged = len(steps) == 1 and narrow_half_to != kv_precision
         if unchanged or window < 2 * served.geometry.page_size:
             raise RequestError(
@@ -185,6 +184,6 @@ def _score_window(
 
 def _narrow_all(kv: KVManager, request: Request) -> None:
     """Narrow all that is computed of a request as far as it allows."""
-    while (what := next_narrowing(kv, request, PAGES_AT_A_TIME, 0)) is not None:
-        if not narrow(kv, request, what):
+    while (what := kv.next_requantization(request, PAGES_AT_A_TIME, 0)) is not None:
+        if not kv.requantize_pages(request, what):
             raise RequestError(f"no KV memory is free to narrow pages to {what.target.kv_format}; raise kv_memory")

@@ -79,3 +79,15 @@ class PageClass:
         pages = self.num_pages(num_tokens)
         demand = {self: pages} if pages else {}
         return demand if self.residual is None else demand | {self.residual: 1}
+
+
+class PageClasses(dict[tuple[str, str], PageClass]):
+    """Page class of each model and KV format that requests may name.
+
+    Raises:
+        ConfigError: when asked for a pair that is not there.
+    """
+
+    def __missing__(self, key: tuple[str, str]) -> PageClass:
+        known = ", ".join(f"{model}/{kv_format}" for model, kv_format in self) or "none"
+        raise ConfigError(f"no KV cache for {'/'.join(key)}; this engine has: {known}")

@@ -11,14 +11,12 @@ device copies what they hold before the next step. Pages are moved
                     page freed; a step that decodes reads all pages, so this adds little to what it moves.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from fineserve_jax.kv.pool import SlabPool
-
-if TYPE_CHECKING:
-    from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.allocator import SlabAllocator
+from fineserve_jax.kv.operations import Copy, PageOperation
+from fineserve_jax.kv.page_table import PageTable
+from fineserve_jax.kv.slab_pool import SlabPool
 
 MAX_STEP_BYTES = 64 * 2**20
 TIDY_SHARE = 1 / 64
@@ -28,18 +26,24 @@ MAX_FREE = 1 / 256
 
 
 class Compaction:
-    """Moves pages of a KV manager.
+    """Moves pages from slab to slab.
+
+    Args:
+        allocator: gives the pages their new places.
+        table: where they lie is noted here.
+        operations: queue for the device, to which the copies are appended.
+        enabled: whether any are moved; off only to compare.
 
     Attributes:
-        enabled: whether any are moved; off only to compare.
         max_step_bytes: most bytes moved between two steps, unless a request would lose its pages otherwise.
         num_pages: pages moved since the start.
         is_cut_short: whether more would have been moved in this step.
     """
 
-    def __init__(self, kv: "KVManager") -> None:
-        self._kv = kv
-        self.enabled = True
+    def __init__(
+        self, allocator: SlabAllocator, table: PageTable, operations: list[PageOperation], enabled: bool = True
+    ) -> None:
+        self._allocator, self._table, self._operations, self._enabled = allocator, table, operations, enabled
         self.max_step_bytes = MAX_STEP_BYTES
         self.num_pages = 0
         self.is_cut_short = False
@@ -50,7 +54,7 @@ class Compaction:
         """Another step's worth of bytes may be moved; a few are."""
         self._moved_bytes = 0
         self.is_cut_short = False
-        if self.enabled:
+        if self._enabled:
             self._tidy()
 
     def move(self, at_once: bool = False) -> bool:
@@ -59,7 +63,7 @@ class Compaction:
         Args:
             at_once: move all of the slab's pages, however much was moved in this step.
         """
-        pool = self._cheapest(list(self._kv.allocator.pools.values())) if self.enabled else None
+        pool = self._cheapest(list(self._allocator.pools.values())) if self._enabled else None
         if pool is None:
             return False
         is_moved = self._empty_a_slab(pool, None if at_once else self.max_step_bytes)
@@ -68,7 +72,7 @@ class Compaction:
 
     def _tidy(self) -> None:
         """Move pages together in pools with many free ones; not while only one pool was used since all was free."""
-        allocator = self._kv.allocator
+        allocator = self._allocator
         pools = [pool for pool in allocator.pools.values() if pool.num_slabs]
         self._pools_used = self._pools_used.union(pools) if pools else set()
         if len(self._pools_used) < 2:
@@ -82,16 +86,17 @@ class Compaction:
 
     def _empty_a_slab(self, pool: SlabPool, limit: int | None) -> bool:
         """Move pages out of the pool's emptiest slab; False if the `limit` of bytes in this step allows none."""
-        page_bytes = pool.page_units * self._kv.allocator.unit_bytes
+        allocator, units = self._allocator, self._table.units
+        page_bytes = pool.page_units * allocator.unit_bytes
         most = pool.capacity if limit is None else (limit - self._moved_bytes) // page_bytes
         if most < 1:
             return False
         slab = pool.emptiest
         handles = self._handles_in(slab)
-        for tag, source, target in self._kv.allocator.move_pages(pool, slab, most):
-            page_class = self._kv.allocator.by_tag[tag].page_class
-            self._kv.table.units[handles[source]] = target
-            self._kv.copy_units(source, target, page_class)
+        for tag, source, target in allocator.move_pages(pool, slab, most):
+            page_class = allocator.by_tag[tag].page_class
+            units[handles[source]] = target
+            self._operations.append(Copy(source, target, page_class, page_class))
             self._moved_bytes += page_bytes
             self.num_pages += 1
         return True
@@ -99,13 +104,13 @@ class Compaction:
     def _cheapest(self, pools: list[SlabPool]) -> SlabPool | None:
         """The pool in which freeing a slab moves the fewest bytes, of those in which one can be freed."""
         pools = [pool for pool in pools if pool.free_pages >= pool.capacity]
-        free = self._kv.allocator.slab_free
+        free = self._allocator.slab_free
         costs = [(pool.capacity - free[pool.emptiest]) * pool.page_units for pool in pools]
         return pools[int(np.argmin(costs))] if pools else None
 
     def _handles_in(self, slab: int) -> dict[int, int]:
         """First unit -> handle of the pages that lie in a slab."""
-        first = slab * self._kv.allocator.slab_units
-        units = np.frombuffer(self._kv.table.units, np.int32)
-        handles = np.flatnonzero((units >= first) & (units < first + self._kv.allocator.slab_units))
+        first = slab * self._allocator.slab_units
+        units = np.frombuffer(self._table.units, np.int32)
+        handles = np.flatnonzero((units >= first) & (units < first + self._allocator.slab_units))
         return dict(zip(units[handles].tolist(), handles.tolist(), strict=True))

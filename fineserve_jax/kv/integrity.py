@@ -1,38 +1,39 @@
 """The books of an allocator and of a KV manager, audited from their smallest records upwards."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.errors import IntegrityError
-from fineserve_jax.kv.pool import SlabPool
-
-if TYPE_CHECKING:
-    from fineserve_jax.kv.manager import KVManager
-    from fineserve_jax.kv.slabs import SlabAllocator
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.slab_pool import SlabPool
 
 
-def check_manager(kv: "KVManager", thorough: bool = True) -> None:
-    """Raise IntegrityError unless the allocator's books are right, every page that it has out is in the page table
-    once, and pages are held by exactly as many requests as the table says, or idle in the prefix cache.
+def check_integrity(kv: KVManager, thorough: bool = True) -> None:
+    """Check the allocator's books, that every page that it has out is in the page table once, and that pages are held
+    by exactly as many requests as their reference counts say, or evictable.
 
     Args:
-        thorough: check the prefix cache page by page, too.
+        thorough: check the prefix cache page by page, too; without, it costs little enough for every step.
+
+    Raises:
+        IntegrityError: naming what does not add up.
     """
-    check_allocator(kv.allocator)
-    units, tags = np.array(kv.table.units), np.frombuffer(bytes(kv.table.tags), np.uint8)
+    check_allocator(kv.pool.allocator)
+    table = kv.pool.table
+    units, tags = np.array(table.units), np.frombuffer(bytes(table.tags), np.uint8)
     _check_table(kv, units, tags)
-    _check_holders(kv, units, tags)
+    _check_ref_counts(kv, units, tags)
     if thorough:
-        _check_prefix(kv)
+        _check_prefix_cache(kv)
 
 
-def _check_table(kv: "KVManager", units: np.ndarray, tags: np.ndarray) -> None:
+def _check_table(kv: KVManager, units: np.ndarray, tags: np.ndarray) -> None:
     """The handles of each class stand for the pages that it owns, one for one."""
-    allocator = kv.allocator
-    _equal("handles in use", len(kv.table), int(np.count_nonzero(units)))
+    allocator = kv.pool.allocator
+    _equal("handles in use", len(kv.pool.table), int(np.count_nonzero(units)))
     by_place, slots = allocator.tags.flat, allocator.tags.slots
     for page_class, member in allocator.members.items():
         own = units[tags == member.tag]
@@ -56,42 +57,46 @@ def _name_odd_page(page_class: PageClass, listed: np.ndarray, owned: np.ndarray)
     raise IntegrityError(f"page {odd[0]} of {page_class} {who} ({odd.size} such pages)")
 
 
-def _check_holders(kv: "KVManager", units: np.ndarray, tags: np.ndarray) -> None:
-    """Each page has as many holders as the table says; what has none is idle in the prefix cache."""
+def _check_ref_counts(kv: KVManager, units: np.ndarray, tags: np.ndarray) -> None:
+    """Each page is held by as many requests as its reference count says; one that nobody holds is evictable."""
+    evictable = kv.pool.prefix_cache.evictable
     runs = [run for held in kv.held.values() for run in held.runs]
     residuals = [held.residual for held in kv.held.values() if held.residual is not None]
     in_runs = np.frombuffer(b"".join([run.handles for run in runs]), np.int32)
     counted = np.bincount(np.concatenate([in_runs, np.array(residuals, np.int32)]), minlength=len(units))
     _equal("highest handle", max(len(units), len(counted)), len(units))
-    recorded = np.array(kv.table.holders)
+    recorded = np.array(kv.pool.table.ref_counts)
     for handle in np.flatnonzero(recorded != counted).tolist():
-        _equal(f"holders of page {handle}", int(recorded[handle]), int(counted[handle]))
-    unheld = np.flatnonzero((recorded == 0) & (units > 0))
-    if len(unheld) != len(kv.prefix.idle):
-        lost = set(unheld.tolist()).symmetric_difference(kv.prefix.idle)
+        _equal(f"reference count of page {handle}", int(recorded[handle]), int(counted[handle]))
+    unreferenced = np.flatnonzero((recorded == 0) & (units > 0))
+    if len(unreferenced) != len(evictable):
+        lost = set(unreferenced.tolist()).symmetric_difference(evictable)
         raise IntegrityError(f"pages {_short(lost)} are held by nobody and not kept for their prefix, but not free")
-    own_tags = {id(page_class): member.tag for page_class, member in kv.allocator.members.items()}
+    own_tags = {id(page_class): member.tag for page_class, member in kv.pool.allocator.members.items()}
     expected = np.repeat([own_tags[id(run.page_class)] for run in runs], [len(run.handles) for run in runs])
     for i in np.flatnonzero(tags[in_runs] != expected).tolist():
         handle = int(in_runs[i])
         _equal(f"the tag of page {handle}, which is in a request's run", int(tags[handle]), int(expected[i]))
 
 
-def _check_prefix(kv: "KVManager") -> None:
-    for handle, page in kv.prefix.by_handle.items():
-        owner = kv.allocator.by_tag[kv.table.tags[handle]].page_class
-        _equal(f"the class of listed page {handle}", owner, page.page_class)
-        if page.writer is not None and page.writer not in kv.held:
-            raise IntegrityError(f"page {handle} waits for request {page.writer.request_id}, which holds nothing")
-    idle = [kv.prefix.by_handle[handle] for handle in kv.prefix.idle]
-    _equal("idle pages by class", +kv.prefix.idle_pages, Counter(page.page_class for page in idle))
-    _equal("units of idle pages", kv.prefix.idle_units, sum(kv.allocator.page_units(page.page_class) for page in idle))
-    _equal("idle pages that are not ready", [], [page.handle for page in idle if not page.ready])
-    _equal("idle pages with holders", [], [page.handle for page in idle if kv.table.holders[page.handle]])
-    _equal("idle pages that are free", [], [page.handle for page in idle if not kv.table.units[page.handle]])
+def _check_prefix_cache(kv: KVManager) -> None:
+    cache, table, allocator = kv.pool.prefix_cache, kv.pool.table, kv.pool.allocator
+    for handle, block in cache.by_handle.items():
+        owner = allocator.by_tag[table.tags[handle]].page_class
+        _equal(f"the class of cached page {handle}", owner, block.page_class)
+        if block.writer is not None and block.writer not in kv.held:
+            raise IntegrityError(f"page {handle} waits for request {block.writer.request_id}, which holds nothing")
+    evictable = [cache.by_handle[handle] for handle in cache.evictable]
+    units = sum(allocator.page_units(block.page_class) for block in evictable)
+    _equal("evictable pages by class", +cache.evictable_pages, Counter(block.page_class for block in evictable))
+    _equal("units of evictable pages", cache.evictable_units, units)
+    _equal("evictable pages that are not ready", [], [block.handle for block in evictable if not block.ready])
+    referenced = [block.handle for block in evictable if table.ref_counts[block.handle]]
+    _equal("evictable pages that requests hold", [], referenced)
+    _equal("evictable pages that are free", [], [block.handle for block in evictable if not table.units[block.handle]])
 
 
-def check_allocator(allocator: "SlabAllocator") -> None:
+def check_allocator(allocator: SlabAllocator) -> None:
     """Raise IntegrityError, naming what does not add up, unless every page and slab is accounted for once."""
     tags = allocator.tags.rows
     pools = np.frombuffer(allocator.slab_pools, np.uint8)
@@ -105,7 +110,7 @@ def check_allocator(allocator: "SlabAllocator") -> None:
         _equal(f"slabs counted against share {share.name!r}", share.bound, bound)
 
 
-def _check_free_slabs(allocator: "SlabAllocator", tags: np.ndarray, pools: np.ndarray) -> None:
+def _check_free_slabs(allocator: SlabAllocator, tags: np.ndarray, pools: np.ndarray) -> None:
     listed = np.concatenate(([0], np.sort(np.array(allocator.free_slabs))))
     unbound = np.flatnonzero(pools == 0)
     _equal_arrays("free slabs, with that of the null page", listed, unbound)
@@ -113,7 +118,7 @@ def _check_free_slabs(allocator: "SlabAllocator", tags: np.ndarray, pools: np.nd
     _equal("free slabs with pages in use", [], owned.tolist())
 
 
-def _check_pool(allocator: "SlabAllocator", pool: SlabPool, tags: np.ndarray, pools: np.ndarray) -> None:
+def _check_pool(allocator: SlabAllocator, pool: SlabPool, tags: np.ndarray, pools: np.ndarray) -> None:
     name = f"pool {pool.number} (pages of {pool.page_units} units)"
     slabs = np.flatnonzero(pools == pool.number)
     pages = tags[slabs, : pool.capacity]

@@ -12,17 +12,15 @@ are left out, so that guarantees which add up to 1 can all be had at once.
 
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.errors import IntegrityError
+from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request import Request
 from fineserve_jax.validation import Validated
-
-if TYPE_CHECKING:
-    from fineserve_jax.kv.manager import KVManager
 
 KINDS = ("tenant", "precision")
 
@@ -83,7 +81,7 @@ class QuotaAccount:
         ConfigError: see `check_quotas`; or memory too small to divide.
     """
 
-    def __init__(self, kv: "KVManager", quotas: Mapping[str, Quota]) -> None:
+    def __init__(self, kv: KVManager, quotas: Mapping[str, Quota]) -> None:
         self._kv = kv
         check_quotas(quotas, {kv_format for _, kv_format in kv.classes})
         capacity = _fillable_units(kv)
@@ -116,7 +114,7 @@ class QuotaAccount:
     def units(self, model: str, kv_precision: str, num_tokens: int) -> int:
         """Units that so many tokens of a request take."""
         page_class = self._kv.class_of(model, kv_precision)
-        page_units = self._kv.allocator.page_units
+        page_units = self._kv.page_units
         return sum(page_units(owner) * count for owner, count in page_class.demand(num_tokens).items())
 
     def over(self, request: Request, more_units: int) -> str | None:
@@ -135,28 +133,29 @@ class QuotaAccount:
     def check(self) -> None:
         """Raises IntegrityError unless the books say what requests hold."""
         held = dict.fromkeys(self.used, 0)
-        for request in self._kv.held:
+        for request in self._kv.requests:
             for name in self.names(request):
                 held[name] += self._held_units(request)
         if held != self.used:
             raise IntegrityError(f"units by quota: {self.used} in the books, {held} counted")
 
     def _held_units(self, request: Request) -> int:
-        held, page_units = self._kv.holds(request), self._kv.allocator.page_units
+        held, page_units = self._kv.holds(request), self._kv.page_units
         units = sum(len(run.handles) * page_units(run.page_class) for run in held.runs)
         if held.residual is not None and held.page_class.residual is not None:
             units += page_units(held.page_class.residual)
         return units
 
 
-def _fillable_units(kv: "KVManager") -> int:
+def _fillable_units(kv: KVManager) -> int:
     """Units that pages can take together, whatever classes they are of."""
-    pools = kv.allocator.pools.values()
+    allocator = kv.pool.allocator
+    pools = allocator.pools.values()
     filled = min(pool.capacity * pool.page_units for pool in pools)
-    slabs = kv.allocator.usable_slabs - len(pools)
+    slabs = allocator.usable_slabs - len(pools)
     if slabs < 1:
         raise ConfigError(
-            f"quotas cannot divide an arena of {kv.allocator.usable_slabs} slabs among {len(pools)} lengths of page; "
+            f"quotas cannot divide an arena of {allocator.usable_slabs} slabs among {len(pools)} lengths of page; "
             "raise kv_memory, or name fewer kv_formats"
         )
     return slabs * filled

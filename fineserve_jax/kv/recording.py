@@ -8,15 +8,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.kv.usage import count_events
-
-if TYPE_CHECKING:
-    from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.usage import count_events, measure_usage
 
 VERSION = 1
 KIND = "fineserve-jax slabs"
@@ -79,11 +77,11 @@ class Recorder:
         ConfigError: a file that cannot be written, or that is something else.
     """
 
-    def __init__(self, path: Path, kv: "KVManager", every: int) -> None:
+    def __init__(self, path: Path, kv: KVManager, every: int) -> None:
         self._path, self._kv, self._every = path, kv, every
         if path.exists() and path.stat().st_size and not _is_record(path):
             raise ConfigError(f"{path} is there already and is no record of a run; name another file to record to")
-        allocator = kv.allocator
+        allocator = kv.pool.allocator
         header = Header(
             kind=KIND,
             version=VERSION,
@@ -101,7 +99,7 @@ class Recorder:
         """A step has been computed; `counts` are told besides those of the pages."""
         if step % self._every:
             return
-        usage = self._kv.usage()
+        usage = measure_usage(self._kv)
         entry = Entry(
             step=step,
             time_s=round(time_s, 4),
@@ -149,9 +147,9 @@ def _is_record(path: Path) -> bool:
     return isinstance(first, dict) and first.get("kind") == KIND
 
 
-def _slab_map(kv: "KVManager") -> np.ndarray:
+def _slab_map(kv: KVManager) -> np.ndarray:
     """u8[slabs, 2], the null page's slab left out."""
-    allocator = kv.allocator
+    allocator = kv.pool.allocator
     pools = np.frombuffer(bytes(allocator.slab_pools), np.uint8)
     free = np.array(allocator.slab_free, np.float64)
     capacity = np.array([1, *(pool.capacity for pool in allocator.pools.values())], np.float64)

@@ -1,12 +1,9 @@
 """What an allocator's slabs hold: slabs, pages and bytes, by class and in all."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
-
-if TYPE_CHECKING:
-    from fineserve_jax.kv.slabs import SlabAllocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,6 @@ class AllocatorStats:
         slab_bytes: bytes of a slab.
         reserved_bytes: bytes of the bound slabs.
         free_bytes: bytes of the free slabs and of the free pages in bound ones.
-        unusable_bytes: bytes of the null page's slab and of the units behind the last whole slab.
     """
 
     classes: dict[PageClass, ClassStats]
@@ -51,10 +47,10 @@ class AllocatorStats:
     slab_bytes: int
     reserved_bytes: int
     free_bytes: int
-    unusable_bytes: int
 
 
-def allocator_stats(allocator: "SlabAllocator") -> AllocatorStats:
+def allocator_stats(allocator: SlabAllocator) -> AllocatorStats:
+    """Slabs, pages and bytes, by class and in all."""
     slab_bytes = allocator.slab_units * allocator.unit_bytes
     free_slabs = len(allocator.free_slabs)
     free_in_pools = sum(pool.free_pages * pool.page_units for pool in allocator.pools.values()) * allocator.unit_bytes
@@ -65,11 +61,10 @@ def allocator_stats(allocator: "SlabAllocator") -> AllocatorStats:
         slab_bytes=slab_bytes,
         reserved_bytes=(allocator.usable_slabs - free_slabs) * slab_bytes,
         free_bytes=free_slabs * slab_bytes + free_in_pools,
-        unusable_bytes=allocator.num_units * allocator.unit_bytes - allocator.usable_slabs * slab_bytes,
     )
 
 
-def _class_stats(allocator: "SlabAllocator", page_class: PageClass, slab_bytes: int) -> ClassStats:
+def _class_stats(allocator: SlabAllocator, page_class: PageClass, slab_bytes: int) -> ClassStats:
     member = allocator.members[page_class]
     pool = member.pool
     owned_by_pool = pool.num_slabs * pool.capacity - pool.free_pages

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fineserve_jax.kv.errors import PageError
-from fineserve_jax.kv.pool import Member, SlabPool
+from fineserve_jax.kv.slab_pool import Member, SlabPool
 
 FEW = 32
 """Up to so many pages a loop is faster than numpy."""

@@ -2,13 +2,10 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.kv.stats import AllocatorStats
-
-if TYPE_CHECKING:
-    from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.stats import AllocatorStats, ClassStats, allocator_stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +48,9 @@ class KVCounts:
 
     Attributes:
         asked_tokens, hit_tokens: tokens of requests that started, and those of them whose pages were found.
-        converted_pages: pages found in a wider format and encoded anew.
-        evicted_pages: cached pages given up because memory was wanted.
-        narrowed_pages: pages of running requests encoded anew in a narrower format.
+        converted_pages: pages found in a wider format and requantized.
+        evicted_pages: cached pages evicted because memory was wanted.
+        narrowed_pages: pages of running requests requantized to a narrower format.
         moved_pages: pages moved together so that slabs became free.
         saved_requests: preempted requests whose pages went to host memory.
     """
@@ -67,45 +64,53 @@ class KVCounts:
     saved_requests: int
 
 
-def count_events(manager: "KVManager") -> KVCounts:
-    found = manager.prefix.stats
+def count_events(kv: KVManager) -> KVCounts:
+    """What was done with pages since the start."""
+    found = kv.pool.prefix_cache.stats
     return KVCounts(
         asked_tokens=found.asked_tokens,
         hit_tokens=found.hit_tokens,
         converted_pages=found.converted_pages,
         evicted_pages=found.evicted_pages,
-        narrowed_pages=manager.num_narrowed_pages,
-        moved_pages=manager.compaction.num_pages,
-        saved_requests=manager.host.num_saved,
+        narrowed_pages=kv.num_narrowed_pages,
+        moved_pages=kv.pool.compaction.num_pages,
+        saved_requests=kv.host.num_saved,
     )
 
 
-def measure_usage(manager: "KVManager") -> KVUsage:
-    stats = manager.allocator.stats()
-    tokens = _cached_tokens(manager)
+def measure_classes(kv: KVManager) -> dict[PageClass, ClassStats]:
+    """Slabs, pages and bytes of each page class."""
+    return allocator_stats(kv.pool.allocator).classes
+
+
+def measure_usage(kv: KVManager) -> KVUsage:
+    """Bytes needed, reserved and free, by format and in all."""
+    allocator = kv.pool.allocator
+    stats, tokens = allocator_stats(allocator), _cached_tokens(kv)
+    cached_bytes = kv.pool.prefix_cache.evictable_units * allocator.unit_bytes
     formats = {
-        kv_format: _format_usage(manager, kv_format, stats, tokens)
+        kv_format: _format_usage(kv, kv_format, stats, tokens)
         for kv_format in dict.fromkeys(page_class.kv_format for page_class in stats.classes)
     }
     return KVUsage(
         formats=formats,
         needed_bytes=sum(usage.needed_bytes for usage in formats.values()),
-        reserved_bytes=stats.reserved_bytes - manager.prefix.idle_units * manager.allocator.unit_bytes,
-        cached_bytes=manager.prefix.idle_units * manager.allocator.unit_bytes,
+        reserved_bytes=stats.reserved_bytes - cached_bytes,
+        cached_bytes=cached_bytes,
         free_bytes=stats.free_bytes,
         usable_bytes=stats.usable_slabs * stats.slab_bytes,
         cached_tokens=sum(tokens.values()),
     )
 
 
-def _cached_tokens(manager: "KVManager") -> dict[PageClass, int]:
+def _cached_tokens(kv: KVManager) -> dict[PageClass, int]:
     """Tokens in the cache, by the class of page that each lies in; those in shared pages once."""
     tokens: defaultdict[PageClass, int] = defaultdict(int)
-    holders, seen = manager.table.holders, set()
-    for request, held in manager.held.items():
+    ref_counts, seen = kv.pool.table.ref_counts, set()
+    for request, held in kv.held.items():
         cached, size = request.num_computed_tokens, held.page_class.page_size
         for run in held.parts(0, held.page_class.num_pages(cached)):
-            shared = [handle for handle in run.handles if holders[handle] > 1]
+            shared = [handle for handle in run.handles if ref_counts[handle] > 1]
             counted = sum(handle in seen for handle in shared)
             seen.update(shared)
             in_run = min(cached, len(run.handles) * size)
@@ -116,23 +121,18 @@ def _cached_tokens(manager: "KVManager") -> dict[PageClass, int]:
     return tokens
 
 
-def _format_usage(
-    manager: "KVManager",
-    kv_format: str,
-    stats: AllocatorStats,
-    tokens: dict[PageClass, int],
-) -> FormatUsage:
-    allocator = manager.allocator
+def _format_usage(kv: KVManager, kv_format: str, stats: AllocatorStats, tokens: dict[PageClass, int]) -> FormatUsage:
+    allocator, evictable = kv.pool.allocator, kv.pool.prefix_cache.evictable_pages
     classes = [page_class for page_class in stats.classes if page_class.kv_format == kv_format]
-    pools, idle = {allocator.members[page_class].pool for page_class in classes}, manager.prefix.idle_pages
+    pools = {allocator.members[page_class].pool for page_class in classes}
     free_slabs = max(allocator.available_slabs(pool) for pool in pools)
     free_units = sum(pool.free_pages * pool.page_units for pool in pools)
-    cached_bytes = sum(idle[c] * allocator.member(c).pool.page_units for c in classes) * allocator.unit_bytes
+    cached_bytes = sum(evictable[c] * allocator.page_units(c) for c in classes) * allocator.unit_bytes
     return FormatUsage(
         needed_bytes=sum(-(-tokens[c] * c.page_bytes // c.page_size) for c in classes),
         reserved_bytes=sum(stats.classes[c].reserved_bytes for c in classes) - cached_bytes,
         cached_bytes=cached_bytes,
         free_bytes=free_units * allocator.unit_bytes + free_slabs * stats.slab_bytes,
         cached_tokens=sum(tokens[c] for c in classes),
-        owned_pages=sum(stats.classes[c].owned_pages - idle[c] for c in classes),
+        owned_pages=sum(stats.classes[c].owned_pages - evictable[c] for c in classes),
     )

@@ -23,7 +23,8 @@ own.
 
 from collections import Counter
 
-from fineserve_jax.kv.manager import Demand, KVManager
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.page_pool import Demand
 from fineserve_jax.scheduler.pressure import Pressure
 from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.rows import GrowthReserve, Row, shares_of
@@ -110,7 +111,7 @@ class Admission:
         owed them others give way, and the reserve if need be."""
         request, leaving = row.request, self._reserve.beside(row)
         while not self._kv.grow(request, request.num_tokens, leaving):
-            if self._kv.compaction.is_cut_short:
+            if self._kv.is_compacting:
                 return False  # what is free has only to be moved together, in the next steps
             if self._narrowing_may_help(row, leaving) and self._pressure.narrow(row.shares):
                 continue

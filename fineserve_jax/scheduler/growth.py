@@ -81,7 +81,7 @@ class Growth:
         narrower pages have to go somewhere before those they were encoded from are free."""
         request, kv = row.request, self._kv
         if self._pressure.can_narrow:
-            while not (kv.compaction.is_cut_short or kv.grow(request, request.num_tokens, leaving={})):
+            while not (kv.is_compacting or kv.grow(request, request.num_tokens, leaving={})):
                 if not self._pressure.narrow(row.shares):
                     break
         while not kv.grow(request, request.num_tokens):
@@ -95,7 +95,7 @@ class Growth:
         admitted before it. Rows that quotas protect are spared if others can give way, even earlier ones if `row` is
         protected, too."""
         rows = [other for other in reversed(self._rows.values()) if other is row or other.competes_with(row)]
-        if len(rows) == 1 and not self._kv.held[row.request].exact:
+        if len(rows) == 1 and not self._kv.holds(row.request).exact:
             return row  # narrowed, its pages take slabs of several formats; computed again, they are in one
         if len(rows) == 1:
             raise RuntimeError(

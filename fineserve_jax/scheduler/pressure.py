@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import Request
 from fineserve_jax.scheduler.costs import StepCost
 from fineserve_jax.scheduler.profile import StepProfile
@@ -59,9 +58,9 @@ class Pressure:
         self.can_narrow = any(request.min_kv_precision is not None for request in self._rows)
         if not self.can_narrow:
             return
-        allocator, reserve = self._kv.allocator, self._kv.reserve_slabs
+        reserve = self._kv.reserve_slabs
         # Where pages are only waiting to be moved together, the reserve is whole again a step or two later.
-        while len(allocator.free_slabs) < reserve and not self._kv.compaction.is_cut_short and self.narrow(None):
+        while self._kv.num_free_slabs < reserve and not self._kv.is_compacting and self.narrow(None):
             self._kv.make_room({}, reserve, patient=True)
 
     def narrow(self, shares: frozenset[str] | None) -> bool:
@@ -78,12 +77,12 @@ class Pressure:
                 continue
             if not self.may_narrow(row):
                 continue
-            what = next_narrowing(self._kv, row.request, PAGES_AT_A_TIME, self._config.narrow_keep_pages)
+            what = self._kv.next_requantization(row.request, PAGES_AT_A_TIME, self._config.narrow_keep_pages)
             if what is not None:
                 candidates.append((row.request, what))
         candidates.sort(key=lambda candidate: -self._bits(candidate[1].source))
         for request, what in candidates:
-            if narrow(self._kv, request, what):
+            if self._kv.requantize_pages(request, what):
                 self.on_narrowing(request)
                 return True
         return False
@@ -95,7 +94,7 @@ class Pressure:
             request = row.request
             if request.min_kv_precision is None or row.shares.isdisjoint(shares) or not self.may_narrow(row):
                 continue
-            held = self._kv.held[request]
+            held = self._kv.holds(request)
             floor = self._kv.class_of(request.model, request.min_kv_precision).page_units
             stop = request.num_computed_tokens // held.page_class.page_size - self._config.narrow_keep_pages
             for run in held.parts(0, stop):
@@ -109,7 +108,7 @@ class Pressure:
         """Take a preempted row's pages, and save what they hold if that pays."""
         request = row.request
         if self._saves(request):
-            self._kv.host.save(request)
+            self._kv.save(request)
         else:
             self._kv.release(request)
             request.num_computed_tokens = 0
@@ -117,13 +116,11 @@ class Pressure:
     def _saves(self, request: Request) -> bool:
         if self._config.preemption == "recompute" or not request.num_computed_tokens:
             return False
-        held = self._kv.held[request]
-        # Pages in several formats take slabs of several: alone they might not fit where those of one format do.
-        if held.waits or not held.exact or not self._kv.host.has_room(request):
+        if not self._kv.can_save(request):
             return False
         if self._config.preemption == "swap":
             return True
-        both_ways_s = 2 * self._kv.host.num_bytes(request) / self.transfer_bytes_per_s
+        both_ways_s = 2 * self._kv.save_bytes(request) / self.transfer_bytes_per_s
         return both_ways_s < self._recompute_s(request)
 
     def _recompute_s(self, request: Request) -> float:

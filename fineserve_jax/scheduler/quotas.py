@@ -77,7 +77,7 @@ class Quotas:
         """Whether the row's maxima allow it its pages, and some growth to it and to those that are there."""
         if self.account is None:
             return True
-        growth = self._growth_pages * self._kv.allocator.page_units(row.page_class)
+        growth = self._growth_pages * self._kv.page_units(row.page_class)
         units = self._units(self.account, row.request)
         for name in self.account.names(row.request):
             others = self.account.num_requests[name]  # without any, it was checked at its greatest length
@@ -90,7 +90,7 @@ class Quotas:
         the quota, perhaps itself; None if it can grow."""
         if self.account is None:
             return None
-        page_units = self._kv.allocator.page_units
+        page_units = self._kv.page_units
         demand = self._kv.demand(row.request, row.request.num_tokens)
         name = self.account.over(row.request, sum(page_units(c) * count for c, count in demand.items()))
         if name is None:

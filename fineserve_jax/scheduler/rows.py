@@ -95,6 +95,4 @@ class GrowthReserve:
 
 def shares_of(kv: KVManager, page_class: PageClass) -> frozenset[str]:
     """Memory shares that a request's pages, its residual page's included, count against."""
-    share_name = kv.allocator.policy.share_name
-    own = share_name(page_class)
-    return frozenset({own} if page_class.residual is None else {own, share_name(page_class.residual)})
+    return kv.share_names(page_class)

@@ -188,7 +188,7 @@ class Scheduler:
         preempted = self._growth.make_room()
         if self._walk_may_help and not (preempted and self._rows):
             self._admit(now)
-            self._walk_may_help |= self._kv.compaction.is_cut_short or self._admission.owes
+            self._walk_may_help |= self._kv.is_compacting or self._admission.owes
         if not self._rows:
             return None
         return self._plan(self._next_model(now), now)
@@ -208,7 +208,7 @@ class Scheduler:
         chunks = plan.chunks
         if len(sampled) != len(chunks):
             raise ValueError(f"{len(sampled)} sampled tokens for a step of {len(chunks)} chunks")
-        advanced, note_computed, page_size = [], self._kv.sharing.note_computed, self.config.page_size
+        advanced, note_computed, page_size = [], self._kv.note_computed, self.config.page_size
         for scheduled, token in zip(chunks, sampled, strict=True):
             request = scheduled.request
             if request.status is RequestStatus.FINISHED:
@@ -260,9 +260,7 @@ class Scheduler:
         return min({row.request.model: None for row in self._rows.values()}, key=self._last_turns.__getitem__)
 
     def _plan(self, model: str, now: float) -> SchedulerOutput:
-        rows = [
-            row for row in self._rows.values() if row.request.model == model and self._kv.sharing.can_go_on(row.request)
-        ]
+        rows = [row for row in self._rows.values() if row.request.model == model and self._kv.can_advance(row.request)]
         plan = plan_step(rows, self.config, self.profiles[model], now)
         self._num_steps += 1
         self._last_turns[model] = self._num_steps

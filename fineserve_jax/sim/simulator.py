@@ -16,6 +16,7 @@ from typing import Protocol
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.operations import Copy
+from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import FinishReason, Request, RequestTimes, SchedulerOutput
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import Scheduler, StepCost
@@ -181,7 +182,7 @@ class Simulator:
                 break
         self._run.served = [self._outcome(i) for i in range(len(arrivals))]
         self._run.end_s, self._run.num_preemptions = self._now, scheduler.num_preemptions
-        self._run.usable_bytes = self._kv.usage().usable_bytes
+        self._run.usable_bytes = measure_usage(self._kv).usable_bytes
         self._run.prediction_error = {name: profile.error for name, profile in scheduler.profiles.items()}
         return self._run
 
@@ -272,7 +273,7 @@ class Simulator:
         for scheduled in chunks:
             scheduled.request.token_ids += [0] * count
             scheduled.request.num_computed_tokens += count
-            self._kv.sharing.note_computed(scheduled.request)
+            self._kv.note_computed(scheduled.request)
         self._run.num_steps += count
         return count
 
@@ -285,7 +286,7 @@ class Simulator:
         page_size = self._scheduler.config.page_size
         while count > 0:
             each = (count + 1) // page_size + 1
-            if self._kv.allocator.can_allocate({self._kv.class_of(*group): n * each for group, n in rows.items()}):
+            if self._kv.has_free({self._kv.class_of(*group): n * each for group, n in rows.items()}):
                 break
             count //= 2
         return count
@@ -294,7 +295,7 @@ class Simulator:
 
     def _sample(self) -> None:
         self._next_sample_s = self._now + self._sample_s
-        usage = self._kv.usage()
+        usage = measure_usage(self._kv)
         self._run.samples.append(
             Sample(
                 self._now,

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
-from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.scheduler import Scheduler, SchedulerConfig, StepProfile
 from fineserve_jax.sim.devices import Device, Efficiency
 from fineserve_jax.sim.models import UNIT_BYTES, ServedModel, page_classes
@@ -131,8 +131,9 @@ def build(
     formats = {model: cluster.kv_formats[model.name] for model in cluster.models}
     # With scales in the pages their least common multiple is gigabytes, and nobody would build that.
     classes = page_classes(formats, config.page_size, bare=system.slabs == "lcm")
-    kv = KVManager(_allocator(system, cluster, classes), classes, prefix_cache=cluster.prefix_cache)
-    kv.compaction.enabled = system.compacts
+    kv = KVManager(
+        _allocator(system, cluster, classes), classes, prefix_cache=cluster.prefix_cache, compacts=system.compacts
+    )
     costs = {model.name: model.cost(names, config.page_size) for model, names in formats.items()}
     rooflines = {model.name: model.roofline(cluster.device, cluster.efficiency) for model in cluster.models}
     scheduler = Scheduler(config, kv, costs, next(iter(rooflines.values())))

@@ -10,6 +10,8 @@ from tiny_model import OPTIONS
 
 from fineserve_jax import ConfigError, Engine, EngineConfig, RequestError
 from fineserve_jax.engine.perplexity import measure_perplexity, read_text
+from fineserve_jax.kv.integrity import check_integrity
+from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.loaders import load_model
 from fineserve_jax.models import build_model
 from fineserve_jax.pallas_kernels.formats import get_format
@@ -62,9 +64,9 @@ def test_a_result_names_what_was_measured(engine):
 
 def test_nothing_stays_in_the_cache(engine):
     measure_perplexity(engine, TOKENS, 40, 2)
-    assert engine.kv.held == {}
-    engine.kv.check_integrity()
-    usage = engine.kv.usage()
+    assert not engine.kv.requests
+    check_integrity(engine.kv)
+    usage = measure_usage(engine.kv)
     assert usage.reserved_bytes == usage.needed_bytes == 0
 
 

@@ -6,6 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from fineserve_jax.engine.engine import Engine
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import ModelConfig, random_params
 from fineserve_jax.request import Request
@@ -58,5 +59,5 @@ def serve(
     ]
     while engine.has_unfinished:
         engine.step()
-        engine.kv.check_integrity()
+        check_integrity(engine.kv)
     return requests

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request import FinishReason
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -28,7 +29,7 @@ def test_a_request_that_asked_for_it_ends_as_late(make_engine):
     assert [request.finish_reason for request in (first, late, kept)] == ["length", "late", "length"]
     assert late.output_token_ids == []
     assert late.finish_reason is FinishReason.LATE
-    engine.kv.check_integrity()
+    check_integrity(engine.kv)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from engine_cases import serve
 
+from fineserve_jax.kv.integrity import check_integrity
+from fineserve_jax.kv.usage import count_events
 from fineserve_jax.request import Request
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -51,12 +53,12 @@ def test_others_go_on_when_the_request_that_computes_their_prefix_is_aborted(mak
     requests = [engine.add_request(prompt, GREEDY, kv_precision="int8") for prompt in prompts]
     engine.step()
     engine.abort(requests[0])
-    engine.kv.check_integrity()
+    check_integrity(engine.kv)
     engine.step()
     engine.abort(requests[1])
     while engine.has_unfinished:
         engine.step()
-        engine.kv.check_integrity()
+        check_integrity(engine.kv)
     expected = serve(make_engine(prefix_cache="off"), prompts[2:], ["int8"] * 2, GREEDY)
     assert tokens(requests[2:]) == tokens(expected)
 
@@ -68,7 +70,7 @@ def test_sharing_under_preemption_changes_no_tokens(make_engine):
     engine = make_engine(kv_memory="200KB", kv_precision="int4", preemption="recompute")
     found = serve(engine, prompts, formats, long)
     assert engine.stats().num_preemptions > 0, "the memory was meant to be too small"
-    assert engine.kv.prefix.stats.evicted_pages > 0
+    assert count_events(engine.kv).evicted_pages > 0
     assert tokens(found) == tokens(serve(make_engine(prefix_cache="off"), prompts, formats, long))
 
 
@@ -87,7 +89,7 @@ def test_a_fork_computes_one_token_and_goes_its_own_way(make_engine, kv_precisio
     fork = engine.add_request(prompt, sampling, kv_precision=kv_precision, sample_index=1, fork_of=first)
     while engine.has_unfinished:
         engine.step()
-        engine.kv.check_integrity()
+        check_integrity(engine.kv)
     # Where the prompt filled its last page, int4 has encoded it: the residual page that a fork starts from is gone.
     gone = kv_precision == "int4" and length % 16 == 0
     assert engine.stats().num_prompt_tokens == before + (length if gone else 1)
@@ -111,5 +113,5 @@ def test_a_wider_prefix_is_converted_when_that_is_allowed(make_engine):
         computed = engine.stats().num_prompt_tokens - before
         own = sum(len(prompt) - len(PREFIX) for prompt in prompts[1:])
         assert computed == (own if engine is convert else own + 2 * len(PREFIX))
-    assert convert.kv.prefix.stats.converted_pages == 10
-    assert exact.kv.prefix.stats.converted_pages == 0
+    assert count_events(convert.kv).converted_pages == 10
+    assert count_events(exact.kv).converted_pages == 0

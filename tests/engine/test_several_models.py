@@ -12,6 +12,7 @@ from fineserve_jax.engine.model_settings import ModelSettings
 from fineserve_jax.engine.page_shapes import page_geometries, page_geometry
 from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.pallas_kernels.formats import FORMATS
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.execution import MOST_TURNS_LEFT_OUT
@@ -122,7 +123,7 @@ def test_perplexity_is_of_the_model_that_is_named():
         assert result.ppl == measure_perplexity(make_engine(MODELS[result.model]), tokens, 32, 1, "fp32").ppl
     with pytest.raises(RequestError, match="give model as one of tall, flat"):
         measure_perplexity(engine, tokens, 32, 1)
-    engine.kv.check_integrity()
+    check_integrity(engine.kv)
 
 
 def test_a_prediction_is_learnt_for_each_model():

@@ -4,6 +4,7 @@ import pytest
 
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.llm import LLM
 from fineserve_jax.request import Request
 from fineserve_jax.sampling_params import SamplingParams
@@ -29,7 +30,7 @@ def serve(engine: Engine, rows: list[tuple[str, str, str]]) -> list[Request]:
     ]
     while engine.has_unfinished:
         engine.step()
-        engine.kv.check_integrity()
+        check_integrity(engine.kv)
     return requests
 
 

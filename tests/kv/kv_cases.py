@@ -2,8 +2,8 @@
 
 import pickle
 
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.kv.slabs import SlabAllocator
 
 PAGE_SIZE = 4
 UNIT_BYTES = 8

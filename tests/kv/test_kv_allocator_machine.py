@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kv_cases import BF16, FP32, INT4, INT8, OTHER_INT8, UNIT_BYTES, snapshot
 
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.errors import PageError
-from fineserve_jax.kv.slabs import SlabAllocator
+from fineserve_jax.kv.integrity import check_allocator
+from fineserve_jax.kv.stats import allocator_stats
 
 CLASSES = (BF16, INT8, INT4, FP32)
 demands = st.dictionaries(st.sampled_from(CLASSES), st.integers(0, 9), max_size=4)
@@ -166,8 +168,8 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_agree_with_the_model(self):
-        self.allocator.check_integrity()
-        stats = self.allocator.stats()
+        check_allocator(self.allocator)
+        stats = allocator_stats(self.allocator)
         for page_class in CLASSES:
             mine = sorted(page for page, c in self.owned.items() if c == page_class)
             assert self.allocator.owned_pages(page_class).tolist() == mine
@@ -203,8 +205,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         for page_class in set(getattr(self, "owned", {}).values()):
             self.allocator.free(page_class, [page for page, c in self.owned.items() if c == page_class])
         if hasattr(self, "owned"):
-            self.allocator.check_integrity()
-            assert self.allocator.stats().free_slabs == self.num_slabs - 1
+            check_allocator(self.allocator)
+            assert allocator_stats(self.allocator).free_slabs == self.num_slabs - 1
 
 
 class PartitionedMachine(AllocatorMachine):

@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fineserve_jax.kv import table, tags
+from fineserve_jax.kv import page_table, tags
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.narrowing import MAX_RUNS, narrow, next_narrowing
+from fineserve_jax.kv.narrowing import MAX_RUNS
 from fineserve_jax.kv.operations import Copy
-from fineserve_jax.kv.slabs import SlabAllocator
+from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.runner.page_operations import _batches
 from fineserve_jax.sampling_params import SamplingParams
@@ -25,7 +27,7 @@ from fineserve_jax.sampling_params import SamplingParams
 UNIT_BYTES = 8
 SAMPLING = SamplingParams()
 MAX_TOKENS = 22
-FEW = table.FEW
+FEW = page_table.FEW
 
 
 def page_class(model: str, kv_format: str, units: int, size: int, residual: PageClass | None = None) -> PageClass:
@@ -70,7 +72,7 @@ class ContentsMachine(RuleBasedStateMachine):
         few=st.sampled_from([0, FEW]),
     )
     def build(self, keys, policy, prefix_cache, num_slabs, slab_units, reserve_slabs, host_pages, max_step_pages, few):
-        table.FEW = tags.FEW = few  # so that numpy has its turn
+        page_table.FEW = tags.FEW = few  # so that numpy has its turn
         self.kv = KVManager(
             SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, (), unit_bytes=UNIT_BYTES),
             CLASSES,
@@ -78,7 +80,7 @@ class ContentsMachine(RuleBasedStateMachine):
             reserve_slabs=reserve_slabs,
             host_bytes=host_pages * ONE_PAGE_BYTES,
         )
-        self.kv.compaction.max_step_bytes = max_step_pages * ONE_PAGE_BYTES
+        self.kv.pool.compaction.max_step_bytes = max_step_pages * ONE_PAGE_BYTES
         self.device = FakeDevice()
         self.keys, self.operations = keys, []
         self.rows: dict[Request, list[Cell]] = {}
@@ -196,7 +198,7 @@ class ContentsMachine(RuleBasedStateMachine):
             assert request not in self.kv.held
             assert self.rows or patient or not fits_alone or saved, "nothing stands in its way"
             return False
-        assert not patient or len(self.kv.allocator.free_slabs) >= self.kv.reserve_slabs
+        assert not patient or self.kv.num_free_slabs >= self.kv.reserve_slabs
         self.run_operations()
         self.waiting.pop(request, None)
         self.rows[request] = saved
@@ -215,8 +217,8 @@ class ContentsMachine(RuleBasedStateMachine):
         request = pick(data, self.rows)
         held, host = self.kv.held[request], self.kv.host
         cells = self.rows.pop(request)
-        if to_host and cells and not held.waits and host.has_room(request):
-            host.save(request)
+        if to_host and cells and not held.waits and host.has_room(request, held):
+            self.kv.save(request)
             self.waiting[request] = cells
         else:
             self.kv.release(request)
@@ -267,7 +269,7 @@ class ContentsMachine(RuleBasedStateMachine):
             self.close(request, len(cells))
             request.num_computed_tokens += len(cells)
             self.rows[request] = self.as_kept(request, [*self.rows[request], *cells])
-            self.kv.sharing.note_computed(request)
+            self.kv.note_computed(request)
             if request.num_computed_tokens == request.num_tokens:
                 request.token_ids.append(token)
             if request.num_tokens > MAX_TOKENS:
@@ -275,7 +277,7 @@ class ContentsMachine(RuleBasedStateMachine):
                 del self.rows[request]
 
     def can_go_on(self, request: Request) -> bool:
-        able = self.kv.sharing.can_go_on(request)
+        able = self.kv.can_advance(request)
         self.run_operations()
         self.note_shared(request)
         return able
@@ -284,11 +286,11 @@ class ContentsMachine(RuleBasedStateMachine):
     def somebody_can_go_on(self):
         """Nobody waits for a request that waits itself."""
         waits = {row for row in self.rows if self.kv.held[row].waits}
-        writers = {page.writer for page in self.kv.prefix.by_handle.values() if page.writer is not None}
+        writers = {page.writer for page in self.kv.pool.prefix_cache.by_handle.values() if page.writer is not None}
         assert writers <= self.rows.keys()
         if waits and waits == self.rows.keys():
             trial = copy.deepcopy(self.kv)
-            assert any(trial.sharing.can_go_on(row) for row in list(trial.held))
+            assert any(trial.can_advance(row) for row in list(trial.held))
 
     def compute(self, request: Request, num_pages: int):
         """The cells that a step computes of a request, and where it writes them: (unit, class, offset, cell)."""
@@ -313,15 +315,15 @@ class ContentsMachine(RuleBasedStateMachine):
         """Where the request writes; it must be alone in writing there, and nobody may rely on what is there."""
         held, kv = self.kv.held[request], self.kv
         if in_residual:
-            assert kv.table.holders[held.residual] == 1
+            assert kv.pool.table.ref_counts[held.residual] == 1
             return kv.residual_unit(request)
         page_class, handle = held.page(page)
         assert page_class is self.class_of(request)
-        listed = kv.prefix.by_handle.get(handle)
-        if listed is None:
-            assert kv.table.holders[handle] == 1
+        block = kv.pool.prefix_cache.by_handle.get(handle)
+        if block is None:
+            assert kv.pool.table.ref_counts[handle] == 1
         else:
-            assert (listed.ready, listed.writer) == (False, request)
+            assert (block.ready, block.writer) == (False, request)
         return kv.page_unit(request, page)
 
     def close(self, request: Request, count: int) -> None:
@@ -349,9 +351,9 @@ class ContentsMachine(RuleBasedStateMachine):
     def narrow(self, data, most, keep):
         request = pick(data, [row for row in self.rows if row.min_kv_precision])
         own, before, holding = self.class_of(request), self.formats(request), self.num_holding(request)
-        free_units = self.kv.allocator.free_units
-        what = next_narrowing(self.kv, request, most, keep)
-        count = 0 if what is None else narrow(self.kv, request, what)
+        free_units = self.kv.pool.allocator.free_units
+        what = self.kv.next_requantization(request, most, keep)
+        count = 0 if what is None else self.kv.requantize_pages(request, what)
         self.run_operations()
         after = self.formats(request)
         changed = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
@@ -370,7 +372,7 @@ class ContentsMachine(RuleBasedStateMachine):
         assert not any(width[before[i]] > width[old] for i in alone)
         assert not any(i < first and before[i] == old for i in alone)
         assert len(self.kv.held[request].runs) <= MAX_RUNS
-        assert self.kv.allocator.free_units > free_units or self.kv.allocator.policy != "elastic"
+        assert self.kv.pool.allocator.free_units > free_units or self.kv.pool.allocator.policy != "elastic"
         cells = self.rows[request]
         for position in range(first * own.page_size, stop * own.page_size):
             cells[position] = cells[position].encoded(new)
@@ -379,23 +381,24 @@ class ContentsMachine(RuleBasedStateMachine):
     def begin_step(self):
         kv = self.kv
         kv.begin_step()
-        if len(kv.allocator.free_slabs) < kv.reserve_slabs and not kv.compaction.is_cut_short:
-            enough = kv.allocator.free_units + kv.prefix.idle_units >= kv.reserve_slabs * kv.allocator.slab_units
-            assert not (enough and kv.prefix.idle), "pages that nobody holds stand in the reserve's way"
+        if kv.num_free_slabs < kv.reserve_slabs and not kv.is_compacting:
+            allocator, cache = kv.pool.allocator, kv.pool.prefix_cache
+            enough = allocator.free_units + cache.evictable_units >= kv.reserve_slabs * allocator.slab_units
+            assert not (enough and cache.evictable), "pages that nobody holds stand in the reserve's way"
 
-    @precondition(lambda self: len(self.kv.prefix.idle) > 20)
+    @precondition(lambda self: len(self.kv.pool.prefix_cache.evictable) > 20)
     @rule()
     def forget_prefixes(self):
         self.kv.forget_prefixes()
-        assert not self.kv.prefix.idle
-        assert self.kv.prefix.idle_units == 0
+        assert not self.kv.pool.prefix_cache.evictable
+        assert self.kv.pool.prefix_cache.evictable_units == 0
 
     # -- what must hold --------------------------------------------------------------------------------------------
 
     def check_batches(self) -> None:
         """The runner carries out the operations since the last step in batches, of which it promises that no copy
         writes what another one reads or writes."""
-        for batch in _batches(self.operations, self.kv.allocator.slab_units):
+        for batch in _batches(self.operations, self.kv.pool.allocator.slab_units):
             if isinstance(batch[0], Copy):
                 assert not list(clashes(batch))
         self.operations = []
@@ -414,7 +417,7 @@ class ContentsMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_are_right(self):
-        self.kv.check_integrity()
+        check_integrity(self.kv)
         assert self.kv.held.keys() == self.rows.keys()
         host = self.kv.host
         assert host.used_bytes == sum(saved.pages.num_units for saved in host.saved.values()) * UNIT_BYTES
@@ -422,7 +425,7 @@ class ContentsMachine(RuleBasedStateMachine):
 
     @invariant()
     def usage_adds_up(self):
-        usage, places = self.kv.usage(), set()
+        usage, places = measure_usage(self.kv), set()
         for request in self.rows:
             for segment in self.kv.segments(request, request.num_computed_tokens):
                 page_class = CLASSES[request.model, segment.kv_format]
@@ -444,16 +447,16 @@ class ContentsMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "rows"):
             return
-        table.FEW = tags.FEW = FEW
+        page_table.FEW = tags.FEW = FEW
         for request in [*self.rows, *self.waiting]:
             self.kv.release(request)
         self.rows.clear()
         self.kv.forget_prefixes()
         self.run_operations()
         self.check_batches()
-        self.kv.check_integrity()
-        assert len(self.kv.allocator.free_slabs) == self.kv.allocator.usable_slabs
-        assert (len(self.kv.table), self.kv.host.used_bytes, len(self.kv.prefix.by_handle)) == (0, 0, 0)
+        check_integrity(self.kv)
+        assert len(self.kv.pool.allocator.free_slabs) == self.kv.pool.allocator.usable_slabs
+        assert (len(self.kv.pool.table), self.kv.host.used_bytes, len(self.kv.pool.prefix_cache.by_handle)) == (0, 0, 0)
 
 
 TestContents = ContentsMachine.TestCase

@@ -5,8 +5,9 @@ from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena, pages_of
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.errors import IntegrityError
-from fineserve_jax.kv.manager import KVManager, Segment
-from fineserve_jax.kv.narrowing import narrow, next_narrowing
+from fineserve_jax.kv.integrity import check_integrity
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.request_pages import Segment
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -64,7 +65,7 @@ def test_requests_grow_together_or_not_at_all():
         assert kv.grow(row, 1)
     assert kv.grow_together(rows)
     assert [len(pages_of(kv, row)) for row in rows] == [1, 1, 1]
-    kv.check_integrity()
+    check_integrity(kv)
     before = [pages_of(kv, row) for row in rows]
     rows[1].token_ids = [0] * 1000
     assert not kv.grow_together(rows)
@@ -74,7 +75,7 @@ def test_requests_grow_together_or_not_at_all():
     assert kv.grow_together(rows)
     assert [len(pages_of(kv, row)) for row in rows] == [1, 3, 2]
     assert len({page for row in rows for page in pages_of(kv, row)}) == 6
-    kv.check_integrity()
+    check_integrity(kv)
 
 
 def test_an_unknown_precision_is_refused_with_those_there_are():
@@ -86,32 +87,32 @@ def test_a_class_can_be_added_later():
     kv = manager(2)
     kv.register(FP32)
     assert kv.grow(request("fp32"), 1)
-    kv.check_integrity()
+    check_integrity(kv)
 
 
 def test_the_integrity_check_finds_pages_that_are_held_wrongly_lost_or_made_up():
     kv, first, second = manager(6), request("int8"), request("int8")
     assert kv.grow(first, 9)
     assert kv.grow(second, 9)
-    kv.check_integrity()
+    check_integrity(kv)
     own = kv.holds(first).runs[0].handles
     lost = own.pop()
-    with pytest.raises(IntegrityError, match=f"holders of page {lost}: 1 in the books, 0 counted"):
-        kv.check_integrity()
+    with pytest.raises(IntegrityError, match=f"reference count of page {lost}: 1 in the books, 0 counted"):
+        check_integrity(kv)
     own.append(other := kv.holds(second).runs[0].handles[0])
-    with pytest.raises(IntegrityError, match=rf"holders of page ({lost}|{other})"):
-        kv.check_integrity()
+    with pytest.raises(IntegrityError, match=rf"reference count of page ({lost}|{other})"):
+        check_integrity(kv)
     own[-1] = lost
-    kv.check_integrity()
-    unit = kv.table.units[lost]
-    kv.table.units[lost] = 1
+    check_integrity(kv)
+    unit = kv.pool.table.units[lost]
+    kv.pool.table.units[lost] = 1
     with pytest.raises(IntegrityError, match="page 1 of m/int8 has a handle but is not allocated"):
-        kv.check_integrity()
-    kv.table.units[lost] = kv.table.units[own[0]]
+        check_integrity(kv)
+    kv.pool.table.units[lost] = kv.pool.table.units[own[0]]
     with pytest.raises(IntegrityError, match="has two handles"):
-        kv.check_integrity()
-    kv.table.units[lost] = unit
-    kv.check_integrity()
+        check_integrity(kv)
+    kv.pool.table.units[lost] = unit
+    check_integrity(kv)
 
 
 def admit(kv: KVManager, kv_precision: str, tokens: list[int], **options) -> Request:
@@ -124,35 +125,36 @@ def admit(kv: KVManager, kv_precision: str, tokens: list[int], **options) -> Req
 
 def compute(kv: KVManager, request: Request) -> None:
     request.num_computed_tokens = request.num_tokens
-    kv.sharing.note_computed(request)
+    kv.note_computed(request)
 
 
 def test_who_takes_over_a_page_that_is_not_ready_writes_to_none_that_is():
     kv, prompt = manager(20), list(range(3 * PAGE_SIZE + 1))
     first = admit(kv, "bf16", prompt, min_kv_precision="int8")
     compute(kv, first)
-    what = next_narrowing(kv, first, most=1, keep_pages=2)
+    what = kv.next_requantization(first, most=1, keep_pages=2)
     assert what is not None
-    assert narrow(kv, first, what) == 1
+    assert kv.requantize_pages(first, what) == 1
     kv.release(first)  # what is left of it in the cache begins with its second page
     writer, other = admit(kv, "bf16", prompt), admit(kv, "bf16", prompt)
-    assert not kv.sharing.can_go_on(other)
+    assert not kv.can_advance(other)
     kv.release(writer)
-    assert kv.sharing.can_go_on(other)
+    assert kv.can_advance(other)
     assert other.num_computed_tokens == 0
     for page in range(3):
-        listed = kv.prefix.by_handle.get(kv.held[other].page(page)[1])
-        assert listed is None or not listed.ready
+        block = kv.pool.prefix_cache.by_handle.get(kv.held[other].page(page)[1])
+        assert block is None or not block.ready
 
 
-def test_scattered_idle_pages_do_not_keep_out_a_request_that_has_no_other_in_its_way():
+def test_scattered_evictable_pages_do_not_keep_out_a_request_that_has_no_other_in_its_way():
     kv = manager(6)
     rows = [admit(kv, "int8", [i] * (PAGE_SIZE + 1), shares_prefix=i % 3 == 0) for i in range(12)]
     for row in rows:
         compute(kv, row)
         kv.release(row)
-    assert len({kv.table.units[handle] // kv.allocator.slab_units for handle in kv.prefix.idle}) > 2
-    kv.compaction.max_step_bytes = 0
+    evictable = kv.pool.table.units_of(list(kv.pool.prefix_cache.evictable))
+    assert len({unit // kv.pool.allocator.slab_units for unit in evictable}) > 2
+    kv.pool.compaction.max_step_bytes = 0
     most = kv.max_tokens_alone("m", "bf16")
     assert kv.grow(request("bf16"), most, leaving={})
 
@@ -161,12 +163,12 @@ def test_the_prefix_cache_is_checked_page_by_page_only_if_the_check_is_thorough(
     kv = manager(6)
     compute(kv, row := admit(kv, "int8", list(range(2 * PAGE_SIZE + 1))))
     kv.release(row)
-    kv.check_integrity()
-    handle = next(iter(kv.prefix.idle))
-    kv.prefix.by_handle[handle].ready = False
-    kv.check_integrity(thorough=False)
-    with pytest.raises(IntegrityError, match="idle pages that are not ready"):
-        kv.check_integrity()
-    del kv.prefix.idle[handle]
+    check_integrity(kv)
+    handle = next(iter(kv.pool.prefix_cache.evictable))
+    kv.pool.prefix_cache.by_handle[handle].ready = False
+    check_integrity(kv, thorough=False)
+    with pytest.raises(IntegrityError, match="evictable pages that are not ready"):
+        check_integrity(kv)
+    del kv.pool.prefix_cache.evictable[handle]
     with pytest.raises(IntegrityError, match="not kept for their prefix"):
-        kv.check_integrity(thorough=False)
+        check_integrity(kv, thorough=False)

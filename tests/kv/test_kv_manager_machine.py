@@ -7,7 +7,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kv_cases import BF16, INT4, INT8, OTHER_INT8, PAGE_SIZE, UNIT_BYTES, arena, pages_of, snapshot
 
 from fineserve_jax.kv.errors import PageError
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -59,10 +61,10 @@ class ManagerMachine(RuleBasedStateMachine):
         if key == ("m", "bf16"):
             lacking = {BF16: max(0, want_pages - len(pages))}
         assert demand == {page_class: count for page_class, count in lacking.items() if count}
-        expected = self.manager.allocator.can_allocate(demand)
-        num_moved = self.manager.compaction.num_pages
+        expected = self.manager.pool.allocator.can_allocate(demand)
+        num_moved = self.manager.pool.compaction.num_pages
         granted = self.manager.grow(request, num_tokens)
-        moved = self.manager.compaction.num_pages > num_moved
+        moved = self.manager.pool.compaction.num_pages > num_moved
         assert granted == expected or (granted and moved), "only moving pages makes more room"
         if not granted:
             assert moved or snapshot(self.manager) == before
@@ -92,7 +94,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def requests_hold_exactly_what_is_out(self):
-        self.manager.check_integrity()
+        check_integrity(self.manager)
         for request, num_tokens in self.tokens.items():
             held = self.manager.holds(request)
             key = (request.model, request.kv_precision)
@@ -117,7 +119,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def usage_adds_up(self):
-        usage = self.manager.usage()
+        usage = measure_usage(self.manager)
         tokens: dict[object, int] = dict.fromkeys(CLASSES.values(), 0)
         for request in self.tokens:
             page_class = CLASSES[request.model, request.kv_precision]
@@ -131,7 +133,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert row.cached_tokens == sum(tokens[c] for c in mine)
             assert row.needed_bytes <= row.reserved_bytes or not row.cached_tokens
             assert 0 <= row.free_bytes <= usage.free_bytes
-        allocator = self.manager.allocator
+        allocator = self.manager.pool.allocator
         slab_bytes = allocator.slab_units * UNIT_BYTES
         bound = allocator.usable_slabs - len(allocator.free_slabs)
         assert usage.reserved_bytes == bound * slab_bytes

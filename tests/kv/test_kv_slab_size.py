@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from kv_cases import SMOLLM2_UNITS
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.kv.slabs import choose_slab_units
+from fineserve_jax.kv.slab_size import choose_slab_units
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=4)
 bounds = st.sampled_from([0.01, 0.03, 0.1, 1.0])

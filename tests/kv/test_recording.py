@@ -9,6 +9,7 @@ from kv_cases import BF16, INT4, INT8, arena
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.recording import Recorder, read_record
+from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -35,7 +36,7 @@ def test_an_entry_tells_how_memory_is_divided(tmp_path):
     assert [entry.step for entry in entries] == [2, 4]
     entry = entries[0]
     assert (entry.time_s, entry.running, entry.waiting, entry.counts["preemptions"]) == (1.0, 2, 3, 1)
-    usage = kv.usage().formats
+    usage = measure_usage(kv).formats
     assert entry.formats == {
         name: [usage[name].needed_bytes, usage[name].reserved_bytes, 0] for name in ("bf16", "int8")
     }

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fineserve_jax.engine.page_shapes import page_classes, page_geometry
+from fineserve_jax.kv.allocator import SlabAllocator
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.slabs import SlabAllocator, choose_slab_units
+from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
@@ -135,7 +137,7 @@ class World:
                 first += -(-scheduled.count // PAGE_SIZE) * PAGE_SIZE
         for request in requests:
             self.kv.release(request)
-        self.kv.check_integrity()
+        check_integrity(self.kv)
         return list(found.values())
 
     def _chunk(self, request: Request, feed: Feed, step: int) -> ScheduledChunk:

@@ -3,9 +3,10 @@ model."""
 
 from collections.abc import Mapping
 
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, SchedulerOutput
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
@@ -24,6 +25,7 @@ def make_kv(
     models=(MODEL,),
     slab_units: int = 8,
     page_size=PAGE_SIZE,
+    reserve_slabs=0,
     **options,
 ):
     classes = {}
@@ -35,7 +37,7 @@ def make_kv(
                 residual if name == "bf16" else PageClass(model, name, units, page_size, 16, own_residual)
             )
     allocator = SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, classes.values(), **options)
-    return KVManager(allocator, classes)
+    return KVManager(allocator, classes, reserve_slabs=reserve_slabs)
 
 
 def make_request(number: int, prompt=8, output=4, kv="bf16", arrival=0.0, model=MODEL, **fields) -> Request:
@@ -84,7 +86,7 @@ class FakeEngine:
 
     def step(self, seconds: float = 1.0) -> SchedulerOutput | None:
         plan = self.scheduler.schedule(self.now)
-        self.kv.check_integrity()
+        check_integrity(self.kv)
         self.check_counts()
         if plan is None:
             return None
@@ -112,7 +114,7 @@ class FakeEngine:
     def check_counts(self) -> None:
         holding = [r for r in self.requests if r.status in (RequestStatus.READY, RequestStatus.RUNNING)]
         waiting = [r for r in self.requests if r.status is RequestStatus.WAITING]
-        assert set(self.kv.held) == set(holding)
+        assert set(self.kv.requests) == set(holding)
         assert self.scheduler.num_running == len(holding) <= self.scheduler.config.max_batch_size
         assert self.scheduler.num_waiting == len(waiting)
         assert self.scheduler.has_unfinished == bool(holding or waiting)

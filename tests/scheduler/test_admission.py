@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given, settings
 from scheduler_cases import MODEL, PAGE_SIZE, PAGE_UNITS, FakeEngine, make_kv, make_request
 
+from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import RequestStatus
 from fineserve_jax.scheduler.rows import shares_of
 
 
 def held(engine):
-    return [r.sequence for r in engine.requests if r in engine.kv.held]
+    return [r.sequence for r in engine.requests if r in engine.kv.requests]
 
 
 def test_a_full_pool_of_one_format_does_not_block_another():
@@ -53,8 +54,8 @@ def test_every_row_can_grow_by_a_page_after_admission():
     rows = held(engine)
     page_class = engine.kv.class_of(MODEL, "bf16")
     assert rows == [0, 1, 2, 3, 4, 5]
-    assert engine.kv.allocator.can_allocate({page_class: len(rows)})
-    assert not engine.kv.allocator.can_allocate({page_class: len(rows) + 3})
+    assert engine.kv.has_free({page_class: len(rows)})
+    assert not engine.kv.has_free({page_class: len(rows) + 3})
 
 
 def test_a_lone_request_gets_in_whatever_the_reserve():
@@ -172,6 +173,6 @@ def test_under_uniform_a_cached_page_of_any_format_is_worth_one_of_the_widest():
     for number in range(2):
         engine.add(make_request(number, 25, 3, "int8"))
         engine.drain()
-    assert engine.kv.prefix.idle
+    assert measure_usage(engine.kv).cached_bytes
     engine.add(make_request(2, 25, 4, "fp32"))
     engine.drain()

@@ -9,8 +9,7 @@ SLABS_IN_BF16 = COUNT * (PROMPT + OUTPUT) // 8  # of two pages of four tokens
 
 def squeezed(load: float, **settings) -> FakeEngine:
     """Serves requests that want `load` times the memory in bf16, a third of which may not be narrowed."""
-    kv = make_kv(int(SLABS_IN_BF16 / load))
-    kv.reserve_slabs = 2
+    kv = make_kv(int(SLABS_IN_BF16 / load), reserve_slabs=2)
     engine = FakeEngine(kv, max_chunk_tokens=PROMPT, max_batch_size=COUNT, **settings)
     for number in range(COUNT):
         floor = "int4" if number % 3 else None
@@ -32,14 +31,13 @@ def test_requests_that_wait_are_admitted_once_others_can_be_narrowed():
 def test_nobody_is_preempted_while_pages_can_be_narrowed(most_moved):
     """Growing rows leave free slabs alone that narrowing needs to start with."""
     engine = squeezed(load=1.6)
-    engine.kv.compaction.max_step_bytes = most_moved
+    engine.kv.pool.compaction.max_step_bytes = most_moved
     engine.drain()
     assert engine.scheduler.num_preemptions == 0
 
 
 def test_nothing_is_narrowed_for_a_request_that_would_not_fit_anyway():
-    kv = make_kv(40)
-    kv.reserve_slabs = 2
+    kv = make_kv(40, reserve_slabs=2)
     engine = FakeEngine(kv, max_batch_size=COUNT)
     for number in range(2):
         engine.add(make_request(number, PROMPT, OUTPUT, min_kv_precision="int8"))
@@ -49,5 +47,5 @@ def test_nothing_is_narrowed_for_a_request_that_would_not_fit_anyway():
     waiting = engine.add(make_request(3, 4 * PROMPT, OUTPUT))
     for _ in range(10):
         engine.step()
-    assert waiting not in kv.held
+    assert waiting not in kv.requests
     assert kv.num_narrowed_pages == 0

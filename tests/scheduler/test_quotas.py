@@ -44,10 +44,10 @@ def test_the_latest_borrower_gives_way_first_and_loses_no_token():
     fill(engine, 12, "bob")
     for _ in range(20):
         engine.step()
-    before = [r for r in engine.requests if r in engine.kv.held]
+    before = [r for r in engine.requests if r in engine.kv.requests]
     fill(engine, 1, "alice")
     engine.step()
-    kept = [r for r in before if r in engine.kv.held]
+    kept = [r for r in before if r in engine.kv.requests]
     assert kept == before[: len(kept)] != before
     engine.drain()
     assert all(request.num_output_tokens == 40 for request in engine.requests)
@@ -80,7 +80,7 @@ def test_a_maximum_does_not_hold_others_back():
     fill(engine, 12, "bob")
     fill(engine, 2, "alice")
     engine.step()
-    assert all(request in engine.kv.held for request in engine.requests if request.tenant == "alice")
+    assert all(request in engine.kv.requests for request in engine.requests if request.tenant == "alice")
 
 
 def test_places_are_reclaimed_like_memory():
@@ -89,7 +89,7 @@ def test_places_are_reclaimed_like_memory():
     engine.step()
     fill(engine, 1, "alice")
     engine.step()
-    assert engine.requests[-1] in engine.kv.held
+    assert engine.requests[-1] in engine.kv.requests
 
 
 def test_a_request_beyond_its_maximum_is_refused():

@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_cases import COST, PAGE_UNITS, FakeEngine, check_tokens, make_kv, make_request
 
+from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
 
@@ -71,9 +72,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             check_tokens(request)
             whole = request.num_tokens == request.max_total_tokens
             assert whole == (request.finish_reason is FinishReason.LENGTH)
-        assert not self.kv.held
+        assert not self.kv.requests
         self.kv.forget_prefixes()
-        assert len(self.kv.allocator.free_slabs) == self.kv.allocator.usable_slabs
+        assert measure_usage(self.kv).reserved_bytes == 0
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.scheduler import (
     DeviceRoofline,
     Scheduler,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sim_cases import MODEL, cluster, simulate, workload
 
+from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.scheduler import StepCost
 from fineserve_jax.sim import SYSTEMS, Arrival, Kind, parse_model, summarize
 
@@ -19,8 +20,8 @@ def as_bytes(run):
 def test_every_request_is_accounted_for_and_all_memory_comes_back(system):
     arrivals = workload(seconds=10.0)
     run, kv = simulate(arrivals, system)
-    kv.check_integrity()
-    assert not kv.held
+    check_integrity(kv)
+    assert not kv.requests
     assert [one.arrival.arrival_s for one in run.served] == [arrival.arrival_s for arrival in arrivals]
     assert {one.outcome for one in run.served} <= {"length", "late"}
     for one in run.served:
@@ -87,7 +88,7 @@ def test_models_share_a_device_and_its_memory():
     mix = [Kind(1.0, model.name, "fp8", 2.0, 0.1) for model in models]
     run, kv = simulate(workload(rate=6.0, mix=mix), where=cluster(models=models, formats=("fp8",)))
     assert {one.outcome for one in run.served} == {"length"}
-    kv.check_integrity()
+    check_integrity(kv)
     assert all(error < 0.05 for error in run.prediction_error.values())
 
 

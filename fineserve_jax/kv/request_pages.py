@@ -10,7 +10,7 @@ is full it is encoded into a page of its own and begins anew.
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fineserve_jax.kv.classes import PageClass
@@ -22,10 +22,20 @@ def _no_handles() -> "array[int]":
 
 @dataclass(slots=True)
 class PageRun:
-    """Adjacent pages of one class, by handle (see `kv/table.py`)."""
+    """Adjacent pages of one class, by handle (see `kv/page_table.py`)."""
 
     page_class: PageClass
     handles: "array[int]" = field(default_factory=_no_handles)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of a request's cached tokens in one format: `num_tokens` from `first_position` on, in `pages`."""
+
+    kv_format: str
+    pages: list[int]
+    first_position: int
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -36,9 +46,9 @@ class RequestPages:
         page_class: class of its newest pages, and of all until some are narrowed.
         runs: its pages, in the order of positions.
         residual: handle of the residual page; None for a format without one, and before the first page.
-        num_listed: leading pages that the prefix cache was told of, or gave.
+        num_cached_blocks: leading pages that are cached blocks, or were when another one had the same tokens.
         num_ready: leading pages of those that are known to hold their keys and values.
-        digest: of the listed pages' tokens.
+        block_hash: of the last cached block; b"" for none.
         waits: whether some of its leading pages are yet to be computed by another request.
         exact: whether its keys and values are what computing it alone in its format would have given: not after
             pages that later tokens see were converted from another format. Unless `prefix_cache` is "convert", only
@@ -48,9 +58,9 @@ class RequestPages:
     page_class: PageClass
     runs: list[PageRun] = field(default_factory=list)
     residual: int | None = None
-    num_listed: int = 0
+    num_cached_blocks: int = 0
     num_ready: int = 0
-    digest: bytes = b""
+    block_hash: bytes = b""
     waits: bool = False
     exact: bool = True
 
@@ -92,12 +102,18 @@ class RequestPages:
             self.append(run.page_class, run.handles)
         return array("i", (handle for run in old for handle in run.handles))
 
+    def segments(self, num_cached: int, units_of: Callable[[Sequence[int]], list[int]]) -> list[Segment]:
+        """Where the first `num_cached` tokens are, in the order of positions; no empty segments.
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A run of a request's cached tokens in one format: `num_tokens` from `first_position` on, in `pages`."""
-
-    kv_format: str
-    pages: list[int]
-    first_position: int
-    num_tokens: int
+        Args:
+            units_of: first units of pages, given their handles.
+        """
+        size, segments, first = self.page_class.page_size, [], 0
+        for run in self.parts(0, self.page_class.num_pages(num_cached)):
+            count = min(num_cached - first, len(run.handles) * size)
+            segments.append(Segment(run.page_class.kv_format, units_of(run.handles), first, count))
+            first += count
+        if self.residual is not None and self.page_class.residual is not None and num_cached > first:
+            residual = units_of([self.residual])
+            segments.append(Segment(self.page_class.residual.kv_format, residual, first, num_cached - first))
+        return segments

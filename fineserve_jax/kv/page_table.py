@@ -1,11 +1,11 @@
-"""The page table: where each page lies, and how many hold it.
+"""The page table: where each page lies, and its reference count.
 
-Whoever holds a page (a request, a prefix that several requests share, the prefix cache) holds its *handle*, a small
-number that stays the same for as long as the page lives:
+Whoever holds a page (a request, or several that share a prefix) holds its *handle*, a small number that stays the same
+for as long as the page lives:
 
     handle      0    1    2    3    4
     unit        120  -    840  36   -        first unit in the arena; 0: the handle is not in use
-    holders     1    -    3    1    -
+    ref_count   1    -    3    0    -        0: an evictable page, which only the prefix cache keeps
 
 So moving a page to another place in the arena changes one number here, and nobody who holds it notices.
 """
@@ -29,7 +29,7 @@ class PageTable:
 
     def __init__(self) -> None:
         self.units = array("i")
-        self.holders = array("i")
+        self.ref_counts = array("i")
         self.tags = bytearray()
         self._free = array("i")
 
@@ -38,57 +38,58 @@ class PageTable:
         return len(self.units) - len(self._free)
 
     def add(self, units: Sequence[int], tag: int) -> "array[int]":
-        """Handles of pages that have one holder from now on.
+        """Handles of new pages, each with the reference count 1.
 
         Args:
             units: first units.
-            tag: of the pages' class, see `kv/pool.py`.
+            tag: of the pages' class, see `kv/slab_pool.py`.
         """
         reused = min(len(units), len(self._free))
         handles = self._free[len(self._free) - reused :]
         del self._free[len(self._free) - reused :]
         if reused > FEW:
             which = np.array(handles)
-            _view(self.units)[which], _view(self.holders)[which], _view(self.tags)[which] = units[:reused], 1, tag
+            _view(self.units)[which], _view(self.ref_counts)[which], _view(self.tags)[which] = units[:reused], 1, tag
         else:
             for handle, unit in zip(handles, units, strict=False):
-                self.units[handle], self.holders[handle], self.tags[handle] = unit, 1, tag
+                self.units[handle], self.ref_counts[handle], self.tags[handle] = unit, 1, tag
         new = units[reused:]
         handles.extend(range(len(self.units), len(self.units) + len(new)))
         self.units.extend(new)
-        self.holders.extend(array("i", [1]) * len(new))
+        self.ref_counts.extend(array("i", [1]) * len(new))
         self.tags.extend(bytes([tag]) * len(new))
         return handles
 
-    def share(self, handles: Iterable[int]) -> None:
-        """Count one more holder of each page."""
+    def incref(self, handles: Iterable[int]) -> None:
+        """Raise the reference count of each page by one."""
+        ref_counts = self.ref_counts
         for handle in handles:
-            self.holders[handle] += 1
+            ref_counts[handle] += 1
 
-    def drop(self, handles: Handles) -> Handles:
-        """Count one holder less of each page; those that nobody holds any more, which still have their places.
+    def decref(self, handles: Handles) -> Handles:
+        """Lower the reference count of each page by one; the pages whose count came to 0, which keep their places.
 
         Raises:
-            PageError: a page that nobody holds.
+            PageError: a page whose reference count is 0 already.
         """
         if len(handles) > FEW and len(set(handles)) == len(handles):
-            which, holders = np.array(handles), _view(self.holders)
-            left = holders[which] - 1
+            which, ref_counts = np.array(handles), _view(self.ref_counts)
+            left = ref_counts[which] - 1
             if left.min() >= 0:
-                holders[which] = left
+                ref_counts[which] = left
                 return _numbers(which[left == 0])
-        unheld = []
+        unreferenced = []
         for handle in handles:
-            left = self.holders[handle] - 1
-            if left < 0:
-                raise PageError(f"page {handle} is let go by someone who does not hold it; let go of it once")
-            self.holders[handle] = left
-            if not left:
-                unheld.append(handle)
-        return unheld
+            count = self.ref_counts[handle] - 1
+            if count < 0:
+                raise PageError(f"page {handle} is released by someone who does not hold it; release it once")
+            self.ref_counts[handle] = count
+            if not count:
+                unreferenced.append(handle)
+        return unreferenced
 
     def remove(self, handles: Handles) -> Handles:
-        """Forget pages that nobody holds; the first units they had."""
+        """Forget pages whose reference count is 0; the first units they had."""
         if len(handles) > FEW:
             which, all_units = np.array(handles, np.int32), _view(self.units)
             units = _numbers(all_units[which])
@@ -121,10 +122,6 @@ class PageTable:
         if len(handles) > FEW:
             return _view(units)[np.array(handles)].tolist()
         return [units[handle] for handle in handles]
-
-    def used(self) -> np.ndarray:
-        """The handles in use, i64[handles], ascending."""
-        return np.flatnonzero(np.frombuffer(self.units, np.int32)) if self.units else np.zeros(0, np.int64)
 
 
 def _view(numbers: "array[int] | bytearray") -> np.ndarray:

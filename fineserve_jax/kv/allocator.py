@@ -15,14 +15,9 @@ import numpy as np
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.kv.integrity import check_allocator
 from fineserve_jax.kv.policies import slab_policy
-from fineserve_jax.kv.pool import Member, Share, SlabPool
-from fineserve_jax.kv.slab_size import choose_slab_units
-from fineserve_jax.kv.stats import AllocatorStats, allocator_stats
+from fineserve_jax.kv.slab_pool import Member, Share, SlabPool
 from fineserve_jax.kv.tags import PageTags
-
-__all__ = ["NULL_UNIT", "SlabAllocator", "choose_slab_units"]
 
 NULL_UNIT = 0
 MAX_CLASSES = 255
@@ -38,7 +33,7 @@ class SlabAllocator:
 
     Args:
         num_units: units of the arena; those behind the last whole slab stay unused.
-        slab_units: units of a slab, at least the longest page's; see `choose_slab_units`.
+        slab_units: units of a slab, at least the longest page's; see `kv/slab_size.py`.
         policy: "elastic", "partitioned" or "uniform"; see `kv/policies.py`.
         classes: page classes to know from the start; those of their residual pages need not be named.
         shares: for "partitioned", the weight of each KV format.
@@ -145,6 +140,11 @@ class SlabAllocator:
     def page_units(self, page_class: PageClass) -> int:
         """Units that a page of the class takes here: under "uniform" as many as the longest class's."""
         return self.member(page_class).pool.page_units
+
+    def share_names(self, page_class: PageClass) -> frozenset[str]:
+        """Shares that pages of the class and their residual pages count against."""
+        classes = [page_class] if page_class.residual is None else [page_class, page_class.residual]
+        return frozenset(map(self.policy.share_name, classes))
 
     # -- what fits -----------------------------------------------------------------------------------------
 
@@ -296,23 +296,9 @@ class SlabAllocator:
         pool.share.bound -= 1
         pool.free_pages -= pool.capacity
 
-    # -- accounts ------------------------------------------------------------------------------------------
-
     def owned_pages(self, page_class: PageClass) -> np.ndarray:
         """First units of the pages the class has out, i64[pages], ascending."""
         return self.tags.pages_of(self.member(page_class))
-
-    def stats(self) -> AllocatorStats:
-        """Slabs, pages and bytes, by class and in all."""
-        return allocator_stats(self)
-
-    def check_integrity(self) -> None:
-        """Check that free and owned pages make up the arena, each once, and that all counts agree.
-
-        Raises:
-            IntegrityError: naming what does not add up.
-        """
-        check_allocator(self)
 
 
 def _check_sizes(num_units: int, slab_units: int, unit_bytes: int) -> None:
