@@ -39,7 +39,7 @@ class EngineConfig(Validated):
             every page the length of the widest.
         slab_shares: with "partitioned", KV format -> share of the memory; equal if None.
         prefix_cache: "exact" lets requests of one KV format that begin alike share pages; "convert" also serves a
-            request from pages in a wider format, encoded anew, so that its tokens depend on what was cached; "off"
+            request from pages in a wider format, requantized, so that its tokens depend on what was cached; "off"
             shares nothing but what samples of one prompt find computed.
         min_kv_precision: KV format to which older tokens of requests may be narrowed when memory is short, for those
             that do not name one; None: not narrowed. With kv_precision="auto" the narrowest there is.

@@ -126,7 +126,7 @@ class SlabAllocator:
             )
 
     def member(self, page_class: PageClass) -> Member:
-        """The books of a class.
+        """What the allocator keeps about a class.
 
         Raises:
             ConfigError: a class that was not registered.

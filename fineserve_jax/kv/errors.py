@@ -1,4 +1,4 @@
-"""Errors of the KV bookkeeping that no user input causes: each one is a defect of the calling code."""
+"""Errors that no user input causes: each one is a defect of the calling code."""
 
 
 class PageError(ValueError):
@@ -6,4 +6,4 @@ class PageError(ValueError):
 
 
 class IntegrityError(RuntimeError):
-    """The bookkeeping contradicts itself."""
+    """What is recorded about pages contradicts itself."""

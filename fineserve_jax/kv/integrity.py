@@ -1,4 +1,4 @@
-"""The books of an allocator and of a KV manager, audited from their smallest records upwards."""
+"""Audits of an allocator and of a KV manager, from their smallest records upwards."""
 
 from collections import Counter
 
@@ -12,8 +12,8 @@ from fineserve_jax.kv.slab_pool import SlabPool
 
 
 def check_integrity(kv: KVManager, thorough: bool = True) -> None:
-    """Check the allocator's books, that every page that it has out is in the page table once, and that pages are held
-    by exactly as many requests as their reference counts say, or evictable.
+    """Check that the allocator agrees with itself, that each page in use is in the page table once, and that pages are
+    held by exactly as many requests as their reference counts say, or are evictable.
 
     Args:
         thorough: check the prefix cache page by page, too; without, it costs little enough for every step.
@@ -49,11 +49,11 @@ def _check_table(kv: KVManager, units: np.ndarray, tags: np.ndarray) -> None:
             _name_odd_page(page_class, np.sort(own), allocator.owned_pages(page_class))
 
 
-def _name_odd_page(page_class: PageClass, listed: np.ndarray, owned: np.ndarray) -> None:
-    if (repeated := listed[1:][listed[1:] == listed[:-1]]).size:
+def _name_odd_page(page_class: PageClass, recorded: np.ndarray, owned: np.ndarray) -> None:
+    if (repeated := recorded[1:][recorded[1:] == recorded[:-1]]).size:
         raise IntegrityError(f"page {repeated[0]} of {page_class} has two handles")
-    odd = np.setxor1d(listed, owned, assume_unique=True)
-    who = "has a handle but is not allocated" if odd[0] in listed else "is allocated but has no handle"
+    odd = np.setxor1d(recorded, owned, assume_unique=True)
+    who = "has a handle but is not allocated" if odd[0] in recorded else "is allocated but has no handle"
     raise IntegrityError(f"page {odd[0]} of {page_class} {who} ({odd.size} such pages)")
 
 
@@ -97,7 +97,11 @@ def _check_prefix_cache(kv: KVManager) -> None:
 
 
 def check_allocator(allocator: SlabAllocator) -> None:
-    """Raise IntegrityError, naming what does not add up, unless every page and slab is accounted for once."""
+    """Check that free and owned pages make up the arena, each once, and that all counts agree.
+
+    Raises:
+        IntegrityError: naming what does not add up.
+    """
     tags = allocator.tags.rows
     pools = np.frombuffer(allocator.slab_pools, np.uint8)
     _check_free_slabs(allocator, tags, pools)
@@ -111,9 +115,9 @@ def check_allocator(allocator: SlabAllocator) -> None:
 
 
 def _check_free_slabs(allocator: SlabAllocator, tags: np.ndarray, pools: np.ndarray) -> None:
-    listed = np.concatenate(([0], np.sort(np.array(allocator.free_slabs))))
+    recorded = np.concatenate(([0], np.sort(np.array(allocator.free_slabs))))
     unbound = np.flatnonzero(pools == 0)
-    _equal_arrays("free slabs, with that of the null page", listed, unbound)
+    _equal_arrays("free slabs, with that of the null page", recorded, unbound)
     owned = unbound[tags[unbound].any(axis=1)]
     _equal("free slabs with pages in use", [], owned.tolist())
 

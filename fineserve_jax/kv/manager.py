@@ -249,7 +249,7 @@ class KVManager:
         """Units that are wanted beyond those free or in evictable pages; 0 or less: none."""
         return self.pool.lacking_units(wanted, spare_slabs)
 
-    def has_free(self, demand: Demand) -> bool:
+    def can_allocate(self, demand: Demand) -> bool:
         """Whether so many pages are free, without evicting or moving any."""
         return self.pool.allocator.can_allocate(demand)
 

@@ -1,7 +1,7 @@
-"""What the host's bookkeeping asks the device to do with pages: copy, convert, save to host memory, load from there.
+"""What the device has to do with pages: copy them, requantize them, save them to host memory, load them from there.
 
-Operations are queued as the books change and carried out in that order before the next step computes anything. So a
-page may be given away as soon as an operation that reads it is queued.
+Operations are queued as pages change hands and carried out in that order before the next step computes anything. So a
+page may be given to another request as soon as an operation that reads it is queued.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from fineserve_jax.kv.classes import PageClass
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Copy a page, first unit to first unit; encode it anew if the classes differ."""
+    """Copy a page, first unit to first unit; requantize it if the classes differ."""
 
     source: int
     target: int
@@ -36,6 +36,7 @@ class HostPages:
 
     @property
     def num_units(self) -> int:
+        """Units that all of them take in the arena."""
         return sum(c.page_units * count for c, count in zip(self.classes, self.counts, strict=True))
 
 

@@ -5,9 +5,9 @@ A request counts against the quota of its tenant and against that of its KV prec
     "tenant:alice"      what requests of the tenant alice hold, whatever their precision
     "precision:int8"    what requests that asked for int8 hold, whoever they are of
 
-with all pages that it holds, its residual page and pages that it shares with others included. Shares are of what any
-mix of pages can fill: the ends of slabs that no whole page fits, and one slab a page length that may be part empty,
-are left out, so that guarantees which add up to 1 can all be had at once.
+with all pages that it holds, its residual page and pages that it shares with others included. Fractions are of the
+memory that any mix of pages can fill: the ends of slabs that no whole page fits, and one slab a page length that may be
+part empty, are left out, so that guarantees which add up to 1 can all be met at once.
 """
 
 import math
@@ -29,7 +29,7 @@ class Quota(Validated):
     """Fractions of the memory.
 
     Attributes:
-        guaranteed: had whenever it is wanted; others may use it meanwhile.
+        guaranteed: available whenever its owner wants it; others may use it meanwhile.
         max: never exceeded.
 
     Raises:
@@ -69,7 +69,7 @@ class QuotaAccount:
     """Units of the arena that each quota's requests hold.
 
     Args:
-        kv: where they hold them. Whoever changes what a request holds says so by `note`.
+        kv: what requests hold. Call `note` whenever that has changed for a request.
         quotas: by name.
 
     Attributes:
@@ -100,7 +100,7 @@ class QuotaAccount:
         return [name for name in (f"tenant:{tenant}", f"precision:{kv_precision}") if name in self.used]
 
     def note(self, request: Request) -> None:
-        """What the request holds has changed."""
+        """Charge the request for what it holds now."""
         units = self._held_units(request)
         before = self._charged.get(request, 0)
         for name in self.names(request):
@@ -131,7 +131,7 @@ class QuotaAccount:
         return not any(0 < self.used[name] <= self.guaranteed[name] for name in self.names(request))
 
     def check(self) -> None:
-        """Raises IntegrityError unless the books say what requests hold."""
+        """Raises IntegrityError unless `used` is what requests hold."""
         held = dict.fromkeys(self.used, 0)
         for request in self._kv.requests:
             for name in self.names(request):

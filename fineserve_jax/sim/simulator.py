@@ -286,7 +286,7 @@ class Simulator:
         page_size = self._scheduler.config.page_size
         while count > 0:
             each = (count + 1) // page_size + 1
-            if self._kv.has_free({self._kv.class_of(*group): n * each for group, n in rows.items()}):
+            if self._kv.can_allocate({self._kv.class_of(*group): n * each for group, n in rows.items()}):
                 break
             count //= 2
         return count

@@ -54,8 +54,8 @@ def test_every_row_can_grow_by_a_page_after_admission():
     rows = held(engine)
     page_class = engine.kv.class_of(MODEL, "bf16")
     assert rows == [0, 1, 2, 3, 4, 5]
-    assert engine.kv.has_free({page_class: len(rows)})
-    assert not engine.kv.has_free({page_class: len(rows) + 3})
+    assert engine.kv.can_allocate({page_class: len(rows)})
+    assert not engine.kv.can_allocate({page_class: len(rows) + 3})
 
 
 def test_a_lone_request_gets_in_whatever_the_reserve():
