@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax.scheduler import StepProfile
+from fineserve_jax.scheduler.devices import DeviceSpec, get_device
 from fineserve_jax.sim.cost_table import Configuration, CostTable, Row, read_table, roofline_profile
-from fineserve_jax.sim.devices import Device, Efficiency, get_device
+from fineserve_jax.sim.efficiency import Efficiency
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "profiles"
 Errors = dict[Configuration, list[tuple[float, float]]]
@@ -58,7 +59,7 @@ def main() -> None:
     print(json.dumps({"device": arguments.device, "held_back": arguments.held_back, "tables": results}))
 
 
-def held_back_errors(rows: Iterable[Row], device: Device, arguments: Arguments) -> Errors:
+def held_back_errors(rows: Iterable[Row], device: DeviceSpec, arguments: Arguments) -> Errors:
     """Relative errors of TTFT and TPOT of the rows that a fit did not see, over several draws of them."""
     groups = by_configuration(rows)
     errors: Errors = defaultdict(list)
@@ -72,7 +73,7 @@ def held_back_errors(rows: Iterable[Row], device: Device, arguments: Arguments) 
     return errors
 
 
-def roofline_errors(rows: Iterable[Row], device: Device, efficiency: Efficiency) -> Errors:
+def roofline_errors(rows: Iterable[Row], device: DeviceSpec, efficiency: Efficiency) -> Errors:
     return {
         configuration: errors_of(roofline_profile(configuration, device, efficiency), group)
         for configuration, group in by_configuration(rows).items()

@@ -14,8 +14,9 @@ from fineserve_jax.cli.options import Switch
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.scheduler import load_profiles
+from fineserve_jax.scheduler.devices import DeviceSpec, get_device
 from fineserve_jax.sim.cost_table import CostTable, read_table
-from fineserve_jax.sim.devices import Device, Efficiency, get_device
+from fineserve_jax.sim.efficiency import Efficiency
 from fineserve_jax.sim.experiment import Experiment, Result, check_arrivals, parse_mix, with_targets
 from fineserve_jax.sim.models import ServedModel
 from fineserve_jax.sim.report import COLUMNS, write_report
@@ -143,7 +144,7 @@ def _efficiency(layer_overhead_us: float, measured: bool) -> Efficiency:
 
 def _timers(
     formats: dict[ServedModel, tuple[str, ...]],
-    device: Device,
+    device: DeviceSpec,
     efficiency: Efficiency,
     table: Path | None,
     step_profile: Path | None,

@@ -7,7 +7,8 @@
 No jax, no device.
 """
 
-from fineserve_jax.sim.devices import DEVICES, Device, Efficiency, get_device
+from fineserve_jax.scheduler.devices import DEVICES, DeviceSpec, get_device
+from fineserve_jax.sim.efficiency import Efficiency
 from fineserve_jax.sim.metrics import Summary, summarize
 from fineserve_jax.sim.models import ServedModel, parse_model
 from fineserve_jax.sim.simulator import Run, Served, Simulator
@@ -19,7 +20,7 @@ __all__ = [
     "SYSTEMS",
     "Arrival",
     "Cluster",
-    "Device",
+    "DeviceSpec",
     "Efficiency",
     "Kind",
     "Run",

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.scheduler.costs import ModelCost, StepCost
+from fineserve_jax.scheduler.devices import DeviceSpec
 from fineserve_jax.scheduler.profile import StepProfile
-from fineserve_jax.sim.devices import Device, Efficiency
+from fineserve_jax.sim.efficiency import Efficiency
 from fineserve_jax.sim.models import SHAPES, ServedModel, get_cache
 
 QFORMATS = {"org": ("bf16", "bf16"), "fp8_kv8": ("fp8", "fp8"), "awq": ("awq", "bf16"), "qoq": ("qoq", "int4")}
@@ -100,7 +101,7 @@ class CostTable:
         efficiency: of that roofline.
     """
 
-    def __init__(self, rows: Iterable[Row], device: Device, efficiency: Efficiency) -> None:
+    def __init__(self, rows: Iterable[Row], device: DeviceSpec, efficiency: Efficiency) -> None:
         self._device, self._efficiency = device, efficiency
         grouped: defaultdict[Configuration, list[Row]] = defaultdict(list)
         for row in rows:
@@ -133,7 +134,7 @@ class CostTable:
         return self.profiles[(same_kv or fitting)[0]]
 
 
-def roofline_profile(configuration: Configuration, device: Device, efficiency: Efficiency) -> StepProfile:
+def roofline_profile(configuration: Configuration, device: DeviceSpec, efficiency: Efficiency) -> StepProfile:
     """The cost model that needs no rows. With a part of the cores, products take longer and reading does not."""
     served = configuration.served
     whole = served.roofline(device, efficiency)

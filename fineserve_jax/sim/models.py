@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost
-from fineserve_jax.sim.devices import Device, Efficiency
+from fineserve_jax.scheduler.costs import FormatCost, ModelCost
+from fineserve_jax.scheduler.devices import DeviceRoofline, DeviceSpec
+from fineserve_jax.sim.efficiency import Efficiency
 
 UNIT_BYTES = 256
 UNIT_WORDS = UNIT_BYTES // 2
@@ -147,7 +148,7 @@ class ServedModel:
             formats=formats,
         )
 
-    def roofline(self, device: Device, efficiency: Efficiency) -> DeviceRoofline:
+    def roofline(self, device: DeviceSpec, efficiency: Efficiency) -> DeviceRoofline:
         """The device group as this model sees it: its kind of products, and the all-reduces of its layers."""
         kind = WEIGHTS[self.weights].products
         reached = {
@@ -163,7 +164,7 @@ class ServedModel:
         flops = 1 / (1 / (reached * self.tp) + self._reduce_seconds_per_flop(device))
         return DeviceRoofline(flops, bandwidth, efficiency.step_overhead_s + waiting + reduces * efficiency.reduce_s)
 
-    def _reduce_seconds_per_flop(self, device: Device) -> float:
+    def _reduce_seconds_per_flop(self, device: DeviceSpec) -> float:
         """Seconds that the activations' way through the links adds to an operation."""
         if self.tp == 1:
             return 0.0

@@ -22,7 +22,8 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.scheduler import Scheduler, SchedulerConfig, StepProfile
-from fineserve_jax.sim.devices import Device, Efficiency
+from fineserve_jax.scheduler.devices import DeviceSpec
+from fineserve_jax.sim.efficiency import Efficiency
 from fineserve_jax.sim.models import UNIT_BYTES, ServedModel, page_classes
 from fineserve_jax.sim.simulator import StepTimer
 from fineserve_jax.sim.workload import Arrival
@@ -91,7 +92,7 @@ class Cluster:
         prefix_cache: whether requests that begin alike share pages; see `kv.sharing`.
     """
 
-    device: Device
+    device: DeviceSpec
     models: tuple[ServedModel, ...]
     kv_formats: Mapping[str, tuple[str, ...]]
     kv_bytes: float | None = None

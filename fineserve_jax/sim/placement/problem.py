@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.sim.devices import Device, get_device
+from fineserve_jax.scheduler.devices import DeviceSpec, get_device
 from fineserve_jax.sim.models import ServedModel, get_cache, parse_model
 from fineserve_jax.validation import Validated
 
@@ -60,7 +60,7 @@ class Problem:
     """Models, and devices that are numbered in this order; `reserve` is the share of memory kept for activations."""
 
     models: tuple[ModelLoad, ...]
-    devices: tuple[Device, ...]
+    devices: tuple[DeviceSpec, ...]
     reserve: float = 0.1
 
 

@@ -14,10 +14,11 @@ import functools
 import math
 from dataclasses import dataclass
 
-from fineserve_jax.placement.problem import ModelLoad, Placement, Problem
 from fineserve_jax.scheduler.costs import StepCost
+from fineserve_jax.scheduler.devices import DeviceSpec
 from fineserve_jax.scheduler.profile import StepProfile
-from fineserve_jax.sim.devices import Device, Efficiency
+from fineserve_jax.sim.efficiency import Efficiency
+from fineserve_jax.sim.placement.problem import ModelLoad, Placement, Problem
 
 PAGE_SIZE = 16
 EFFICIENCY = Efficiency()
@@ -64,7 +65,7 @@ class Demand:
 
 
 @functools.cache
-def demand(load: ModelLoad, device: Device, tp: int) -> Demand:
+def demand(load: ModelLoad, device: DeviceSpec, tp: int) -> Demand:
     """What a replica of a model asks of each of its `tp` devices."""
     served = load.served(tp)
     cost = served.cost([load.kv_precision], PAGE_SIZE)

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.placement.estimate import Estimate, estimate
-from fineserve_jax.placement.problem import Placement, Problem, Replica
+from fineserve_jax.sim.placement.estimate import Estimate, estimate
+from fineserve_jax.sim.placement.problem import Placement, Problem, Replica
 
 MOST_PLACEMENTS = 200_000
 FEW_DEVICES = 4

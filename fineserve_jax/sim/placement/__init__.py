@@ -6,10 +6,10 @@ search     greedy, and exhaustive for small cases
 rules      the rules of others, for comparison
 """
 
-from fineserve_jax.placement.estimate import Estimate, estimate
-from fineserve_jax.placement.problem import ModelLoad, Placement, Problem, Replica, read_problem
-from fineserve_jax.placement.rules import prism, slab_aware
-from fineserve_jax.placement.search import exhaustive, greedy
+from fineserve_jax.sim.placement.estimate import Estimate, estimate
+from fineserve_jax.sim.placement.problem import ModelLoad, Placement, Problem, Replica, read_problem
+from fineserve_jax.sim.placement.rules import prism, slab_aware
+from fineserve_jax.sim.placement.search import exhaustive, greedy
 
 __all__ = [
     "Estimate",

@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.placement.estimate import PAGE_SIZE, Estimate, demand, estimate
-from fineserve_jax.placement.problem import Placement, Problem, Replica
-from fineserve_jax.placement.search import groups
 from fineserve_jax.sim.models import page_classes
+from fineserve_jax.sim.placement.estimate import PAGE_SIZE, Estimate, demand, estimate
+from fineserve_jax.sim.placement.problem import Placement, Problem, Replica
+from fineserve_jax.sim.placement.search import groups
 
 Cost = Callable[[Problem, Placement], tuple[float, ...]]
 
