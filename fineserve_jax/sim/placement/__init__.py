@@ -1,8 +1,8 @@
-"""Which model goes on which devices: above engines, before any of them starts. Host only.
+"""Which model goes on which devices: decided above engines, before any of them starts.
 
 problem    what is asked: models with rates, lengths and targets, and devices
-estimate   what a placement would give
-search     greedy, and exhaustive for small cases
+estimate   what a placement would give, by queueing formulas
+search     greedy search, and an exhaustive one for small cases
 rules      the rules of others, for comparison
 """
 
