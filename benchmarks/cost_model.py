@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax.scheduler import StepProfile
-from fineserve_jax.sim.cost_table import Configuration, CostTable, Row, read_table, roofline_profile
-from fineserve_jax.sim.devices import Device, Efficiency, get_device
+from fineserve_jax.scheduler.devices import DeviceSpec, get_device
+from fineserve_jax.sim.cost_table import Configuration, CostTable, Measurement, read_table, roofline_profile
+from fineserve_jax.sim.efficiency import Efficiency
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "profiles"
 Errors = dict[Configuration, list[tuple[float, float]]]
@@ -58,7 +59,7 @@ def main() -> None:
     print(json.dumps({"device": arguments.device, "held_back": arguments.held_back, "tables": results}))
 
 
-def held_back_errors(rows: Iterable[Row], device: Device, arguments: Arguments) -> Errors:
+def held_back_errors(rows: Iterable[Measurement], device: DeviceSpec, arguments: Arguments) -> Errors:
     """Relative errors of TTFT and TPOT of the rows that a fit did not see, over several draws of them."""
     groups = by_configuration(rows)
     errors: Errors = defaultdict(list)
@@ -72,14 +73,14 @@ def held_back_errors(rows: Iterable[Row], device: Device, arguments: Arguments) 
     return errors
 
 
-def roofline_errors(rows: Iterable[Row], device: Device, efficiency: Efficiency) -> Errors:
+def roofline_errors(rows: Iterable[Measurement], device: DeviceSpec, efficiency: Efficiency) -> Errors:
     return {
         configuration: errors_of(roofline_profile(configuration, device, efficiency), group)
         for configuration, group in by_configuration(rows).items()
     }
 
 
-def errors_of(profile: StepProfile, rows: Iterable[Row]) -> list[tuple[float, float]]:
+def errors_of(profile: StepProfile, rows: Iterable[Measurement]) -> list[tuple[float, float]]:
     return [
         (
             abs(profile.predict(row.prefill()) - row.ttft_s) / row.ttft_s,
@@ -89,14 +90,14 @@ def errors_of(profile: StepProfile, rows: Iterable[Row]) -> list[tuple[float, fl
     ]
 
 
-def launch_seconds(rows: Iterable[Row]) -> float:
+def launch_seconds(rows: Iterable[Measurement]) -> float:
     """Seconds a layer of the smallest decode step of a 16-bit 8B model on one device."""
     small = [row for row in rows if row.configuration == Configuration("llama-3.1-8b", "org") and row.batch_size == 1]
-    return min(row.tpot_s for row in small) / small[0].configuration.served.shape.num_layers
+    return min(row.tpot_s for row in small) / small[0].configuration.variant.shape.num_layers
 
 
-def by_configuration(rows: Iterable[Row]) -> dict[Configuration, list[Row]]:
-    groups: defaultdict[Configuration, list[Row]] = defaultdict(list)
+def by_configuration(rows: Iterable[Measurement]) -> dict[Configuration, list[Measurement]]:
+    groups: defaultdict[Configuration, list[Measurement]] = defaultdict(list)
     for row in rows:
         groups[row.configuration].append(row)
     return groups

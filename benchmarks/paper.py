@@ -25,9 +25,10 @@ from typing import Any
 
 import tyro
 
+from fineserve_jax.scheduler.devices import get_device
 from fineserve_jax.sim.charts import line_chart
 from fineserve_jax.sim.cost_table import CostTable, read_table
-from fineserve_jax.sim.devices import Efficiency, get_device
+from fineserve_jax.sim.efficiency import Efficiency
 from fineserve_jax.sim.experiment import Experiment, parse_mix, with_targets
 from fineserve_jax.sim.systems import SYSTEMS, Cluster, System
 from fineserve_jax.sim.workload import assign, draw

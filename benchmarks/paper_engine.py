@@ -37,6 +37,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.request import SchedulerOutput
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.simulator import Simulator
@@ -133,7 +134,7 @@ def settings(arguments: Arguments, system: str) -> EngineConfig:
 def workload(arguments: Arguments, model: str, count: int, seed: int) -> list[Arrival]:
     """So many requests of chats' lengths, shortened, that are all there at the start."""
     drawn = draw(rate=2.0 * count, seconds=1.0, seed=seed)[:count]
-    kinds = [Kind(1.0, model, kv_precision) for kv_precision in arguments.mix]
+    kinds = [Kind(1.0, RequestOptions(model=model, kv_precision=name)) for name in arguments.mix]
     most = arguments.max_seq_len // 2
     return [
         dataclasses.replace(
@@ -179,9 +180,9 @@ class Serving:
             self.engine.step()
         self.running.append(self.engine.scheduler.num_running)
 
-    def note(self, plan: SchedulerOutput, seconds: float) -> None:
-        self.predicted_s += self.profile.predict(step_cost(plan.chunks, self.profile.model.formats))
-        self.observe(plan, seconds)
+    def note(self, output: SchedulerOutput, seconds: float) -> None:
+        self.predicted_s += self.profile.predict(step_cost(output.chunks, self.profile.model.formats))
+        self.observe(output, seconds)
 
     def outcome(self) -> Outcome:
         engine = self.engine
@@ -213,7 +214,7 @@ def simulate(
     for arrivals in (learning, batch):
         before = twin.scheduler.num_preemptions
         run = Simulator(twin.scheduler, twin.kv, {model.name: timer}, max_output_tokens=0, fast=False).run(arrivals)
-    finished = np.array([served.finished_s for served in run.served], float)
+    finished = np.array([record.finished_s for record in run.requests], float)
     return Outcome(run.end_s, finished, run.num_preemptions - before)
 
 

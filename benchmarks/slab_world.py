@@ -64,10 +64,6 @@ class Lengths:
     outputs: np.ndarray
     source: str
 
-    @property
-    def mean_tokens(self) -> float:
-        return float((self.prompts + self.outputs).mean())
-
 
 def read_lengths(trace: Path, context: int) -> Lengths:
     """Lengths of a trace, or of one like it where there is no such file, scaled so that the longest request of the
@@ -132,14 +128,14 @@ class World:
 
     def step(self) -> Iterator[None]:
         """One step; pauses once, where its tokens are computed and the requests that end with it still hold theirs."""
-        plan = self.scheduler.schedule(self.now)
+        output = self.scheduler.schedule(self.now)
         self.now += STEP_S
         for operation in self.kv.take_operations():
             self.moved_bytes += operation.target_class.page_units * self.unit_bytes
-        if plan is None:
+        if output is None:
             yield
             return
-        advanced = self.scheduler.commit(plan, [0] * len(plan.chunks), self.now)
+        advanced = self.scheduler.commit(output, [0] * len(output.chunks), self.now)
         yield
         for request in advanced:
             if request.num_tokens == request.max_total_tokens:

@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax.engine.output_files import check_can_write
-from fineserve_jax.placement import Estimate, Placement, Problem, exhaustive, greedy, prism, read_problem, slab_aware
+from fineserve_jax.sim.placement import (
+    Estimate,
+    Placement,
+    Problem,
+    exhaustive,
+    greedy,
+    prism,
+    read_problem,
+    slab_aware,
+)
 
 Rule = Callable[[Problem], tuple[Placement, Estimate]]
 RULES: dict[str, Rule] = {"greedy": greedy, "exhaustive": exhaustive, "slab_aware": slab_aware, "prism": prism}

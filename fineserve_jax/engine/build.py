@@ -25,9 +25,9 @@ from fineserve_jax.pallas_kernels.implementation import Implementation, default_
 from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
-from fineserve_jax.runner.roofline import device_roofline
 from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import FormatCost, ModelCost, Scheduler
+from fineserve_jax.scheduler.devices import device_roofline
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def build_engine(
     for name in models:
         _check_one_request_fits(kv, name, configs[name], limits[name], size)
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
-    scheduler = Scheduler(config.scheduler(), kv, costs, device_roofline(device))
+    scheduler = Scheduler(config.scheduler(), kv, costs, device_roofline(device.platform, device.device_kind))
     arena = Arena(next(iter(geometries.values())), allocator.num_units)
     operations = PageOperations(arena, geometries, allocator.slab_units, implementation)
     served = {}

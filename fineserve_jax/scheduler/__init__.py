@@ -5,7 +5,8 @@ add -> WaitingQueue -level 1, admission (memory)-> rows -level 2, execution (com
              +--------- preempted, to recompute ----+
 """
 
-from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost, StepCost
+from fineserve_jax.scheduler.costs import FormatCost, ModelCost, StepCost
+from fineserve_jax.scheduler.devices import DeviceRoofline
 from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
 from fineserve_jax.scheduler.profile import StepProfile, load_profiles, save_profiles
 from fineserve_jax.scheduler.scheduler import Scheduler

@@ -1,10 +1,8 @@
 """What a step costs in operations and bytes, counted from its works; no seconds here (see `profile`)."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fineserve_jax.errors import ConfigError
 from fineserve_jax.request import ScheduledChunk
 
 
@@ -37,27 +35,6 @@ class ModelCost:
     flops_per_pair: float
     weight_bytes: float
     formats: Mapping[str, FormatCost]
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceRoofline:
-    """A device's peaks: `flops` operations/s, `bandwidth` bytes/s, `overhead_s` seconds a step takes besides.
-
-    Raises:
-        ConfigError: a rate that is not positive, or a negative overhead.
-    """
-
-    flops: float
-    bandwidth: float
-    overhead_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("flops", "bandwidth"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name}={value!r} of the device roofline; give a positive rate per second")
-        if not (self.overhead_s >= 0 and math.isfinite(self.overhead_s)):
-            raise ConfigError(f"overhead_s={self.overhead_s!r} of the device roofline; give 0 or more seconds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost, StepCost
+from fineserve_jax.scheduler.costs import FormatCost, ModelCost, StepCost
+from fineserve_jax.scheduler.devices import DeviceRoofline
 
 START = (1.0, 0.0, 1.0, 1.0, 1.0, 0.0)
 TERMS = len(START)

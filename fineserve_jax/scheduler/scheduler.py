@@ -15,7 +15,8 @@ from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request import FinishReason, Request, RequestStatus, SchedulerOutput
 from fineserve_jax.scheduler.admission import Admission
-from fineserve_jax.scheduler.costs import DeviceRoofline, ModelCost, StepCost, step_cost
+from fineserve_jax.scheduler.costs import ModelCost, StepCost, step_cost
+from fineserve_jax.scheduler.devices import DeviceRoofline
 from fineserve_jax.scheduler.execution import next_model, plan_step
 from fineserve_jax.scheduler.growth import Growth
 from fineserve_jax.scheduler.lengths import OutputLengths

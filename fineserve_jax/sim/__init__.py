@@ -1,30 +1,43 @@
-"""The engine on a virtual clock: its scheduler, pools and policies, with a cost model in place of the runner.
+"""What can be said without a device: the engine on a virtual clock, and which model should go on which devices.
 
-    workload     who asks what, and when                 devices, models   accelerators and models as figures
-    cost_table   cost models from measured tables        systems           this engine, and others' rules
-    simulator    the loop                                metrics, trace_output, report   what came out of it
+In a simulation, scheduler, memory pools and policies are the engine's own; a cost model takes the runner's place.
 
-No jax, no device.
+    workload, traces   who asks what, and when: drawn, or read from a file
+    models             models by their shapes: what a step costs, how long KV pages are
+    efficiency         what of a device's peaks (`scheduler.devices`) is reached
+    cost_table         cost models from tables of measured latencies
+    systems            what is compared: this engine, and others' rules
+    simulator          the loop; gives a `records.Run`
+    experiment         several systems at several rates
+    metrics            a run's figures: TTFT, TPOT, goodput, SLO attainment
+    report, charts     runs side by side as an HTML page
+    trace_output       a run as a trace for Perfetto
+    placement/         which model goes on which devices
+
+Host only: nothing here imports JAX.
 """
 
-from fineserve_jax.sim.devices import DEVICES, Device, Efficiency, get_device
+from fineserve_jax.scheduler.devices import DEVICES, DeviceSpec, get_device
+from fineserve_jax.sim.efficiency import Efficiency
 from fineserve_jax.sim.metrics import Summary, summarize
-from fineserve_jax.sim.models import ServedModel, parse_model
-from fineserve_jax.sim.simulator import Run, Served, Simulator
+from fineserve_jax.sim.models import ModelVariant, parse_model
+from fineserve_jax.sim.records import RequestRecord, Run
+from fineserve_jax.sim.simulator import Simulator
 from fineserve_jax.sim.systems import SYSTEMS, Cluster, System, build, get_system, prepare
-from fineserve_jax.sim.workload import Arrival, Kind, assign, draw, read_csv, read_jsonl, scale_rate
+from fineserve_jax.sim.traces import read_csv, read_jsonl
+from fineserve_jax.sim.workload import Arrival, Kind, assign, draw, scale_rate
 
 __all__ = [
     "DEVICES",
     "SYSTEMS",
     "Arrival",
     "Cluster",
-    "Device",
+    "DeviceSpec",
     "Efficiency",
     "Kind",
+    "ModelVariant",
+    "RequestRecord",
     "Run",
-    "Served",
-    "ServedModel",
     "Simulator",
     "Summary",
     "System",

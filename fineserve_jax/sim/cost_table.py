@@ -13,9 +13,10 @@ from pathlib import Path
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.scheduler.costs import ModelCost, StepCost
+from fineserve_jax.scheduler.devices import DeviceRoofline, DeviceSpec
 from fineserve_jax.scheduler.profile import StepProfile
-from fineserve_jax.sim.devices import Device, Efficiency
-from fineserve_jax.sim.models import SHAPES, ServedModel, get_cache
+from fineserve_jax.sim.efficiency import Efficiency
+from fineserve_jax.sim.models import SHAPES, ModelVariant, get_cache
 
 QFORMATS = {"org": ("bf16", "bf16"), "fp8_kv8": ("fp8", "fp8"), "awq": ("awq", "bf16"), "qoq": ("qoq", "int4")}
 """Quantisation format of a table -> precision of the weights, KV format."""
@@ -32,17 +33,17 @@ class Configuration:
     share: int = 100
 
     @property
-    def served(self) -> ServedModel:
-        return ServedModel(SHAPES[self.model], QFORMATS[self.qformat][0], self.tp)
+    def variant(self) -> ModelVariant:
+        return ModelVariant(SHAPES[self.model], QFORMATS[self.qformat][0], self.tp)
 
     @property
     def cost(self) -> ModelCost:
-        return self.served.cost([QFORMATS[self.qformat][1]], PAGE_SIZE)
+        return self.variant.cost([QFORMATS[self.qformat][1]], PAGE_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A batch of requests that were served together, and seconds to the first and to each further token."""
+class Measurement:
+    """A row of the table: requests that were served together, seconds to the first and to each further token."""
 
     configuration: Configuration
     batch_size: int
@@ -62,7 +63,7 @@ class Row:
         return StepCost(self.batch_size, 0, tokens * cached.bytes_per_token, round(tokens))
 
 
-def read_table(path: str | Path) -> list[Row]:
+def read_table(path: str | Path) -> list[Measurement]:
     """The rows of a table, those of models without a known shape left out.
 
     Raises:
@@ -79,9 +80,9 @@ def read_table(path: str | Path) -> list[Row]:
     return rows
 
 
-def _row(line: dict[str, str]) -> Row:
+def _row(line: dict[str, str]) -> Measurement:
     share = int(line.get("mps_percentage") or 100)
-    return Row(
+    return Measurement(
         Configuration(line["model"], line["qformat"], int(line["tp"]), share),
         int(line["batch_size"]),
         int(line["input_len"]),
@@ -100,19 +101,19 @@ class CostTable:
         efficiency: of that roofline.
     """
 
-    def __init__(self, rows: Iterable[Row], device: Device, efficiency: Efficiency) -> None:
+    def __init__(self, rows: Iterable[Measurement], device: DeviceSpec, efficiency: Efficiency) -> None:
         self._device, self._efficiency = device, efficiency
-        grouped: defaultdict[Configuration, list[Row]] = defaultdict(list)
+        grouped: defaultdict[Configuration, list[Measurement]] = defaultdict(list)
         for row in rows:
             grouped[row.configuration].append(row)
         self.profiles = {configuration: self._fit(configuration, group) for configuration, group in grouped.items()}
 
-    def _fit(self, configuration: Configuration, rows: Iterable[Row]) -> StepProfile:
+    def _fit(self, configuration: Configuration, rows: Iterable[Measurement]) -> StepProfile:
         steps = [(row.prefill(), row.ttft_s) for row in rows] + [(row.decode(), row.tpot_s) for row in rows]
         return roofline_profile(configuration, self._device, self._efficiency).fit(steps)
 
-    def profile(self, model: ServedModel, kv_format: str, share: int = 100) -> StepProfile:
-        """The cost model of a served model, with requests in one KV format or several.
+    def profile(self, model: ModelVariant, kv_format: str, share: int = 100) -> StepProfile:
+        """The cost model of a model variant, with requests in one KV format or several.
 
         A table has one KV format for each qformat. Other formats read their own number of bytes at the speed at
         which that one was read.
@@ -124,18 +125,17 @@ class CostTable:
         fitting = [
             configuration
             for configuration in self.profiles
-            if (configuration.served, configuration.share) == (model, share)
+            if (configuration.variant, configuration.share) == (model, share)
         ]
         if not fitting:
-            known = sorted({f"{c.served.name} tp={c.tp} share={c.share}" for c in self.profiles})
+            known = sorted({f"{c.variant.name} tp={c.tp} share={c.share}" for c in self.profiles})
             raise ConfigError(f"the table has no {model.name} tp={model.tp} share={share}; it has {', '.join(known)}")
         same_kv = [configuration for configuration in fitting if QFORMATS[configuration.qformat][1] == kv_format]
         return self.profiles[(same_kv or fitting)[0]]
 
 
-def roofline_profile(configuration: Configuration, device: Device, efficiency: Efficiency) -> StepProfile:
+def roofline_profile(configuration: Configuration, device: DeviceSpec, efficiency: Efficiency) -> StepProfile:
     """The cost model that needs no rows. With a part of the cores, products take longer and reading does not."""
-    served = configuration.served
-    whole = served.roofline(device, efficiency)
-    part = type(whole)(whole.flops * configuration.share / 100, whole.bandwidth, whole.overhead_s)
+    whole = configuration.variant.roofline(device, efficiency)
+    part = DeviceRoofline(whole.flops * configuration.share / 100, whole.bandwidth, whole.overhead_s)
     return StepProfile(configuration.cost, part)

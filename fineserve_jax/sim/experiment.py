@@ -1,15 +1,16 @@
 """Several systems, each at several rates, on one workload: what `fineserve-jax simulate` and the benchmarks run."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sim.metrics import Summary, summarize
-from fineserve_jax.sim.models import ServedModel, get_cache, parse_model
-from fineserve_jax.sim.simulator import Run, Simulator, StepTimer
+from fineserve_jax.sim.models import ModelVariant, get_cache, parse_model
+from fineserve_jax.sim.records import Run
+from fineserve_jax.sim.simulator import Simulator, StepTimer
 from fineserve_jax.sim.systems import Cluster, System, build, prepare
-from fineserve_jax.sim.workload import Arrival, Kind, scale_rate
+from fineserve_jax.sim.workload import Arrival, Kind, scale_rate, updated
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,12 @@ class Experiment:
         cluster: where.
         timers: cost models by model name; rooflines for the others.
         settings: fields of `SchedulerConfig` for all systems.
-        max_output_tokens: what requests say at most to generate.
-        stop_factor: a run ends at this multiple of the workload's length, served or not; None: when all is served.
     """
 
     arrivals: Sequence[Arrival]
     cluster: Cluster
     timers: Mapping[str, StepTimer] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
-    max_output_tokens: int = 2048
-    stop_factor: float | None = None
 
     def run(self, system: System, rate_scale: float = 1.0, *, record_steps: bool = False) -> Result:
         """One simulation, from empty to the end."""
@@ -52,33 +49,24 @@ class Experiment:
             scheduler,
             kv,
             timers,
-            max_output_tokens=self.max_output_tokens,
             record_steps=record_steps,
             sample_s=max(span / 200, 0.25),
-            stop_s=None if self.stop_factor is None else self.stop_factor * span,
         )
         run = simulator.run(arrivals)
         return Result(system.name, rate_scale, len(arrivals) / span if span else 0.0, summarize(run), run)
 
     def run_all(
-        self,
-        systems: Iterable[System],
-        rate_scales: Sequence[float],
-        *,
-        record_steps: bool = False,
-        on_result: Callable[[Result], None] = lambda result: None,
+        self, systems: Iterable[System], rate_scales: Sequence[float], *, record_steps: bool = False
     ) -> list[Result]:
         """All systems at all rates; steps are recorded at the last rate only."""
-        results = []
-        for system in systems:
-            for scale in rate_scales:
-                result = self.run(system, scale, record_steps=record_steps and scale == rate_scales[-1])
-                on_result(result)
-                results.append(result)
-        return results
+        return [
+            self.run(system, scale, record_steps=record_steps and scale == rate_scales[-1])
+            for system in systems
+            for scale in rate_scales
+        ]
 
 
-def parse_mix(words: Iterable[str], tp: int = 1) -> tuple[list[Kind], dict[ServedModel, tuple[str, ...]]]:
+def parse_mix(words: Iterable[str], tp: int = 1) -> tuple[list[Kind], dict[ModelVariant, tuple[str, ...]]]:
     """A mix such as `llama-3.1-8b@awq/int4=2 llama-3.1-8b/bf16=1`: model, its weights, KV format and share.
 
     Returns:
@@ -88,7 +76,7 @@ def parse_mix(words: Iterable[str], tp: int = 1) -> tuple[list[Kind], dict[Serve
         ConfigError: a word that cannot be read, or names something unknown.
     """
     kinds: list[Kind] = []
-    formats: dict[ServedModel, tuple[str, ...]] = {}
+    formats: dict[ModelVariant, tuple[str, ...]] = {}
     for word in words:
         described, _, share = word.partition("=")
         name, slash, kv_format = described.rpartition("/")
@@ -101,7 +89,7 @@ def parse_mix(words: Iterable[str], tp: int = 1) -> tuple[list[Kind], dict[Serve
         model = parse_model(name, tp)
         get_cache(kv_format)
         formats[model] = tuple(dict.fromkeys((*formats.get(model, ()), kv_format)))
-        kinds.append(Kind(weight, model.name, kv_format))
+        kinds.append(Kind(weight, RequestOptions(model=model.name, kv_precision=kv_format)))
     if not kinds:
         raise ConfigError("the mix is empty; name at least one MODEL/KV_FORMAT")
     return kinds, formats
@@ -119,4 +107,4 @@ def check_arrivals(arrivals: Sequence[Arrival], cluster: Cluster) -> None:
 
 def with_targets(kinds: Iterable[Kind], ttft_slo_s: float | None, tpot_slo_s: float | None) -> list[Kind]:
     """The kinds with these targets."""
-    return [dataclasses.replace(kind, ttft_slo_s=ttft_slo_s, tpot_slo_s=tpot_slo_s) for kind in kinds]
+    return [Kind(kind.share, updated(kind.options, ttft_slo_s=ttft_slo_s, tpot_slo_s=tpot_slo_s)) for kind in kinds]

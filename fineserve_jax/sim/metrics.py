@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fineserve_jax.sim.simulator import Run, Served
+from fineserve_jax.sim.records import Run
 
 PERCENTILES = (50, 90, 99)
 
@@ -71,47 +71,42 @@ class Summary:
 
 def summarize(run: Run) -> Summary:
     """The figures of a run."""
-    served = run.served
-    done = [one for one in served if one.outcome == "length"]
-    start = min((one.arrival.arrival_s for one in served), default=0.0)
+    requests = run.requests
+    done = [one for one in requests if one.outcome == "length"]
+    start = min((one.arrival.arrival_s for one in requests), default=0.0)
     seconds = max(run.end_s - start, 1e-9)
     in_time = [one for one in done if one.in_time]
-    formats = sorted({one.arrival.kv_precision for one in served})
-    by_format = {name: [one for one in served if one.arrival.kv_precision == name] for name in formats}
+    formats = sorted({one.arrival.kv_precision for one in requests})
+    by_format = {name: [one for one in requests if one.arrival.kv_precision == name] for name in formats}
     needed = sum(sample.needed_bytes for sample in run.samples)
     errors = [error for error in run.prediction_error.values() if error is not None]
     return Summary(
-        num_requests=len(served),
+        num_requests=len(requests),
         num_done=len(done),
-        num_dropped=sum(one.outcome == "late" for one in served),
-        num_refused=sum(one.outcome == "refused" for one in served),
+        num_dropped=sum(one.outcome == "late" for one in requests),
+        num_refused=sum(one.outcome == "refused" for one in requests),
         seconds=seconds,
         output_tokens_per_s=sum(one.arrival.output_tokens for one in done) / seconds,
         goodput_tokens_per_s=sum(one.arrival.output_tokens for one in in_time) / seconds,
         goodput_per_s=len(in_time) / seconds,
-        attainment=len(in_time) / max(1, len(served)),
+        attainment=len(in_time) / max(1, len(requests)),
         ttft=_latency(one.ttft_s for one in done),
         tpot=_latency(one.tpot_s for one in done if one.arrival.output_tokens > 1),
-        end_to_end=_latency(map(end_to_end_s, done)),
+        end_to_end=_latency(one.end_to_end_s for one in done),
         attainment_by_format={name: sum(one.in_time for one in ones) / len(ones) for name, ones in by_format.items()},
-        end_to_end_p99_by_format={name: _latency(map(end_to_end_s, ones)).p99 for name, ones in by_format.items()},
+        end_to_end_p99_by_format={
+            name: _latency(one.end_to_end_s for one in ones).p99 for name, ones in by_format.items()
+        },
         reserved_over_needed=sum(s.reserved_bytes for s in run.samples) / needed if needed else None,
         occupancy=_mean([s.needed_bytes / run.usable_bytes for s in run.samples]),
         mean_running=_mean([s.num_running for s in run.samples]),
         num_preemptions=run.num_preemptions,
         num_steps=run.num_steps,
         longest_wait_s=max(
-            (one.admitted_s - one.arrival.arrival_s for one in served if one.admitted_s is not None), default=0.0
+            (one.admitted_s - one.arrival.arrival_s for one in requests if one.admitted_s is not None), default=0.0
         ),
         prediction_error=max(errors, default=None),
     )
-
-
-def end_to_end_s(served: Served) -> float | None:
-    """From arrival to the last token; None for a request that did not get there."""
-    if served.outcome != "length" or served.finished_s is None:
-        return None
-    return served.finished_s - served.arrival.arrival_s
 
 
 def _latency(values: Iterable[float | None]) -> Latency:

@@ -1,6 +1,6 @@
 """Models nobody needs to load: their shapes, what a step of them costs, and how long their KV pages are.
 
-Shapes are those of the `config.json` that each model is published with. A *served model* is a shape with a
+Shapes are those of the `config.json` that each model is published with. A *variant* is a shape with a
 precision of its weights, written `llama-3.1-8b@awq`; the same shape in two precisions is two models.
 """
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.scheduler.costs import DeviceRoofline, FormatCost, ModelCost
-from fineserve_jax.sim.devices import Device, Efficiency
+from fineserve_jax.scheduler.costs import FormatCost, ModelCost
+from fineserve_jax.scheduler.devices import DeviceRoofline, DeviceSpec
+from fineserve_jax.sim.efficiency import Efficiency
 
 UNIT_BYTES = 256
 UNIT_WORDS = UNIT_BYTES // 2
@@ -52,7 +53,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class WeightFormat:
+class WeightCost:
     """Bits a weight with its scales, and which products it is multiplied in: `wide`, `narrow` or `dequantise`."""
 
     bits: float
@@ -61,11 +62,11 @@ class WeightFormat:
 
 # 4-bit weights in groups of 128 with a 16-bit scale and a 4-bit zero point: 4 + 20/128 bits.
 WEIGHTS = {
-    "bf16": WeightFormat(16.0, "wide"),
-    "fp8": WeightFormat(8.0, "narrow"),
-    "int8": WeightFormat(8.0, "narrow"),
-    "awq": WeightFormat(4.16, "dequantise"),
-    "qoq": WeightFormat(4.16, "narrow"),
+    "bf16": WeightCost(16.0, "wide"),
+    "fp8": WeightCost(8.0, "narrow"),
+    "int8": WeightCost(8.0, "narrow"),
+    "awq": WeightCost(4.16, "dequantise"),
+    "qoq": WeightCost(4.16, "narrow"),
 }
 
 
@@ -100,7 +101,7 @@ CACHES = {
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ModelVariant:
     """A model as a device serves it.
 
     Attributes:
@@ -147,7 +148,7 @@ class ServedModel:
             formats=formats,
         )
 
-    def roofline(self, device: Device, efficiency: Efficiency) -> DeviceRoofline:
+    def roofline(self, device: DeviceSpec, efficiency: Efficiency) -> DeviceRoofline:
         """The device group as this model sees it: its kind of products, and the all-reduces of its layers."""
         kind = WEIGHTS[self.weights].products
         reached = {
@@ -163,7 +164,7 @@ class ServedModel:
         flops = 1 / (1 / (reached * self.tp) + self._reduce_seconds_per_flop(device))
         return DeviceRoofline(flops, bandwidth, efficiency.step_overhead_s + waiting + reduces * efficiency.reduce_s)
 
-    def _reduce_seconds_per_flop(self, device: Device) -> float:
+    def _reduce_seconds_per_flop(self, device: DeviceSpec) -> float:
         """Seconds that the activations' way through the links adds to an operation."""
         if self.tp == 1:
             return 0.0
@@ -173,8 +174,8 @@ class ServedModel:
         return token_bytes / device.link_bandwidth / flops_per_token
 
 
-def parse_model(text: str, tp: int = 1) -> ServedModel:
-    """`llama-3.1-8b@awq` as a served model; without `@` its weights are bf16.
+def parse_model(text: str, tp: int = 1) -> ModelVariant:
+    """`llama-3.1-8b@awq` as a variant; without `@` its weights are bf16.
 
     Raises:
         ConfigError: a shape or weight format that is not known.
@@ -185,7 +186,7 @@ def parse_model(text: str, tp: int = 1) -> ServedModel:
         raise ConfigError(f"model {name!r} has no known shape; choose one of {', '.join(SHAPES)}")
     if weights not in WEIGHTS:
         raise ConfigError(f"weights {weights!r} of {text!r} are not known; choose one of {', '.join(WEIGHTS)}")
-    return ServedModel(SHAPES[name], weights, tp)
+    return ModelVariant(SHAPES[name], weights, tp)
 
 
 def get_cache(name: str) -> CacheFormat:
@@ -197,7 +198,7 @@ def get_cache(name: str) -> CacheFormat:
 
 
 def page_classes(
-    kv_formats: Mapping[ServedModel, Iterable[str]], page_size: int, *, bare: bool = False
+    kv_formats: Mapping[ModelVariant, Iterable[str]], page_size: int, *, bare: bool = False
 ) -> dict[tuple[str, str], PageClass]:
     """The page class of each model and KV format, and of the residuals they need.
 
@@ -206,7 +207,7 @@ def page_classes(
     """
     classes: dict[tuple[str, str], PageClass] = {}
 
-    def add(model: ServedModel, name: str) -> PageClass:
+    def add(model: ModelVariant, name: str) -> PageClass:
         key = (model.name, name)
         if key not in classes:
             cache = CacheFormat(get_cache(name).bits) if bare else get_cache(name)

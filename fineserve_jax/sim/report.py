@@ -7,7 +7,7 @@ from pathlib import Path
 from fineserve_jax.sim.charts import Points, distribution, line_chart
 from fineserve_jax.sim.experiment import Result
 from fineserve_jax.sim.metrics import Summary
-from fineserve_jax.sim.simulator import Run, Sample, Served
+from fineserve_jax.sim.records import RequestRecord, Run, Sample
 
 STYLE = """
 body { font: 14px sans-serif; margin: 2em; color: #222 }
@@ -53,7 +53,7 @@ def report(results: Sequence[Result], title: str) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
         "<h2>Against the rate</h2>",
-        *(curve(results, *column[:2]) for column in CURVES),
+        *(_curve(results, *column[:2]) for column in CURVES),
         f"<h2>At {last[0].rate:.2f} requests/s</h2>",
         _distribution("time to the first token", "seconds", last, lambda one: one.ttft_s),
         _distribution("time per further token", "seconds", last, lambda one: one.tpot_s),
@@ -70,7 +70,7 @@ def report(results: Sequence[Result], title: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def curve(results: Sequence[Result], label: str, value: Callable[[Summary], float | None]) -> str:
+def _curve(results: Sequence[Result], label: str, value: Callable[[Summary], float | None]) -> str:
     """A chart of one figure against the rate, a line for each system."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in results:
@@ -78,10 +78,12 @@ def curve(results: Sequence[Result], label: str, value: Callable[[Summary], floa
     return line_chart(label, "requests/s", label, {name: sorted(line) for name, line in lines.items()})
 
 
-def _distribution(title: str, unit: str, results: Sequence[Result], value: Callable[[Served], float | None]) -> str:
+def _distribution(
+    title: str, unit: str, results: Sequence[Result], value: Callable[[RequestRecord], float | None]
+) -> str:
     lines: dict[str, Points] = {}
     for result in results:
-        known = [value(one) for one in result.run.served]
+        known = [value(one) for one in result.run.requests]
         lines[result.system] = distribution([v for v in known if v is not None])
     return line_chart(title, f"{unit}, logarithmic", "share of answered requests", lines, markers=False, log_x=True)
 

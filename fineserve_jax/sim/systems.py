@@ -12,6 +12,7 @@ slabs are free for another class only when their last page is. All but `paper` k
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.scheduler import Scheduler, SchedulerConfig, StepProfile
-from fineserve_jax.sim.devices import Device, Efficiency
-from fineserve_jax.sim.models import UNIT_BYTES, ServedModel, page_classes
+from fineserve_jax.scheduler.devices import DeviceSpec
+from fineserve_jax.sim.efficiency import Efficiency
+from fineserve_jax.sim.models import UNIT_BYTES, ModelVariant, page_classes
 from fineserve_jax.sim.simulator import StepTimer
-from fineserve_jax.sim.workload import Arrival
+from fineserve_jax.sim.workload import Arrival, updated
 
 GRANULE_BYTES = 2 * 2**20
 """What virtual memory on a GPU is mapped in; Prism maps this much of K and of V for each layer at a time."""
@@ -91,8 +93,8 @@ class Cluster:
         prefix_cache: whether requests that begin alike share pages; see `kv.sharing`.
     """
 
-    device: Device
-    models: tuple[ServedModel, ...]
+    device: DeviceSpec
+    models: tuple[ModelVariant, ...]
     kv_formats: Mapping[str, tuple[str, ...]]
     kv_bytes: float | None = None
     reserve: float = 0.1
@@ -159,10 +161,13 @@ def _allocator(system: System, cluster: Cluster, classes: Mapping[tuple[str, str
     return SlabAllocator(num_units, slab_units, system.slab_policy, classes.values(), unit_bytes=UNIT_BYTES)
 
 
-def _granule_units(models: Iterable[ServedModel]) -> int:
+def _granule_units(models: Iterable[ModelVariant]) -> int:
     return max(2 * model.shape.num_layers for model in models) * GRANULE_BYTES // UNIT_BYTES
 
 
 def prepare(system: System, arrivals: Iterable[Arrival]) -> list[Arrival]:
-    """The arrivals as this system takes them."""
-    return [dataclasses.replace(arrival, drop_when_late=True) if system.drop_late else arrival for arrival in arrivals]
+    """The arrivals as this system takes them: one that drops late requests does so with all that have a target."""
+    if not system.drop_late:
+        return list(arrivals)
+    dropped = functools.cache(lambda options: updated(options, drop_when_late=options.ttft_slo_s is not None))
+    return [dataclasses.replace(arrival, options=dropped(arrival.options)) for arrival in arrivals]

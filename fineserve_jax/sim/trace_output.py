@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fineserve_jax.sim.simulator import Run, Served
+from fineserve_jax.sim.records import RequestRecord, Run
 
 DEVICE, REQUESTS, COUNTERS = 1, 2, 3
 LANES = 200
@@ -41,30 +41,30 @@ def _steps(run: Run) -> Iterator[Event]:
 
 
 def _requests(run: Run) -> Iterator[Event]:
-    for number, served in enumerate(run.served):
-        lane, arrival = number % LANES, served.arrival
+    for number, record in enumerate(run.requests):
+        lane, arrival = number % LANES, record.arrival
         details = {
             "model": arrival.model,
             "kv_precision": arrival.kv_precision,
             "prompt tokens": arrival.prompt_tokens,
             "output tokens": arrival.output_tokens,
-            "outcome": served.outcome,
-            "preemptions": served.num_preemptions,
+            "outcome": record.outcome,
+            "preemptions": record.num_preemptions,
         }
-        for title, start, end in _phases(served, run.end_s):
+        for title, start, end in _phases(record, run.end_s):
             yield _span(REQUESTS, lane, f"{number} {title}", start, end, details)
-        if served.admitted_s is not None:
-            yield _instant(lane, f"{number} admitted", served.admitted_s)
-        if served.num_preemptions:
-            yield _instant(lane, f"{number} preempted {served.num_preemptions} times", served.finished_s or run.end_s)
+        if record.admitted_s is not None:
+            yield _instant(lane, f"{number} admitted", record.admitted_s)
+        if record.num_preemptions:
+            yield _instant(lane, f"{number} preempted {record.num_preemptions} times", record.finished_s or run.end_s)
 
 
-def _phases(served: Served, end_s: float) -> Iterator[tuple[str, float, float]]:
-    marks = (served.arrival.arrival_s, served.admitted_s, served.first_token_s, served.finished_s)
+def _phases(record: RequestRecord, end_s: float) -> Iterator[tuple[str, float, float]]:
+    marks = (record.arrival.arrival_s, record.admitted_s, record.first_token_s, record.finished_s)
     for title, start, end in zip(("waits", "prefill", "decode"), marks, marks[1:], strict=False):
         if start is None:
             return
-        yield title, start, served.finished_s or end_s if end is None else end
+        yield title, start, record.finished_s or end_s if end is None else end
 
 
 def _counters(run: Run) -> Iterator[Event]:

@@ -1,22 +1,20 @@
-"""Workloads: who asks what, and when. Read from a trace or drawn; the same seed gives the same bytes."""
+"""Workloads: who asks what, and when. Drawn here or read by `traces`; the same seed gives the same bytes."""
 
-import csv
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.request_options import RequestOptions
 
 # Lengths of chats, log-normal: medians near those of the ShareGPT conversations that serving papers sample
 # (arXiv 2309.06180 gives means of 161 and 338 tokens).
 CHAT_LENGTHS = ((math.log(110.0), 0.9), (math.log(230.0), 0.9))
+NO_OPTIONS = RequestOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,112 +24,58 @@ class Arrival:
     Attributes:
         arrival_s: seconds from the start.
         prompt_tokens, output_tokens: lengths; nobody but the simulator knows the second before it is reached.
-        model: name of the served model.
-        kv_precision: its KV format.
-        tenant: whose it is.
-        ttft_slo_s, tpot_slo_s: targets; None: none.
-        drop_when_late: whether it wants to be dropped when its first token cannot come in time any more.
+        options: model, KV precision, tenant, priority and targets. Many arrivals share one object.
         prefix, prefix_tokens: requests with the same `prefix` have their first `prefix_tokens` tokens in common.
+
+    Raises:
+        ConfigError: a `min_kv_precision`, which is not simulated.
     """
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
-    model: str = ""
-    kv_precision: str = ""
-    tenant: str = ""
-    ttft_slo_s: float | None = None
-    tpot_slo_s: float | None = None
-    drop_when_late: bool = False
+    options: RequestOptions = NO_OPTIONS
     prefix: int = 0
     prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.options.min_kv_precision is not None:
+            raise ConfigError(
+                f"min_kv_precision={self.options.min_kv_precision!r}: narrowing is not simulated; leave it out"
+            )
+
+    @property
+    def model(self) -> str:
+        """Name of the model that serves it; "" for one that has not been dealt out yet."""
+        return self.options.model or ""
+
+    @property
+    def kv_precision(self) -> str:
+        """Its KV format; "" for one that has not been dealt out yet."""
+        return self.options.kv_precision or ""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A share of the requests, and what they have in common."""
+    """A share of the requests, and the options that they have in common."""
 
     share: float
-    model: str
-    kv_precision: str
-    ttft_slo_s: float | None = None
-    tpot_slo_s: float | None = None
-    tenant: str = ""
+    options: RequestOptions
 
 
-def read_csv(path: str | Path) -> list[Arrival]:
-    """A trace with the columns of Azure's: TIMESTAMP, ContextTokens, GeneratedTokens.
-
-    Raises:
-        ConfigError: a file that cannot be read, lacks a column, or holds a value that is none.
-    """
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ConfigError(f"cannot read the trace {path}: {error}") from None
-    columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-    if not rows or any(rows[0].get(column) is None for column in columns):
-        raise ConfigError(f"{path} must have rows with the columns {', '.join(columns)}")
-    try:
-        times = [_seconds(row["TIMESTAMP"]) for row in rows]
-        lengths = [(max(1, int(row["ContextTokens"])), max(1, int(row["GeneratedTokens"]))) for row in rows]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} holds a value that cannot be read: {error}") from None
-    start = min(times)
-    arrivals = [Arrival(time - start, *pair) for time, pair in zip(times, lengths, strict=True)]
-    return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
+def updated(options: RequestOptions, **changes: Any) -> RequestOptions:
+    """The options with some of them changed, checked anew; raises RequestError for a bad one."""
+    return RequestOptions(**(options.model_dump(exclude_unset=True) | changes))
 
 
-def _seconds(stamp: str) -> float:
-    """A timestamp, or plain seconds. Azure's have seven digits of a second; Python reads six."""
-    try:
-        return float(stamp)
-    except ValueError:
-        pass
-    whole, _, fraction = stamp.partition(".")
-    digits = fraction.rstrip("Z")
-    return datetime.fromisoformat(whole + "+00:00").timestamp() + (float(f"0.{digits}") if digits else 0.0)
-
-
-def read_jsonl(path: str | Path) -> list[Arrival]:
-    """One JSON object a line with the fields of `Arrival`; those with a default may be left out.
-
-    Raises:
-        ConfigError: a file that cannot be read, or a line that is no such object, by its number.
-    """
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the workload {path}: {error}") from None
-    arrivals = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            arrivals.append(Arrival(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            known = ", ".join(field.name for field in dataclasses.fields(Arrival))
-            raise ConfigError(f"{path}, line {number}: {error}; a line may have {known}") from None
-    return sorted(arrivals, key=lambda arrival: arrival.arrival_s)
-
-
-def draw(
-    rate: float,
-    seconds: float,
-    seed: int,
-    *,
-    burstiness: float = 1.0,
-    lengths: Sequence[Arrival] | None = None,
-) -> list[Arrival]:
-    """Arrivals at random: gaps are Gamma distributed, with lengths of chats or of a trace.
+def draw(rate: float, seconds: float, seed: int, *, burstiness: float = 1.0) -> list[Arrival]:
+    """Arrivals at random: their gaps are Gamma distributed, their lengths those of chats (`CHAT_LENGTHS`).
 
     Args:
         rate: mean requests a second.
         seconds: how long they keep coming.
         seed: the same seed draws the same arrivals.
         burstiness: coefficient of variation of the gaps; 1 is Poisson, more is burstier.
-        lengths: requests to draw pairs of lengths from; None draws those of `CHAT_LENGTHS`.
 
     Raises:
         ConfigError: a rate, duration or burstiness that is not positive.
@@ -147,41 +91,38 @@ def draw(
         gaps = rng.gamma(shape, 1 / (shape * rate), expected)
         times += (np.cumsum(gaps) + (times[-1] if times else 0.0)).tolist()
     times = [time for time in times if time < seconds]
-    pairs = _lengths(np.random.default_rng([seed, 2]), len(times), lengths)
+    pairs = _lengths(np.random.default_rng([seed, 2]), len(times))
     return [Arrival(time, *pair) for time, pair in zip(times, pairs, strict=True)]
 
 
-def _lengths(rng: np.random.Generator, count: int, given: Sequence[Arrival] | None) -> list[tuple[int, int]]:
-    if given is not None:
-        picks = rng.integers(len(given), size=count).tolist()
-        return [(given[i].prompt_tokens, given[i].output_tokens) for i in picks]
+def _lengths(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     prompts, outputs = (rng.lognormal(*of, size=count) for of in CHAT_LENGTHS)
     clip = lambda values: np.clip(np.rint(values), 4, 2048).astype(int).tolist()  # noqa: E731
     return list(zip(clip(prompts), clip(outputs), strict=True))
 
 
 def assign(arrivals: Iterable[Arrival], kinds: Sequence[Kind], seed: int) -> list[Arrival]:
-    """Deal arrivals out to kinds at random, in proportion to their shares.
+    """Deal arrivals out to kinds at random, in proportion to their shares; they get the options of their kinds.
 
-    What an arrival says of itself (a JSONL may name the model of each line) is kept.
+    Raises:
+        ConfigError: no kinds, or a share that is not positive.
+    """
+    listed = list(arrivals)
+    dealt = zip(listed, deal(len(listed), kinds, seed), strict=True)
+    return [dataclasses.replace(arrival, options=kind.options) for arrival, kind in dealt]
+
+
+def deal(count: int, kinds: Sequence[Kind], seed: int) -> list[Kind]:
+    """The kinds of `count` requests, at random in proportion to their shares.
 
     Raises:
         ConfigError: no kinds, or a share that is not positive.
     """
     if not kinds or not all(kind.share > 0 and math.isfinite(kind.share) for kind in kinds):
         raise ConfigError(f"a mix of {[kind.share for kind in kinds]}: give at least one kind, each a positive share")
-    listed = list(arrivals)
     shares = np.array([kind.share for kind in kinds])
-    picks = np.random.default_rng([seed, 3]).choice(len(kinds), size=len(listed), p=shares / shares.sum())
-    return [_of_kind(arrival, kinds[pick]) for arrival, pick in zip(listed, picks.tolist(), strict=True)]
-
-
-def _of_kind(arrival: Arrival, kind: Kind) -> Arrival:
-    given: dict[str, Any] = {}
-    for name in ("model", "kv_precision", "tenant", "ttft_slo_s", "tpot_slo_s"):
-        if getattr(arrival, name) in ("", None):
-            given[name] = getattr(kind, name)
-    return dataclasses.replace(arrival, **given)
+    picks = np.random.default_rng([seed, 3]).choice(len(kinds), size=count, p=shares / shares.sum())
+    return [kinds[pick] for pick in picks.tolist()]
 
 
 def scale_rate(arrivals: Iterable[Arrival], factor: float) -> list[Arrival]:

@@ -32,7 +32,7 @@ def test_the_trace_has_every_step_and_every_request_in_its_phases(results, tmp_p
     for before, after in itertools.pairwise(steps):
         assert before["ts"] + before["dur"] <= after["ts"] + 0.01
     for phase in ("waits", "prefill", "decode"):
-        assert sum(event["name"].endswith(phase) for event in spans) == len(result.run.served)
+        assert sum(event["name"].endswith(phase) for event in spans) == len(result.run.requests)
     assert {event["name"] for event in events if event["ph"] == "C"} == {"KV memory reserved, GB", "requests"}
     assert all(event.get("dur", 0.0) >= 0.0 for event in events)
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 
 from fineserve_jax.cli import main
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.placement import (
+from fineserve_jax.sim import DEVICES
+from fineserve_jax.sim.placement import (
     ModelLoad,
     Problem,
     Replica,
@@ -20,7 +21,6 @@ from fineserve_jax.placement import (
     read_problem,
     slab_aware,
 )
-from fineserve_jax.sim import DEVICES
 
 loads = st.builds(
     ModelLoad,

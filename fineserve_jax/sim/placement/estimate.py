@@ -14,10 +14,11 @@ import functools
 import math
 from dataclasses import dataclass
 
-from fineserve_jax.placement.problem import ModelLoad, Placement, Problem
 from fineserve_jax.scheduler.costs import StepCost
+from fineserve_jax.scheduler.devices import DeviceSpec
 from fineserve_jax.scheduler.profile import StepProfile
-from fineserve_jax.sim.devices import Device, Efficiency
+from fineserve_jax.sim.efficiency import Efficiency
+from fineserve_jax.sim.placement.problem import ModelLoad, Placement, Problem
 
 PAGE_SIZE = 16
 EFFICIENCY = Efficiency()
@@ -51,7 +52,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Demand:
+class ReplicaDemand:
     """What a model asks of one of its devices, for each request a second: seconds of work and bytes of cache; and
     besides, whatever the rate, `pace` of the device's time and the weights. `prefill_s` is a request's alone."""
 
@@ -64,11 +65,11 @@ class Demand:
 
 
 @functools.cache
-def demand(load: ModelLoad, device: Device, tp: int) -> Demand:
+def replica_demand(load: ModelLoad, device: DeviceSpec, tp: int) -> ReplicaDemand:
     """What a replica of a model asks of each of its `tp` devices."""
-    served = load.served(tp)
-    cost = served.cost([load.kv_precision], PAGE_SIZE)
-    profile = StepProfile(cost, served.roofline(device, EFFICIENCY))
+    variant = load.variant(tp)
+    cost = variant.cost([load.kv_precision], PAGE_SIZE)
+    profile = StepProfile(cost, variant.roofline(device, EFFICIENCY))
     prompt, output = load.prompt_tokens, load.output_tokens
     cached = cost.formats[load.kv_precision].bytes_per_token
     context_bytes = (prompt + output / 2) * cached
@@ -76,12 +77,12 @@ def demand(load: ModelLoad, device: Device, tp: int) -> Demand:
     prefill_s = profile.predict(StepCost(int(prompt), int(prompt * (prompt + 1) / 2), 0.0))
     # A token beyond the knee costs its operations; before it, it rides on the reading of the weights.
     token_s = cost.flops_per_token / profile.roofline.flops + context_bytes / profile.roofline.bandwidth
-    return Demand(
+    return ReplicaDemand(
         work_s=max(prefill_s - empty_s, prompt * cost.flops_per_token / profile.roofline.flops) + output * token_s,
         pace=empty_s / load.tpot_slo_s,
         prefill_s=prefill_s,
         kv_bytes=output * load.tpot_slo_s * context_bytes / tp,
-        weight_bytes=served.weight_bytes / tp,
+        weight_bytes=variant.weight_bytes / tp,
         step_s=empty_s + token_s,
     )
 
@@ -96,7 +97,7 @@ def estimate(problem: Problem, placement: Placement) -> Estimate | None:
     load, wanted = [0.0] * num_devices, [dict[int, float]() for _ in range(num_devices)]
     for replica in placement:
         model = problem.models[replica.model]
-        asks = demand(model, problem.devices[replica.devices[0]], len(replica.devices))
+        asks = replica_demand(model, problem.devices[replica.devices[0]], len(replica.devices))
         rate = model.rate / num_replicas[replica.model]
         active = 1 - math.exp(-rate * model.output_tokens * model.tpot_slo_s)  # that a row is there at all
         for number in replica.devices:
@@ -128,7 +129,7 @@ def _attainment(
     attainment = [0.0] * len(problem.models)
     for replica in placement:
         model = problem.models[replica.model]
-        asks = demand(model, problem.devices[replica.devices[0]], len(replica.devices))
+        asks = replica_demand(model, problem.devices[replica.devices[0]], len(replica.devices))
         busiest = max(load[number] for number in replica.devices)
         memory = min(1.0, *(free[number] / sum(wanted[number].values()) for number in replica.devices))
         spare_s = model.ttft_slo_s - asks.prefill_s

@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.placement.estimate import PAGE_SIZE, Estimate, demand, estimate
-from fineserve_jax.placement.problem import Placement, Problem, Replica
-from fineserve_jax.placement.search import groups
 from fineserve_jax.sim.models import page_classes
+from fineserve_jax.sim.placement.estimate import PAGE_SIZE, Estimate, estimate, replica_demand
+from fineserve_jax.sim.placement.problem import Placement, Problem, Replica
+from fineserve_jax.sim.placement.search import groups
 
 Cost = Callable[[Problem, Placement], tuple[float, ...]]
 
@@ -50,7 +50,7 @@ def _free_bytes(problem: Problem, placement: Placement) -> list[float]:
     free = [device.memory_bytes * (1 - problem.reserve) for device in problem.devices]
     for replica in placement:
         for number in replica.devices:
-            asks = demand(problem.models[replica.model], problem.devices[number], len(replica.devices))
+            asks = replica_demand(problem.models[replica.model], problem.devices[number], len(replica.devices))
             free[number] -= asks.weight_bytes
     return free
 
@@ -73,7 +73,7 @@ def _slab_units(problem: Problem, placement: Placement) -> float:
         for replica in placement:
             if number in replica.devices:
                 load = problem.models[replica.model]
-                classes = page_classes({load.served(1): [load.kv_precision]}, PAGE_SIZE, bare=True)
+                classes = page_classes({load.variant(1): [load.kv_precision]}, PAGE_SIZE, bare=True)
                 lengths += [page_class.page_units for page_class in classes.values()]
         longest = max(longest, math.lcm(*lengths) if lengths else 0)
     return float(longest)

@@ -20,8 +20,8 @@ import yaml
 from pydantic import Field
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.sim.devices import Device, get_device
-from fineserve_jax.sim.models import ServedModel, get_cache, parse_model
+from fineserve_jax.scheduler.devices import DeviceSpec, get_device
+from fineserve_jax.sim.models import ModelVariant, get_cache, parse_model
 from fineserve_jax.validation import Validated
 
 
@@ -46,7 +46,7 @@ class ModelLoad(Validated):
     tpot_slo_s: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     tp: tuple[int, ...] = (1,)
 
-    def served(self, tp: int) -> ServedModel:
+    def variant(self, tp: int) -> ModelVariant:
         return parse_model(self.model, tp)
 
     @property
@@ -60,7 +60,7 @@ class Problem:
     """Models, and devices that are numbered in this order; `reserve` is the share of memory kept for activations."""
 
     models: tuple[ModelLoad, ...]
-    devices: tuple[Device, ...]
+    devices: tuple[DeviceSpec, ...]
     reserve: float = 0.1
 
 
@@ -107,7 +107,7 @@ def parse_problem(values: Any, where: str) -> Problem:
     for load in models:
         get_cache(load.kv_precision)
         for tp in load.tp:
-            load.served(tp)
+            load.variant(tp)
             if not 1 <= tp <= len(devices):
                 raise ConfigError(
                     f"tp={tp} of {load.model}: {where} has {len(devices)} devices; use 1 to {len(devices)}"

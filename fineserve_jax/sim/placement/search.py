@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.placement.estimate import Estimate, estimate
-from fineserve_jax.placement.problem import Placement, Problem, Replica
+from fineserve_jax.sim.placement.estimate import Estimate, estimate
+from fineserve_jax.sim.placement.problem import Placement, Problem, Replica
 
 MOST_PLACEMENTS = 200_000
 FEW_DEVICES = 4
@@ -22,7 +22,7 @@ def greedy(problem: Problem) -> tuple[Placement, Estimate]:
         ConfigError: the models do not all fit, however placed.
     """
     numbers = range(len(problem.models))
-    by_weight = sorted(numbers, key=lambda model: problem.models[model].served(1).weight_bytes)
+    by_weight = sorted(numbers, key=lambda model: problem.models[model].variant(1).weight_bytes)
     by_urgency = sorted(numbers, key=lambda model: problem.models[model].urgency)
     orders = {tuple(order) for base in (by_weight, by_urgency) for order in (base, base[::-1])}
     climbed = (_climb(problem, _first_replicas(problem, order)) for order in sorted(orders))
@@ -162,7 +162,7 @@ def _score(problem: Problem, placement: Placement) -> tuple[float, float]:
 
 
 def _too_large(problem: Problem) -> ConfigError:
-    total = sum(load.served(1).weight_bytes for load in problem.models)
+    total = sum(load.variant(1).weight_bytes for load in problem.models)
     room = sum(device.memory_bytes * (1 - problem.reserve) for device in problem.devices)
     return ConfigError(
         f"the models take {total / 1e9:.1f} GB of weights and do not fit the devices ({room / 1e9:.1f} GB usable) "
