@@ -10,7 +10,7 @@
     norm/scale                                                 f32[hidden]
     lm_head/{kernel, ...}                                      [vocab, hidden], unless tied
 
-`kernel, ...` are the arrays of the weight format (see `formats.py`); a bias is f32.
+`kernel, ...` are the arrays of the weight format (see `weight_formats.py`); a bias is f32.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class WeightFormat(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Float32:
+class Float32Weights:
     """`kernel` f32[out, in]; products in full float32, also where TensorFloat-32 would be the default."""
 
     def declare(self, out: int, inner: int) -> Shapes:
@@ -58,7 +58,7 @@ class Float32:
 
 
 @dataclasses.dataclass(frozen=True)
-class BFloat16:
+class BFloat16Weights:
     """`kernel` bf16[out, in]; activations rounded to bf16, sums in f32."""
 
     def declare(self, out: int, inner: int) -> Shapes:
@@ -75,7 +75,7 @@ class BFloat16:
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Int8Weights:
     """W8A8: `kernel` i8[out, in], `scale` f32[out]; activations quantised per token, products in i32."""
 
     def declare(self, out: int, inner: int) -> Shapes:
@@ -101,7 +101,7 @@ class Int8:
 
 
 @dataclasses.dataclass(frozen=True)
-class Int4:
+class Int4Weights:
     """Weight-only, 5 bits a value: `value = code * scale + minimum` with 4-bit codes, f16 scale and minimum.
 
     Codes are planar, so that each plane is one product and nothing is interleaved:
@@ -167,11 +167,11 @@ class WeightRecipe:
 
 
 WEIGHT_RECIPES: dict[str, WeightRecipe] = {
-    "fp32": WeightRecipe(Float32(), Float32(), Float32()),
-    "bf16": WeightRecipe(BFloat16(), BFloat16(), BFloat16()),
-    "int8": WeightRecipe(Int8(), BFloat16(), Int8()),
+    "fp32": WeightRecipe(Float32Weights(), Float32Weights(), Float32Weights()),
+    "bf16": WeightRecipe(BFloat16Weights(), BFloat16Weights(), BFloat16Weights()),
+    "int8": WeightRecipe(Int8Weights(), BFloat16Weights(), Int8Weights()),
     # The output head decides every token and 4 bits cost it most: keep it at 8.
-    "int4": WeightRecipe(Int4(), BFloat16(), Int8()),
+    "int4": WeightRecipe(Int4Weights(), BFloat16Weights(), Int8Weights()),
 }
 
 

@@ -2,7 +2,8 @@
 
 from fineserve_jax.loaders.chat import encode_chat, render_chat
 from fineserve_jax.loaders.fetch import ALIASES, fetch
-from fineserve_jax.loaders.load import LoadedModel, convert, load_model
+from fineserve_jax.loaders.load import convert, load_model
+from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [

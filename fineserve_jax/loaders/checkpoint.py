@@ -13,20 +13,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 from absl import logging as absl_logging
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.loaders.hf_model import read_json
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
+from fineserve_jax.loaders.json_file import read_json
+from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.loaders.tokenizer import Tokenizer
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.params import Params, abstract_params
-
-if TYPE_CHECKING:
-    from fineserve_jax.loaders.load import LoadedModel
 
 MANIFEST = "fineserve.json"
 _FORMAT_VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_hf_architecture
@@ -62,19 +62,6 @@ class HFModel:
                 f"to safetensors first"
             )
         return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ModelLoadError when it is absent or malformed."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelLoadError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def hf_config(raw: Mapping[str, Any]) -> ModelConfig:

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.loaders.hf_model import read_json
+from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.tokenizer import Tokenizer, end_of_turn_ids
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.checkpoint import MANIFEST, check_target, load_checkpoint, save_checkpoint
@@ -14,28 +12,11 @@ from fineserve_jax.loaders.gguf_model import GGUFModel
 from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer
-from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.models.model_config import ModelConfig
+from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.models.params import pack_params
 from fineserve_jax.models.weight_formats import weight_recipe
 
 DEFAULT_WEIGHTS = "bf16"
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to run.
-
-    name: what the source calls it (alias, file stem or directory name).
-    params: nested dict of jax arrays, the tree of `models.abstract_params(config, weights)`.
-    weights: how matrices are stored: fp32, bf16, int8 or int4.
-    """
-
-    name: str
-    config: ModelConfig
-    params: dict[str, Any]
-    tokenizer: Tokenizer
-    weights: str
 
 
 def load_model(source: str | Path, weights: str | None = "bf16") -> LoadedModel:

@@ -10,9 +10,9 @@ from model_oracle import FIXTURES, case_expected, case_tensors, flax_logits, flo
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.models import build_model, pack_params
-from fineserve_jax.models.weight_formats import BFloat16, Float32, Int4, Int8, weight_recipe
+from fineserve_jax.models.weight_formats import BFloat16Weights, Float32Weights, Int4Weights, Int8Weights, weight_recipe
 
-FORMATS = {"fp32": Float32(), "bf16": BFloat16(), "int8": Int8(), "int4": Int4()}
+FORMATS = {"fp32": Float32Weights(), "bf16": BFloat16Weights(), "int8": Int8Weights(), "int4": Int4Weights()}
 LOGIT_ERROR = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05, "int4": 0.02}
 
 
@@ -77,7 +77,7 @@ def test_rows_are_the_stored_rows(name):
 @settings(max_examples=40)
 def test_int8_encodes_within_half_a_step_and_keeps_the_extremes(seed, magnitude):
     matrix = random_matrix(seed, out=6) * np.float32(magnitude)
-    stored = Int8().pack(matrix)
+    stored = Int8Weights().pack(matrix)
     step = np.abs(matrix).max(axis=1, keepdims=True) / 127
     assert np.all(np.abs(decode("int8", stored) - matrix) <= step * 0.5001)
     assert stored["kernel"].min() >= -127
@@ -92,7 +92,7 @@ def test_int4_encodes_within_half_a_step_of_its_group(seed, shift):
     step = (groups.max(axis=2) - groups.min(axis=2)) / 15
     # Rounding scale and minimum to float16 may move an end by 15 * 2^-11 of a step and 2^-11 of the minimum.
     slack = step * (0.5 + 15 * 2.0**-11) + np.abs(groups.min(axis=2)) * 2.0**-10
-    error = np.abs(decode("int4", Int4().pack(matrix)) - matrix).reshape(groups.shape)
+    error = np.abs(decode("int4", Int4Weights().pack(matrix)) - matrix).reshape(groups.shape)
     assert np.all(error <= slack[:, :, None])
 
 
@@ -107,7 +107,7 @@ def test_constant_and_zero_rows_survive(name):
 
 def test_int4_refuses_widths_it_cannot_split():
     with pytest.raises(ModelLoadError, match=r"divisible by 64.*one of 96.*int8"):
-        Int4().declare(4, 96)
+        Int4Weights().declare(4, 96)
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones():
@@ -118,7 +118,7 @@ def test_an_unknown_precision_is_refused_with_the_known_ones():
 def _dequantised(source, weights):
     """The checkpoint's tensors as the format stores them, by Hugging Face name."""
     recipe, tied = weight_recipe(weights), source.config.tie_embeddings
-    names = {Float32: "fp32", BFloat16: "bf16", Int8: "int8", Int4: "int4"}
+    names = {Float32Weights: "fp32", BFloat16Weights: "bf16", Int8Weights: "int8", Int4Weights: "int4"}
     tensors = {name: tensor.astype(np.float32) for name, tensor in case_tensors(source.directory.name).items()}
     for name, tensor in tensors.items():
         if tensor.ndim == 2:

@@ -1,0 +1,22 @@
+"""JSON files of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fineserve_jax.errors import ModelLoadError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises ModelLoadError when it is absent or malformed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelLoadError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content

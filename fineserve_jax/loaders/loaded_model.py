@@ -1,0 +1,25 @@
+"""What every loader returns: a model with its parameters and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fineserve_jax.loaders.tokenizer import Tokenizer
+from fineserve_jax.models.model_config import ModelConfig
+from fineserve_jax.models.params import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    name: what the source calls it (alias, file stem or directory name).
+    params: nested dict of jax arrays, the tree of `models.abstract_params(config, weights)`.
+    weights: how matrices are stored: fp32, bf16, int8 or int4.
+    """
+
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    weights: str
