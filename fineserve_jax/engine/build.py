@@ -94,7 +94,7 @@ def build_engine(
     for name in models:
         _check_one_request_fits(kv, name, configs[name], limits[name], size)
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
-    scheduler = Scheduler(config.scheduler(), kv, costs, device_roofline(device))
+    scheduler = Scheduler(config, kv, costs, device_roofline(device))
     arena = Arena(next(iter(geometries.values())), kv.allocator.num_units)
     operations = PageOperations(arena, geometries, kv.allocator.slab_units, implementation)
     served = {}

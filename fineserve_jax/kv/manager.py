@@ -18,6 +18,7 @@ from fineserve_jax.kv.compaction import Compaction
 from fineserve_jax.kv.errors import PageError
 from fineserve_jax.kv.host_memory import HostMemory
 from fineserve_jax.kv.integrity import check_manager
+from fineserve_jax.kv.narrowing import Narrowing, narrow, next_narrowing
 from fineserve_jax.kv.operations import Copy, PageOperation
 from fineserve_jax.kv.pages import RequestPages, Segment
 from fineserve_jax.kv.pool import Share
@@ -309,7 +310,7 @@ class KVManager:
             segments.append(Segment(held.page_class.residual.kv_format, residual, first, num_cached - first))
         return segments
 
-    def page_units(self, request: Request, first: int, count: int) -> list[int]:
+    def first_units(self, request: Request, first: int, count: int) -> list[int]:
         """First units of `count` of the request's pages from the page `first` on, the residual page aside."""
         parts = self.holds(request).parts(first, first + count)
         return [unit for run in parts for unit in self.table.units_of(run.handles)]
@@ -329,6 +330,65 @@ class KVManager:
         for segment in self.segments(request, request.num_computed_tokens if request in self.held else 0):
             tokens[segment.kv_format] = tokens.get(segment.kv_format, 0) + segment.num_tokens
         return tokens
+
+    # -- for the scheduler ---------------------------------------------------------------------------------
+
+    @property
+    def is_compacting(self) -> bool:
+        """Whether more pages would have been moved together in this step than may be moved in one."""
+        return self.compaction.is_cut_short
+
+    @property
+    def num_free_slabs(self) -> int:
+        """Slabs that no page lies in."""
+        return len(self.allocator.free_slabs)
+
+    def page_units(self, page_class: PageClass) -> int:
+        """Units that a page of the class takes."""
+        return self.allocator.page_units(page_class)
+
+    def share_names(self, page_class: PageClass) -> frozenset[str]:
+        """Memory shares that the pages of a request in the class, its residual page included, count against."""
+        classes = [page_class] if page_class.residual is None else [page_class, page_class.residual]
+        return frozenset(map(self.allocator.policy.share_name, classes))
+
+    def can_advance(self, request: Request) -> bool:
+        """Whether the request has something to compute now: not while another computes the page it needs next.
+
+        Moves its `num_computed_tokens` past what others have computed meanwhile.
+        """
+        return self.sharing.can_go_on(request)
+
+    def note_computed(self, request: Request) -> None:
+        """The request's first `num_computed_tokens` tokens are in its pages: its full ones are ready to be shared."""
+        self.sharing.note_computed(request)
+
+    def can_save(self, request: Request) -> bool:
+        """Whether the request's pages may be saved: they are computed, in one format, and host memory has room."""
+        held = self.held[request]
+        # Pages in several formats take slabs of several: alone they might not fit where those of one format do.
+        return not held.waits and held.exact and self.host.has_room(request)
+
+    def save_bytes(self, request: Request) -> int:
+        """Bytes that saving the request takes."""
+        return self.host.num_bytes(request)
+
+    def save(self, request: Request) -> None:
+        """Queue the copy of a request's pages to host memory, and take them back; only what `can_save` allows."""
+        self.host.save(request)
+
+    def next_requantization(self, request: Request, most: int, keep_pages: int) -> Narrowing | None:
+        """What `requantize_pages` would take next; None if nothing is left to narrow.
+
+        Args:
+            most: most pages to take at a time.
+            keep_pages: newest full pages that stay as they are.
+        """
+        return next_narrowing(self, request, most, keep_pages)
+
+    def requantize_pages(self, request: Request, what: Narrowing) -> int:
+        """Encode pages of a request anew, as `next_requantization` said; how many, perhaps fewer or 0."""
+        return narrow(self, request, what)
 
     # -- accounts ------------------------------------------------------------------------------------------
 

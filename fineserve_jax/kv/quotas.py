@@ -123,14 +123,14 @@ class QuotaAccount:
         """A quota whose maximum would be exceeded if the request held so much more; None if none would."""
         return next((n for n in self.names(request) if self.used[n] + more_units > self.most[n]), None)
 
-    def is_owed(self, request: Request, more_units: int) -> bool:
+    def is_under_guarantee(self, request: Request, more_units: int) -> bool:
         """Whether so much more for the request lies within a guarantee."""
         return any(self.used[name] + more_units <= self.guaranteed[name] for name in self.names(request))
 
-    def is_protected(self, request: Request) -> bool:
-        """Whether what the request holds may not be reclaimed, since one of its quotas holds no more than it is
+    def is_preemptible(self, request: Request) -> bool:
+        """Whether what the request holds may be reclaimed: not while one of its quotas holds no more than it is
         guaranteed."""
-        return any(0 < self.used[name] <= self.guaranteed[name] for name in self.names(request))
+        return not any(0 < self.used[name] <= self.guaranteed[name] for name in self.names(request))
 
     def check(self) -> None:
         """Raises IntegrityError unless the books say what requests hold."""

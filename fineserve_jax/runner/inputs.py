@@ -153,7 +153,7 @@ class _Builder:
         newest = self.format_ids[get_format(request.kv_precision).residual or request.kv_precision]
         self.chunk_of_page[own] = chunk
         self.full[own], self.written[own], self.newest[own] = full, full, newest
-        pages = self.kv.page_units(request, page, num_pages)
+        pages = self.kv.first_units(request, page, num_pages)
         if residual is not None and scheduled.count % self.page_size:
             pages = [*pages[: num_pages - 1], residual]
             self.written[first + num_pages - 1] = newest

@@ -272,7 +272,7 @@ class Simulator:
         for scheduled in chunks:
             scheduled.request.token_ids += [0] * count
             scheduled.request.num_computed_tokens += count
-            self._kv.sharing.note_computed(scheduled.request)
+            self._kv.note_computed(scheduled.request)
         self._run.num_steps += count
         return count
 

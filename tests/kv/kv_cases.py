@@ -33,7 +33,7 @@ def arena(num_slabs: int, slab_units: int = 20, policy: str = "elastic", **optio
 
 def pages_of(kv, request) -> list[int]:
     """First units of the request's pages, in order, the residual page aside."""
-    return kv.page_units(request, 0, kv.holds(request).num_pages)
+    return kv.first_units(request, 0, kv.holds(request).num_pages)
 
 
 def snapshot(state: object) -> bytes:

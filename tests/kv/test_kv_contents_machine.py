@@ -132,7 +132,7 @@ class ContentsMachine(RuleBasedStateMachine):
 
     def num_holding(self, request: Request) -> list[int]:
         """How many requests hold each of the request's pages."""
-        pages = {row: self.kv.page_units(row, 0, self.kv.holds(row).num_pages) for row in self.rows}
+        pages = {row: self.kv.first_units(row, 0, self.kv.holds(row).num_pages) for row in self.rows}
         holding = Counter(unit for units in pages.values() for unit in units)
         return [holding[unit] for unit in pages[request]]
 

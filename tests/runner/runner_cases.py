@@ -55,7 +55,7 @@ def make_kv(formats: Iterable[str] = FORMATS) -> KVManager:
 
 def pages_of(kv: KVManager, request: Request) -> list[int]:
     """First units of the request's pages, in order, the residual page aside."""
-    return kv.page_units(request, 0, kv.holds(request).num_pages)
+    return kv.first_units(request, 0, kv.holds(request).num_pages)
 
 
 def make_request(name: str, kv_precision: str, token_ids: Sequence[int], **params) -> Request:

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from scheduler_cases import MODEL, PAGE_SIZE, PAGE_UNITS, FakeEngine, make_kv, make_request
 
 from fineserve_jax.request import RequestStatus
-from fineserve_jax.scheduler.rows import shares_of
 
 
 def held(engine):
@@ -45,7 +44,7 @@ def test_another_format_passes_by_until_the_blocked_request_is_old(ageing_s):
     assert held(engine) == ([0] if ageing_s == 0.0 else [0, 2])
 
 
-def test_every_row_can_grow_by_a_page_after_admission():
+def test_every_running_request_can_grow_by_a_page_after_admission():
     engine = FakeEngine(make_kv(9), policy="fcfs", max_batch_size=8)
     for number in range(8):
         engine.add(make_request(number, 2 * PAGE_SIZE, 9, "bf16"))
@@ -163,7 +162,7 @@ def assert_overtaking_ends(engine, coming, limit_s):
 
 
 def competes(kv, one, other):
-    one, other = (shares_of(kv, kv.class_of(r.model, r.kv_precision)) for r in (one, other))
+    one, other = (kv.share_names(kv.class_of(r.model, r.kv_precision)) for r in (one, other))
     return not one.isdisjoint(other)
 
 

@@ -4,7 +4,6 @@ import pytest
 from scheduler_cases import COST, MODEL, FakeEngine, check_tokens, make_kv, make_request, make_scheduler
 
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.kv.narrowing import narrow, next_narrowing
 from fineserve_jax.request import FinishReason, RequestStatus
 
 
@@ -106,16 +105,14 @@ def test_the_same_calls_give_the_same_plans():
 def test_abort_frees_a_request_wherever_it_is_even_in_the_middle_of_a_step():
     engine = crowded(number=6)
     scheduler = engine.scheduler
-    assert scheduler.abort("r5", 1.0) is engine.requests[5]
-    plan = scheduler.schedule(1.0)
-    running = plan.chunks[1].request
-    assert scheduler.abort(running.request_id, 2.0) is running
+    scheduler.finish(engine.requests[5], FinishReason.ABORT, 1.0)
+    output = scheduler.schedule(1.0)
+    running = output.chunks[1].request
+    scheduler.finish(running, FinishReason.ABORT, 2.0)
     assert running not in engine.kv.held
-    assert running not in scheduler.commit(plan, [1] * len(plan.chunks), 3.0)
+    assert running not in scheduler.commit(output, [1] * len(output.chunks), 3.0)
     assert (running.status, running.finish_reason) == (RequestStatus.FINISHED, FinishReason.ABORT)
     assert running.num_output_tokens == 0
-    assert scheduler.abort(running.request_id, 4.0) is None
-    assert scheduler.abort("nobody", 4.0) is None
 
 
 def test_commit_notes_the_first_token_and_who_got_one():
@@ -163,8 +160,8 @@ def test_a_narrowed_request_that_fits_only_in_one_format_is_computed_again():
     engine = FakeEngine(make_kv(4), preemption="swap", narrow_keep_pages=100)
     request = engine.add(make_request(0, prompt=13, output=19, min_kv_precision="int8"))
     engine.step()
-    narrowing = next_narrowing(engine.kv, request, most=1, keep_pages=0)
-    assert narrow(engine.kv, request, narrowing) == 1
+    narrowing = engine.kv.next_requantization(request, most=1, keep_pages=0)
+    assert engine.kv.requantize_pages(request, narrowing) == 1
     engine.drain()
     assert request.finish_reason is FinishReason.LENGTH
     assert request.num_preemptions == 1
