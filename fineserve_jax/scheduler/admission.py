@@ -81,6 +81,8 @@ class Admission:
         self.left_guaranteed = False
         # Each open group, and the priority number from which on it is closed.
         open_groups = dict.fromkeys(self._queue.groups(), math.inf)
+        # Slots that requests leave which give way to one for its memory are for the next pass.
+        num_free_slots = self._config.max_batch_size - len(self._running)
         admitted: list[RunningRequest] = []
         while open_groups and (entry := self._first(open_groups, now)):
             request, group = entry.request, self._queue.group_of(entry.request)
@@ -89,9 +91,10 @@ class Admission:
             if not self._quotas.admits(request, joining.page_class):
                 del open_groups[group]
                 continue
-            is_full = len(self._running) + len(admitted) >= self._config.max_batch_size
-            if is_full and not (guaranteed and self._reclaim(joining)):
-                break
+            if len(admitted) >= num_free_slots:
+                if not (guaranteed and self._reclaim(joining)):
+                    break
+                num_free_slots += 1
             if self._grow(joining, guaranteed):
                 self._queue.remove(request)
                 self._quotas.note(request)

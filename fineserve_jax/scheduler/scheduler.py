@@ -264,6 +264,12 @@ class Scheduler:
             )
 
     def _able(self, model: str) -> list[RunningRequest]:
-        """The model's running requests that have something to compute now."""
-        can_advance = self._kv.can_advance
-        return [running for running in self._running if running.request.model == model and can_advance(running.request)]
+        """The model's running requests that have something to compute now. One that decodes waits for nobody's pages."""
+        can_advance, able = self._kv.can_advance, []
+        for running in self._running:
+            request = running.request
+            if request.model != model:
+                continue
+            if len(request.token_ids) - request.num_computed_tokens == 1 or can_advance(request):
+                able.append(running)
+        return able

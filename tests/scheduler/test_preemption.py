@@ -96,8 +96,8 @@ def test_the_same_calls_give_the_same_plans():
     def plans():
         engine = crowded(number=9, policy="fineserve")
         while engine.scheduler.has_unfinished:
-            plan = engine.step()
-            yield [(w.request.sequence, w.start, w.count) for w in plan.chunks]
+            output = engine.step()
+            yield [(w.request.sequence, w.start, w.count) for w in output.chunks]
 
     assert list(plans()) == list(plans())
 
@@ -150,8 +150,8 @@ def test_a_request_that_cannot_fit_alone_is_an_error_of_the_engine_not_an_endles
 def test_the_scheduler_learns_from_the_steps_it_is_told_of():
     engine = FakeEngine(make_kv(40))
     engine.add(make_request(0))
-    plan = engine.step()
-    engine.scheduler.observe(plan, 0.5)
+    output = engine.step()
+    engine.scheduler.observe(output, 0.5)
     assert engine.scheduler.profiles[MODEL].num_observed == 1
 
 

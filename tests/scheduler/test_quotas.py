@@ -145,7 +145,7 @@ def plans(work, tenants, **options):
         steps += [engine.step() for _ in range(wait)]
     while engine.scheduler.has_unfinished:
         steps.append(engine.step())
-    return [[(w.request.sequence, w.start, w.count) for w in plan.chunks] if plan else None for plan in steps]
+    return [[(w.request.sequence, w.start, w.count) for w in output.chunks] if output else None for output in steps]
 
 
 @settings(max_examples=40)
