@@ -16,7 +16,7 @@ policies by name in the entry point group `fineserve_jax.policies`.
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fineserve_jax.errors import ConfigError
@@ -49,7 +49,7 @@ class PolicyContext:
     num_levels: int
     expected_output_tokens: Callable[[Request], float]
     prefill_s: Callable[[Request], float]
-    shares: FairShares = field(default_factory=FairShares)
+    shares: FairShares
 
 
 Policy: TypeAlias = Callable[[Request, PolicyContext], SortKey]

@@ -264,12 +264,13 @@ class Scheduler:
             )
 
     def _able(self, model: str) -> list[RunningRequest]:
-        """The model's running requests that have something to compute now. One that decodes waits for nobody's pages."""
+        """The model's running requests that have something to compute now."""
         can_advance, able = self._kv.can_advance, []
         for running in self._running:
             request = running.request
             if request.model != model:
                 continue
+            # One that decodes waits for no pages that another request computes.
             if len(request.token_ids) - request.num_computed_tokens == 1 or can_advance(request):
                 able.append(running)
         return able
