@@ -27,8 +27,8 @@ class RunningRequests:
         quotas: told of what preempted requests no longer hold.
 
     Attributes:
-        reserve: pages that they may still want. It counts a request from the moment it has its pages, and by this
-            one `add` it only at the end of the admission pass.
+        reserve: pages that they may still want. Admission adds a request to it as soon as the request has its pages,
+            and to the running ones at the end of the pass.
         num_preemptions: how often one was preempted since the start.
     """
 

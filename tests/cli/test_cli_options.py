@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from fineserve_jax import ConfigError, EngineConfig, RequestError, SamplingParams
 from fineserve_jax.cli.options import DEFAULT_MODEL, flags_of, settle
+from fineserve_jax.scheduler import SchedulerConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -102,6 +103,11 @@ def test_every_flag_has_help(capsys):
     assert "whatever the priority, the policy and the targets" in shown
     assert "precision of the weights: fp32, bf16" in shown
     assert "Attributes:" not in shown
+
+
+def test_the_engine_and_its_scheduler_have_one_set_of_defaults():
+    engine, scheduler = EngineConfig(), SchedulerConfig()
+    assert {name: getattr(engine, name) for name in SchedulerConfig.model_fields} == scheduler.model_dump()
 
 
 def test_flags_that_are_not_given_set_nothing():
