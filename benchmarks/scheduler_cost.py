@@ -63,15 +63,15 @@ def measure(arguments: Arguments, waiting: int) -> tuple[list[float], list[float
     gc.freeze()  # as a server would, once its queue stands; collections of what steps leave behind still count
     for step in range(arguments.steps):
         start = time.process_time()
-        plan = scheduler.schedule(now)
-        planned = time.process_time()
-        assert plan is not None
+        output = scheduler.schedule(now)
+        scheduled = time.process_time()
+        assert output is not None
         now += 0.02
-        advanced = scheduler.commit(plan, [7] * len(plan.chunks), now)
-        commits.append(time.process_time() - planned)
-        decisions.append(planned - start)
+        advanced = scheduler.commit(output, [7] * len(output.chunks), now)
+        commits.append(time.process_time() - scheduled)
+        decisions.append(scheduled - start)
         kv.take_operations()
-        chunks += len(plan.prefills)
+        chunks += len(output.prefills)
         if advanced:
             scheduler.finish(advanced[step % len(advanced)], FinishReason.LENGTH, now)
         number += 1
@@ -97,10 +97,10 @@ def fill(arguments: Arguments, waiting: int) -> tuple[Scheduler, KVManager]:
     while (
         any(r.status is not RequestStatus.FINISHED and r.num_output_tokens == 0 for r in kv.requests) or not kv.requests
     ):
-        plan = scheduler.schedule(now)
-        assert plan is not None
+        output = scheduler.schedule(now)
+        assert output is not None
         now += 0.02
-        scheduler.commit(plan, [7] * len(plan.chunks), now)
+        scheduler.commit(output, [7] * len(output.chunks), now)
         kv.take_operations()
     return scheduler, kv
 

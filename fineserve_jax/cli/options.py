@@ -4,6 +4,7 @@
 docstring as help. A flag that is given beats the file named by `--config`, which beats the default.
 """
 
+import inspect
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import (
 
 import tyro
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from fineserve_jax.cli.model_flags import DEFAULT_MODEL, choose_model, choose_models, models_of_file
 from fineserve_jax.engine.engine_config import EngineConfig, read_settings
@@ -44,18 +46,33 @@ ConfigFlag = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
 
+def fields_of(settings: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of `settings`, its own before those it inherits."""
+    fields = settings.model_fields
+    own = [name for name in inspect.get_annotations(settings) if name in fields]
+    return {name: fields[name] for name in (*own, *fields)}
+
+
 def flags_of(settings: type[BaseModel], leave_out: Iterable[str] = ()) -> Any:
     """A TypedDict with a flag for each field of `settings`; tyro gives it the flags that were given only."""
     hints = get_type_hints(settings)
     fields = {
         name: _flag_type(hints[name], field.get_default(call_default_factory=True))
-        for name, field in settings.model_fields.items()
+        for name, field in fields_of(settings).items()
         if name not in leave_out
     }
     # A type checker wants literal fields here; these are known at run time only.
     flags: Any = TypedDict(settings.__name__, fields)  # type: ignore[misc]
-    flags.__doc__ = settings.__doc__
+    flags.__doc__ = _described(settings)
     return flags
+
+
+def _described(settings: type[BaseModel]) -> str:
+    """The docstring of `settings`, with what those of its bases say of the fields that it inherits."""
+    bases = [base for base in settings.__mro__ if issubclass(base, BaseModel)]
+    parts = [inspect.cleandoc(base.__doc__ or "").partition("\n\nAttributes:\n") for base in bases]
+    attributes = [described.partition("\n\n")[0] for _, _, described in parts if described]
+    return "\n".join([parts[0][0], "", "Attributes:", *attributes])
 
 
 def _flag_type(hint: Any, default: Any) -> Any:
@@ -90,6 +107,10 @@ else:
         "swap_memory",
         "policy",
         "ageing_s",
+        "slo_aware",
+        "overtaking_limit_s",
+        "narrow_keep_pages",
+        "growth_reserve_pages",
         "quotas",
         "record",
         "record_every",
@@ -159,7 +180,7 @@ def settle(
 
 def _known_settings(path: Path) -> dict[str, Any]:
     settings = read_settings(path)
-    known = [*MODEL_KEYS, *EngineConfig.model_fields, *SamplingParams.model_fields]
+    known = [*MODEL_KEYS, *fields_of(EngineConfig), *fields_of(SamplingParams)]
     if unknown := [str(key) for key in settings if key not in known]:
         raise ConfigError(f"{path} sets {', '.join(map(repr, unknown))}; it may set: {', '.join(dict.fromkeys(known))}")
     return settings

@@ -95,7 +95,7 @@ def build_engine(
     for name in models:
         _check_one_request_fits(kv, name, configs[name], limits[name], size)
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
-    scheduler = Scheduler(config.scheduler(), kv, costs, device_roofline(device.platform, device.device_kind))
+    scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind))
     arena = Arena(next(iter(geometries.values())), allocator.num_units)
     operations = PageOperations(arena, geometries, allocator.slab_units, implementation)
     served = {}

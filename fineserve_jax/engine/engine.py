@@ -273,14 +273,14 @@ class Engine:
         return advanced + dropped
 
     def _record(self, recorder: Recorder) -> None:
-        counts = {"preemptions": self.scheduler.num_preemptions, "reclaimed_rows": self.scheduler.quotas.num_reclaimed}
+        counts = {"preemptions": self.scheduler.num_preemptions, "reclaimed_rows": self.scheduler.num_reclaimed}
         waiting, running = self.scheduler.num_waiting, self.scheduler.num_running
         recorder.note(self._num_steps, self.clock(), running, waiting, counts)
 
     def execute(self, plan: SchedulerOutput, scores: bool = False) -> StepResult:
         """Does what the KV manager has queued for the device, and computes a plan; see `ModelRunner.execute`."""
         self.page_operations.apply(self.kv.take_operations())
-        self.scheduler.pressure.note_rate(self.page_operations.bytes_per_s)
+        self.scheduler.note_transfer_rate(self.page_operations.bytes_per_s)
         return self.models[plan.chunks[0].request.model].runner.execute(plan, scores)
 
     def _commit(self, plan: SchedulerOutput, result: StepResult) -> list[Request]:

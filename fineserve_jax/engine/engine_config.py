@@ -7,10 +7,9 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.kv.quotas import Quota, check_quotas
+from fineserve_jax.kv.quotas import check_quotas
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
-from fineserve_jax.validation import Validated
 
 Weights = Literal["fp32", "bf16", "int8", "int4"]
 
@@ -19,8 +18,8 @@ AUTO = "auto"
 """KV precision of requests that are kept as wide as 16 bits while there is room, and narrowed when there is not."""
 
 
-class EngineConfig(Validated):
-    """Settings of an engine. Each is honoured or refused with a `ConfigError`; none is ignored.
+class EngineConfig(SchedulerConfig):
+    """Settings of an engine, its scheduler's too. Each is honoured or refused with a `ConfigError`; none is ignored.
 
     Attributes:
         weights: precision of the weights: fp32, bf16, int8 (8-bit activations too) or int4 (weights only). None:
@@ -30,33 +29,19 @@ class EngineConfig(Validated):
             memory by this list.
         kv_memory: size of the KV arena: bytes, a string such as "256MiB", or a fraction of the device's memory such
             as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU.
-        max_batch_size: most requests that are computed together, those of all models counted.
         max_seq_len: most tokens of a request, prompt and output. None: 2048, or the model's limit if that is less.
-        page_size: tokens of a KV page.
-        max_chunk_tokens: most prefill tokens of a step; longer prompts are computed in chunks.
-        chunked_prefill: False computes every prompt in one piece.
-        slab_policy: "elastic" moves slabs between precisions; "partitioned" fixes each one's share; "uniform" gives
-            every page the length of the widest.
+        slab_policy: "elastic" moves slabs between precisions; "partitioned" fixes each one's share, without quotas;
+            "uniform" gives every page the length of the widest.
         slab_shares: with "partitioned", KV format -> share of the memory; equal if None.
         prefix_cache: "exact" lets requests of one KV format that begin alike share pages; "convert" also serves a
             request from pages in a wider format, requantized, so that its tokens depend on what was cached; "off"
             shares nothing but what samples of one prompt find computed.
         min_kv_precision: KV format to which older tokens of requests may be narrowed when memory is short, for those
             that do not name one; None: not narrowed. With kv_precision="auto" the narrowest there is.
-        preemption: how requests come back that lost their memory: "recompute", "swap" (from host memory), or "auto",
-            whichever is predicted to be faster.
         swap_memory: host memory for preempted requests, as kv_memory is given, or 0; None: as much as kv_memory, but
             at most a quarter of the host's.
-        quotas: shares of the KV memory that a tenant's requests or those in a KV precision are guaranteed, and that
-            they may take at most: {"tenant:alice": {"guaranteed": 0.3, "max": 0.6}, "precision:int8": {"max": 0.5}}.
-            Others use what is guaranteed and not wanted. Not with slab_policy="partitioned".
-        policy: order of admission: fineserve, fcfs, sjf, edf, least_slack, tenants, or a function of yours, named as
-            module:function or offered by an installed package.
-        tenant_weights: with policy "tenants", the weight of each; 1 for those not named.
         step_profile: file that learnt step times are kept in: read at the start if it is there, and written whenever
             the engine has nothing left to do.
-        ageing_s: with policy "fineserve", nobody is overtaken by a request that arrived this many seconds later; with
-            "edf", the deadline of requests that name none.
         seed: of requests that name none.
         record: file to record to how the memory is used, for `fineserve-jax slabs`; None: not recorded.
         record_every: steps from one entry of the record to the next.
@@ -70,19 +55,12 @@ class EngineConfig(Validated):
     max_batch_size: int = Field(default=32, ge=1, le=1024)
     max_seq_len: int | None = Field(default=None, ge=2)
     page_size: Literal[16, 32, 64, 128] = 16
-    max_chunk_tokens: int = Field(default=256, ge=16)
-    chunked_prefill: bool = True
     slab_policy: Literal["elastic", "partitioned", "uniform"] = "elastic"
     slab_shares: dict[str, float] | None = None
     prefix_cache: Literal["exact", "convert", "off"] = "exact"
     min_kv_precision: str | None = None
-    preemption: Literal["auto", "recompute", "swap"] = "auto"
     swap_memory: int | float | str | None = None
-    quotas: dict[str, Quota] | None = None
-    policy: str = "fineserve"
-    tenant_weights: dict[str, float] | None = None
     step_profile: str | None = None
-    ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     record: Path | None = None
     record_every: int = Field(default=10, ge=1)
@@ -124,23 +102,8 @@ class EngineConfig(Validated):
             raise ValueError("preemption='swap' needs host memory; give swap_memory, or use preemption='recompute'")
         if self.quotas and self.slab_policy == "partitioned":
             raise ValueError("quotas have no meaning with slab_policy='partitioned', which divides memory for good")
-        check_quotas(self.quotas or {}, self.served_formats)
-        self.scheduler()  # raises for what the scheduler refuses
+        check_quotas(self.quotas, self.served_formats)
         return self
-
-    def scheduler(self) -> SchedulerConfig:
-        """The scheduler's part of the settings."""
-        return SchedulerConfig(
-            policy=self.policy,
-            tenant_weights=self.tenant_weights,
-            max_batch_size=self.max_batch_size,
-            max_chunk_tokens=self.max_chunk_tokens,
-            chunked_prefill=self.chunked_prefill,
-            page_size=self.page_size,
-            ageing_s=self.ageing_s,
-            preemption=self.preemption,
-            quotas=self.quotas or {},
-        )
 
     @property
     def narrows(self) -> bool:

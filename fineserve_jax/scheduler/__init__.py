@@ -1,8 +1,11 @@
 """The two-level scheduler: host code only, no jax.
 
-add -> WaitingQueue -level 1, admission (memory)-> rows -level 2, execution (compute)-> SchedulerOutput -> commit
-             ^                                      |
-             +--------- preempted, to recompute ----+
+add -> WaitingQueue -level 1, admission (memory)-> RunningRequests -level 2, execution (compute)-> SchedulerOutput
+             ^                                          |
+             +--------------- preempted ----------------+
+
+Who is admitted first: `policies`, `waiting`. Who gets memory: `admission`, `growth`. Who loses it: `narrowing_policy`,
+`victims`, `running`, `swapping`. What a step computes: `model_choice`, `execution`, `chunk_sizes`.
 """
 
 from fineserve_jax.scheduler.costs import FormatCost, ModelCost, StepCost

@@ -1,4 +1,4 @@
-"""What a step costs in operations and bytes, counted from its works; no seconds here (see `profile`)."""
+"""What a step costs in operations and bytes, counted from its chunks; no seconds here (see `profile`)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,8 +63,8 @@ class StepCost:
 
 
 def step_cost(chunks: Iterable[ScheduledChunk], formats: Mapping[str, FormatCost]) -> StepCost:
-    """Cost of computing `works` together. A decode row's attention is counted by what it reads only, since reading
-    is what takes its time."""
+    """Cost of computing `chunks` together. The attention of a decode is counted by what it reads only, since reading is
+    what takes its time."""
     tokens, pairs, kv_bytes, kv_tokens = 0, 0, 0.0, 0
     for scheduled in chunks:
         start, count = scheduled.start, scheduled.count

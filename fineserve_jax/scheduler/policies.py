@@ -16,7 +16,7 @@ policies by name in the entry point group `fineserve_jax.policies`.
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fineserve_jax.errors import ConfigError
@@ -49,7 +49,7 @@ class PolicyContext:
     num_levels: int
     expected_output_tokens: Callable[[Request], float]
     prefill_s: Callable[[Request], float]
-    shares: FairShares = field(default_factory=FairShares)
+    shares: FairShares
 
 
 Policy: TypeAlias = Callable[[Request, PolicyContext], SortKey]
@@ -105,18 +105,14 @@ def expected_work(request: Request, context: PolicyContext) -> float:
     return request.num_prompt_tokens + context.expected_output_tokens(request)
 
 
-def longest_output(request: Request) -> float:
-    """Most output tokens a request may have: the estimate that needs no history."""
-    return request.max_total_tokens - request.num_prompt_tokens
-
-
 def policy_context(
     ageing_s: float,
     models: Mapping[str, ModelCost],
-    expected_output_tokens: Callable[[Request], float] = longest_output,
-    prefill_s: Callable[[Request], float] = lambda request: 0.0,
-    tenant_weights: Mapping[str, float] | None = None,
+    expected_output_tokens: Callable[[Request], float],
+    prefill_s: Callable[[Request], float],
+    tenant_weights: Mapping[str, float] | None,
 ) -> PolicyContext:
+    """What policies may know of these models; further arguments as in `PolicyContext`, and weights by tenant."""
     bits = {(model, name): cost.bits for model, costs in models.items() for name, cost in costs.formats.items()}
     levels = {value: level for level, value in enumerate(sorted(set(bits.values())))}
     return PolicyContext(

@@ -15,26 +15,29 @@ class SchedulerConfig(Validated):
     """Settings of both levels.
 
     Attributes:
-        policy: name of the order of the waiting queue; see `policies.find_policy`.
-        max_batch_size: most requests that hold memory at once (READY and RUNNING), hence most rows of a step.
-        max_chunk_tokens: most prefill tokens of a step, each chunk counted in whole pages; a multiple of
-            `page_size`.
-        chunked_prefill: off, a prompt is always computed in one chunk, however long it is.
-        page_size: tokens of a KV page; chunks begin at multiples of it. At least 2, since a chunk of one
-            token is a decode row.
-        ageing_s: no request is overtaken by one that arrived more than this many seconds after it; see
-            `policies.fineserve` and `admission`.
+        policy: order of admission: fineserve, fcfs, sjf, edf, least_slack, tenants, or a function of yours, named as
+            module:function or offered by an installed package.
+        max_batch_size: most requests that hold memory at once and are computed together, those of all models counted.
+        max_chunk_tokens: most prefill tokens of a step, each chunk counted in whole pages: a multiple of page_size.
+            Longer prompts are computed in chunks.
+        chunked_prefill: False computes every prompt in one piece.
+        page_size: tokens of a KV page; chunks begin at multiples of it.
+        ageing_s: with policy "fineserve" or "fcfs", nobody is overtaken by a request that arrived this many seconds
+            later and is no more urgent; with "edf", the deadline of requests that name none.
         slo_aware: whether targets steer more than the order of admission: requests that can no longer make their
-            first token come last (or are dropped, if they ask for it), prefill makes way for time-per-token
-            targets, and the model whose rows are due soonest has the next step. Off, models take turns.
-        overtaking_limit_s: whatever the policy and the targets, no request is overtaken by one that arrived more
-            than this many seconds after it.
-        tenant_weights: with the policy "tenants", weight of each; 1 for those not named.
-        preemption: how a preempted request comes back: "recompute", "swap" (its pages are kept in host memory, as
-            far as that has room), or "auto", whichever is predicted to be faster.
+            first token come last in their priority (or are dropped, if they ask for it), prefill makes way for
+            time-per-token targets, and the model whose requests are due soonest has the next step. False: models take
+            turns.
+        overtaking_limit_s: whatever the priority, the policy and the targets, no request is overtaken by one that
+            arrived this many seconds later.
+        tenant_weights: with policy "tenants", the weight of each; 1 for those not named.
+        preemption: how requests come back that lost their memory: "recompute", "swap" (from host memory, as far as that
+            has room), or "auto", whichever is predicted to be faster.
         narrow_keep_pages: newest full pages of a request that are never narrowed.
-        growth_reserve_pages: free pages that admission leaves for each admitted request that can still grow.
-        quotas: shares of the memory, by "tenant:NAME" or "precision:KV_FORMAT"; see `kv.quotas`.
+        growth_reserve_pages: free pages that admission leaves for each running request that can still grow.
+        quotas: shares of the KV memory that a tenant's requests or those in a KV precision are guaranteed, and that
+            they may take at most: {"tenant:alice": {"guaranteed": 0.3, "max": 0.6}, "precision:int8": {"max": 0.5}}.
+            Others use what is guaranteed and not wanted.
 
     Raises:
         ConfigError: a value out of range, an unknown policy, or a chunk that is not a whole number of pages.
@@ -42,9 +45,9 @@ class SchedulerConfig(Validated):
 
     policy: str = "fineserve"
     max_batch_size: int = Field(default=32, ge=1)
-    max_chunk_tokens: int = Field(default=512, ge=1)
+    max_chunk_tokens: int = Field(default=256, ge=1)
     chunked_prefill: bool = True
-    page_size: int = Field(default=16, ge=2)
+    page_size: int = Field(default=16, ge=2)  # a chunk of one token is a decode
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     slo_aware: bool = True
     overtaking_limit_s: float = Field(default=600.0, ge=0.0, allow_inf_nan=False)

@@ -1,28 +1,43 @@
 """The waiting queue: heaps for each (model, KV format), and with quotas for each tenant besides, since requests of one
-group fail for want of the same memory. A walk looks at the groups' heads only, so it costs nothing for the thousands
-behind a head that cannot be had.
+group fail for want of the same memory. An admission pass looks at the groups' heads only, so it costs nothing for the
+thousands behind a head that cannot be admitted.
 
-A request whose first token cannot be in time any more is *late*: it goes behind all that still can, where late ones
-are in the order of arrival. Whatever the policy and however late, there is a last resort: a request that has waited
-for `overtaking_limit_s` is *aged*, and first of all.
+Requests are ordered by
+
+    priority    smaller numbers first, whatever the policy and the targets
+    rank        in one priority, requests whose first token can still be in time come before those that *missed the
+                deadline*, which stay in the order of arrival
+    key         the policy's; ties go to the earlier arrival
+
+There is a last resort: a request that has waited for `overtaking_limit_s` is *aged*, and comes before all that are not,
+whatever its priority and however late it is.
 """
 
 import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from fineserve_jax.request import Request
+from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.scheduler.policies import SortKey
 
 Group: TypeAlias = tuple[str, ...]
-AGED, ON_TIME, LATE = -1, 0, 1
+_Item = TypeVar("_Item", bound=tuple[Any, ...])
+AGED, ON_TIME, DEADLINE_MISSED = -1, 0, 1
 
 
 class Entry(NamedTuple):
-    """A waiting request as it compares with others: `rank` is AGED, ON_TIME or LATE, `sequence` is distinct."""
+    """A waiting request as it compares with others.
 
+    Attributes:
+        priority: the request's; -inf for an aged one.
+        rank: AGED, ON_TIME or DEADLINE_MISSED.
+        key: the policy's; time of arrival for one that is not ON_TIME.
+        sequence: distinct.
+    """
+
+    priority: float
     rank: int
     key: SortKey
     sequence: int
@@ -34,14 +49,18 @@ class _Heaps:
     """Entries of one group; those that are no longer so are dropped when they come to the top.
 
     Attributes:
-        by_key: on-time requests in the policy's order.
-        by_arrival: the same by sequence.
-        late: late requests by sequence.
+        on_time: requests in the order of priority and policy.
+        missed: requests that missed their deadline, in the order of priority and arrival.
+        by_arrival: all requests by sequence.
+        ageing: on-time requests by sequence, until they are found to be overdue.
+        overdue: on-time requests that were, by priority and sequence.
     """
 
-    by_key: list[Entry] = field(default_factory=list)
+    on_time: list[Entry] = field(default_factory=list)
+    missed: list[Entry] = field(default_factory=list)
     by_arrival: list[tuple[int, Request]] = field(default_factory=list)
-    late: list[tuple[int, Request]] = field(default_factory=list)
+    ageing: list[tuple[int, Request]] = field(default_factory=list)
+    overdue: list[tuple[int, int, Request]] = field(default_factory=list)
     num_waiting: int = 0
 
 
@@ -64,26 +83,26 @@ class WaitingQueue:
     ) -> None:
         self._key_of, self._latest_start_of, self._overtaking_limit_s = key_of, latest_start_of, overtaking_limit_s
         self.group_of = group_of or model_and_format
-        self._waiting: dict[Request, int] = {}  # rank, ON_TIME or LATE
+        self._ranks: dict[Request, int] = {}  # ON_TIME or DEADLINE_MISSED
         self._heaps: dict[Group, _Heaps] = {}
         self._by_latest_start: list[tuple[float, int, Request]] = []
 
     def __len__(self) -> int:
-        return len(self._waiting)
-
-    def __contains__(self, request: Request) -> bool:
-        return request in self._waiting
+        return len(self._ranks)
 
     def groups(self) -> list[Group]:
         """Groups in which a request waits, in the order in which they were first seen."""
-        return [group for group, heaps in self._heaps.items() if heaps.num_waiting]
+        return list(self._heaps)
 
     def push(self, request: Request) -> None:
+        """Let a request wait."""
+        request.status = RequestStatus.WAITING
         heaps = self._heaps.setdefault(self.group_of(request), _Heaps())
         sequence = request.sequence
-        heapq.heappush(heaps.by_key, Entry(ON_TIME, self._key_of(request), sequence, request))
+        heapq.heappush(heaps.on_time, Entry(request.priority, ON_TIME, self._key_of(request), sequence, request))
         heapq.heappush(heaps.by_arrival, (sequence, request))
-        self._waiting[request] = ON_TIME
+        heapq.heappush(heaps.ageing, (sequence, request))
+        self._ranks[request] = ON_TIME
         heaps.num_waiting += 1
         latest_start = self._latest_start_of(request)
         if latest_start < math.inf:
@@ -91,73 +110,96 @@ class WaitingQueue:
         self._compact(heaps)
 
     def remove(self, request: Request) -> None:
-        del self._waiting[request]
+        """Forget a request, which has been admitted or has ended."""
+        del self._ranks[request]
         group = self.group_of(request)
         self._heaps[group].num_waiting -= 1
         if not self._heaps[group].num_waiting:
             del self._heaps[group]
 
-    def defer_late(self, now: float) -> list[Request]:
-        """Put requests that cannot start in time any more behind the others; those that became late now."""
-        became_late, starts = [], self._by_latest_start
+    def defer_missed(self, now: float) -> list[Request]:
+        """Put requests that cannot start in time any more behind the others of their priority.
+
+        Returns:
+            those that missed their deadline since the last call.
+        """
+        missed, starts = [], self._by_latest_start
         while starts and starts[0][0] < now:
             _, sequence, request = heapq.heappop(starts)
             # Asked again: it may have been admitted since, got its first token, and lost its memory.
-            if self._waiting.get(request) == ON_TIME and self._latest_start_of(request) < now:
-                self._waiting[request] = LATE
-                heapq.heappush(self._heaps[self.group_of(request)].late, (sequence, request))
-                became_late.append(request)
-        return became_late
+            if self._ranks.get(request) == ON_TIME and self._latest_start_of(request) < now:
+                self._ranks[request] = DEADLINE_MISSED
+                entry = Entry(request.priority, DEADLINE_MISSED, request.times.arrival_s, sequence, request)
+                heapq.heappush(self._heaps[self.group_of(request)].missed, entry)
+                missed.append(request)
+        return missed
 
     def head(self, group: Group, now: float = -math.inf) -> Entry | None:
         """The group's first request."""
-        late, oldest = self.oldest(group, LATE), self.oldest(group)
-        first = min((r for r in (late, oldest) if r is not None), key=lambda r: r.sequence, default=None)
-        if first is not None and now - first.times.arrival_s >= self._overtaking_limit_s:
-            return Entry(AGED, first.times.arrival_s, first.sequence, first)
-        by_key = self._heaps[group].by_key if group in self._heaps else []
-        while by_key and self._waiting.get(by_key[0].request) != ON_TIME:
-            heapq.heappop(by_key)
-        if by_key:
-            return by_key[0]
-        return None if late is None else Entry(LATE, late.times.arrival_s, late.sequence, late)
-
-    def oldest(self, group: Group, rank: int = ON_TIME) -> Request | None:
-        """The group's request of that rank, ON_TIME or LATE, that arrived first."""
         heaps = self._heaps.get(group)
         if heaps is None:
             return None
-        heap = heaps.by_arrival if rank == ON_TIME else heaps.late
-        while heap and self._waiting.get(heap[0][1]) != rank:
-            heapq.heappop(heap)
-        return heap[0][1] if heap else None
+        oldest = self._oldest(heaps)
+        if now - oldest.times.arrival_s >= self._overtaking_limit_s:
+            return Entry(-math.inf, AGED, oldest.times.arrival_s, oldest.sequence, oldest)
+        on_time, missed = self._top(heaps.on_time, ON_TIME), self._top(heaps.missed, DEADLINE_MISSED)
+        if on_time is None or missed is None:
+            return missed if on_time is None else on_time
+        return min(on_time, missed)
 
-    def is_overdue(self, group: Group, now: float, ageing_s: float) -> bool:
-        """Whether a request of the group has waited as long as any should have to."""
-        head, oldest = self.head(group, now), self.oldest(group)
-        if head is not None and head.rank == AGED:
-            return True
-        return oldest is not None and now - oldest.times.arrival_s >= ageing_s
+    def overdue_priority(self, group: Group, now: float, ageing_s: float) -> float:
+        """Smallest priority number among the group's requests that have waited as long as any should have to: those of
+        on-time requests that have waited `ageing_s`, and -inf for aged ones. Without any: inf.
+        """
+        head = self.head(group, now)
+        if head is None or head.rank == AGED:
+            return math.inf if head is None else -math.inf
+        heaps = self._heaps[group]
+        overdue, ageing = heaps.overdue, heaps.ageing
+        while True:
+            while overdue and self._ranks.get(overdue[0][-1]) != ON_TIME:
+                heapq.heappop(overdue)
+            # No number in the group is smaller than its head's. With one priority, a single request is moved.
+            if (overdue and overdue[0][0] == head.priority) or not ageing:
+                break
+            sequence, request = ageing[0]
+            if self._ranks.get(request) == ON_TIME:
+                if now - request.times.arrival_s < ageing_s:
+                    break
+                heapq.heappush(overdue, (request.priority, sequence, request))
+            heapq.heappop(ageing)
+        return overdue[0][0] if overdue else math.inf
+
+    def _oldest(self, heaps: _Heaps) -> Request:
+        while heaps.by_arrival[0][1] not in self._ranks:
+            heapq.heappop(heaps.by_arrival)
+        return heaps.by_arrival[0][1]
+
+    def _top(self, heap: list[Entry], rank: int) -> Entry | None:
+        while heap and self._ranks.get(heap[0].request) != rank:
+            heapq.heappop(heap)
+        return heap[0] if heap else None
 
     def _compact(self, heaps: _Heaps) -> None:
         """Rebuild heaps that are mostly stale, at a cost that the removals before have paid for."""
         limit = 2 * heaps.num_waiting + 64
-        if len(heaps.by_key) > limit:
-            # By sequence: a request that was preempted and pushed again may be in it twice.
-            live = {entry.sequence: entry for entry in heaps.by_key if self._waiting.get(entry.request) == ON_TIME}
-            heaps.by_key = list(live.values())
-            heapq.heapify(heaps.by_key)
+        if len(heaps.on_time) > limit:
+            heaps.on_time = self._live(heaps.on_time, ON_TIME)
+        if len(heaps.missed) > limit:
+            heaps.missed = self._live(heaps.missed, DEADLINE_MISSED)
         if len(heaps.by_arrival) > limit:
-            heaps.by_arrival = self._live(heaps.by_arrival, ON_TIME)
-        if len(heaps.late) > limit:
-            heaps.late = self._live(heaps.late, LATE)
-        if len(self._by_latest_start) > 2 * len(self._waiting) + 64:
-            starts = {entry[1]: entry for entry in self._by_latest_start if self._waiting.get(entry[2]) == ON_TIME}
-            self._by_latest_start = list(starts.values())
-            heapq.heapify(self._by_latest_start)
+            heaps.by_arrival = self._live(heaps.by_arrival, ON_TIME, DEADLINE_MISSED)
+        if len(heaps.ageing) > limit:
+            heaps.ageing = self._live(heaps.ageing, ON_TIME)
+        if len(heaps.overdue) > limit:
+            heaps.overdue = self._live(heaps.overdue, ON_TIME)
+        if len(self._by_latest_start) > 2 * len(self._ranks) + 64:
+            self._by_latest_start = self._live(self._by_latest_start, ON_TIME)
 
-    def _live(self, heap: list[tuple[int, Request]], rank: int) -> list[tuple[int, Request]]:
-        live = list({entry[0]: entry for entry in heap if self._waiting.get(entry[1]) == rank}.values())
+    def _live(self, heap: list[_Item], *ranks: int) -> list[_Item]:
+        """The entries of requests that wait with one of these ranks: each ends with its request."""
+        # By request: one that was preempted and pushed again may be in it twice.
+        live = list({item[-1]: item for item in heap if self._ranks.get(item[-1]) in ranks}.values())
         heapq.heapify(live)
         return live
 

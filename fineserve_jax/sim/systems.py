@@ -32,6 +32,9 @@ from fineserve_jax.sim.workload import Arrival, updated
 GRANULE_BYTES = 2 * 2**20
 """What virtual memory on a GPU is mapped in; Prism maps this much of K and of V for each layer at a time."""
 
+MAX_CHUNK_TOKENS = 512
+"""Most prefill tokens of a step, unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class System:
@@ -129,7 +132,8 @@ def build(
         timers: cost model of each model by name; rooflines for those without.
         settings: fields of `SchedulerConfig` that beat the system's own.
     """
-    config = SchedulerConfig(**{"policy": system.policy, **system.settings, **settings})  # type: ignore[arg-type]
+    given = {"policy": system.policy, "max_chunk_tokens": MAX_CHUNK_TOKENS, **system.settings, **settings}
+    config = SchedulerConfig(**given)  # type: ignore[arg-type]
     formats = {model: cluster.kv_formats[model.name] for model in cluster.models}
     # With scales in the pages their least common multiple is gigabytes, and nobody would build that.
     classes = page_classes(formats, config.page_size, bare=system.slabs == "lcm")

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from fineserve_jax import ConfigError, EngineConfig, RequestError, SamplingParams
 from fineserve_jax.cli.options import DEFAULT_MODEL, flags_of, settle
+from fineserve_jax.scheduler import SchedulerConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -29,6 +30,9 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "tenant_weights": (["a 2", "b 0.5"], {"a": 2.0, "b": 0.5}),
     "step_profile": (["steps.json"], "steps.json"),
     "ageing_s": (["1.5"], 1.5),
+    "overtaking_limit_s": (["90"], 90.0),
+    "growth_reserve_pages": (["3"], 3),
+    "narrow_keep_pages": (["0"], 0),
     "seed": (["3"], 3),
     "prefix_cache": (["convert"], "convert"),
     "preemption": (["swap"], "swap"),
@@ -77,17 +81,33 @@ def test_a_floor_is_a_flag_and_is_refused_where_it_frees_nothing():
 
 
 @pytest.mark.parametrize(
-    ("settings", "values", "switch"),
-    [(EngineConfig, ENGINE, "chunked_prefill"), (SamplingParams, SAMPLING, "ignore_eos")],
+    ("settings", "values", "switches"),
+    [(EngineConfig, ENGINE, ["chunked_prefill", "slo_aware"]), (SamplingParams, SAMPLING, ["ignore_eos"])],
 )
-def test_every_setting_is_a_flag_of_the_same_name(settings, values, switch):
+def test_every_setting_is_a_flag_of_the_same_name(settings, values, switches):
     # Quotas are a table of tables, for YAML files; a floor does not go with a partitioned memory.
-    assert {*values, switch} == set(settings.model_fields) - {"quotas", "min_kv_precision"}
+    assert {*values, *switches} == set(settings.model_fields) - {"quotas", "min_kv_precision"}
     words = [word for name, (typed, _) in values.items() for word in words_of(name, typed)]
     assert given(settings, words) == {name: value for name, (_, value) in values.items()}
-    flag = switch.replace("_", "-")
-    assert given(settings, [f"--{flag}"]) == {switch: True}
-    assert given(settings, [f"--no-{flag}"]) == {switch: False}
+    for switch in switches:
+        flag = switch.replace("_", "-")
+        assert given(settings, [f"--{flag}"]) == {switch: True}
+        assert given(settings, [f"--no-{flag}"]) == {switch: False}
+
+
+def test_every_flag_has_help(capsys):
+    """Fields that the engine's settings inherit from the scheduler's included."""
+    with pytest.raises(SystemExit):
+        tyro.cli(flags_of(EngineConfig, leave_out=["quotas"]), args=["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "whatever the priority, the policy and the targets" in shown
+    assert "precision of the weights: fp32, bf16" in shown
+    assert "Attributes:" not in shown
+
+
+def test_the_engine_and_its_scheduler_have_one_set_of_defaults():
+    engine, scheduler = EngineConfig(), SchedulerConfig()
+    assert {name: getattr(engine, name) for name in SchedulerConfig.model_fields} == scheduler.model_dump()
 
 
 def test_flags_that_are_not_given_set_nothing():

@@ -70,7 +70,7 @@ def make_scheduler(kv: KVManager, models: Mapping[str, ModelCost] | None = None,
 
 
 class FakeEngine:
-    """The engine's loop around a real scheduler and a real KVManager, checking every plan."""
+    """The engine's loop around a real scheduler and a real KVManager, checking every step."""
 
     def __init__(self, kv: KVManager, models: Mapping[str, ModelCost] | None = None, **settings) -> None:
         self.kv = kv
@@ -85,27 +85,32 @@ class FakeEngine:
         return request
 
     def step(self, seconds: float = 1.0) -> SchedulerOutput | None:
-        plan = self.scheduler.schedule(self.now)
+        output = self.scheduler.schedule(self.now)
         check_integrity(self.kv)
         self.check_counts()
-        if plan is None:
+        if output is None:
             return None
-        check_plan(plan, self.kv, self.scheduler.config)
+        check_output(output, self.kv, self.scheduler.config)
         self.now += seconds
-        sampled = [token(scheduled.request.sequence, scheduled.start + scheduled.count) for scheduled in plan.chunks]
-        advanced = self.scheduler.commit(plan, sampled, self.now)
+        sampled = [token(scheduled.request.sequence, scheduled.start + scheduled.count) for scheduled in output.chunks]
+        advanced = self.scheduler.commit(output, sampled, self.now)
         for request in advanced:
             check_tokens(request)
             if request.num_tokens == request.max_total_tokens:
                 self.scheduler.finish(request, FinishReason.LENGTH, self.now)
-        return plan
+        return output
+
+    def abort(self, request: Request) -> None:
+        """End a request wherever it is; one that has ended already is left as it is."""
+        if request.status is not RequestStatus.FINISHED:
+            self.scheduler.finish(request, FinishReason.ABORT, self.now)
 
     def drain(self, most_steps: int = 50_000) -> int:
         """Step until nothing is left; the number of steps."""
         steps = 0
         while self.scheduler.has_unfinished:
-            plan = self.step()
-            assert plan is not None or not self.scheduler.has_unfinished, "unfinished requests, and nothing to run"
+            output = self.step()
+            assert output is not None or not self.scheduler.has_unfinished, "unfinished requests, and nothing to run"
             steps += 1
             assert steps <= most_steps, "livelock"
         assert self.step() is None
@@ -119,25 +124,26 @@ class FakeEngine:
         assert self.scheduler.num_waiting == len(waiting)
         assert self.scheduler.has_unfinished == bool(holding or waiting)
         assert all(request.num_computed_tokens == 0 for request in waiting)
-        self.check_rows(holding)
+        self.check_running(holding)
 
-    def check_rows(self, holding: list[Request]) -> None:
-        """What the scheduler noted of each row, against the KVManager and against counting anew."""
-        rows, reserved = self.scheduler._rows, dict.fromkeys(self.kv.classes.values(), 0)
-        assert set(rows) == set(holding)
-        for request, row in rows.items():
-            assert self.kv.demand(request, row.covered_tokens) == {} != self.kv.demand(request, row.covered_tokens + 1)
-            to_come = self.kv.demand(request, request.max_total_tokens - 1).get(row.page_class, 0)
-            reserved[row.page_class] += min(self.scheduler.config.growth_reserve_pages, to_come)
-        assert reserved == dict.fromkeys(reserved, 0) | self.scheduler._reserve._pages
+    def check_running(self, holding: list[Request]) -> None:
+        """What the scheduler noted of each running request, against the KVManager and against counting anew."""
+        running, reserved = self.scheduler._running, dict.fromkeys(self.kv.classes.values(), 0)
+        assert {of.request for of in running} == set(holding)
+        for of in running:
+            request, covered = of.request, of.covered_tokens
+            assert self.kv.demand(request, covered) == {} != self.kv.demand(request, covered + 1)
+            to_come = self.kv.demand(request, request.max_total_tokens - 1).get(of.page_class, 0)
+            reserved[of.page_class] += min(self.scheduler.config.growth_reserve_pages, to_come)
+        assert reserved == dict.fromkeys(reserved, 0) | running.reserve._pages
 
 
 def check_tokens(request: Request) -> None:
     assert request.token_ids == [token(request.sequence, i) for i in range(request.num_tokens)]
 
 
-def check_plan(plan: SchedulerOutput, kv: KVManager, config: SchedulerConfig) -> None:
-    chunks, page_size = plan.chunks, config.page_size
+def check_output(output: SchedulerOutput, kv: KVManager, config: SchedulerConfig) -> None:
+    chunks, page_size = output.chunks, config.page_size
     assert chunks
     assert len({scheduled.request for scheduled in chunks}) == len(chunks) <= config.max_batch_size
     assert len({scheduled.request.model for scheduled in chunks}) == 1
@@ -147,11 +153,11 @@ def check_plan(plan: SchedulerOutput, kv: KVManager, config: SchedulerConfig) ->
         assert scheduled.start == request.num_computed_tokens
         assert scheduled.start + scheduled.count <= request.num_tokens
         assert kv.demand(request, scheduled.start + scheduled.count) == {}
-    assert all(scheduled.count == 1 and scheduled.samples for scheduled in plan.decodes)
-    for chunk in plan.prefills:
+    assert all(scheduled.count == 1 and scheduled.samples for scheduled in output.decodes)
+    for chunk in output.prefills:
         assert chunk.count > 1
         assert chunk.start % page_size == 0
         assert chunk.count % page_size == 0 or chunk.samples
         assert chunk.samples or config.chunked_prefill
-    rounded = sum(-(-chunk.count // page_size) * page_size for chunk in plan.prefills)
-    assert rounded <= config.max_chunk_tokens or (not config.chunked_prefill and len(plan.prefills) == 1)
+    rounded = sum(-(-chunk.count // page_size) * page_size for chunk in output.prefills)
+    assert rounded <= config.max_chunk_tokens or (not config.chunked_prefill and len(output.prefills) == 1)

@@ -7,7 +7,6 @@ from scheduler_cases import MODEL, PAGE_SIZE, PAGE_UNITS, FakeEngine, make_kv, m
 
 from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import RequestStatus
-from fineserve_jax.scheduler.rows import shares_of
 
 
 def held(engine):
@@ -46,7 +45,7 @@ def test_another_format_passes_by_until_the_blocked_request_is_old(ageing_s):
     assert held(engine) == ([0] if ageing_s == 0.0 else [0, 2])
 
 
-def test_every_row_can_grow_by_a_page_after_admission():
+def test_every_running_request_can_grow_by_a_page_after_admission():
     engine = FakeEngine(make_kv(9), policy="fcfs", max_batch_size=8)
     for number in range(8):
         engine.add(make_request(number, 2 * PAGE_SIZE, 9, "bf16"))
@@ -73,8 +72,8 @@ def test_a_request_alone_gets_in_even_if_its_greatest_length_would_not_fit():
     engine.drain()
     early_stopper = make_request(1, 8, 1000)
     engine.scheduler.add(early_stopper)
-    plan = engine.scheduler.schedule(engine.now)
-    assert [scheduled.request for scheduled in plan.chunks] == [early_stopper]
+    output = engine.scheduler.schedule(engine.now)
+    assert [scheduled.request for scheduled in output.chunks] == [early_stopper]
 
 
 def test_nothing_to_grow_into_needs_no_reserve():
@@ -147,8 +146,9 @@ def test_nobody_is_admitted_ahead_of_a_competitor_that_came_ageing_seconds_earli
     assert_overtaking_ends(engine, coming, ageing_s)
 
 
-def assert_overtaking_ends(engine, coming, limit_s):
-    """Serves requests as they come; nobody is admitted ahead of a competitor that came so much earlier."""
+def assert_overtaking_ends(engine, coming, limit_s, is_bound=lambda admitted, passed_by: True):
+    """Serves requests as they come; nobody is admitted ahead of a competitor that came so much earlier, if it is bound
+    by that one."""
     while coming or engine.scheduler.has_unfinished:
         while coming and coming[0].times.arrival_s <= engine.now:
             engine.add(coming.pop(0))
@@ -159,12 +159,12 @@ def assert_overtaking_ends(engine, coming, limit_s):
         waiting = [r for r in engine.requests if r.status is RequestStatus.WAITING]
         for admitted in set(waited) - set(waiting):
             for passed_by in waiting:
-                if competes(engine.kv, admitted, passed_by):
+                if competes(engine.kv, admitted, passed_by) and is_bound(admitted, passed_by):
                     assert admitted.times.arrival_s <= passed_by.times.arrival_s + limit_s
 
 
 def competes(kv, one, other):
-    one, other = (shares_of(kv, kv.class_of(r.model, r.kv_precision)) for r in (one, other))
+    one, other = (kv.share_names(kv.class_of(r.model, r.kv_precision)) for r in (one, other))
     return not one.isdisjoint(other)
 
 

@@ -9,8 +9,8 @@ from fineserve_jax.request import ScheduledChunk
 from fineserve_jax.scheduler.costs import step_cost
 
 
-def counts(plan):
-    return {scheduled.request.sequence: scheduled.count for scheduled in plan.chunks}
+def counts(output):
+    return {scheduled.request.sequence: scheduled.count for scheduled in output.chunks}
 
 
 def test_a_prompt_is_computed_in_chunks_of_whole_pages_and_a_rest():
@@ -62,7 +62,7 @@ def test_of_equals_the_shorter_prompt_goes_first():
 
 
 def decoding_with_a_prompt_waiting(target_s, **settings):
-    """Four rows decode 32 tokens deep, and a prompt of 400 has been admitted; the next plan and its
+    """Four rows decode 32 tokens deep, and a prompt of 400 has been admitted; the next output and its
     prediction."""
     engine = FakeEngine(make_kv(200), **{"max_chunk_tokens": 256, "policy": "fcfs"} | settings)
     for number in range(4):
@@ -70,13 +70,13 @@ def decoding_with_a_prompt_waiting(target_s, **settings):
     for _ in range(2):
         engine.step(target_s or 1.0)  # neither ahead of the target nor behind
     engine.add(make_request(9, 400, 2, "int8"))
-    plan = engine.step()
-    return plan, engine.scheduler.profiles[MODEL].predict(step_cost(plan.chunks, FORMATS))
+    output = engine.step()
+    return output, engine.scheduler.profiles[MODEL].predict(step_cost(output.chunks, FORMATS))
 
 
 def test_without_a_target_the_chunk_is_as_long_as_allowed():
-    plan, _ = decoding_with_a_prompt_waiting(None)
-    assert [chunk.count for chunk in plan.prefills] == [256]
+    output, _ = decoding_with_a_prompt_waiting(None)
+    assert [chunk.count for chunk in output.prefills] == [256]
 
 
 def test_the_chunk_is_the_longest_that_keeps_the_tightest_target():
@@ -84,11 +84,11 @@ def test_the_chunk_is_the_longest_that_keeps_the_tightest_target():
     knee."""
     lengths = []
     for target_s in (0.022, 0.026, 0.03, 0.04, 0.1):
-        plan, predicted = decoding_with_a_prompt_waiting(target_s)
-        (chunk,) = plan.prefills
+        output, predicted = decoding_with_a_prompt_waiting(target_s)
+        (chunk,) = output.prefills
         assert predicted <= target_s
         profile = FakeEngine(make_kv(2)).scheduler.profiles[MODEL]
-        a_page_more = (*plan.decodes, ScheduledChunk(chunk.request, 0, chunk.count + PAGE_SIZE))
+        a_page_more = (*output.decodes, ScheduledChunk(chunk.request, 0, chunk.count + PAGE_SIZE))
         assert chunk.count == 256 or profile.predict(step_cost(a_page_more, FORMATS)) > target_s
         lengths.append(chunk.count)
     assert lengths == sorted(set(lengths))
@@ -102,20 +102,20 @@ def test_a_target_that_leaves_no_room_holds_prefill_back():
 
 @pytest.mark.parametrize(("chunked", "count"), [(True, PAGE_SIZE), (False, 400)])
 def test_a_target_out_of_reach_lets_the_least_chunk_go_along(chunked, count):
-    plan, predicted = decoding_with_a_prompt_waiting(0.001, chunked_prefill=chunked)
+    output, predicted = decoding_with_a_prompt_waiting(0.001, chunked_prefill=chunked)
     assert predicted > 0.001
-    assert [chunk.count for chunk in plan.prefills] == [count]
+    assert [chunk.count for chunk in output.prefills] == [count]
 
 
 def test_the_tightest_target_counts_and_only_that_of_decoding_rows():
-    plan, _ = decoding_with_a_prompt_waiting(0.04)
+    output, _ = decoding_with_a_prompt_waiting(0.04)
     engine = FakeEngine(make_kv(200), max_chunk_tokens=256, policy="fcfs")
     for number, target_s in enumerate([None, 0.04, math.inf, 1.0]):
         engine.add(make_request(number, 32, 50, tpot_slo_s=target_s))
     for _ in range(2):
         engine.step(0.04)
     engine.add(make_request(9, 400, 2, "int8", tpot_slo_s=0.001))
-    assert engine.step().prefills[0].count == plan.prefills[0].count
+    assert engine.step().prefills[0].count == output.prefills[0].count
 
 
 def test_a_row_ahead_of_its_target_lends_its_time_to_prefill_and_one_behind_takes_some():
@@ -127,8 +127,8 @@ def test_a_row_ahead_of_its_target_lends_its_time_to_prefill_and_one_behind_take
         for _ in range(3):
             engine.step(step_s)
         engine.add(make_request(9, 400, 2, "int8"))
-        plan = engine.step()
-        return plan.prefills[0].count, engine.scheduler.profiles[MODEL].predict(step_cost(plan.chunks, FORMATS))
+        output = engine.step()
+        return output.prefills[0].count, engine.scheduler.profiles[MODEL].predict(step_cost(output.chunks, FORMATS))
 
     (behind, short), (neither, even), (ahead, long) = (prefill_after(step_s) for step_s in (0.06, 0.04, 0.03))
     assert behind < neither < ahead
@@ -136,8 +136,8 @@ def test_a_row_ahead_of_its_target_lends_its_time_to_prefill_and_one_behind_take
 
 
 def test_targets_do_not_hold_prefill_back_where_they_are_not_to_count():
-    plan, _ = decoding_with_a_prompt_waiting(0.022, slo_aware=False)
-    assert [chunk.count for chunk in plan.prefills] == [256]
+    output, _ = decoding_with_a_prompt_waiting(0.022, slo_aware=False)
+    assert [chunk.count for chunk in output.prefills] == [256]
 
 
 def test_step_cost_counts_tokens_pairs_and_bytes_read():

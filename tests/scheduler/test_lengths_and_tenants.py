@@ -60,7 +60,7 @@ def test_the_scheduler_learns_from_requests_that_end_and_not_from_aborted_ones()
     brief, unknown = make_request(50, 4, 400, tenant="brief"), make_request(51, 4, 400, tenant="unknown")
     aborted = engine.add(make_request(52, 4, 40, tenant="aborted"))
     engine.step()
-    engine.scheduler.abort(aborted.request_id)
+    engine.abort(aborted)
     lengths = engine.scheduler._lengths
     assert lengths.expected(brief) < lengths.expected(unknown)
     assert "aborted" not in lengths._by_tenant

@@ -96,8 +96,8 @@ def test_the_same_calls_give_the_same_plans():
     def plans():
         engine = crowded(number=9, policy="fineserve")
         while engine.scheduler.has_unfinished:
-            plan = engine.step()
-            yield [(w.request.sequence, w.start, w.count) for w in plan.chunks]
+            output = engine.step()
+            yield [(w.request.sequence, w.start, w.count) for w in output.chunks]
 
     assert list(plans()) == list(plans())
 
@@ -105,16 +105,14 @@ def test_the_same_calls_give_the_same_plans():
 def test_abort_frees_a_request_wherever_it_is_even_in_the_middle_of_a_step():
     engine = crowded(number=6)
     scheduler = engine.scheduler
-    assert scheduler.abort("r5", 1.0) is engine.requests[5]
-    plan = scheduler.schedule(1.0)
-    running = plan.chunks[1].request
-    assert scheduler.abort(running.request_id, 2.0) is running
+    scheduler.finish(engine.requests[5], FinishReason.ABORT, 1.0)
+    output = scheduler.schedule(1.0)
+    running = output.chunks[1].request
+    scheduler.finish(running, FinishReason.ABORT, 2.0)
     assert running not in engine.kv.requests
-    assert running not in scheduler.commit(plan, [1] * len(plan.chunks), 3.0)
+    assert running not in scheduler.commit(output, [1] * len(output.chunks), 3.0)
     assert (running.status, running.finish_reason) == (RequestStatus.FINISHED, FinishReason.ABORT)
     assert running.num_output_tokens == 0
-    assert scheduler.abort(running.request_id, 4.0) is None
-    assert scheduler.abort("nobody", 4.0) is None
 
 
 def test_commit_notes_the_first_token_and_who_got_one():
@@ -152,8 +150,8 @@ def test_a_request_that_cannot_fit_alone_is_an_error_of_the_engine_not_an_endles
 def test_the_scheduler_learns_from_the_steps_it_is_told_of():
     engine = FakeEngine(make_kv(40))
     engine.add(make_request(0))
-    plan = engine.step()
-    engine.scheduler.observe(plan, 0.5)
+    output = engine.step()
+    engine.scheduler.observe(output, 0.5)
     assert engine.scheduler.profiles[MODEL].num_observed == 1
 
 
@@ -162,8 +160,8 @@ def test_a_narrowed_request_that_fits_only_in_one_format_is_computed_again():
     engine = FakeEngine(make_kv(4), preemption="swap", narrow_keep_pages=100)
     request = engine.add(make_request(0, prompt=13, output=19, min_kv_precision="int8"))
     engine.step()
-    what = engine.kv.next_requantization(request, most=1, keep_pages=0)
-    assert engine.kv.requantize_pages(request, what) == 1
+    narrowing = engine.kv.next_requantization(request, most=1, keep_pages=0)
+    assert engine.kv.requantize_pages(request, narrowing) == 1
     engine.drain()
     assert request.finish_reason is FinishReason.LENGTH
     assert request.num_preemptions == 1

@@ -12,7 +12,7 @@ from fineserve_jax.request import RequestStatus
 
 TENANTS = ("", "alice", "bob")
 # A guarantee within which no step needs to wait for copies: preempted decodes alone can put off an admission.
-MOST_STEPS_OWED = 4
+MOST_STEPS_WITHOUT_GUARANTEE = 4
 
 
 def fill(engine, count, tenant, kv="bf16", prompt=16, output=40):
@@ -35,7 +35,7 @@ def test_a_guarantee_is_lent_while_idle_and_reclaimed_in_one_step():
     fill(engine, 12, "alice")
     engine.step()
     assert 0.4 <= share(engine, "tenant:alice") <= 0.5
-    assert engine.scheduler.quotas.num_reclaimed
+    assert engine.scheduler.num_reclaimed
     engine.drain()
 
 
@@ -53,7 +53,7 @@ def test_the_latest_borrower_gives_way_first_and_loses_no_token():
     assert all(request.num_output_tokens == 40 for request in engine.requests)
 
 
-def test_nobody_takes_what_protected_rows_hold():
+def test_nobody_takes_what_requests_hold_that_are_not_preemptible():
     """Both hold no more than their guarantees, and a third wants everything."""
     quotas = {"tenant:alice": {"guaranteed": 0.5}, "tenant:bob": {"guaranteed": 0.5}}
     engine = FakeEngine(make_kv(20), quotas=quotas, policy="fcfs")
@@ -83,7 +83,7 @@ def test_a_maximum_does_not_hold_others_back():
     assert all(request in engine.kv.requests for request in engine.requests if request.tenant == "alice")
 
 
-def test_places_are_reclaimed_like_memory():
+def test_batch_slots_are_reclaimed_like_memory():
     engine = FakeEngine(make_kv(40), max_batch_size=2, quotas={"tenant:alice": {"guaranteed": 0.3}})
     fill(engine, 4, "bob")
     engine.step()
@@ -145,7 +145,7 @@ def plans(work, tenants, **options):
         steps += [engine.step() for _ in range(wait)]
     while engine.scheduler.has_unfinished:
         steps.append(engine.step())
-    return [[(w.request.sequence, w.start, w.count) for w in plan.chunks] if plan else None for plan in steps]
+    return [[(w.request.sequence, w.start, w.count) for w in output.chunks] if output else None for output in steps]
 
 
 @settings(max_examples=40)
@@ -177,7 +177,7 @@ class QuotaMachine(RuleBasedStateMachine):
         quotas = {n: {"guaranteed": g, "max": m} for n, g, m in zip(names, guaranteed, most, strict=True)}
         self.engine = FakeEngine(make_kv(num_slabs, slab_policy), {MODEL: COST}, quotas=quotas, **options)
         self.account = self.engine.scheduler.quotas.account
-        self.steps_owed = 0
+        self.steps_without = 0
 
     @rule(
         tenant=st.sampled_from(TENANTS),
@@ -199,28 +199,31 @@ class QuotaMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.engine.step()
             self.check()
-            self.steps_owed = self.steps_owed + 1 if self.somebody_is_owed() else 0
-            assert self.steps_owed <= MOST_STEPS_OWED
+            self.steps_without = self.steps_without + 1 if self.somebody_lacks_a_guarantee() else 0
+            assert self.steps_without <= MOST_STEPS_WITHOUT_GUARANTEE
 
     @precondition(lambda self: self.engine.requests)
     @rule(data=st.data())
     def abort(self, data):
-        self.engine.scheduler.abort(data.draw(st.sampled_from(self.engine.requests)).request_id, self.engine.now)
+        self.engine.abort(data.draw(st.sampled_from(self.engine.requests)))
         self.check()
 
     def check(self):
         self.account.check()
         assert all(self.account.used[name] <= most for name, most in self.account.most.items())
 
-    def somebody_is_owed(self):
-        """Whether the first of a group lies within a guarantee and its maxima, and still waits, though not for a place
-        among rows that are all protected."""
+    def somebody_lacks_a_guarantee(self):
+        """Whether the first of a group lies within a guarantee and its maxima, and still waits, though not for a batch
+        slot while no running request is preemptible."""
         scheduler = self.engine.scheduler
-        queue, rows, now = scheduler._queue, scheduler._rows.values(), self.engine.now - 1.0
-        if len(rows) == scheduler.config.max_batch_size and not any(map(scheduler.quotas.may_give_way, rows)):
+        quotas, queue, now = scheduler.quotas, scheduler._queue, self.engine.now - 1.0
+        preemptible = any(quotas.is_preemptible(running.request) for running in scheduler._running)
+        if scheduler.num_running == scheduler.config.max_batch_size and not preemptible:
             return False
-        heads = [scheduler._admission._row(queue.head(group, now)) for group in queue.groups()]
-        return any(scheduler.quotas.is_owed(row.request) and scheduler.quotas.admits(row) for row in heads)
+        heads = [scheduler._admission.joining(queue.head(group, now)) for group in queue.groups()]
+        return any(
+            quotas.is_under_guarantee(head.request) and quotas.admits(head.request, head.page_class) for head in heads
+        )
 
     def teardown(self):
         if not hasattr(self, "engine"):

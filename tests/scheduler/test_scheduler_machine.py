@@ -35,15 +35,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         ttft=st.sampled_from([None, 1.0, 50.0]),
         drop=st.booleans(),
         tpot=st.sampled_from([None, None, 1e-6, 0.05]),
+        priority=st.sampled_from([0, 0, 1, -3]),
     )
-    def add(self, model, kv, prompt, output, ttft, drop, tpot):
+    def add(self, model, kv, prompt, output, ttft, drop, tpot, priority):
         most = self.kv.max_tokens_alone(model, kv)
         if most < 2:
             return
         prompt = min(prompt, most - 1)
         output = min(output, most - prompt)
         number, now = len(self.engine.requests), self.engine.now
-        fields = {"ttft_slo_s": ttft, "tpot_slo_s": tpot, "drop_when_late": drop}
+        fields = {"ttft_slo_s": ttft, "tpot_slo_s": tpot, "drop_when_late": drop, "priority": priority}
         self.engine.add(make_request(number, prompt, output, kv, now, model, **fields))
 
     @rule(steps=st.integers(1, 12))
@@ -55,8 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data):
         request = data.draw(st.sampled_from(self.engine.requests))
-        unfinished = request.status is not RequestStatus.FINISHED
-        assert self.engine.scheduler.abort(request.request_id, self.engine.now) is (request if unfinished else None)
+        self.engine.abort(request)
         assert request.status is RequestStatus.FINISHED
 
     @invariant()

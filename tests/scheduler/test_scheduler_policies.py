@@ -11,7 +11,14 @@ from fineserve_jax.scheduler.policies import policy_context
 from fineserve_jax.scheduler.waiting import WaitingQueue, model_and_format
 
 AGEING_S = 10.0
-CONTEXT = policy_context(AGEING_S, {MODEL: COST})
+
+
+def longest_output(request):
+    """Most output tokens a request may have: an estimate that needs no history."""
+    return request.max_total_tokens - request.num_prompt_tokens
+
+
+CONTEXT = policy_context(AGEING_S, {MODEL: COST}, longest_output, lambda request: 0.0, None)
 
 
 def order(policy, requests):
@@ -87,7 +94,7 @@ def test_settings_that_cannot_be_honoured_are_refused_with_a_remedy():
 
 @given(st.lists(st.tuples(st.sampled_from(["push", "push", "remove", "head"]), st.integers(0, 99)), max_size=300))
 def test_the_queue_is_a_sorted_list_that_forgets_what_is_removed(operations):
-    queue, model, number = WaitingQueue(lambda r: r.num_prompt_tokens % 7), [], 0
+    queue, model, number = WaitingQueue(lambda r: r.num_prompt_tokens % 7, overtaking_limit_s=1e6), [], 0
     for operation, value in operations:
         if operation == "push":
             request = make_request(number, value + 1, kv=list(PAGE_UNITS)[value % 2])
@@ -105,7 +112,8 @@ def test_the_queue_is_a_sorted_list_that_forgets_what_is_removed(operations):
         for group in queue.groups():
             members = [r for r in model if model_and_format(r) == group]
             assert queue.head(group).request is min(members, key=lambda r: (r.num_prompt_tokens % 7, r.sequence))
-            assert queue.oldest(group) is min(members, key=lambda r: r.sequence)
+            oldest = queue.head(group, now=1e6).request
+            assert oldest is min(members, key=lambda r: r.sequence)
 
 
 def test_the_queue_keeps_no_memory_of_long_gone_requests():
@@ -118,4 +126,5 @@ def test_the_queue_keeps_no_memory_of_long_gone_requests():
         queue.remove(request)
     heaps = queue._heaps[model_and_format(first)]
     assert len(queue) == 1
-    assert len(heaps.by_key) + len(heaps.by_arrival) < 200
+    assert len(heaps.on_time) + len(heaps.by_arrival) < 200
+    assert len(heaps.ageing) < 100

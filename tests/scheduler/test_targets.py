@@ -10,7 +10,7 @@ from test_admission import arrivals, assert_overtaking_ends
 
 from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
-from fineserve_jax.scheduler.waiting import LATE, WaitingQueue, model_and_format
+from fineserve_jax.scheduler.waiting import DEADLINE_MISSED, WaitingQueue, model_and_format
 
 
 def one_by_one(**settings):
@@ -82,10 +82,12 @@ def test_a_request_is_late_when_its_prefill_would_not_end_in_time():
     queue = WaitingQueue(lambda r: r.sequence, engine.scheduler._latest_start_s)
     queue.push(long)
     queue.push(short)
-    assert queue.defer_late(0.45) == []
-    assert queue.defer_late(0.482) == [long]
+    assert queue.defer_missed(0.45) == []
+    assert queue.defer_missed(0.482) == [long]
     assert queue.head(model_and_format(long)).request is short
-    assert queue.oldest(model_and_format(long), LATE) is long
+    queue.remove(short)
+    head = queue.head(model_and_format(long))
+    assert (head.rank, head.request) == (DEADLINE_MISSED, long)
 
 
 def test_late_requests_do_not_wait_for_ever():
