@@ -5,6 +5,7 @@ work on what requests hold, too. Audits and accounts of all of it are functions 
 """
 
 from array import array
+from collections import Counter
 from collections.abc import KeysView, Mapping, Sequence
 
 from fineserve_jax.kv import narrowing
@@ -32,8 +33,9 @@ class KVManager:
         compacts: whether pages are moved together so that slabs become free; off only to compare.
 
     Attributes:
+        classes: page class of each model and KV format.
         num_narrowed_pages: pages requantized to a narrower format since the start.
-        pool, held, sharing, host: the page pool, what each request holds, and who works on both; for `kv/` alone.
+        pool, held, sharing, host: the parts of the manager, for modules of `kv/` only.
     """
 
     def __init__(
@@ -63,11 +65,7 @@ class KVManager:
         self.classes[page_class.model, page_class.kv_format] = page_class
 
     def class_of(self, model: str, kv_format: str) -> PageClass:
-        """Page class of a model and KV format.
-
-        Raises:
-            ConfigError: a pair that the cache was not set up for.
-        """
+        """Page class of a model and KV format. Raises ConfigError for a pair that the cache was not set up for."""
         return self.classes[model, kv_format]
 
     def page_units(self, page_class: PageClass) -> int:
@@ -136,10 +134,10 @@ class KVManager:
     def grow_together(self, requests: Sequence[Request]) -> bool:
         """Give each of some requests that hold pages all those that its known tokens need, or none of them any."""
         lacking = [(self.held[request], self.demand(request, request.num_tokens)) for request in requests]
-        joint: dict[PageClass, int] = {}
+        joint: Counter[PageClass] = Counter()
         for _, demand in lacking:
             for page_class, count in demand.items():
-                joint[page_class] = joint.get(page_class, 0) + count
+                joint[page_class] += count
         pages = self.pool.take(joint) if joint else {}
         if pages is None:
             return False
@@ -294,7 +292,7 @@ class KVManager:
 
     def tokens_by_format(self, request: Request) -> dict[str, int]:
         """How many of the request's computed tokens are kept in each KV format, oldest first."""
-        tokens: dict[str, int] = {}
+        tokens: Counter[str] = Counter()
         for segment in self.segments(request, request.num_computed_tokens if request in self.held else 0):
-            tokens[segment.kv_format] = tokens.get(segment.kv_format, 0) + segment.num_tokens
-        return tokens
+            tokens[segment.kv_format] += segment.num_tokens
+        return dict(tokens)

@@ -68,6 +68,7 @@ class Sharing:
     def _start_on_prefix(
         self, request: Request, page_class: PageClass, num_tokens: int, leaving: Demand | None
     ) -> RequestPages | None:
+        """Pages of a request that starts with what is cached of its prefix; None if they cannot be had."""
         demand = page_class.demand(num_tokens)
         found = self._find(request, page_class, num_tokens)
         own = [block.page_class is page_class for block in found]
