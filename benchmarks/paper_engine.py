@@ -37,6 +37,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.request import SchedulerOutput
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.simulator import Simulator
@@ -169,7 +170,7 @@ class Serving:
             engine.add_request(
                 rng.integers(1000, 20000, arrival.prompt_tokens).tolist(),
                 SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
-                kv_precision=arrival.kv_precision,
+                RequestOptions(kv_precision=arrival.kv_precision),
             )
             for arrival in batch
         ]
