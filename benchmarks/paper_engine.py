@@ -170,7 +170,7 @@ class Serving:
             engine.add_request(
                 rng.integers(1000, 20000, arrival.prompt_tokens).tolist(),
                 SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
-                kv_precision=arrival.kv_precision,
+                RequestOptions(kv_precision=arrival.kv_precision),
             )
             for arrival in batch
         ]

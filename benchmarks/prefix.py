@@ -25,6 +25,7 @@ from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import load_model
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 
@@ -94,7 +95,7 @@ def measure(engine: Engine, arguments: Arguments, kv_format: str, rng: np.random
     found.later_s += later
     before = engine.stats().num_prompt_tokens
     for prompt in prompts(arguments.requests):
-        engine.add_request(prompt, SAMPLING, kv_precision=kv_format)
+        engine.add_request(prompt, SAMPLING, RequestOptions(kv_precision=kv_format))
     while engine.has_unfinished:
         engine.step()
     found.computed_tokens.append(engine.stats().num_prompt_tokens - before)
@@ -103,7 +104,7 @@ def measure(engine: Engine, arguments: Arguments, kv_format: str, rng: np.random
 def first_token_s(engine: Engine, prompt: list[int], kv_format: str) -> float:
     """Seconds from a request's arrival to its first token, with nothing else to do."""
     start = time.perf_counter()
-    request = engine.add_request(prompt, SAMPLING, kv_precision=kv_format)
+    request = engine.add_request(prompt, SAMPLING, RequestOptions(kv_precision=kv_format))
     while not request.num_output_tokens:
         engine.step()
     seconds = time.perf_counter() - start

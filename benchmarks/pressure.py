@@ -33,6 +33,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import LoadedModel, load_model
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 
@@ -100,7 +101,9 @@ def run(
     sampling = SamplingParams(max_tokens=arguments.new_tokens, ignore_eos=True)
     start = time.perf_counter()
     requests = [
-        engine.add_request(prompt, sampling, kv_precision="auto" if way == "narrow" and i % 3 else "bf16")
+        engine.add_request(
+            prompt, sampling, RequestOptions(kv_precision="auto" if way == "narrow" and i % 3 else "bf16")
+        )
         for i, prompt in enumerate(prompts)
     ]
     while engine.has_unfinished:

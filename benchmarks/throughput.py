@@ -25,6 +25,7 @@ from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import load_model
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 
@@ -88,7 +89,8 @@ def run(engine: Engine, prompts: list[list[int]], formats: list[str], new_tokens
     """Serves all prompts once."""
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     requests = [
-        engine.add_request(prompt, sampling, kv_precision=formats[i % len(formats)]) for i, prompt in enumerate(prompts)
+        engine.add_request(prompt, sampling, RequestOptions(kv_precision=formats[i % len(formats)]))
+        for i, prompt in enumerate(prompts)
     ]
     start = time.perf_counter()
     while any(request.num_output_tokens == 0 for request in requests):

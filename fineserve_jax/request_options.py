@@ -1,15 +1,42 @@
 """What a request asks of the engine, besides how to sample: who answers, in which KV precision, how soon."""
 
-from typing import ClassVar, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self, TypedDict, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, InstanceOf, Strict, WrapValidator, model_validator
 
 from fineserve_jax.errors import FineServeError, RequestError
-from fineserve_jax.validation import Validated
+from fineserve_jax.validation import Validated, refused_as
+
+MAX_PRIORITY = 2**31 - 1
+
+
+def _such_as(example: str) -> WrapValidator:
+    return refused_as(f'{{field}}={{value}} is a JSON {{kind}}; give text such as "{example}"')
+
+
+# InstanceOf: pydantic's own str refuses one with half of a surrogate pair, which a JSON string may hold.
+Text = InstanceOf[str]
+Target = Annotated[
+    float,
+    Strict(),
+    Field(gt=0, allow_inf_nan=False),
+    refused_as("{field}={shown} is no latency target; give seconds, more than 0, or none"),
+]
+Priority = Annotated[
+    int,
+    Strict(),
+    Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY),
+    refused_as(f"{{field}}={{shown}} is no priority; give a whole number, -{MAX_PRIORITY} to {MAX_PRIORITY}, or none"),
+]
+Switch = Annotated[bool, Strict(), refused_as("{field}={value} is neither true nor false; give one of them, or none")]
 
 
 class RequestOptions(Validated):
     """Options of one request. Every field is checked on construction; a bad one raises `RequestError`.
+
+    None unsets any of them. Whether the engine serves the model and the KV formats, it says when it prepares the
+    request.
 
     Attributes:
         model: name of the model that answers; None for the only one.
@@ -26,17 +53,92 @@ class RequestOptions(Validated):
 
     error_class: ClassVar[type[FineServeError]] = RequestError
 
-    model: str | None = None
-    kv_precision: str | None = None
-    min_kv_precision: str | None = None
-    tenant: str = ""
-    priority: int = Field(default=0, ge=-(2**31), le=2**31 - 1)
-    ttft_slo_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    tpot_slo_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    drop_when_late: bool = False
+    model: Annotated[Text | None, _such_as("smollm2-135m")] = None
+    kv_precision: Annotated[Text | None, _such_as("int8")] = None
+    min_kv_precision: Annotated[Text | None, _such_as("int4")] = None
+    tenant: Annotated[Text, _such_as("alice")] = ""
+    priority: Priority = 0
+    ttft_slo_s: Target | None = None
+    tpot_slo_s: Target | None = None
+    drop_when_late: Switch = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_unset(cls, values: Any) -> Any:
+        return {name: value for name, value in values.items() if value is not None}
 
     @model_validator(mode="after")
     def _late_needs_a_target(self) -> Self:
         if self.drop_when_late and self.ttft_slo_s is None:
             raise ValueError("drop_when_late without a ttft_slo_s drops nothing; give ttft_slo_s, in seconds")
         return self
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The fields of `RequestOptions` as keywords of a call with several prompts: one for all, or one for each."""
+
+    model: str | Sequence[str | None] | None
+    kv_precision: str | Sequence[str | None] | None
+    min_kv_precision: str | Sequence[str | None] | None
+    tenant: str | Sequence[str | None] | None
+    priority: int | Sequence[int | None] | None
+    ttft_slo_s: float | Sequence[float | None] | None
+    tpot_slo_s: float | Sequence[float | None] | None
+    drop_when_late: bool | Sequence[bool | None] | None
+
+
+def options_of_each(
+    count: int, options: RequestOptions | Sequence[RequestOptions] | None, keywords: Mapping[str, Any]
+) -> list[RequestOptions]:
+    """The options of each of `count` prompts.
+
+    Args:
+        options: one for all or one for each; None: the defaults.
+        keywords: `OptionKeywords`: fields that `options` leaves unset.
+
+    Raises:
+        RequestError: an unknown keyword, a field that is given both ways, a number of entries other than `count`, or a
+            bad value, naming its prompt.
+    """
+    if unknown := [name for name in keywords if name not in RequestOptions.model_fields]:
+        known = ", ".join(RequestOptions.model_fields)
+        raise RequestError(f"unknown option {unknown[0]!r}; the options of a request are: {known}")
+    bases = one_each(RequestOptions() if options is None else options, RequestOptions, count, "options")
+    given = {name: value for name, value in keywords.items() if value is not None}
+    columns = {name: _column(value, count, name) for name, value in given.items()}
+    merged = []
+    for i, base in enumerate(bases):
+        try:
+            merged.append(_merged(base, {name: column[i] for name, column in columns.items()}))
+        except RequestError as error:
+            raise RequestError(f"prompt {i}: {error}" if count > 1 else str(error)) from None
+    return merged
+
+
+T = TypeVar("T")
+
+
+def one_each(value: T | Sequence[T], kind: type[T], count: int, name: str) -> list[T]:
+    """`value` for each of `count` prompts: itself repeated, or its elements. Raises `RequestError`."""
+    if isinstance(value, kind):
+        return [value] * count
+    values: list[Any] = _column(value, count, name)
+    if wrong := [entry for entry in values if not isinstance(entry, kind)]:
+        raise RequestError(f"{name} holds a {type(wrong[0]).__name__}; give {kind.__name__}, one for all or one each")
+    return values
+
+
+def _column(value: Any, count: int, name: str) -> list[Any]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise RequestError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one each")
+    return values
+
+
+def _merged(base: RequestOptions, keywords: Mapping[str, Any]) -> RequestOptions:
+    own = {name: value for name, value in keywords.items() if value is not None}
+    if twice := base.model_fields_set & own.keys():
+        raise RequestError(f"{min(twice)} is given in options and as a keyword; give it in one of them")
+    return RequestOptions(**base.model_dump(exclude_unset=True), **own) if own else base

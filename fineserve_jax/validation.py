@@ -1,14 +1,18 @@
 """One base for everything a user configures: frozen, checked on construction, and clear about what is wrong.
 
-Pydantic does the checking; this turns its report into the project's own errors, one line a field:
-`temperature=-1: input should be greater than or equal to 0`.
+Pydantic does the checking; this turns its report into the project's own errors, one clause a field:
+`temperature=-1: input should be greater than or equal to 0`. A field whose type carries `refused_as` words its own.
 """
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from fineserve_jax.errors import ConfigError, FineServeError
+
+REFUSED = "refused"
+JSON_KINDS = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
 
 
 class Validated(BaseModel):
@@ -29,6 +33,9 @@ def describe(error: ValidationError, settings: type[BaseModel]) -> str:
     clauses = []
     for item in error.errors(include_url=False):
         field = ".".join(str(part) for part in item["loc"])
+        if item["type"] == REFUSED:
+            clauses.append(item["msg"])
+            continue
         if item["type"] == "extra_forbidden":
             known = ", ".join(sorted(settings.model_fields))
             clauses.append(f"unknown setting {field!r}; the settings are: {known}")
@@ -36,3 +43,32 @@ def describe(error: ValidationError, settings: type[BaseModel]) -> str:
         message = item["msg"].removeprefix("Value error, ")
         clauses.append(f"{field}={item['input']!r}: {message[:1].lower()}{message[1:]}" if field else message)
     return "; ".join(clauses)
+
+
+def refused_as(clause: str) -> WrapValidator:
+    """What is said of a field, in an `Annotated` type, when pydantic refuses its value.
+
+    Args:
+        clause: a format of `field`, `value` (as Python writes it), `kind` (what JSON calls it) and `shown` (a number
+            as `value`, anything else as `kind`).
+    """
+
+    def validate(value: Any, pydantics: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return pydantics(value)
+        except ValidationError:
+            kind = json_kind(value)
+            shown = repr(value) if kind == JSON_KINDS[float] else f"a JSON {kind}"
+            text = clause.format(field=info.field_name, value=repr(value), kind=kind, shown=shown)
+            raise PydanticCustomError(REFUSED, "{text}", {"text": text}) from None
+
+    return WrapValidator(validate)
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls a value; of one that JSON does not know, its type."""
+    if value is None:
+        return "null"
+    if isinstance(value, list) and value:
+        return "list of whole numbers" if {type(item) for item in value} == {int} else "list of more than whole numbers"
+    return JSON_KINDS.get(type(value), type(value).__name__)

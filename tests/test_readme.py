@@ -1,7 +1,6 @@
 """What the README shows works."""
 
 import importlib.util
-import inspect
 import re
 from pathlib import Path
 
@@ -59,14 +58,15 @@ def test_the_readme_calls_the_python_interface_as_it_is():
     one, several, short = (block for block in blocks() if "llm.generate" in block)
     from fineserve_jax.engine.engine_config import EngineConfig
     from fineserve_jax.engine.model_settings import model_sources
-    from fineserve_jax.llm import LLM
+    from fineserve_jax.request_options import OptionKeywords
     from fineserve_jax.sampling_params import SamplingParams
 
     arguments = re.search(r"LLM\((.*?)\)", one).group(1)
     EngineConfig(**eval(f"dict({arguments.split(',', 1)[1]})"))
     assert list(model_sources(eval(re.search(r"models = (.*)\n", several).group(1)))) == ["exact", "fast"]
-    names = set(inspect.signature(LLM.generate).parameters)
-    assert {"kv_precision", "min_kv_precision"} <= names & set(re.findall(r"(\w+)=", short))
+    assert {"kv_precision", "min_kv_precision"} <= OptionKeywords.__annotations__.keys() & set(
+        re.findall(r"(\w+)=", short)
+    )
     for block in (one, several, short):
         compile(block, "README.md", "exec")
         SamplingParams(**eval(f"dict({re.search(r'SamplingParams[(](.*?)[)]', block).group(1)})"))

@@ -9,10 +9,13 @@ with
     kv_precision       the KV format of this row, or "auto"
     min_kv_precision   the KV format to which its older tokens may be narrowed when memory is short
     tenant             whose it is: quotas and shares are kept by it
+    priority           a whole number: smaller ones first
     ttft_slo_s         target for its first token, in seconds after it joined the queue
     tpot_slo_s         target for each further token, in seconds
     drop_when_late     true: no answer when the first token cannot be in time; `finish_reason` is then "late"
     ...                every field of `SamplingParams`
+
+that is, every field of `RequestOptions` and of `SamplingParams`. A field of the former that is null is unset.
 
 An answer is
 
@@ -30,7 +33,7 @@ Answers are written as they are complete, in no order; the ids tie them to their
 from fineserve_jax.batch.answers import AnswerFile
 from fineserve_jax.batch.job import BatchJob
 from fineserve_jax.batch.prompts import PromptFile
-from fineserve_jax.batch.rows import BadRow, Row, read_rows
+from fineserve_jax.batch.rows import BadRow, BatchRow, read_rows
 from fineserve_jax.batch.run import run_batch
 from fineserve_jax.batch.summary import BatchSummary, FormatSummary
 
@@ -38,10 +41,10 @@ __all__ = [
     "AnswerFile",
     "BadRow",
     "BatchJob",
+    "BatchRow",
     "BatchSummary",
     "FormatSummary",
     "PromptFile",
-    "Row",
     "read_rows",
     "run_batch",
 ]

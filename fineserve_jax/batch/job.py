@@ -7,25 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from fineserve_jax.batch.answer_rows import answer_row
 from fineserve_jax.batch.answers import AnswerFile
-from fineserve_jax.batch.rows import BadRow, Row, RowId, prompt_tokens, row_sampling
+from fineserve_jax.batch.rows import BadRow, BatchRow, RowId, prompt_tokens, row_sampling
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.outputs import total_kv_tokens
 from fineserve_jax.errors import RequestError
-from fineserve_jax.loaders import Tokenizer
 from fineserve_jax.request import FinishReason, Request, RequestStatus
-from fineserve_jax.runner.runner import TokenLogprobs
 
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
 
 
 @dataclass(slots=True)
-class OpenRow:
+class PendingRow:
     """A row whose samples are in the engine."""
 
-    row: Row
+    row: BatchRow
     samples: list[Request]
 
 
@@ -50,21 +48,21 @@ class BatchJob:
         self.engine, self.answers, self.sampling, self.on_step = engine, answers, sampling or {}, on_step
         self.summary = BatchSummary()
         self._lines: dict[RowId, int] = {}
-        self._open: dict[Request, OpenRow] = {}
+        self._pending: dict[Request, PendingRow] = {}
         self._stats = engine.stats()  # after the last step
 
-    def run(self, rows: Iterable[Row | BadRow]) -> BatchSummary:
+    def run(self, rows: Iterable[BatchRow | BadRow]) -> BatchSummary:
         """Answers all rows. Ctrl-C ends it early: `summary.interrupted`, with all complete rows written."""
         start = time.perf_counter()
         remaining = iter(rows)
         try:
-            while self._supply(remaining) or self._open:
+            while self._supply(remaining) or self._pending:
                 self._step()
         except KeyboardInterrupt:
             self.summary.interrupted = True
-            self._finish_complete(list(self._open))
+            self._finish_complete(list(self._pending))
         finally:
-            for request in list(self._open):
+            for request in list(self._pending):
                 self.engine.abort(request)
                 self.engine.release(request)
             self.summary.seconds = time.perf_counter() - start
@@ -72,17 +70,17 @@ class BatchJob:
 
     # -- rows in -----------------------------------------------------------------------------------------
 
-    def _supply(self, rows: Iterator[Row | BadRow]) -> bool:
+    def _supply(self, rows: Iterator[BatchRow | BadRow]) -> bool:
         """Fills the engine's queue; False if there is nothing left to fill it with."""
         limit = WAITING_PER_ROW * self.engine.config.max_batch_size
         while self.engine.scheduler.num_waiting < limit:
             row = next(rows, None)
             if row is None:
                 return False
-            self._take(row)
+            self._accept(row)
         return True
 
-    def _take(self, row: Row | BadRow) -> None:
+    def _accept(self, row: BatchRow | BadRow) -> None:
         """Puts a row into the engine, unless it is bad or was answered already."""
         if isinstance(row, BadRow):  # its id, perhaps only its line, stays free for a good row
             self._fail(row.line, row.id, row.error)
@@ -102,24 +100,14 @@ class BatchJob:
             except RequestError as error:
                 self._fail(row.line, row.id, str(error))
 
-    def _add(self, row: Row) -> None:
-        tokenizer = self.engine.served(row.model).tokenizer
+    def _add(self, row: BatchRow) -> None:
+        tokenizer = self.engine.served(row.options.model).tokenizer
         tokens, sampling = prompt_tokens(row, tokenizer), row_sampling(row, self.sampling)
         if sampling.seed is None:
             seed = int(np.random.SeedSequence((self.engine.config.seed, row.line)).generate_state(1)[0])
             sampling = sampling.model_copy(update={"seed": seed})
-        samples = self.engine.add_samples(
-            tokens,
-            sampling,
-            kv_precision=row.kv_precision,
-            min_kv_precision=row.min_kv_precision,
-            model=row.model,
-            tenant=row.tenant,
-            ttft_slo_s=row.ttft_slo_s,
-            tpot_slo_s=row.tpot_slo_s,
-            drop_when_late=row.drop_when_late,
-        )
-        self._open |= dict.fromkeys(samples, OpenRow(row, samples))
+        samples = self.engine.queue(self.engine.prepare(tokens, sampling, row.options))
+        self._pending |= dict.fromkeys(samples, PendingRow(row, samples))
 
     # -- answers out -------------------------------------------------------------------------------------
 
@@ -136,61 +124,22 @@ class BatchJob:
     def _finish_complete(self, requests: Iterable[Request]) -> None:
         """Writes those of the requests' rows all of whose samples are complete."""
         for request in requests:
-            opened = self._open.get(request)  # none if a sample of the same row came before
-            if opened is not None and all(s.status is RequestStatus.FINISHED for s in opened.samples):
-                self._finish(opened)
+            pending = self._pending.get(request)  # none if a sample of the same row came before
+            if pending is not None and all(s.status is RequestStatus.FINISHED for s in pending.samples):
+                self._finish(pending)
 
-    def _finish(self, opened: OpenRow) -> None:
-        first = opened.samples[0]
-        answer = answer_row(self.engine, opened.row.id, opened.samples)
-        for request in opened.samples:
-            del self._open[request]
+    def _finish(self, pending: PendingRow) -> None:
+        output = self.engine.output(pending.samples)
+        for request in pending.samples:
+            del self._pending[request]
             self.engine.release(request)
+        tokenizer = self.engine.models[output.model].tokenizer
+        answer = answer_row(pending.row.id, output, tokenizer, names_model=len(self.engine.models) > 1)
         self.answers.write(answer)
-        self.summary.note_row(first.kv_precision, first.num_prompt_tokens, answer["output_tokens"])
-        self.summary.late += any(request.finish_reason is FinishReason.LATE for request in opened.samples)
+        self.summary.note_row(output.kv_precision, answer["prompt_tokens"], answer["output_tokens"])
+        self.summary.late += any(sample.finish_reason == FinishReason.LATE for sample in output.outputs)
 
     def _fail(self, line: int, row_id: RowId, error: str) -> None:
         self.summary.errors += 1
         if (line, error) not in self.answers.failed:  # else an earlier run has said so
             self.answers.write({"id": row_id, "line": line, "error": error})
-
-
-def answer_row(engine: Engine, row_id: RowId, samples: list[Request]) -> dict[str, Any]:
-    """The answer to a row whose samples have all finished; see the package's docstring for its fields."""
-    first = samples[0]
-    written = [_sample(engine, request) for request in samples]
-    return {
-        "id": row_id,
-        **(written[0] if len(written) == 1 else {"samples": written}),
-        "prompt_tokens": first.num_prompt_tokens,
-        "output_tokens": sum(request.num_output_tokens for request in samples),
-        **({"model": first.model} if len(engine.models) > 1 else {}),
-        "kv_precision": first.kv_precision,
-        "kv_tokens": total_kv_tokens(samples),
-    }
-
-
-def _sample(engine: Engine, request: Request) -> dict[str, Any]:
-    sample: dict[str, Any] = {
-        "text": engine.texts[request].text,
-        "finish_reason": str(request.finish_reason),
-        "output_tokens": request.num_output_tokens,
-    }
-    if request.sampling.logprobs is not None:
-        tokenizer = engine.models[request.model].tokenizer
-        tokens = zip(request.output_token_ids, request.logprobs, strict=True)
-        sample["logprobs"] = [_logprobs(tokenizer, token, entry) for token, entry in tokens]
-    return sample
-
-
-def _logprobs(tokenizer: Tokenizer, token: int, entry: TokenLogprobs) -> dict[str, Any]:
-    def named(token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": token,
-            "text": tokenizer.decode([token], skip_special_tokens=False),
-            "logprob": logprob,
-        }
-
-    top = [named(other, logprob) for other, logprob in entry.top.items()]
-    return named(token, entry.logprob) | ({"top": top} if top else {})

@@ -1,1 +1,20 @@
-"""The engine: its construction, settings, loop, and what it tells of itself."""
+"""The engine, from its models and settings to the answers of its requests.
+
+engine.py             the engine and its loop: schedule, execute, commit
+engine_config.py      what a user may set of an engine
+model_settings.py     the models of an engine that serves several, and what is special about each
+load.py               from what names a model, or several, to an engine
+build.py              from models and settings to the parts of an engine
+memory.py             sizes of memory: given, measured, and written for people
+page_shapes.py        geometry and classes of each model's pages
+compilation_cache.py  JAX's persistent compilation cache
+warm_up.py            compiling ahead what requests can need
+prepare.py            a prompt and its options, checked and resolved: a request that can be served
+checks.py             what can be wrong with a request
+precision.py          from the KV precision a request asks for to the formats it is kept in
+detokenizer.py        the text of a request, decoded as its tokens come
+outputs.py            what comes back to the caller
+stats.py              what an engine tells of itself
+perplexity.py         perplexity of a text through the engine's cache
+output_files.py       whether files that the engine writes can be written
+"""

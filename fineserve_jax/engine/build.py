@@ -42,6 +42,7 @@ class ServedModel:
         name: what requests call it.
         model: its weights and tokenizer.
         config: the engine's settings as this model has them: its `kv_precision` and `max_seq_len` may be its own.
+        formats: KV formats that its requests may name, as of its construction: those registered later have no pages.
         geometry: of its pages.
         max_seq_len: most tokens of its requests.
         runner: computes its steps.
@@ -50,6 +51,7 @@ class ServedModel:
     name: str
     model: LoadedModel
     config: EngineConfig
+    formats: tuple[str, ...]
     geometry: PageGeometry
     max_seq_len: int
     runner: ModelRunner
@@ -101,7 +103,8 @@ def build_engine(
     served = {}
     for name, model in models.items():
         runner = _runner(model, geometries[name], arena, kv, config, limits[name], implementation)
-        served[name] = ServedModel(name, model, configs[name], geometries[name], limits[name], runner)
+        formats = configs[name].served_formats
+        served[name] = ServedModel(name, model, configs[name], formats, geometries[name], limits[name], runner)
     return EngineParts(kv, scheduler, arena, operations, served)
 
 

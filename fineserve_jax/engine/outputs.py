@@ -1,7 +1,7 @@
 """What comes back from the engine."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fineserve_jax.request import Request
@@ -69,7 +69,49 @@ class RequestOutput:
     metrics: RequestMetrics
 
 
-def total_kv_tokens(samples: Iterable[Request]) -> dict[str, int]:
+def request_output(samples: Sequence[Request], texts: Sequence[str], prompt: str | None) -> RequestOutput:
+    """The output of a prompt.
+
+    Args:
+        samples: its samples, all finished.
+        texts: what each said.
+        prompt: its text, None if it came as tokens.
+    """
+    first = samples[0]
+    return RequestOutput(
+        request_id=first.request_id,
+        prompt=prompt,
+        prompt_token_ids=first.prompt_token_ids,
+        model=first.model,
+        kv_precision=first.kv_precision,
+        kv_tokens=_kv_tokens(samples),
+        outputs=[
+            CompletionOutput(
+                index=i,
+                text=text,
+                token_ids=request.output_token_ids,
+                logprobs=None if request.sampling.logprobs is None else list(request.logprobs),
+                finish_reason=str(request.finish_reason),
+            )
+            for i, (request, text) in enumerate(zip(samples, texts, strict=True))
+        ],
+        metrics=_metrics(samples),
+    )
+
+
+def _metrics(samples: Sequence[Request]) -> RequestMetrics:
+    times = [request.times for request in samples]
+    arrival = min(t.arrival_s for t in times)
+    ended = max(t.finished_s or arrival for t in times)
+    return RequestMetrics(
+        queue_s=max(t.admitted_s or ended for t in times) - arrival,
+        ttft_s=max(t.first_token_s or ended for t in times) - arrival,
+        total_s=ended - arrival,
+        num_preemptions=sum(request.num_preemptions for request in samples),
+    )
+
+
+def _kv_tokens(samples: Iterable[Request]) -> dict[str, int]:
     """Tokens of all samples of a prompt, by the KV format they were kept in when each sample ended."""
     total: Counter[str] = Counter()
     for request in samples:

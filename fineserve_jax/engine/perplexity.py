@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.engine.checks import check_memory, check_vocabulary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
+from fineserve_jax.engine.precision import Precision, resolve_precision
+from fineserve_jax.engine.prepare import use_precision
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
@@ -94,8 +97,8 @@ def measure_perplexity(
     kv_precision = kv_precision or served.config.kv_precision
     if kv_precision == AUTO:
         raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
-    _check(engine, served, token_ids, window, windows, kv_precision)
-    served.runner.use_formats([kv_precision])
+    precision = _check(engine, served, token_ids, window, windows, kv_precision)
+    use_precision(served, engine.kv, precision)
     if narrow_half_to is not None:
         steps = engine.kv.ladder(served.name, kv_precision, narrow_half_to)
         unchanged = len(steps) == 1 and narrow_half_to != kv_precision
@@ -127,7 +130,8 @@ def measure_perplexity(
 
 def _check(
     engine: Engine, served: ServedModel, token_ids: Sequence[int], window: int, windows: int, kv_precision: str
-) -> None:
+) -> Precision:
+    """The precision of the windows. Raises `RequestError` for windows that cannot be scored."""
     if window < 2 or windows < 1:
         raise RequestError(f"window={window}, windows={windows}: at least 2 tokens and 1 window are needed")
     if len(token_ids) < window * windows:
@@ -137,10 +141,11 @@ def _check(
         )
     if window > served.max_seq_len:
         raise RequestError(f"window={window} is more than max_seq_len={served.max_seq_len}; shorten it or raise that")
-    # The engine's own checks of a request: tokens of its vocabulary, a format it serves, memory for a window.
-    for start in range(0, window * windows, window):
-        for part in (slice(start, start + window - 1), slice(start + 1, start + window)):
-            engine.check(token_ids[part], SamplingParams(max_tokens=1), kv_precision, served.name)
+    # As of a request of the window's length, which is never queued: it is scored in memory of its own.
+    check_vocabulary(served, "prompt", token_ids[: window * windows])
+    precision = resolve_precision(engine.kv, served.name, served.formats, kv_precision, None, window)
+    check_memory(engine.kv, served.name, precision.start, window)
+    return precision
 
 
 def _score_window(

@@ -1,9 +1,13 @@
 """What an engine tells of itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.stats import ClassStats
-from fineserve_jax.kv.usage import FormatUsage, KVCounts
+from fineserve_jax.kv.usage import FormatUsage, KVCounts, count_events, measure_classes, measure_usage
+from fineserve_jax.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +55,56 @@ class EngineStats:
     num_compilations: int
     prediction_error: float | None
     models: dict[str, ModelStats]
+
+
+@dataclass(slots=True)
+class StepTotals:
+    """What was computed since the engine started.
+
+    Attributes:
+        prompt_tokens, output_tokens: computed and sampled.
+        busy_s: spent in steps, compilation included.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    busy_s: float = 0.0
+
+
+def engine_stats(
+    models: Mapping[str, ServedModel],
+    kv: KVManager,
+    kv_bytes: int,
+    scheduler: Scheduler,
+    totals: StepTotals,
+    num_compilations: int,
+) -> EngineStats:
+    """Where an engine stands now. `kv_bytes`: the arena's size."""
+    by_model = _model_stats(models, kv, scheduler)
+    errors = [model.prediction_error for model in by_model.values() if model.prediction_error is not None]
+    return EngineStats(
+        kv=measure_usage(kv).formats,
+        kv_bytes=kv_bytes,
+        kv_counts=count_events(kv),
+        num_waiting=scheduler.num_waiting,
+        num_running=scheduler.num_running,
+        num_prompt_tokens=totals.prompt_tokens,
+        num_output_tokens=totals.output_tokens,
+        output_tokens_per_s=totals.output_tokens / totals.busy_s if totals.busy_s else 0.0,
+        num_steps=totals.steps,
+        num_preemptions=scheduler.num_preemptions,
+        num_compilations=num_compilations,
+        prediction_error=max(errors, default=None),
+        models=by_model,
+    )
+
+
+def _model_stats(models: Mapping[str, ServedModel], kv: KVManager, scheduler: Scheduler) -> dict[str, ModelStats]:
+    by_format: dict[str, dict[str, ClassStats]] = {name: {} for name in models}
+    for page_class, stats in measure_classes(kv).items():
+        by_format[page_class.model][page_class.kv_format] = stats
+    return {
+        name: ModelStats(served.model.weights, by_format[name], scheduler.profiles[name].error)
+        for name, served in models.items()
+    }

@@ -115,14 +115,14 @@ def test_a_bad_row_leaves_its_id_to_a_good_one(answer):
 
 
 def test_latency_targets_reach_the_engine_with_every_sample(engine, answer, monkeypatch):
-    targets, add = [], engine.add_request
+    targets, queue = [], engine.queue
 
-    def note(*arguments, **options):
-        request = add(*arguments, **options)
-        targets.append((request.ttft_slo_s, request.tpot_slo_s, request.drop_when_late))
-        return request
+    def note(prepared):
+        samples = queue(prepared)
+        targets.extend((request.ttft_slo_s, request.tpot_slo_s, request.drop_when_late) for request in samples)
+        return samples
 
-    monkeypatch.setattr(engine, "add_request", note)
+    monkeypatch.setattr(engine, "queue", note)
     aimed = {"ttft_slo_s": 1.5, "tpot_slo_s": 1, "drop_when_late": True}
     answer([{"prompt": "a", "n": 2, **aimed}, {"prompt": "b", "ttft_slo_s": None}])
     assert targets == [(1.5, 1, True), (1.5, 1, True), (None, None, False)]
@@ -246,7 +246,7 @@ def test_ctrl_c_leaves_the_complete_rows_and_an_idle_engine(answer, engine):
     assert summary.interrupted
     assert [row["id"] for row in answers] == [1]
     assert not engine.has_unfinished
-    assert engine.texts == {}
+    assert engine.detokenizers == {}
     resumed, summary = answer(rows, resume=True)
     assert by_id(resumed).keys() == set(range(1, 9))
     assert (summary.answered, summary.skipped, summary.interrupted) == (7, 1, False)

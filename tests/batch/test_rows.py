@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
 
 from fineserve_jax import RequestError, SamplingParams
-from fineserve_jax.batch.rows import BadRow, Row, parse_row, prompt_tokens, read_rows, row_sampling
+from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row, prompt_tokens, read_rows, row_sampling
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -86,7 +86,7 @@ def test_a_bad_row_keeps_its_id():
 
 @given(st.binary())
 def test_no_line_whatever_raises(line):
-    assert isinstance(parse_row(line, 1), Row | BadRow)
+    assert isinstance(parse_row(line, 1), BatchRow | BadRow)
 
 
 @given(
@@ -98,7 +98,7 @@ def test_no_line_whatever_raises(line):
     )
 )
 def test_no_json_whatever_raises(content):
-    assert isinstance(parse_row(json.dumps(content).encode(), 1), Row | BadRow)
+    assert isinstance(parse_row(json.dumps(content).encode(), 1), BatchRow | BadRow)
 
 
 def test_empty_lines_count_and_a_byte_order_mark_does_not():

@@ -10,6 +10,7 @@ from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import ModelConfig, random_params
 from fineserve_jax.request import Request
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 CHARACTERS = ["<end>", *string.printable[:95]]
@@ -54,7 +55,7 @@ def serve(
 ) -> list[Request]:
     """Serves prompts to the end, checking the books after every step."""
     requests = [
-        engine.add_request(prompt, sampling, kv_precision=name, model=model)
+        engine.add_request(prompt, sampling, RequestOptions(kv_precision=name, model=model))
         for prompt, name, model in zip(prompts, formats, models or [None] * len(prompts), strict=True)
     ]
     while engine.has_unfinished:

@@ -7,6 +7,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.request import FinishReason, RequestStatus
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 PROMPT = list(range(1, 20))
@@ -35,7 +36,7 @@ def test_a_request_ends_at_the_end_of_sequence_token(make_engine):
     (request,) = serve(engine, [PROMPT], ["bf16"], SamplingParams(max_tokens=9, logit_bias=only("$")))
     assert request.finish_reason is FinishReason.STOP
     assert request.output_token_ids == [EOS]
-    assert engine.texts[request].text == ""
+    assert engine.detokenizers[request].text == ""
 
 
 def test_min_tokens_holds_the_end_back(make_engine):
@@ -49,7 +50,7 @@ def test_a_stop_token_ends_the_output_and_is_not_part_of_the_text(make_engine):
     sampling = SamplingParams(max_tokens=9, logit_bias=only("a"), stop_token_ids=[CHARACTERS.index("a")])
     (request,) = serve(engine, [PROMPT], ["bf16"], sampling)
     assert request.finish_reason is FinishReason.STOP
-    assert engine.texts[request].text == ""
+    assert engine.detokenizers[request].text == ""
 
 
 def test_a_stop_string_ends_the_text_where_it_begins(make_engine):
@@ -58,7 +59,7 @@ def test_a_stop_string_ends_the_text_where_it_begins(make_engine):
     (request,) = serve(engine, [PROMPT], ["bf16"], sampling)
     assert request.finish_reason is FinishReason.STOP
     assert request.num_output_tokens == 3
-    assert engine.texts[request].text == ""
+    assert engine.detokenizers[request].text == ""
 
 
 def test_logprobs_are_those_of_the_model_before_bias(make_engine):
@@ -102,7 +103,7 @@ def test_nothing_compiles_after_warm_up(make_engine):
 
 def test_stats_say_how_much_memory_is_needed_reserved_and_free(make_engine):
     engine = make_engine()
-    engine.add_request(PROMPT, SamplingParams(max_tokens=30), kv_precision="int8")
+    engine.add_request(PROMPT, SamplingParams(max_tokens=30), RequestOptions(kv_precision="int8"))
     engine.step()
     stats = engine.stats()
     usage = stats.kv["int8"]
@@ -128,7 +129,7 @@ def test_stats_say_how_much_memory_is_needed_reserved_and_free(make_engine):
 def test_a_request_that_cannot_be_served_is_refused(make_engine, prompt, sampling, kv_precision, message):
     engine = make_engine()
     with pytest.raises(RequestError, match=message):
-        engine.add_request(prompt, SamplingParams(**sampling), kv_precision=kv_precision)
+        engine.add_request(prompt, SamplingParams(**sampling), RequestOptions(kv_precision=kv_precision))
     assert not engine.has_unfinished
 
 
@@ -141,7 +142,7 @@ def test_a_request_that_does_not_fit_its_share_is_refused(make_engine):
         slab_shares={"int8": 9, "fp32": 1},
     )
     with pytest.raises(RequestError, match="up to 256 tokens in fp32 does not fit the KV memory, which holds"):
-        engine.add_request([1] * 100, SamplingParams(max_tokens=156), kv_precision="fp32")
+        engine.add_request([1] * 100, SamplingParams(max_tokens=156), RequestOptions(kv_precision="fp32"))
 
 
 @pytest.mark.parametrize(

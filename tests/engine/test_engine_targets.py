@@ -9,6 +9,7 @@ import pytest
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request import FinishReason
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 
@@ -19,8 +20,8 @@ def test_a_request_that_asked_for_it_ends_as_late(make_engine):
     engine.clock = lambda: now[0]
     sampling = SamplingParams(max_tokens=6, ignore_eos=True)
     first = engine.add_request([5, 6, 7], sampling)
-    late = engine.add_request([5, 6, 7], sampling, ttft_slo_s=2.0, drop_when_late=True)
-    kept = engine.add_request([5, 6, 7], sampling, ttft_slo_s=2.0)
+    late = engine.add_request([5, 6, 7], sampling, RequestOptions(ttft_slo_s=2.0, drop_when_late=True))
+    kept = engine.add_request([5, 6, 7], sampling, RequestOptions(ttft_slo_s=2.0))
     returned = []
     while engine.has_unfinished:
         returned.append(engine.step())
@@ -44,7 +45,7 @@ def test_a_request_that_asked_for_it_ends_as_late(make_engine):
 def test_targets_that_mean_nothing_are_refused(make_engine, targets, error):
     engine = make_engine()
     with pytest.raises(RequestError, match=error):
-        engine.add_request([5, 6, 7], **targets)
+        engine.add_request([5, 6, 7], None, RequestOptions(**targets))
     assert not engine.has_unfinished
 
 

@@ -13,6 +13,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.request import Request
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.real_model
@@ -46,7 +47,7 @@ def make_engine(model: LoadedModel, **settings) -> Engine:
 def serve(engine: Engine, rows: list[int], formats: list[str] | None = None) -> list[Request]:
     sampling = SamplingParams(max_tokens=48, ignore_eos=True, logprobs=2)
     requests = [
-        engine.add_request(EXPECTED[row]["prompt_token_ids"], sampling, kv_precision=name)
+        engine.add_request(EXPECTED[row]["prompt_token_ids"], sampling, RequestOptions(kv_precision=name))
         for row, name in zip(rows, formats or ["fp32"] * len(rows), strict=True)
     ]
     while engine.has_unfinished:

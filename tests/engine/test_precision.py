@@ -3,13 +3,14 @@
 import pytest
 
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 SHORT = SamplingParams(max_tokens=4)
 
 
 def started(engine, **how):
-    request = engine.add_request([1, 2, 3], SHORT, **how)
+    request = engine.add_request([1, 2, 3], SHORT, RequestOptions(**how))
     return request.kv_precision, request.min_kv_precision
 
 
@@ -40,7 +41,7 @@ def test_auto_starts_narrower_when_the_request_would_not_fit_otherwise(make_engi
     assert longest < engine.max_seq_len
     for more, starts_in in ((0, {"bf16"}), (1, {"int8", "int4"})):
         sampling = SamplingParams(max_tokens=longest + more - 100)
-        assert engine.add_request([1] * 100, sampling, kv_precision="auto").kv_precision in starts_in
+        assert engine.add_request([1] * 100, sampling, RequestOptions(kv_precision="auto")).kv_precision in starts_in
 
 
 def test_every_format_that_a_page_may_pass_through_has_a_cost(make_engine):

@@ -7,6 +7,7 @@ from engine_cases import serve
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.usage import count_events
 from fineserve_jax.request import Request
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 FORMATS = ["bf16", "int8", "int4"]
@@ -50,7 +51,7 @@ def test_what_a_request_wrote_serves_the_next_turn(make_engine):
 def test_others_go_on_when_the_request_that_computes_their_prefix_is_aborted(make_engine):
     prompts = beginning_alike(4)
     engine = make_engine(max_chunk_tokens=16)
-    requests = [engine.add_request(prompt, GREEDY, kv_precision="int8") for prompt in prompts]
+    requests = [engine.add_request(prompt, GREEDY, RequestOptions(kv_precision="int8")) for prompt in prompts]
     engine.step()
     engine.abort(requests[0])
     check_integrity(engine.kv)
@@ -80,13 +81,15 @@ def test_a_fork_computes_one_token_and_goes_its_own_way(make_engine, kv_precisio
     sampling = SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.0, seed=7)
     prompt = PREFIX[:length]
     engine = make_engine(prefix_cache="off")
-    first = engine.add_request(prompt, sampling, kv_precision=kv_precision)
+    first = engine.add_request(prompt, sampling, RequestOptions(kv_precision=kv_precision))
     engine.step()  # the whole prompt
     if length > 64:
         engine.step()
     before = engine.stats().num_prompt_tokens
     assert before == length
-    fork = engine.add_request(prompt, sampling, kv_precision=kv_precision, sample_index=1, fork_of=first)
+    fork = engine.add_request(
+        prompt, sampling, RequestOptions(kv_precision=kv_precision), sample_index=1, fork_of=first
+    )
     while engine.has_unfinished:
         engine.step()
         check_integrity(engine.kv)
@@ -95,7 +98,8 @@ def test_a_fork_computes_one_token_and_goes_its_own_way(make_engine, kv_precisio
     assert engine.stats().num_prompt_tokens == before + (length if gone else 1)
     alone = make_engine(prefix_cache="off")
     expected = [
-        alone.add_request(prompt, sampling, kv_precision=kv_precision, sample_index=sample) for sample in (0, 1)
+        alone.add_request(prompt, sampling, RequestOptions(kv_precision=kv_precision), sample_index=sample)
+        for sample in (0, 1)
     ]
     while alone.has_unfinished:
         alone.step()

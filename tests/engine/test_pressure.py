@@ -7,6 +7,7 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.usage import count_events
 from fineserve_jax.pallas_kernels.formats import get_format
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 LONG = SamplingParams(max_tokens=100, ignore_eos=True, temperature=1.0, seed=3)
@@ -17,7 +18,7 @@ FORMATS = ["bf16", "auto", "int8", "auto", "auto", "int4", "auto", "auto"]
 def run(engine, formats=FORMATS, **fields):
     """The requests, served to the end."""
     requests = [
-        engine.add_request(prompt, LONG, kv_precision=name, **(fields if name == "auto" else {}))
+        engine.add_request(prompt, LONG, RequestOptions(kv_precision=name, **(fields if name == "auto" else {})))
         for prompt, name in zip(PROMPTS, formats, strict=True)
     ]
     while engine.has_unfinished:
@@ -80,4 +81,4 @@ def test_nothing_is_compiled_after_warm_up_even_under_pressure(make_engine):
 
 def test_a_floor_that_is_wider_than_the_precision_is_refused(make_engine):
     with pytest.raises(RequestError, match="min_kv_precision='bf16' is wider than kv_precision='int8'"):
-        make_engine().add_request(PROMPTS[0], LONG, kv_precision="int8", min_kv_precision="bf16")
+        make_engine().add_request(PROMPTS[0], LONG, RequestOptions(kv_precision="int8", min_kv_precision="bf16"))

@@ -14,6 +14,7 @@ from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.pallas_kernels.formats import FORMATS
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.model_choice import MOST_TURNS_LEFT_OUT
 
@@ -71,7 +72,9 @@ def test_models_of_one_shape_share_compiled_programs_and_no_pages():
     models = {"a": MODELS["tall"], "b": MODELS["tall"]}
     engine = make_engine(models)
     sampling = SamplingParams(max_tokens=20, ignore_eos=True)
-    requests = [engine.add_request([1, 2, 3], sampling, kv_precision="bf16", model=name) for name in models]
+    requests = [
+        engine.add_request([1, 2, 3], sampling, RequestOptions(kv_precision="bf16", model=name)) for name in models
+    ]
     while not requests[-1].num_output_tokens:
         engine.step()
     first, second = (engine.stats().models[name] for name in models)
@@ -86,7 +89,7 @@ def test_no_model_is_left_out_for_long():
     engine = make_engine()
     for name in MODELS:
         for token in (1, 2):
-            engine.add_request([token] * 20, SamplingParams(max_tokens=10, ignore_eos=True), model=name)
+            engine.add_request([token] * 20, SamplingParams(max_tokens=10, ignore_eos=True), RequestOptions(model=name))
     advanced = []
     while engine.has_unfinished:
         advanced += {request.model for request in engine.step()}
@@ -104,7 +107,7 @@ def test_units_are_as_long_as_the_shortest_of_the_models():
 
 def test_stats_say_what_each_model_holds():
     engine = make_engine()
-    engine.add_request([1] * 20, SamplingParams(max_tokens=10), kv_precision="int8", model="flat")
+    engine.add_request([1] * 20, SamplingParams(max_tokens=10), RequestOptions(kv_precision="int8", model="flat"))
     engine.step()
     stats = engine.stats()
     assert {name: model.weights for name, model in stats.models.items()} == {"tall": "fp32", "flat": "int8"}
@@ -149,17 +152,17 @@ def test_a_prediction_is_learnt_for_each_model():
 def test_a_request_that_cannot_be_served_is_refused(prompt, options, message):
     engine = make_engine(settings={"flat": ModelSettings(max_seq_len=64)})
     with pytest.raises(RequestError, match=message):
-        engine.add_request(prompt, **options)
+        engine.add_request(prompt, None, RequestOptions(**options))
     assert not engine.has_unfinished
 
 
 def test_a_model_may_have_its_own_precision_and_length():
     engine = make_engine(settings={"flat": ModelSettings(kv_precision="int4", max_seq_len=64)})
     sampling = SamplingParams(ignore_eos=True)
-    long, short = (engine.add_request([1] * 40, sampling, model=name) for name in MODELS)
+    long, short = (engine.add_request([1] * 40, sampling, RequestOptions(model=name)) for name in MODELS)
     assert (long.kv_precision, long.max_total_tokens) == ("bf16", 128)
     assert (short.kv_precision, short.max_total_tokens) == ("int4", 64)
-    assert engine.add_request([92], sampling, model="tall").token_ids == [92]
+    assert engine.add_request([92], sampling, RequestOptions(model="tall")).token_ids == [92]
 
 
 @pytest.mark.parametrize(

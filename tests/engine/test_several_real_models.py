@@ -7,6 +7,7 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.llm import LLM
 from fineserve_jax.request import Request
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
@@ -24,7 +25,9 @@ def serve(engine: Engine, rows: list[tuple[str, str, str]]) -> list[Request]:
     sampling = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2)
     requests = [
         engine.add_request(
-            engine.models[model].tokenizer.encode_prompt(prompt), sampling, kv_precision=name, model=model
+            engine.models[model].tokenizer.encode_prompt(prompt),
+            sampling,
+            RequestOptions(kv_precision=name, model=model),
         )
         for prompt, name, model in rows
     ]
@@ -48,6 +51,6 @@ def test_two_precisions_of_one_model_answer_side_by_side_as_they_do_alone():
             best, second = expected.logprobs[differing[0]].top.values()
             assert best - second <= NEAR_TIE, (row, differing[0])
     for request in together[:2]:  # the one answer of which this small model is sure
-        assert "Paris" in engine.texts[request].text
+        assert "Paris" in engine.detokenizers[request].text
     assert engine.stats().models["exact"].weights == "bf16"
     assert engine.stats().models["fast"].weights == "int8"

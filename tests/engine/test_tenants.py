@@ -7,6 +7,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.llm import LLM
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 TWENTY = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -29,14 +30,14 @@ def test_quotas_change_when_tokens_come_but_not_which():
     texts = []
     for engine in (plain, shared):
         requests = [
-            engine.add_request(engine.tokenizer.encode(prompt), TWENTY, tenant=tenant)
+            engine.add_request(engine.tokenizer.encode(prompt), TWENTY, RequestOptions(tenant=tenant))
             for prompt, tenant in zip(prompts, tenants, strict=True)
         ]
         account = engine.scheduler.quotas.account
         while engine.has_unfinished:
             engine.step()
             assert account is None or account.used["tenant:bob"] <= account.most["tenant:bob"]
-        texts.append([engine.texts[request].text for request in requests])
+        texts.append([engine.detokenizers[request].text for request in requests])
     assert texts[0] == texts[1]
 
 

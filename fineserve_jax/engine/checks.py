@@ -1,6 +1,5 @@
-"""What can be known to be wrong with a request before it waits: each error says what, the limit, and what to do."""
+"""What can be wrong with a request before it waits: each error names the value, the limit and the remedy."""
 
-import sys
 from collections.abc import Collection, Sequence
 
 from fineserve_jax.engine.build import ServedModel
@@ -22,16 +21,9 @@ def check_tokens(
     max_seq_len = served.max_seq_len
     if not token_ids:
         raise RequestError("the prompt is empty; give at least one token")
-    vocab_size = served.model.config.vocab_size
-    named = {
-        "prompt": token_ids,
-        "logit_bias": sampling.logit_bias,
-        "stop_token_ids": sampling.stop_token_ids,
-    }
-    for name, ids in named.items():
-        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-            wrong = next(token for token in ids if not 0 <= token < vocab_size)
-            raise RequestError(f"{name} has token {wrong}; {served.name} has tokens 0 to {vocab_size - 1}")
+    check_vocabulary(served, "prompt", token_ids)
+    check_vocabulary(served, "logit_bias", sampling.logit_bias)
+    check_vocabulary(served, "stop_token_ids", sampling.stop_token_ids)
     if len(token_ids) >= max_seq_len:
         raise RequestError(
             f"the prompt has {len(token_ids)} tokens; with max_seq_len={max_seq_len} it may have "
@@ -50,18 +42,12 @@ def check_tokens(
         )
 
 
-def check_targets(ttft_slo_s: float | None, tpot_slo_s: float | None, drop_when_late: bool) -> None:
-    """Raises `RequestError` for latency targets that mean nothing."""
-    for name, target in (("ttft_slo_s", ttft_slo_s), ("tpot_slo_s", tpot_slo_s)):
-        if target is not None and not is_latency_target(target):
-            raise RequestError(f"{name}={target!r} is no latency target; give seconds, more than 0, or none")
-    if drop_when_late and ttft_slo_s is None:
-        raise RequestError("drop_when_late without a ttft_slo_s drops nothing; give ttft_slo_s, in seconds")
-
-
-def is_latency_target(seconds: float) -> bool:
-    """Whether it is above 0 and a float can hold it, which a whole number from JSON may be too large for."""
-    return 0 < seconds <= sys.float_info.max
+def check_vocabulary(served: ServedModel, name: str, token_ids: Collection[int]) -> None:
+    """Raises `RequestError`, naming what holds them, for tokens that the model does not have."""
+    vocab_size = served.model.config.vocab_size
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise RequestError(f"{name} has token {wrong}; {served.name} has tokens 0 to {vocab_size - 1}")
 
 
 def check_memory(kv: KVManager, model: str, kv_precision: str, total: int) -> None:

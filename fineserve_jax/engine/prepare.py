@@ -1,0 +1,160 @@
+"""From a prompt and its options to a request that can be served: all checks, and all that follows from its parameters.
+
+A request is prepared once. What is wrong with it is known then, before it takes any place or memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.engine.checks import check_memory, check_tokens
+from fineserve_jax.engine.engine_config import AUTO
+from fineserve_jax.engine.precision import Precision, resolve_precision
+from fineserve_jax.errors import RequestError
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.request import Request, RequestTimes
+from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.scheduler.quotas import Quotas
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A prompt that the engine can answer, with `sampling.n` samples.
+
+    Attributes:
+        served: the model that answers.
+        token_ids: the prompt.
+        sampling, options: as they were asked for.
+        precision: of its keys and values.
+        max_total_tokens: length at which a sample ends: the lesser of prompt plus `max_tokens` and `max_seq_len`.
+        stop_ids: tokens that end a sample: the model's end-of-sequence tokens unless ignored, and `stop_token_ids`.
+    """
+
+    served: ServedModel
+    token_ids: list[int]
+    sampling: SamplingParams
+    options: RequestOptions
+    precision: Precision
+    max_total_tokens: int
+    stop_ids: frozenset[int]
+
+    def request(
+        self,
+        request_id: str,
+        sequence: int,
+        arrival_s: float,
+        engine_seed: int,
+        sample_index: int = 0,
+        fork_of: Request | None = None,
+    ) -> Request:
+        """One of its samples, as the scheduler takes it.
+
+        Args:
+            request_id: unique in the engine.
+            sequence: order of arrival in the engine.
+            arrival_s: now, by the engine's clock.
+            engine_seed: with `sequence`, makes the seed of a request that names none.
+            sample_index: which of the prompt's samples; moves a seed that the request names.
+            fork_of: another sample of the prompt, to start from its pages if they are still there.
+
+        Raises:
+            RequestError: `fork_of` is a sample of another prompt.
+        """
+        if fork_of is not None and (fork_of.model, fork_of.prompt_token_ids) != (self.served.name, self.token_ids):
+            raise RequestError(
+                f"fork_of={fork_of.request_id!r} is of another prompt or model; fork a sample of the same prompt"
+            )
+        options = self.options
+        return Request(
+            request_id=request_id,
+            model=self.served.name,
+            kv_precision=self.precision.start,
+            min_kv_precision=self.precision.floor,
+            sampling=self.sampling,
+            token_ids=list(self.token_ids),
+            num_prompt_tokens=len(self.token_ids),
+            max_total_tokens=self.max_total_tokens,
+            sequence=sequence,
+            times=RequestTimes(arrival_s),
+            seed=_seed(self.sampling.seed, engine_seed, sequence, sample_index),
+            stop_ids=self.stop_ids,
+            fork_of=fork_of,
+            tenant=options.tenant,
+            priority=options.priority,
+            ttft_slo_s=options.ttft_slo_s,
+            tpot_slo_s=options.tpot_slo_s,
+            drop_when_late=options.drop_when_late,
+        )
+
+
+def prepare_request(
+    served: ServedModel,
+    kv: KVManager,
+    quotas: Quotas,
+    token_ids: Sequence[int],
+    sampling: SamplingParams,
+    options: RequestOptions,
+) -> PreparedRequest:
+    """Checks a request and resolves its precision, once for all of its samples.
+
+    Args:
+        served: the model that `options` name.
+        kv: knows how long pages are, and what fits.
+        quotas: what tenants and precisions may take.
+        token_ids: the prompt.
+
+    Raises:
+        RequestError: a request that can never be served, saying what is wrong and what to do.
+    """
+    max_total_tokens = served.max_seq_len
+    if sampling.max_tokens is not None:
+        max_total_tokens = min(len(token_ids) + sampling.max_tokens, served.max_seq_len)
+    precision = precision_of(served, kv, options.kv_precision, options.min_kv_precision, max_total_tokens)
+    stop_ids = frozenset(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stop_ids |= frozenset(served.tokenizer.eos_token_ids)
+    check_tokens(served, token_ids, sampling, stop_ids)
+    check_memory(kv, served.name, precision.start, max_total_tokens)
+    quotas.check(served.name, precision.start, options.tenant, max_total_tokens)
+    return PreparedRequest(served, list(token_ids), sampling, options, precision, max_total_tokens, stop_ids)
+
+
+def precision_of(
+    served: ServedModel, kv: KVManager, kv_precision: str | None, min_kv_precision: str | None, num_tokens: int = 1
+) -> Precision:
+    """What a request's wishes come to, where None stands for the model's own; see `resolve_precision`.
+
+    Raises:
+        RequestError: a format that is not served, or narrowing where that frees nothing.
+    """
+    config = served.config
+    name, floor = kv_precision or config.kv_precision, min_kv_precision or config.min_kv_precision
+    if min_kv_precision is None and floor is not None and name not in (AUTO, config.kv_precision):
+        floor = None  # the engine's floor belongs to the engine's precision
+    precision = resolve_precision(kv, served.name, served.formats, name, floor, num_tokens)
+    if precision.floor is not None and config.slab_policy != "elastic":
+        raise RequestError(
+            f"a request in {name} that may be narrowed to {precision.floor} cannot be served with "
+            f"slab_policy={config.slab_policy!r}, where that frees nothing; give a fixed kv_precision"
+        )
+    return precision
+
+
+def use_precision(served: ServedModel, kv: KVManager, precision: Precision) -> list[PageClass]:
+    """Makes the model's programs serve requests of this precision; returns the classes of their pages, widest first."""
+    classes = kv.ladder(served.name, precision.start, precision.floor)
+    served.runner.use_formats(page_class.kv_format for page_class in classes)
+    if precision.floor is not None:
+        served.runner.use_narrowing()
+    return classes
+
+
+def _seed(requests_own: int | None, engine_seed: int, sequence: int, sample_index: int) -> int:
+    """Of a sample's random numbers: its request's, or drawn from the engine's."""
+    if requests_own is not None:
+        return (requests_own + sample_index) % 2**32
+    return int(np.random.SeedSequence((engine_seed, sequence)).generate_state(1)[0])
