@@ -10,6 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import (
@@ -19,8 +20,6 @@ from fineserve_jax.pallas_kernels.implementation import (
     is_interpreted,
 )
 from fineserve_jax.pallas_kernels.xla import write as xla
-
-NOWHERE = 2**30  # beyond any arena, all layers counted: what is written there is dropped
 
 
 def commit(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fineserve_jax.pallas_kernels import formats
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format, packing
 from fineserve_jax.scheduler import POLICIES
 
@@ -23,7 +24,7 @@ def blocks() -> list[str]:
 @pytest.fixture
 def registries():
     """As they were, afterwards."""
-    kept = [(registry, dict(registry)) for registry in (FORMATS, POLICIES)]
+    kept = [(registry, dict(registry)) for registry in (FORMATS, FORMAT_SIZES, POLICIES)]
     yield
     for registry, before in kept:
         registry.clear()

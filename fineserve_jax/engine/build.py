@@ -19,10 +19,10 @@ from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.kv.slabs import SlabAllocator
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import build_model
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
-from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.roofline import device_roofline

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
-from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.shapes import StepSpec
 

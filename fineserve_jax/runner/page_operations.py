@@ -16,10 +16,11 @@ from jax import lax
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.operations import Copy, Load, PageOperation, Save
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.pallas_kernels.writing import NOWHERE, requantize
+from fineserve_jax.pallas_kernels.writing import requantize
 from fineserve_jax.runner.arena import Arena
 
 COPIES = 64  # of a call, the rest being padding

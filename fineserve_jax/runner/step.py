@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from fineserve_jax.models.transformer import RopeTables
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import PageWords
-from fineserve_jax.pallas_kernels.writing import NOWHERE, requantize, write_pages, write_tokens
+from fineserve_jax.pallas_kernels.writing import requantize, write_pages, write_tokens
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.layer_attention import LayerAttention, LayerWords
 from fineserve_jax.runner.sampler import Sampled, SamplingInputs, sample

@@ -4,7 +4,8 @@ To add one: subclass `KVFormat` and `register` an instance. Pools, scheduler, ke
 here.
 """
 
-from fineserve_jax.pallas_kernels.formats.base import Aux, KVFormat, PageVectors, PageWords, Planes
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, Aux
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
 from fineserve_jax.pallas_kernels.formats.fp8 import Float8
 from fineserve_jax.pallas_kernels.formats.int4 import Int4
 from fineserve_jax.pallas_kernels.formats.int8 import Int8
@@ -16,7 +17,7 @@ FORMATS: dict[str, KVFormat] = {}
 
 
 def register(kv_format: KVFormat) -> KVFormat:
-    """Makes a format known under its name.
+    """Makes a format known under its name, to everyone who computes with it and to those who count its pages.
 
     Raises:
         ValueError: the name is taken, its residual format is unusable, or none is named and a part is not per token.
@@ -36,7 +37,7 @@ def register(kv_format: KVFormat) -> KVFormat:
             f"KV format {name!r} wants {residual!r} for its newest tokens, "
             "which is no registered token-wise format; register that first"
         )
-    FORMATS[name] = kv_format
+    FORMATS[name] = FORMAT_SIZES[name] = kv_format
     return kv_format
 
 

@@ -4,7 +4,6 @@ All of a format's code is elementwise, but for minima and maxima over a page's t
 same code runs on whole batches in XLA, on a tile inside a Triton kernel and on a vector register inside a Mosaic one.
 """
 
-import enum
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -13,17 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.format_sizes import FormatSizes
 
 Planes = tuple[jax.Array, ...]
-
-
-class Aux(enum.Enum):
-    """What the numbers of one auxiliary part of a page and head stand for: one for every ..."""
-
-    TOKEN = "token"  # [..., T, 1]
-    CHANNEL = "channel"  # [..., 1, width], the channels of one plane
-    PAGE = "page"  # [..., 1, 1]
 
 
 class PageWords(NamedTuple):
@@ -74,21 +65,8 @@ class PageVectors(NamedTuple):
         return k, v
 
 
-class KVFormat(ABC):
-    """A KV precision as a codec. Stateless; one instance is registered under `name`.
-
-    Attributes:
-        name: what users write, e.g. "int8".
-        value_bits: bits of one stored value, scales not counted; a power of two from 1 to 32.
-        aux: the auxiliary parts of a page and head, in the order in which they lie in the page.
-        residual: None if every token is encoded by itself (all `aux` are then per token). Otherwise the name of the
-            token-wise format that holds a page's tokens until the page is full and can be encoded as a whole.
-    """
-
-    name: str
-    value_bits: int
-    aux: tuple[Aux, ...] = ()
-    residual: str | None = None
+class KVFormat(FormatSizes, ABC):
+    """A KV precision as a codec, with its sizes. Stateless; one instance is registered under `name`."""
 
     @abstractmethod
     def encode(self, k: Planes, v: Planes) -> PageWords:
@@ -144,55 +122,3 @@ class KVFormat(ABC):
         """The f32[..., T, head_dim] keys and values, in the model's basis, that `words` stand for."""
         k, v = self.unpack(words.k, words.v, self.read_aux(words.aux)).join()
         return self.from_basis(k), self.from_basis(v)
-
-    # -- sizes -------------------------------------------------------------------------------------------------
-
-    @property
-    def planes(self) -> int:
-        """Values that share a word."""
-        return max(1, 16 // self.value_bits)
-
-    @property
-    def word_parts(self) -> int:
-        """Words that share a value."""
-        return max(1, self.value_bits // 16)
-
-    def width(self, geometry: PageGeometry) -> int:
-        """Values of a plane, and words of a word part, of one head vector."""
-        return geometry.head_dim // self.planes
-
-    def vector_words(self, geometry: PageGeometry) -> int:
-        """Words (W) of one head vector: `word_parts` parts of `width`."""
-        return geometry.head_dim * self.value_bits // 16
-
-    def block_words(self, geometry: PageGeometry) -> int:
-        """Words of a head's keys in a page, T x W; as many hold its values."""
-        return geometry.page_size * self.vector_words(geometry)
-
-    def aux_sizes(self, geometry: PageGeometry) -> tuple[int, ...]:
-        """Words of each auxiliary part of a page and head."""
-        sizes = {Aux.TOKEN: geometry.page_size, Aux.CHANNEL: self.width(geometry), Aux.PAGE: 1}
-        return tuple(sizes[part] for part in self.aux)
-
-    def aux_starts(self, geometry: PageGeometry) -> tuple[int, ...]:
-        """Where in a page's layer each auxiliary part begins, in words; there it lies head after head."""
-        values = 2 * geometry.kv_heads * self.block_words(geometry)
-        sizes = self.aux_sizes(geometry)
-        return tuple(values + geometry.kv_heads * sum(sizes[:i]) for i in range(len(sizes)))
-
-    def words_per_layer(self, geometry: PageGeometry) -> int:
-        """Words that hold something: a layer of a page without its padding."""
-        return geometry.kv_heads * (2 * self.block_words(geometry) + sum(self.aux_sizes(geometry)))
-
-    def units_per_layer(self, geometry: PageGeometry) -> int:
-        """Arena units of one layer of a page."""
-        return -(-self.words_per_layer(geometry) // geometry.unit_words)
-
-    def page_units(self, geometry: PageGeometry) -> int:
-        """Arena units of a page, all layers."""
-        return geometry.num_layers * self.units_per_layer(geometry)
-
-    def bits_per_value(self, geometry: PageGeometry) -> float:
-        """Bits a cached value costs, scales and padding counted."""
-        values = 2 * geometry.kv_heads * geometry.page_size * geometry.head_dim
-        return 16 * self.units_per_layer(geometry) * geometry.unit_words / values

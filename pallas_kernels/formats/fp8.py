@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fineserve_jax.pallas_kernels.format_sizes import Float8Sizes
 from fineserve_jax.pallas_kernels.formats.base import Planes
 from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
 
@@ -28,11 +29,9 @@ GRID = 2.0**14
 GRID_BITS = 0x4680_0000
 
 
-class Float8(ScaledFormat):
+class Float8(Float8Sizes, ScaledFormat):
     """Codes are e4m3 numbers."""
 
-    name = "fp8"
-    value_bits = 8
     largest_code = LARGEST
 
     def to_codes(self, values: jax.Array) -> jax.Array:

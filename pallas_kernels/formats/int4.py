@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import Aux, KVFormat, PageVectors, PageWords, Planes
+from fineserve_jax.pallas_kernels.format_sizes import Int4Sizes
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
 from fineserve_jax.pallas_kernels.formats.packing import (
     largest,
     nearest_codes,
@@ -60,11 +61,8 @@ class Ranges(NamedTuple):
         return low, step
 
 
-class Int4(KVFormat):
-    name = "int4"
-    value_bits = 4
-    aux = (*[Aux.CHANNEL] * 4, Aux.TOKEN, *[Aux.PAGE] * 4)
-    residual = "int8"
+class Int4(Int4Sizes, KVFormat):
+    """4-bit codes of rotated vectors under ranges in 8 bits."""
 
     def encode(self, k: Planes, v: Planes) -> PageWords:
         k, v = (tuple(jnp.clip(plane, -LARGEST_VALUE, LARGEST_VALUE) for plane in part) for part in (k, v))

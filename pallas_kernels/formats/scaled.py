@@ -5,7 +5,7 @@ from abc import abstractmethod
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats.base import Aux, KVFormat, PageVectors, PageWords, Planes
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
 from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, largest, pack_planar, words_to_f32
 
 # Keeps an all-zero vector from dividing by zero, and is a normal bf16.
@@ -19,7 +19,6 @@ class ScaledFormat(KVFormat):
         largest_code: the largest number that a code stands for.
     """
 
-    aux = (Aux.TOKEN, Aux.TOKEN)  # the scales of K, then of V
     largest_code: float
 
     @abstractmethod

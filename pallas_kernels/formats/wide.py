@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fineserve_jax.pallas_kernels.format_sizes import BFloat16Sizes, Float16Sizes, Float32Sizes
 from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
 from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, words_to_f32
 
@@ -32,10 +33,7 @@ class WideFormat(KVFormat):
         """The inverse of `to_words`."""
 
 
-class BFloat16(WideFormat):
-    name = "bf16"
-    value_bits = 16
-
+class BFloat16(BFloat16Sizes, WideFormat):
     def to_words(self, values: jax.Array) -> Planes:
         return (bf16_to_words(values),)
 
@@ -43,11 +41,8 @@ class BFloat16(WideFormat):
         return words_to_f32(*parts)
 
 
-class Float16(WideFormat):
+class Float16(Float16Sizes, WideFormat):
     """Values beyond the range of fp16 saturate: an infinity would spread to every later token."""
-
-    name = "fp16"
-    value_bits = 16
 
     def to_words(self, values: jax.Array) -> Planes:
         clipped = jnp.clip(values, -FP16_MAX, FP16_MAX)
@@ -57,11 +52,8 @@ class Float16(WideFormat):
         return fp16_words_to_f32(*parts)
 
 
-class Float32(WideFormat):
+class Float32(Float32Sizes, WideFormat):
     """Two words a value: the upper halves of a vector's values, then the lower halves."""
-
-    name = "fp32"
-    value_bits = 32
 
     def to_words(self, values: jax.Array) -> Planes:
         bits = lax.bitcast_convert_type(values, jnp.uint32)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import ALL_FORMATS, PAGES, SMALL, every_format, every_geometry, make_geometry, page_shape, store
 
+from fineserve_jax.pallas_kernels.arena import new_arena
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, get_format_sizes
 from fineserve_jax.pallas_kernels.formats import FORMATS, Aux, get_format, register
 from fineserve_jax.pallas_kernels.formats.packing import (
     bf16_to_words,
@@ -25,7 +27,6 @@ from fineserve_jax.pallas_kernels.geometry import (
     NARROWEST_BITS,
     PageGeometry,
     choose_unit_words,
-    new_arena,
 )
 
 ANY_GEOMETRY = st.builds(
@@ -241,11 +242,12 @@ def test_a_format_that_cannot_work_is_refused(attributes, message):
     before = dict(FORMATS)
     with pytest.raises(ValueError, match=message):
         register(type("Unusable", (type(FORMATS["int4"]),), attributes)())
-    assert before == FORMATS
+    assert before == FORMATS == FORMAT_SIZES
 
 
 def test_a_format_from_outside_the_package_can_be_registered():
     try:
         assert get_format(register(ALL_FORMATS["int2"]).name).value_bits == 2
+        assert get_format_sizes("int2") is get_format("int2")
     finally:
-        del FORMATS["int2"]
+        del FORMATS["int2"], FORMAT_SIZES["int2"]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import jax.numpy as jnp
 import numpy as np
 
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import FORMATS, register
 from fineserve_jax.pallas_kernels.formats.wide import Float32
 
@@ -52,4 +53,4 @@ def smooth_formats() -> Iterator[tuple[str, ...]]:
         yield tuple(kv_format.name for kv_format in added)
     finally:
         for kv_format in added:
-            del FORMATS[kv_format.name]
+            del FORMATS[kv_format.name], FORMAT_SIZES[kv_format.name]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make_request, pages_of, tiny_model
 
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import FORMATS
-from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.request import ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.shapes import MIN_ROWS, StepShape, StepSpec, chunk_buckets, pick, row_buckets
