@@ -17,8 +17,7 @@ from fineserve_jax import Engine, EngineConfig
 from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import load_model
 from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageVectors, PageWords, Planes, register
-from fineserve_jax.pallas_kernels.formats.int4 import hadamard
-from fineserve_jax.pallas_kernels.formats.packing import (
+from fineserve_jax.pallas_kernels.formats.bit_packing import (
     bf16_to_words,
     largest,
     nearest_codes,
@@ -26,6 +25,7 @@ from fineserve_jax.pallas_kernels.formats.packing import (
     unpack_unsigned,
     words_to_f32,
 )
+from fineserve_jax.pallas_kernels.formats.int4 import hadamard
 
 PLANES = 8  # values that share a 16-bit word
 SMALLEST_STEP = 2.0**-100

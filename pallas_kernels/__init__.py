@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fineserve_jax.pallas_kernels.arena import new_arena
-    from fineserve_jax.pallas_kernels.attention import paged_attention
     from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, get_format, register
     from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
+    from fineserve_jax.pallas_kernels.operations import (
+        paged_attention,
+        plan_attention,
+        requantize,
+        write_pages,
+        write_tokens,
+    )
     from fineserve_jax.pallas_kernels.softmax import PartialAttention
-    from fineserve_jax.pallas_kernels.spec import AttentionSpec
+    from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
     from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
-    from fineserve_jax.pallas_kernels.writing import commit, commit_pages, requantize, write_pages, write_tokens
 
 __all__ = [
     "FORMATS",
@@ -29,12 +34,12 @@ __all__ = [
     "PartialAttention",
     "QueryRun",
     "Tiles",
+    "WriteSpec",
     "choose_unit_words",
-    "commit",
-    "commit_pages",
     "get_format",
     "new_arena",
     "paged_attention",
+    "plan_attention",
     "register",
     "requantize",
     "write_pages",
@@ -43,13 +48,12 @@ __all__ = [
 
 _MODULES = {
     "arena": ("new_arena",),
-    "attention": ("paged_attention",),
     "formats": ("FORMATS", "KVFormat", "get_format", "register"),
     "geometry": ("PageGeometry", "choose_unit_words"),
+    "operations": ("paged_attention", "plan_attention", "requantize", "write_pages", "write_tokens"),
     "softmax": ("PartialAttention",),
-    "spec": ("AttentionSpec",),
+    "specs": ("AttentionSpec", "WriteSpec"),
     "tiles": ("BatchSegment", "QueryRun", "Tiles"),
-    "writing": ("commit", "commit_pages", "requantize", "write_pages", "write_tokens"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -25,7 +25,7 @@ from benchmarks.aot.cases import (
 )
 from benchmarks.aot.targets import Platform
 from fineserve_jax.pallas_kernels import FORMATS, AttentionSpec, KVFormat
-from fineserve_jax.pallas_kernels.attention import paged_attention
+from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
 
 ROWS, CONTEXT, CHUNK_TOKENS = 64, 8192, 512
 EVERY_FORMAT = tuple(FORMATS.values())
@@ -78,14 +78,14 @@ def _case(
         implementation=IMPLEMENTATION[platform],
         interpret=False,
     )
-    q = jax.ShapeDtypeStruct((spec.tile_shape.num_queries, model.heads, model.head_dim), dtype)
+    q = jax.ShapeDtypeStruct((spec.num_query_slots, model.heads, model.head_dim), dtype)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     return Case(
         operation if dtype == jnp.bfloat16 else f"{operation} in f32",
         model.name,
         name,
         functools.partial(paged_attention, spec),
-        (q, arena_shape(geometry), shapes_of(spec.plan([], [])), layer),
+        (q, arena_shape(geometry), shapes_of(plan_attention(spec, [], [])), layer),
         ARENA_WORDS,
         model.head_dim,
         reads_pages=True,

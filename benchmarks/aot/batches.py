@@ -13,8 +13,8 @@ from benchmarks.aot.launches import KernelTraffic
 from benchmarks.aot.results import Bytes
 from benchmarks.aot.traffic import count_traffic
 from fineserve_jax.pallas_kernels import AttentionSpec, BatchSegment, KVFormat, PageGeometry, QueryRun
-from fineserve_jax.pallas_kernels.attention import paged_attention
 from fineserve_jax.pallas_kernels.formats import Aux
+from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
 
 # Cached tokens of a row of each format: many pages, and a last one that is partly filled. A format alone gets two rows.
 LENGTHS = (1021, 765)
@@ -52,7 +52,7 @@ class AttentionBatch:
         new = 1 if full.decodes else NEW_TOKENS
         segments, num_units = _segments(spec, lengths)
         queries = [QueryRun(s.row * new, new, s.num_tokens) for s in segments]
-        tiles = spec.plan(segments, queries)
+        tiles = plan_attention(spec, segments, queries)
         q = jax.ShapeDtypeStruct((num_rows * new, heads, geometry.head_dim), self.dtype)
         arena = jax.ShapeDtypeStruct((num_units, *geometry.unit_shape), jnp.uint16)
         kernels = count_traffic(functools.partial(paged_attention, spec), q, arena, tiles, np.int32(0))

@@ -20,7 +20,8 @@ from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.pallas_kernels.writing import requantize
+from fineserve_jax.pallas_kernels.operations import requantize
+from fineserve_jax.pallas_kernels.specs import WriteSpec
 from fineserve_jax.runner.arena import Arena
 
 COPIES = 64  # of a call, the rest being padding
@@ -117,14 +118,9 @@ class PageOperations:
         if source is target or source.kv_format == target.kv_format:
             units = source.page_units
             return self._program(("copy", units), functools.partial(copy_pages, page_units=units))
-        convert = functools.partial(
-            requantize,
-            source_format=get_format(source.kv_format),
-            target_format=get_format(target.kv_format),
-            geometry=self.geometries[source.model],
-            implementation=self.implementation,
-        )
-        return self._program(("convert", source, target), convert)
+        formats = get_format(source.kv_format), get_format(target.kv_format)
+        spec = WriteSpec(self.geometries[source.model], formats, self.implementation)
+        return self._program(("convert", source, target), functools.partial(requantize, spec, *formats))
 
     def _gather(self, page_class: PageClass) -> Callable[..., jax.Array]:
         units = page_class.page_units

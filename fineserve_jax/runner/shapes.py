@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from fineserve_jax.models import CausalLM
-from fineserve_jax.pallas_kernels.attention import AttentionSpec
 from fineserve_jax.pallas_kernels.formats import KVFormat, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
+from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 
 # XLA's CPU products of bf16 and int8 are several times slower with fewer rows than this.
 MIN_ROWS = 8
@@ -88,6 +88,11 @@ class StepSpec:
     def chunk_attention(self) -> AttentionSpec:
         """The chunks' attention to their cached tokens."""
         return self._attention(self.chunk_pages, self.shape.chunk_tokens)
+
+    @property
+    def writing(self) -> WriteSpec:
+        """What a step writes."""
+        return WriteSpec(self.geometry, self.formats, self.implementation, self.interpret)
 
     def _attention(self, num_rows: int, num_queries: int | None = None) -> AttentionSpec:
         return AttentionSpec(

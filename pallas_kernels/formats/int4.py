@@ -24,7 +24,7 @@ from jax import lax
 
 from fineserve_jax.pallas_kernels.format_sizes import Int4Sizes
 from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
-from fineserve_jax.pallas_kernels.formats.packing import (
+from fineserve_jax.pallas_kernels.formats.bit_packing import (
     largest,
     nearest_codes,
     pack_planar,

@@ -4,7 +4,7 @@ import jax
 
 from fineserve_jax.pallas_kernels.format_sizes import Int8Sizes
 from fineserve_jax.pallas_kernels.formats.base import Planes
-from fineserve_jax.pallas_kernels.formats.packing import nearest_codes, unpack_signed
+from fineserve_jax.pallas_kernels.formats.bit_packing import nearest_codes, unpack_signed
 from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
 
 LARGEST = 127

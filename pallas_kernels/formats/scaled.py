@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
-from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, largest, pack_planar, words_to_f32
+from fineserve_jax.pallas_kernels.formats.bit_packing import bf16_to_words, largest, pack_planar, words_to_f32
 
 # Keeps an all-zero vector from dividing by zero, and is a normal bf16.
 SMALLEST_SCALE = 2.0**-100

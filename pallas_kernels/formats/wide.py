@@ -8,7 +8,7 @@ from jax import lax
 
 from fineserve_jax.pallas_kernels.format_sizes import BFloat16Sizes, Float16Sizes, Float32Sizes
 from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
-from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, words_to_f32
+from fineserve_jax.pallas_kernels.formats.bit_packing import bf16_to_words, words_to_f32
 
 FP16_MAX = 65504.0
 FP16_STEP = 2.0**-24  # of its subnormal numbers

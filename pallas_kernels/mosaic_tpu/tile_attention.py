@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.copies import TileCopies
-from fineserve_jax.pallas_kernels.mosaic_tpu.launch import ROW_MULTIPLE, Outputs, Ref, dot
-from fineserve_jax.pallas_kernels.mosaic_tpu.page_reader import PageReader
-from fineserve_jax.pallas_kernels.mosaic_tpu.rows import LANES, NOWHERE, PageRows, divide
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, NOWHERE, PageRows, divide
+from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import ROW_MULTIPLE, Outputs, Ref, dot
+from fineserve_jax.pallas_kernels.mosaic_tpu.page_copies import TileCopies
+from fineserve_jax.pallas_kernels.mosaic_tpu.page_unpacker import PageReader
 from fineserve_jax.pallas_kernels.pallas_api import ds, multiple_of
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE
 

@@ -16,7 +16,7 @@ from jax import lax
 from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, Planes
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-from fineserve_jax.pallas_kernels.triton.placing import padded, words_at
+from fineserve_jax.pallas_kernels.triton.addressing import padded, words_at
 
 Ref = Any
 

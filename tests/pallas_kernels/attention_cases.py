@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_cases import ALL_FORMATS, NAN_WORD, Exact, exact_attention, relative_error
 
-from fineserve_jax.pallas_kernels.attention import paged_attention
 from fineserve_jax.pallas_kernels.formats import Aux, KVFormat
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun
 
 LAYERS = 2
@@ -125,8 +125,8 @@ def check(
     geometry, rng = spec.geometry, np.random.default_rng(seed)
     cache = Cache(spec, segments, rng)
     rng.shuffle(cache.segments)
-    tiles = spec.plan(cache.segments, runs)
-    shape = (spec.tile_shape.num_queries, geometry.kv_heads, group, geometry.head_dim)
+    tiles = plan_attention(spec, cache.segments, runs)
+    shape = (spec.num_query_slots, geometry.kv_heads, group, geometry.head_dim)
     q = np.full(shape, np.nan, np.float32)
     for run in runs:
         own = rng.standard_normal((run.num_queries, *shape[1:]), np.float32) * 2 / geometry.head_dim**0.5

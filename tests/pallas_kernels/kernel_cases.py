@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from fineserve_jax.pallas_kernels import attention as attention_module
-from fineserve_jax.pallas_kernels import writing
+from fineserve_jax.pallas_kernels import operations
+from fineserve_jax.pallas_kernels.chunk_attention import attend_within as attend_within_function
 from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
-from fineserve_jax.pallas_kernels.xla.within import attend_within as attend_within_function
+from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers
 
 ROOT = Path(__file__).parents[2]
 NAN_WORD = 0xFFFF  # NaN as bf16 and as fp16; two of them are NaN as fp32; NaN as any scale or level
@@ -120,31 +119,32 @@ def _indices(*arrays) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("kv_format", "geometry", "implementation"))
 def write_pages(arena, words, pages, kv_format, geometry, implementation="xla"):
-    return writing.write_pages(arena, words, *_indices(pages), kv_format, geometry, implementation=implementation)
+    spec, format_ids = WriteSpec(geometry, (kv_format,), implementation), jnp.zeros(len(pages), jnp.int32)
+    return operations.write_pages(spec, arena, {0: words}, *_indices(pages), format_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("kv_format", "geometry", "implementation"))
 def write_tokens(arena, words, pages, offsets, kv_format, geometry, implementation="xla"):
-    places = _indices(pages, offsets)
-    return writing.write_tokens(arena, words, *places, kv_format, geometry, implementation=implementation)
+    spec, format_ids = WriteSpec(geometry, (kv_format,), implementation), jnp.zeros(len(pages), jnp.int32)
+    return operations.write_tokens(spec, arena, {0: words}, *_indices(pages, offsets), format_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("source", "target", "geometry", "implementation"))
 def requantize(arena, sources, targets, count, source, target, geometry, implementation="xla"):
-    pages = _indices(sources, targets, count)
-    return writing.requantize(arena, *pages, source, target, geometry, implementation=implementation)
+    spec = WriteSpec(geometry, (source, target), implementation)
+    return operations.requantize(spec, source, target, arena, *_indices(sources, targets, count))
 
 
 @functools.partial(jax.jit, static_argnames=("formats", "geometry", "implementation"))
-def commit(arena, k, v, pages, offsets, format_ids, formats, geometry, implementation="xla"):
-    places = _indices(pages, offsets, format_ids)
-    return writing.commit(arena, k, v, *places, formats, geometry, implementation=implementation)
+def encode_and_write_tokens(arena, k, v, pages, offsets, format_ids, formats, geometry, implementation="xla"):
+    spec = WriteSpec(geometry, formats, implementation)
+    return operations.write_tokens(spec, arena, spec.encode_tokens(k, v), *_indices(pages, offsets, format_ids))
 
 
 @functools.partial(jax.jit, static_argnames=("formats", "geometry", "implementation"))
-def commit_pages(arena, k, v, pages, format_ids, formats, geometry, implementation="xla"):
-    places = _indices(pages, format_ids)
-    return writing.commit_pages(arena, k, v, *places, formats, geometry, implementation=implementation)
+def encode_and_write_pages(arena, k, v, pages, format_ids, formats, geometry, implementation="xla"):
+    spec = WriteSpec(geometry, formats, implementation)
+    return operations.write_pages(spec, arena, spec.encode_pages(k, v), *_indices(pages, format_ids))
 
 
 @functools.partial(jax.jit, static_argnames=("kv_format", "geometry"))
@@ -159,7 +159,7 @@ def paged_attention(spec, q, arena, tiles, layer, sinks=None) -> PartialAttentio
     return _paged_attention(spec, q, arena, tiles, layer, sinks)  # all of them by position: one program
 
 
-_paged_attention = jax.jit(attention_module.paged_attention, static_argnums=0)
+_paged_attention = jax.jit(operations.paged_attention, static_argnums=0)
 attend_within = jax.jit(attend_within_function)
 
 
@@ -234,7 +234,9 @@ class Cache:
 
     def plan(self, spec: AttentionSpec, runs: Sequence[QueryRun]) -> Tiles:
         """Segments may be given in any order."""
-        return spec.plan([self.segments[i] for i in self.rng.permutation(len(self.segments))], runs)
+        return operations.plan_attention(
+            spec, [self.segments[i] for i in self.rng.permutation(len(self.segments))], runs
+        )
 
 
 def lengths(page_size: int) -> st.SearchStrategy[int]:

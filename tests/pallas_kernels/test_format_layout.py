@@ -13,7 +13,7 @@ from kernel_cases import ALL_FORMATS, PAGES, SMALL, every_format, every_geometry
 from fineserve_jax.pallas_kernels.arena import new_arena
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, get_format_sizes
 from fineserve_jax.pallas_kernels.formats import FORMATS, Aux, get_format, register
-from fineserve_jax.pallas_kernels.formats.packing import (
+from fineserve_jax.pallas_kernels.formats.bit_packing import (
     bf16_to_words,
     largest,
     pack_planar,

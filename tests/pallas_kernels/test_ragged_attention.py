@@ -24,12 +24,13 @@ from kernel_cases import (
     rows,
 )
 
-from fineserve_jax.pallas_kernels.spec import RAGGED_TILES, AttentionSpec
+from fineserve_jax.pallas_kernels.backends import get_backend
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 ROWS, GROUP, SLOTS = 4, 3, 160
 SIZE = SMALL.page_size
-assert RAGGED_TILES["xla"].queries < SLOTS, "a row should be able to fill more than one block"
+assert get_backend("xla").tiling.ragged.queries < SLOTS, "a row should be able to fill more than one block"
 PLAIN = AttentionSpec(
     SMALL,
     tuple(ALL_FORMATS.values()),

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import make_geometry
 
-from fineserve_jax.pallas_kernels.bases import Bases
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.rotations import Bases
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 geometry = functools.partial(make_geometry, num_layers=LAYERS)

@@ -9,9 +9,9 @@ vector memory meanwhile.
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.copies import TileCopies
-from fineserve_jax.pallas_kernels.mosaic_tpu.launch import Launch, Memory, Outputs, Ref, TileTable
-from fineserve_jax.pallas_kernels.mosaic_tpu.rows import PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import Launch, Memory, Outputs, Ref, TileTable
+from fineserve_jax.pallas_kernels.mosaic_tpu.page_copies import TileCopies
 from fineserve_jax.pallas_kernels.mosaic_tpu.tile_attention import TileAttention
 from fineserve_jax.pallas_kernels.pallas_api import program_id, when
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE

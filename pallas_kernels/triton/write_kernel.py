@@ -1,4 +1,4 @@
-"""Writing the arena in Triton: new tokens and whole pages. Pages that change format: see `requantize`.
+"""Writing the arena in Triton: new tokens and whole pages. Pages that change format: see `requantize_kernel`.
 
 Every array of new words is rows: one a token (its vector, or one of its scales) or one a page (what covers the whole
 page), for each layer and head. A program copies a block of a layer's rows of one page. Sizes that are no power of two
@@ -18,10 +18,8 @@ from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-from fineserve_jax.pallas_kernels.triton.placing import at, clear_padding, powers_of_two, store_words
-from fineserve_jax.pallas_kernels.triton.requantize import requantize
-
-__all__ = ["requantize", "write_pages", "write_tokens"]
+from fineserve_jax.pallas_kernels.specs import WriteSpec
+from fineserve_jax.pallas_kernels.triton.addressing import at, clear_padding, powers_of_two, store_words
 
 BLOCK_WORDS = 2048  # of one array, that a program copies
 WARP_WORDS = 256  # 8 words, 128 bits, a thread
@@ -30,30 +28,17 @@ Ref = Any
 
 
 def write_tokens(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    offsets: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array, offsets: jax.Array
 ) -> jax.Array:
-    """Writes one token into each of N pages. See `writing.write_tokens`."""
-    return _write(arena, words, pages, offsets, kv_format, geometry, interpret, whole_pages=False)
+    """Writes one token into each of N pages: see `Backend.write_tokens`."""
+    return _write(spec, kv_format, arena, words, pages, offsets, whole_pages=False)
 
 
 def write_pages(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array
 ) -> jax.Array:
-    """Writes whole pages, all layers; padding becomes 0. See `writing.write_pages`."""
-    return _write(arena, words, pages, jnp.zeros_like(pages), kv_format, geometry, interpret, whole_pages=True)
+    """Writes whole pages, all layers: see `Backend.write_pages`."""
+    return _write(spec, kv_format, arena, words, pages, jnp.zeros_like(pages), whole_pages=True)
 
 
 @dataclass(frozen=True)
@@ -99,16 +84,16 @@ def _parts(kv_format: KVFormat, geometry: PageGeometry, tokens: int) -> list[_Pa
 
 
 def _write(
+    spec: WriteSpec,
+    kv_format: KVFormat,
     arena: jax.Array,
     words: PageWords,
     pages: jax.Array,
     offsets: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    interpret: bool,
     *,
     whole_pages: bool,
 ) -> jax.Array:
+    geometry = spec.geometry
     layers, _, count, tokens, _ = words.k[0].shape
     parts = _parts(kv_format, geometry, tokens)
     rows = [array.reshape(-1, part.width) for array, part in zip((*words.k, *words.v, *words.aux), parts, strict=True)]
@@ -120,7 +105,7 @@ def _write(
         out_shape=jax.ShapeDtypeStruct(units.shape, units.dtype),
         input_output_aliases={2 + len(rows): 0},
         compiler_params=triton_params(num_warps=1 << max(0, min(warps, 4).bit_length() - 1), num_stages=1),
-        interpret=interpret,
+        interpret=bool(spec.interpret),
         name="write_pages" if whole_pages else "write_tokens",
     )
     return launch(pages, offsets, rows, units).reshape(arena.shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fineserve_jax.pallas_kernels.formats import PageVectors
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.xla.attend import attend
+from fineserve_jax.pallas_kernels.xla.dense_attention import attend
 
 
 def attend_within(

@@ -31,7 +31,8 @@ from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
-from fineserve_jax.pallas_kernels.triton.placing import LEAST_LANES, at, clear_padding, padded, words_at
+from fineserve_jax.pallas_kernels.specs import WriteSpec
+from fineserve_jax.pallas_kernels.triton.addressing import LEAST_LANES, at, clear_padding, padded, words_at
 from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 
 BLOCK_VALUES = 32 * 128  # that a program converts if it is free to choose
@@ -79,25 +80,22 @@ class _Change:
 
 
 def requantize(
+    spec: WriteSpec,
+    source: KVFormat,
+    target: KVFormat,
     arena: jax.Array,
     sources: jax.Array,
     targets: jax.Array,
     count: jax.Array,
-    source_format: KVFormat,
-    target_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
 ) -> jax.Array:
-    """Reads full pages in one format and writes what they hold to others in another. See `writing.requantize`."""
+    """Reads full pages in one format and writes what they hold to others in another: see `Backend.requantize`."""
+    geometry, interpret = spec.geometry, bool(spec.interpret)
     units = arena.reshape(len(arena), -1)
-    matrix = change_of_basis(source_format, target_format, geometry.head_dim)
+    matrix = change_of_basis(source, target, geometry.head_dim)
     operands = [sources, targets, jnp.asarray(count, jnp.int32).reshape(1), units]
     if matrix is not None:
         operands.append(jnp.asarray(matrix))
-    change = _Change(
-        source_format, target_format, geometry, _tokens(target_format, geometry), matrix is not None, interpret
-    )
+    change = _Change(source, target, geometry, _tokens(target, geometry), matrix is not None, interpret)
     launch = pallas_call(
         functools.partial(_kernel, change=change),
         grid=(len(sources), geometry.num_layers, len(SIDES) * geometry.kv_heads * change.blocks),

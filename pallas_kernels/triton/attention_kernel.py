@@ -15,18 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.bases import Bases
 from fineserve_jax.pallas_kernels.formats import KVFormat, Planes
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
+from fineserve_jax.pallas_kernels.rotations import Bases
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
-from fineserve_jax.pallas_kernels.triton.merge import merge_tiles
+from fineserve_jax.pallas_kernels.triton.addressing import at, padded
+from fineserve_jax.pallas_kernels.triton.merge_kernel import merge_tiles
 from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader
-from fineserve_jax.pallas_kernels.triton.placing import at, padded
 from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
+from fineserve_jax.pallas_kernels.triton.tiling import TILING
 
 # Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
 # thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
@@ -93,7 +94,7 @@ class Shape:
 
 def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
     """How a launch for `group` query heads a KV head, with products at `dtype`, is cut."""
-    geometry, queries = spec.geometry, spec.tile_shape.queries
+    geometry, queries = spec.geometry, TILING.shape(spec).queries
     lanes = padded(geometry.head_dim)
     # Masks of padded vectors take registers, and so do operands in f32.
     plain = lanes == geometry.head_dim and dtype != jnp.float32
@@ -108,17 +109,7 @@ def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Shape:
 def attend_pages(
     spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
 ) -> PartialAttention:
-    """Attention of every query to the cached tokens of its row.
-
-    Args:
-        q: f32 or bf16[num_queries, kv_heads, group, head_dim], scaled.
-        arena: u16[num_units, unit_words].
-        tiles: of one segment each.
-        layer: i32[].
-
-    Returns:
-        of f32[num_queries, kv_heads, group].
-    """
+    """Attention of each query to its row's cached tokens: see `Backend.attend`. Tiles are of one segment each."""
     num_queries, kv_heads, group, head_dim = q.shape
     bases = Bases(spec.formats, head_dim)
     parts = _attend_tiles(spec, bases, bases.rotate(q), arena, tiles, layer)
@@ -134,7 +125,7 @@ def _attend_tiles(
     """What each tile adds: of f32[max_tiles, queries, heads], unwritten where there is no tile or no query."""
     _, _, kv_heads, group, head_dim = q.shape
     shape = launch_shape(spec, group, q.dtype)
-    max_tiles = spec.tile_shape.max_tiles
+    max_tiles = TILING.shape(spec).max_tiles
     rows = (max_tiles, shape.queries, kv_heads * group)
     tables = Tables(
         tiles.slots[:, 0],

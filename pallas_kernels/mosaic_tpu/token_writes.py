@@ -39,6 +39,7 @@ from fineserve_jax.pallas_kernels.pallas_api import (
     tpu_params,
     when,
 )
+from fineserve_jax.pallas_kernels.specs import WriteSpec
 
 SUBLANES, LANES = TPU_TILE
 TILE_WORDS = SUBLANES * LANES
@@ -111,17 +112,10 @@ class _Layout:
 
 
 def write_tokens(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    offsets: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array, offsets: jax.Array
 ) -> jax.Array:
-    """Writes one token into each of N pages. See `writing.write_tokens`."""
-    layout = _Layout(kv_format, geometry)
+    """Writes one token into each of N pages: see `Backend.write_tokens`."""
+    layout = _Layout(kv_format, spec.geometry)
     order = jnp.argsort(pages >= len(arena))  # those to be written come first
     count = jnp.sum(pages < len(arena), dtype=jnp.int32)
     new = jnp.concatenate([_vector_units(words, offsets, layout), *_aux_units(words, layout)], axis=2)
@@ -141,7 +135,7 @@ def write_tokens(
         out_shape=jax.ShapeDtypeStruct(arena.shape, arena.dtype),
         input_output_aliases={5: 0},
         compiler_params=tpu_params(("arbitrary",)),
-        interpret=tpu_interpret(interpret),
+        interpret=tpu_interpret(bool(spec.interpret)),
         name="write_tokens",
     )(count.reshape(1), order, pages, offsets, new, arena)
 

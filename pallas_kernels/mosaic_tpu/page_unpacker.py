@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import Aux, Planes
-from fineserve_jax.pallas_kernels.mosaic_tpu.rows import LANES, SUBLANES, TILE_WORDS, PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, SUBLANES, TILE_WORDS, PageRows
 from fineserve_jax.pallas_kernels.pallas_api import ds, tpu_roll
 
 Ref = Any

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.launch import BUFFERS, Launch, Memory, Ref, TileTable
+from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import BUFFERS, Launch, Memory, Ref, TileTable
 from fineserve_jax.pallas_kernels.pallas_api import ds, tpu_async_copy, when
 
 

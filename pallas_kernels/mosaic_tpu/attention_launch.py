@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.bases import Bases
 from fineserve_jax.pallas_kernels.formats import KVFormat
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.mosaic_tpu.kernel import kernel
-from fineserve_jax.pallas_kernels.mosaic_tpu.launch import BUFFERS, ROW_MULTIPLE, Launch, Memory, TileTable
-from fineserve_jax.pallas_kernels.mosaic_tpu.rows import LANES, SUBLANES, TILE_WORDS, PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.attention_kernel import kernel
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, SUBLANES, TILE_WORDS, PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import BUFFERS, ROW_MULTIPLE, Launch, Memory, TileTable
 from fineserve_jax.pallas_kernels.pallas_api import (
     BlockSpec,
     TpuDMASemaphore,
@@ -22,9 +21,17 @@ from fineserve_jax.pallas_kernels.pallas_api import (
     tpu_interpret,
     tpu_params,
 )
+from fineserve_jax.pallas_kernels.rotations import Bases
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
+from fineserve_jax.pallas_kernels.tiling import TileSizes, Tiling
+
+# One core takes a segment whole.
+TILING = Tiling(
+    decode=TileSizes(rows=1, queries=1, tokens=1 << 30),
+    ragged=TileSizes(rows=1, queries=32, tokens=1 << 30),
+)
 
 # Tokens of a step: enough work to hide a step's latencies, and copies long enough to reach the memory's bandwidth.
 DECODE_STEP_TOKENS = 128
@@ -37,16 +44,7 @@ VMEM_LIMIT_BYTES = 100 << 20  # of the 128 MiB that v5e and v6e have
 def attend_pages(
     spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
 ) -> PartialAttention:
-    """Attention of query tokens to the cached tokens of their rows.
-
-    Args:
-        q: f32 or bf16[num_queries, kv_heads, group, head_dim], already multiplied by the softmax scale.
-        arena: u16[num_units, 8, 128].
-        tiles: of one segment each.
-        layer: i32[].
-
-    Returns:
-        of f32[num_queries, kv_heads, group].
+    """Attention of each query to its row's cached tokens: see `Backend.attend`. Tiles are of one segment each.
 
     Raises:
         ValueError: the arena's units are no TPU tiles, or the page tables are too long for a TPU's scalar memory.
@@ -64,7 +62,7 @@ def _check(spec: AttentionSpec) -> None:
             f"an arena with units of {spec.geometry.unit_words} words cannot be copied on a TPU; make the geometry "
             f"with unit_words={TILE_WORDS}, as choose_unit_words(..., tpu=True) does"
         )
-    shape = spec.tile_shape
+    shape = TILING.shape(spec)
     table_bytes = 4 * shape.max_tiles * shape.pages
     if table_bytes > MAX_TABLE_BYTES:
         raise ValueError(
@@ -75,14 +73,14 @@ def _check(spec: AttentionSpec) -> None:
 
 def plan_launch(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Launch:
     """The sizes of a launch: pages of a step, heads of a block, rows of queries."""
-    geometry, queries = spec.geometry, spec.tile_shape.queries
+    geometry, queries = spec.geometry, TILING.shape(spec).queries
     tokens = DECODE_STEP_TOKENS if spec.decodes else RAGGED_STEP_TOKENS
-    pages = max(1, min(tokens // geometry.page_size, spec.tile_shape.pages))
+    pages = max(1, min(tokens // geometry.page_size, TILING.shape(spec).pages))
     head_rows = group * queries
     return Launch(
         formats=tuple(_page_rows(geometry, kv_format, pages, head_rows) for kv_format in spec.formats),
         bases=_rotations(spec),
-        tiles_per_block=spec.tile_shape.tiles_per_block,
+        tiles_per_block=TILING.shape(spec).tiles_per_block,
         group=group,
         queries=queries,
         query_rows=_round_up(geometry.kv_heads * head_rows, ROW_MULTIPLE),
@@ -116,7 +114,7 @@ def _page_rows(geometry: PageGeometry, kv_format: KVFormat, pages: int, head_row
 
 def tabulate(spec: AttentionSpec, launch: Launch, tiles: Tiles) -> TileTable:
     """What the kernel has to know of each grid step: each block's tiles, one after the other."""
-    page_size, shape = spec.geometry.page_size, spec.tile_shape
+    page_size, shape = spec.geometry.page_size, TILING.shape(spec)
     blocks = jnp.repeat(jnp.arange(shape.num_blocks), launch.tiles_per_block)
     tile = tiles.block_tiles.reshape(-1)
     used, of = tile < shape.max_tiles, jnp.minimum(tile, shape.max_tiles - 1)
@@ -155,7 +153,7 @@ def _to_slots(spec: AttentionSpec, launch: Launch, tiles: Tiles, blocks: jax.Arr
     kv_heads, group, queries, rest = spec.geometry.kv_heads, launch.group, launch.queries, blocks.shape[2:]
     rows = blocks[:, : kv_heads * group * queries].reshape(-1, kv_heads, group, queries, *rest)
     rows = jnp.moveaxis(rows, 3, 1).reshape(-1, kv_heads, group, *rest)
-    known = (tiles.block_of_query < spec.tile_shape.num_blocks).reshape(-1, *[1] * (rows.ndim - 1))
+    known = (tiles.block_of_query < TILING.shape(spec).num_blocks).reshape(-1, *[1] * (rows.ndim - 1))
     return jnp.where(known, rows[tiles.block_of_query * queries + tiles.place_in_block], empty)
 
 
@@ -170,7 +168,7 @@ def _call(
 ) -> tuple[jax.Array, jax.Array]:
     """Total and stats of each block, see `Outputs`; one more holds anything."""
     head_dim, num_rows = spec.geometry.head_dim, launch.query_rows
-    fields, num_blocks = len(table), spec.tile_shape.num_blocks
+    fields, num_blocks = len(table), TILING.shape(spec).num_blocks
     rotations = Bases(spec.formats, head_dim).rotate(jnp.eye(head_dim, dtype=jnp.float32))
 
     def body(*refs: Any) -> None:

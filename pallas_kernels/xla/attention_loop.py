@@ -9,10 +9,17 @@ from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import KVFormat
 from fineserve_jax.pallas_kernels.softmax import PartialAttention, no_attention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
-from fineserve_jax.pallas_kernels.xla.attend import attend, flatten_pages
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers, settled
+from fineserve_jax.pallas_kernels.tiling import TileSizes, Tiling
+from fineserve_jax.pallas_kernels.xla.dense_attention import attend, flatten_pages
+from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers, settled
+
+# On a CPU a tile's keys and values should stay in a core's cache.
+TILING = Tiling(
+    decode=TileSizes(rows=16, queries=1, tokens=64),
+    ragged=TileSizes(rows=1, queries=128, tokens=256),
+)
 
 AddTile = Callable[[jax.Array, KVFormat, jax.Array, PartialAttention], PartialAttention]
 
@@ -20,17 +27,8 @@ AddTile = Callable[[jax.Array, KVFormat, jax.Array, PartialAttention], PartialAt
 def attend_pages(
     spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
 ) -> PartialAttention:
-    """Attention of each query to its row's cached tokens.
-
-    Args:
-        q: f32 or bf16[num_queries, kv_heads, group, head_dim], already multiplied by the softmax scale. Products are
-            taken in f32 either way.
-        arena, tiles, layer: see `paged_attention`.
-
-    Returns:
-        of f32[num_queries, kv_heads, group].
-    """
-    attend_to = _decode if spec.tile_shape.queries == 1 else _ragged
+    """Attention of each query to its row's cached tokens: see `Backend.attend`. Products are taken in f32."""
+    attend_to = _decode if TILING.shape(spec).queries == 1 else _ragged
     return attend_to(spec, q.astype(jnp.float32), functools.partial(_attend_tile, spec, arena, tiles, layer), tiles)
 
 
@@ -51,7 +49,7 @@ def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Til
 
 def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
     """Blocks of queries: tiles of one segment, whose sums are kept query by query."""
-    shape = spec.tile_shape
+    shape = TILING.shape(spec)
     num_queries, kv_heads, group, head_dim = q.shape
 
     def add_tile(q: jax.Array, kv_format: KVFormat, index: jax.Array, so_far: PartialAttention) -> PartialAttention:

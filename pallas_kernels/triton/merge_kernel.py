@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.bases import Bases
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
+from fineserve_jax.pallas_kernels.rotations import Bases
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
-from fineserve_jax.pallas_kernels.triton.placing import at, padded
+from fineserve_jax.pallas_kernels.triton.addressing import at, padded
 
 HEADS = 8  # query heads that a program merges
 VALUES = 8192  # of totals that it holds at a time
@@ -34,7 +34,7 @@ def merge_tiles(spec: AttentionSpec, bases: Bases, parts: PartialAttention, tile
         formats' share.
     """
     max_tiles, _, heads, head_dim = parts.total.shape
-    num_queries = spec.tile_shape.num_queries
+    num_queries = spec.num_query_slots
     basis_of_tile = jnp.asarray(np.array([*bases.index, 0], np.int32))[tiles.format_ids]
     count = jnp.sum(tiles.block_tiles < max_tiles, axis=1, dtype=jnp.int32)
     per_program = min(HEADS, padded(heads, 1))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.page_reader import buffer_tiles
-from fineserve_jax.pallas_kernels.mosaic_tpu.rows import PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.page_unpacker import buffer_tiles
 
 Ref = Any
 ROW_MULTIPLE = 16  # rows of a bf16 tile
