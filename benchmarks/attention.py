@@ -135,7 +135,7 @@ def decode_call(batch: Batch) -> Callable[[], jax.Array]:
     """Decode attention of the batch, jitted, its inputs on the device."""
     attend = jax.jit(functools.partial(paged_attention, batch.spec))
     q, tiles = jax.device_put((batch.q.astype(jnp.bfloat16), batch.tiles))
-    return lambda: attend(q, batch.arena, tiles, 0).total
+    return lambda: attend(q, batch.arena, tiles, 0).acc
 
 
 def copy_call(num_bytes: int) -> Callable[[], jax.Array]:

@@ -176,7 +176,7 @@ def oracle(batch: Batch, q: np.ndarray) -> np.ndarray:
         if not own:
             continue
         k, v = (np.concatenate(part, axis=1) for part in zip(*own, strict=True))
-        mine = slice(run.first_slot, run.first_slot + run.num_queries)
+        mine = slice(run.start, run.start + run.num_queries)
         grouped = q[mine].reshape(run.num_queries, geometry.kv_heads, -1, geometry.head_dim)
         logits = np.einsum("qhgd,htd->qhgt", grouped, k)
         weights = np.exp(logits - logits.max(-1, keepdims=True))

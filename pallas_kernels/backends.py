@@ -50,7 +50,7 @@ class Backend(Protocol):
         """Writes one token into each of N pages of a token-wise format; returns the arena.
 
         Args:
-            words: of pages of one token: u16[layers, kv_heads, N, 1, width], auxiliary parts of
+            words: of pages of one token: u16[layers, kv_heads, N, 1, width], scales of
                 u16[layers, kv_heads, N, 1, 1].
             pages: i32[N], first units; no two the same but those beyond the arena, which are dropped.
             offsets: i32[N], each token's place in its page.
@@ -62,7 +62,7 @@ class Backend(Protocol):
         """Writes whole pages, all layers; what pads them becomes 0. Returns the arena.
 
         Args:
-            words: u16[layers, kv_heads, pages, T, width], auxiliary parts of u16[layers, kv_heads, pages, ...].
+            words: u16[layers, kv_heads, pages, T, width], scales of u16[layers, kv_heads, pages, ...].
             pages: i32[pages], first units; those beyond the arena are dropped.
         """
 

@@ -10,11 +10,11 @@ from fineserve_jax.pallas_kernels.geometry import PageGeometry
 WORD_BITS = 16
 
 
-class Aux(enum.Enum):
-    """What the numbers of one auxiliary part of a page and head stand for: one for every ..."""
+class Granularity(enum.Enum):
+    """How fine one array of scales or zero points of a page and head is: it has one for every ..."""
 
     TOKEN = "token"  # [..., T, 1]
-    CHANNEL = "channel"  # [..., 1, width], the channels of one plane
+    CHANNEL = "channel"  # [..., 1, width], the channels of one packed lane
     PAGE = "page"  # [..., 1, 1]
 
 
@@ -24,18 +24,20 @@ class FormatSizes:
     Attributes:
         name: what users write, e.g. "int8".
         value_bits: bits of one stored value, scales not counted; a power of two from 1 to 32.
-        aux: the auxiliary parts of a page and head, in the order in which they lie in the page.
-        residual: None if every token is encoded by itself (all `aux` are then per token). Otherwise the name of the
+        scales: the arrays of scales and zero points of a page and head, in the order in which they lie in the page.
+        residual: None if every token is encoded by itself (all `scales` are then per token). Otherwise the name of the
             token-wise format that holds a page's tokens until the page is full and can be encoded as a whole.
+
+    A word holds `packed_lanes` values. Lane i of all words of a head vector is the i-th of as many contiguous slices.
     """
 
     name: str
     value_bits: int
-    aux: tuple[Aux, ...] = ()
+    scales: tuple[Granularity, ...] = ()
     residual: str | None = None
 
     @property
-    def planes(self) -> int:
+    def packed_lanes(self) -> int:
         """Values that share a word."""
         return max(1, WORD_BITS // self.value_bits)
 
@@ -45,8 +47,8 @@ class FormatSizes:
         return max(1, self.value_bits // WORD_BITS)
 
     def width(self, geometry: PageGeometry) -> int:
-        """Values of a plane, and words of a word part, of one head vector."""
-        return geometry.head_dim // self.planes
+        """Values of a packed lane, and words of a word part, of one head vector."""
+        return geometry.head_dim // self.packed_lanes
 
     def vector_words(self, geometry: PageGeometry) -> int:
         """Words (W) of one head vector: `word_parts` parts of `width`."""
@@ -56,20 +58,20 @@ class FormatSizes:
         """Words of a head's keys in a page, T x W; as many hold its values."""
         return geometry.page_size * self.vector_words(geometry)
 
-    def aux_sizes(self, geometry: PageGeometry) -> tuple[int, ...]:
-        """Words of each auxiliary part of a page and head."""
-        sizes = {Aux.TOKEN: geometry.page_size, Aux.CHANNEL: self.width(geometry), Aux.PAGE: 1}
-        return tuple(sizes[part] for part in self.aux)
+    def scale_sizes(self, geometry: PageGeometry) -> tuple[int, ...]:
+        """Words of each scale array of a page and head."""
+        sizes = {Granularity.TOKEN: geometry.page_size, Granularity.CHANNEL: self.width(geometry), Granularity.PAGE: 1}
+        return tuple(sizes[part] for part in self.scales)
 
-    def aux_starts(self, geometry: PageGeometry) -> tuple[int, ...]:
-        """Where in a page's layer each auxiliary part begins, in words; there it lies head after head."""
+    def scale_starts(self, geometry: PageGeometry) -> tuple[int, ...]:
+        """Where in a page's layer each scale array begins, in words; it lies there head after head."""
         values = 2 * geometry.kv_heads * self.block_words(geometry)
-        sizes = self.aux_sizes(geometry)
+        sizes = self.scale_sizes(geometry)
         return tuple(values + geometry.kv_heads * sum(sizes[:i]) for i in range(len(sizes)))
 
     def words_per_layer(self, geometry: PageGeometry) -> int:
         """Words that hold something: a layer of a page without its padding."""
-        return geometry.kv_heads * (2 * self.block_words(geometry) + sum(self.aux_sizes(geometry)))
+        return geometry.kv_heads * (2 * self.block_words(geometry) + sum(self.scale_sizes(geometry)))
 
     def units_per_layer(self, geometry: PageGeometry) -> int:
         """Arena units of one layer of a page."""
@@ -99,17 +101,17 @@ class Float16Sizes(FormatSizes):
 
 class Int8Sizes(FormatSizes):
     name, value_bits = "int8", 8
-    aux = (Aux.TOKEN, Aux.TOKEN)  # the scales of K, then of V
+    scales = (Granularity.TOKEN, Granularity.TOKEN)  # the scales of K, then of V
 
 
 class Float8Sizes(FormatSizes):
     name, value_bits = "fp8", 8
-    aux = (Aux.TOKEN, Aux.TOKEN)  # the scales of K, then of V
+    scales = (Granularity.TOKEN, Granularity.TOKEN)  # the scales of K, then of V
 
 
 class Int4Sizes(FormatSizes):
     name, value_bits = "int4", 4
-    aux = (*[Aux.CHANNEL] * 4, Aux.TOKEN, *[Aux.PAGE] * 4)  # ranges of K, ranges of V, the units of both
+    scales = (*[Granularity.CHANNEL] * 4, Granularity.TOKEN, *[Granularity.PAGE] * 4)  # of K, of V, the units of both
     residual = "int8"
 
 

@@ -34,7 +34,7 @@ def plan_attention(spec: AttentionSpec, segments: Sequence[BatchSegment], querie
 
     Args:
         segments: the rows' cached tokens, in any order. A row's must not overlap.
-        queries: of each row; decoding, row r has slot r.
+        queries: of each row; decoding, row r has query r.
 
     Raises:
         ValueError: more segments or longer ones than the spec provides for.
@@ -64,7 +64,7 @@ def paged_attention(
         sinks: f32[heads], a logit per head that takes part in the softmax and has no value (as in gpt-oss); None: none.
 
     Returns:
-        of f32[num_queries, heads]; `weight` is 0 where a query saw no key.
+        of f32[num_queries, heads]; `l` is 0 where a query saw no key.
     """
     num_queries, heads, head_dim = q.shape
     grouped = q.reshape(num_queries, spec.geometry.kv_heads, -1, head_dim)
@@ -73,8 +73,8 @@ def paged_attention(
     seen = PartialAttention(*(part.reshape(num_queries, heads, *part.shape[3:]) for part in seen))
     if sinks is None:
         return seen
-    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), seen.peak.shape)
-    return seen.merge(PartialAttention(sinks, jnp.ones_like(sinks), jnp.zeros_like(seen.total)))
+    sinks = jnp.broadcast_to(sinks.astype(jnp.float32), seen.m.shape)
+    return seen.merge(PartialAttention(sinks, jnp.ones_like(sinks), jnp.zeros_like(seen.acc)))
 
 
 def write_tokens(
@@ -90,7 +90,7 @@ def write_tokens(
     Args:
         arena: u16[num_units, *unit_shape].
         words: of all N tokens in each format that any is written in, by format id, as `WriteSpec.encode_tokens` gives
-            them: u16[layers, kv_heads, N, 1, width], auxiliary parts of u16[layers, kv_heads, N, 1, 1].
+            them: u16[layers, kv_heads, N, 1, width], scales of u16[layers, kv_heads, N, 1, 1].
         pages: i32[N], first unit of each token's page. No two tokens may go to the same page.
         offsets: i32[N], each token's place in its page.
         format_ids: i32[N], index into `spec.formats`; a token whose format is not among `words` is not written.
@@ -119,7 +119,7 @@ def write_pages(
     Args:
         arena: u16[num_units, *unit_shape].
         words: of all pages in each format that any is written in, by format id, as `WriteSpec.encode_pages` gives them:
-            u16[layers, kv_heads, pages, T, width], auxiliary parts of u16[layers, kv_heads, pages, ...].
+            u16[layers, kv_heads, pages, T, width], scales of u16[layers, kv_heads, pages, ...].
         pages: i32[pages], first units.
         format_ids: i32[pages], index into `spec.formats`; a page whose format is not among `words` is not written.
     """

@@ -1,4 +1,4 @@
-"""The bases in which a program's formats keep their vectors: one for each distinct rotation."""
+"""The distinct rotations of a program's formats: vectors that several formats keep alike are rotated once."""
 
 from collections.abc import Sequence
 
@@ -9,37 +9,37 @@ import numpy as np
 from fineserve_jax.pallas_kernels.formats import KVFormat
 
 
-class Bases:
-    """Distinct rotations of some formats.
+class Rotations:
+    """Distinct rotations of some formats; no rotation counts as one.
 
     Attributes:
-        index: of each format, the basis it keeps its vectors in.
+        of_format: of each format, the number of the rotation in which it keeps its vectors.
     """
 
     def __init__(self, formats: Sequence[KVFormat], head_dim: int) -> None:
-        rotations: list[np.ndarray | None] = []
-        self._examples: list[KVFormat] = []  # one format of each basis
-        index = []
+        matrices: list[np.ndarray | None] = []
+        self._examples: list[KVFormat] = []  # one format of each rotation
+        of_format = []
         for kv_format in formats:
-            rotation = kv_format.rotation(head_dim)
-            basis = next((i for i, known in enumerate(rotations) if _same(known, rotation)), len(rotations))
-            if basis == len(rotations):
-                rotations.append(rotation)
+            matrix = kv_format.rotation(head_dim)
+            number = next((i for i, known in enumerate(matrices) if _same(known, matrix)), len(matrices))
+            if number == len(matrices):
+                matrices.append(matrix)
                 self._examples.append(kv_format)
-            index.append(basis)
-        self.index = tuple(index)
+            of_format.append(number)
+        self.of_format = tuple(of_format)
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def rotate(self, vectors: jax.Array) -> jax.Array:
-        """[..., head_dim] vectors of the model's basis in every basis: [bases, ..., head_dim], of the same dtype."""
+        """[..., head_dim] vectors of the model in every rotation: [rotations, ..., head_dim], of the same dtype."""
         exact = vectors.astype(jnp.float32)
-        return jnp.stack([example.to_basis(exact).astype(vectors.dtype) for example in self._examples])
+        return jnp.stack([example.rotate(exact).astype(vectors.dtype) for example in self._examples])
 
-    def restore(self, vectors: jax.Array, basis: int) -> jax.Array:
-        """f32[..., head_dim] vectors of one basis in the model's."""
-        return self._examples[basis].from_basis(vectors)
+    def unrotate(self, vectors: jax.Array, number: int) -> jax.Array:
+        """f32[..., head_dim] vectors in one of the rotations, as vectors of the model."""
+        return self._examples[number].unrotate(vectors)
 
 
 def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:

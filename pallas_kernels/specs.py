@@ -25,7 +25,7 @@ class AttentionSpec:
         formats: what the segments' format ids mean.
         num_rows: rows of the batch.
         max_pages: pages of the longest segment there can be.
-        num_queries: slots of the query axis; None: one a row, slot r for row r (decoding).
+        num_queries: length of the query axis; None: one a row, query r for row r (decoding).
         segments_per_row: most segments a row has.
         window: a query sees keys less than this many positions back; None: all before it.
         soft_cap: logits are capped to soft_cap * tanh(logit / soft_cap); None: not.
@@ -59,7 +59,7 @@ class AttentionSpec:
         return self.num_queries is None
 
     @property
-    def num_query_slots(self) -> int:
+    def query_axis_size(self) -> int:
         """Length of the query axis."""
         return self.num_rows if self.num_queries is None else self.num_queries
 

@@ -8,9 +8,9 @@ from fineserve_jax.pallas_kernels.tiles import TileShape
 
 @dataclass(frozen=True)
 class TileSizes:
-    """`TileShape.rows`, `TileShape.queries`, and at most this many tokens of a segment."""
+    """`TileShape.splits`, `TileShape.queries`, and at most this many tokens of a KV split."""
 
-    rows: int
+    splits: int
     queries: int
     tokens: int
 
@@ -27,11 +27,11 @@ class Tiling:
         sizes = self.decode if spec.decodes else self.ragged
         return TileShape(
             num_rows=spec.num_rows,
-            num_queries=spec.num_query_slots,
+            num_queries=spec.query_axis_size,
             max_pages=spec.max_pages,
             num_formats=len(spec.formats),
             segments_per_row=spec.segments_per_row,
-            rows=min(sizes.rows, spec.num_rows),
+            splits=min(sizes.splits, spec.num_rows),
             pages=max(1, min(sizes.tokens // spec.geometry.page_size, spec.max_pages)),
-            queries=min(sizes.queries, 1 << (spec.num_query_slots - 1).bit_length()),
+            queries=min(sizes.queries, 1 << (spec.query_axis_size - 1).bit_length()),
         )

@@ -13,7 +13,7 @@ from benchmarks.aot.launches import KernelTraffic
 from benchmarks.aot.results import Bytes
 from benchmarks.aot.traffic import count_traffic
 from fineserve_jax.pallas_kernels import AttentionSpec, BatchSegment, KVFormat, PageGeometry, QueryRun
-from fineserve_jax.pallas_kernels.formats import Aux
+from fineserve_jax.pallas_kernels.formats import Granularity
 from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
 
 # Cached tokens of a row of each format: many pages, and a last one that is partly filled. A format alone gets two rows.
@@ -80,11 +80,11 @@ def _segments(spec: AttentionSpec, lengths: tuple[int, ...]) -> tuple[list[Batch
 
 
 def held_bytes(kv_format: KVFormat, geometry: PageGeometry, num_tokens: int) -> int:
-    """Bytes of one layer's keys, values and auxiliary parts of `num_tokens` tokens, all heads."""
+    """Bytes of one layer's keys, values and scale arrays of `num_tokens` tokens, all heads."""
     num_pages = -(-num_tokens // geometry.page_size)
     words = 2 * num_tokens * kv_format.vector_words(geometry)
-    for kind, size in zip(kv_format.aux, kv_format.aux_sizes(geometry), strict=True):
-        words += num_tokens if kind is Aux.TOKEN else num_pages * size
+    for kind, size in zip(kv_format.scales, kv_format.scale_sizes(geometry), strict=True):
+        words += num_tokens if kind is Granularity.TOKEN else num_pages * size
     return 2 * geometry.kv_heads * words
 
 

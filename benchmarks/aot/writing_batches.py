@@ -57,14 +57,14 @@ class WriteBatch:
         vectors = jax.ShapeDtypeStruct((1, geometry.kv_heads, *tokens, geometry.head_dim), jnp.bfloat16)
         spec = WriteSpec(geometry, self.formats, self.implementation, interpret=False)
         if self.whole_pages:
-            function, numbers = functools.partial(encode_and_write_pages, spec), [pages, format_ids]
+            function, indices = functools.partial(encode_and_write_pages, spec), [pages, format_ids]
         else:
             offsets = np.full(len(pages), 3, np.int32)
-            function, numbers = functools.partial(encode_and_write_tokens, spec), [pages, offsets, format_ids]
+            function, indices = functools.partial(encode_and_write_tokens, spec), [pages, offsets, format_ids]
         count = geometry.page_size if self.whole_pages else 1
         must = PAGES * sum(held_bytes(kv_format, geometry, count) for kv_format in self.formats)
         padding = sum(padding_bytes(kv_format, geometry, PAGES) for kv_format in self.formats)
-        return _count(function, geometry, num_units, [vectors, vectors, *numbers], must, padding * self.whole_pages)
+        return _count(function, geometry, num_units, [vectors, vectors, *indices], must, padding * self.whole_pages)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from benchmarks.aot.cases import (
     Model,
     arena_shape,
     models_of_single_formats,
-    without_aux,
+    without_scales,
 )
 from benchmarks.aot.targets import Platform
 from benchmarks.aot.writing_batches import RequantizeBatch, WriteBatch, encode_and_write_pages, encode_and_write_tokens
@@ -61,11 +61,11 @@ def _write_case(platform: Platform, model: Model, name: str, formats: tuple[KVFo
     layers = (geometry.num_layers, geometry.kv_heads)
     if operation == "write tokens":
         vectors = jax.ShapeDtypeStruct((*layers, ROWS, geometry.head_dim), jnp.bfloat16)
-        function, numbers = functools.partial(encode_and_write_tokens, spec), [_i32(ROWS)] * 3
+        function, indices = functools.partial(encode_and_write_tokens, spec), [_i32(ROWS)] * 3
     else:
         vectors = jax.ShapeDtypeStruct((*layers, PAGES, geometry.page_size, geometry.head_dim), jnp.bfloat16)
-        function, numbers = functools.partial(encode_and_write_pages, spec), [_i32(PAGES)] * 2
-    arguments = (arena_shape(geometry), vectors, vectors, *numbers)
+        function, indices = functools.partial(encode_and_write_pages, spec), [_i32(PAGES)] * 2
+    arguments = (arena_shape(geometry), vectors, vectors, *indices)
     return Case(
         operation,
         model.name,
@@ -99,8 +99,8 @@ def _requantize_case(platform: Platform, model: Model, source: KVFormat, target:
             batch=RequantizeBatch(IMPLEMENTATION[platform], source, target, geometry),
         )
 
-    bare = case(without_aux(source)) if platform == "gpu" and source.aux else None
-    return dataclasses.replace(case(source), without_aux=bare)
+    bare = case(without_scales(source)) if platform == "gpu" and source.scales else None
+    return dataclasses.replace(case(source), without_scales=bare)
 
 
 def _write_spec(platform: Platform, geometry: PageGeometry, formats: tuple[KVFormat, ...]) -> WriteSpec:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fineserve_jax.pallas_kernels.format_sizes import Float8Sizes
-from fineserve_jax.pallas_kernels.formats.base import Planes
+from fineserve_jax.pallas_kernels.formats.base import PackedLanes
 from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
 
 LARGEST = 448.0
@@ -29,7 +29,7 @@ GRID = 2.0**14
 GRID_BITS = 0x4680_0000
 
 
-class Float8(Float8Sizes, ScaledFormat):
+class Float8KV(Float8Sizes, ScaledFormat):
     """Codes are e4m3 numbers."""
 
     largest_code = LARGEST
@@ -37,7 +37,7 @@ class Float8(Float8Sizes, ScaledFormat):
     def to_codes(self, values: jax.Array) -> jax.Array:
         return f32_to_e4m3(values)
 
-    def from_words(self, words: jax.Array) -> Planes:
+    def from_words(self, words: jax.Array) -> PackedLanes:
         wide = words.astype(jnp.int32)
         return e4m3_to_f32(wide), e4m3_to_f32(wide >> 8)
 

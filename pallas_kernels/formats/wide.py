@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fineserve_jax.pallas_kernels.format_sizes import BFloat16Sizes, Float16Sizes, Float32Sizes
-from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PackedLanes, PageVectors, PageWords
 from fineserve_jax.pallas_kernels.formats.bit_packing import bf16_to_words, words_to_f32
 
 FP16_MAX = 65504.0
@@ -18,14 +18,14 @@ FP16_BIAS = 127 - 15  # of f32's exponent over fp16's
 class WideFormat(KVFormat):
     """Words are the numbers' own bits; nothing besides."""
 
-    def encode(self, k: Planes, v: Planes) -> PageWords:
+    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
         return PageWords(self.to_words(*k), self.to_words(*v), ())
 
-    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
+    def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
         return PageVectors((self.to_f32(*k),), (self.to_f32(*v),))
 
     @abstractmethod
-    def to_words(self, values: jax.Array) -> Planes:
+    def to_words(self, values: jax.Array) -> PackedLanes:
         """f32 -> the word parts, u16 of the same shape each."""
 
     @abstractmethod
@@ -33,18 +33,18 @@ class WideFormat(KVFormat):
         """The inverse of `to_words`."""
 
 
-class BFloat16(BFloat16Sizes, WideFormat):
-    def to_words(self, values: jax.Array) -> Planes:
+class BFloat16KV(BFloat16Sizes, WideFormat):
+    def to_words(self, values: jax.Array) -> PackedLanes:
         return (bf16_to_words(values),)
 
     def to_f32(self, *parts: jax.Array) -> jax.Array:
         return words_to_f32(*parts)
 
 
-class Float16(Float16Sizes, WideFormat):
+class Float16KV(Float16Sizes, WideFormat):
     """Values beyond the range of fp16 saturate: an infinity would spread to every later token."""
 
-    def to_words(self, values: jax.Array) -> Planes:
+    def to_words(self, values: jax.Array) -> PackedLanes:
         clipped = jnp.clip(values, -FP16_MAX, FP16_MAX)
         return (lax.bitcast_convert_type(clipped.astype(jnp.float16), jnp.uint16),)
 
@@ -52,10 +52,10 @@ class Float16(Float16Sizes, WideFormat):
         return fp16_words_to_f32(*parts)
 
 
-class Float32(Float32Sizes, WideFormat):
+class Float32KV(Float32Sizes, WideFormat):
     """Two words a value: the upper halves of a vector's values, then the lower halves."""
 
-    def to_words(self, values: jax.Array) -> Planes:
+    def to_words(self, values: jax.Array) -> PackedLanes:
         bits = lax.bitcast_convert_type(values, jnp.uint32)
         return (bits >> 16).astype(jnp.uint16), (bits & 0xFFFF).astype(jnp.uint16)
 

@@ -1,7 +1,7 @@
 """NVIDIA GPUs as a backend, through Pallas and Triton."""
 
 from fineserve_jax.pallas_kernels.backends import Backend
-from fineserve_jax.pallas_kernels.triton.attention_kernel import attend_pages
+from fineserve_jax.pallas_kernels.triton.attention_launch import attend_pages
 from fineserve_jax.pallas_kernels.triton.requantize_kernel import requantize
 from fineserve_jax.pallas_kernels.triton.tiling import TILING
 from fineserve_jax.pallas_kernels.triton.write_kernel import write_pages, write_tokens

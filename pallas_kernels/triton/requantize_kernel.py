@@ -1,17 +1,17 @@
 """Converting pages from one format to another in Triton.
 
 A program takes the keys, or the values, of one head of one layer of one page; if the target encodes tokens by
-themselves, only so many of its tokens as fit in registers. It decodes the source's words, changes the basis if the two
-formats keep their vectors in different ones, and encodes for the target. All arrays are [tokens, lanes], lanes being
-words of a vector. The target's planes are slices of the head's channels, and so are the source's:
+themselves, only so many of its tokens as fit in registers. It decodes the source's words, changes the rotation if the
+two formats keep their vectors in different ones, and encodes for the target. All arrays are [tokens, columns], columns
+being words of a vector. The target's packed lanes are slices of the head's channels, and so are the source's:
 
-    source, 2 planes    | 0                             | 1                             |
-    target, 4 planes    | 0             | 1             | 2             | 3             |
+    source, 2 lanes     | 0                             | 1                             |
+    target, 4 lanes     | 0             | 1             | 2             | 3             |
 
-Where the basis stays, words are loaded that unpack to what is wanted: half of a vector's words to halves of its planes;
-and twice all of them, one after the other, to planes twice as wide, of which each lane then takes the right one. Where
-it changes, words are multiplied by their rows of the matrix on tensor cores: some at a time of every vector are loaded,
-so many that loads are wide, and are then taken by a loop in pieces so small that products fit in registers.
+Where the rotation stays, words are loaded that unpack to what is wanted: half of a vector's words to halves of its
+lanes; and twice all of them, one after the other, to lanes twice as wide, of which each column then takes the right
+one. Where it changes, words are multiplied by their rows of the matrix on tensor cores: some at a time of every vector
+are loaded, so many that loads are wide, and a loop then takes them in pieces so small that products fit in registers.
 
 A program has as many warps as it takes for each of its threads to load 128 bits at once.
 """
@@ -25,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, Planes
-from fineserve_jax.pallas_kernels.formats.sides import KEYS, SIDES, sides_of_aux
+from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes
+from fineserve_jax.pallas_kernels.formats.sides import KEYS, SIDES
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
 from fineserve_jax.pallas_kernels.specs import WriteSpec
-from fineserve_jax.pallas_kernels.triton.addressing import LEAST_LANES, at, clear_padding, padded, words_at
+from fineserve_jax.pallas_kernels.triton.addressing import LEAST_COLUMNS, at, clear_padding, padded
 from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
+from fineserve_jax.pallas_kernels.triton.vector_block import VectorBlock
 
 BLOCK_VALUES = 32 * 128  # that a program converts if it is free to choose
 WARP_WORDS = 256  # 8 words, 128 bits, a thread
@@ -49,7 +49,7 @@ class _Change:
 
     Attributes:
         tokens: of a program.
-        rotates: whether the two formats keep their vectors in different bases.
+        rotates: whether the two formats keep their vectors in different rotations.
         interpret: whether there are no tensor cores.
     """
 
@@ -73,10 +73,10 @@ class _Change:
         return max(1, min(words // WARP_WORDS, values // WARP_VALUES, MAX_WARPS))
 
     @property
-    def lanes_at_a_time(self) -> int:
-        """Lanes of the source's vectors that are multiplied at a time."""
+    def columns_at_a_time(self) -> int:
+        """Columns of the source's vectors that are multiplied at a time."""
         most = padded(self.source.width(self.geometry))
-        return max(LEAST_LANES, min(self.warps * WARP_WORDS // self.tokens, most))
+        return max(LEAST_COLUMNS, min(self.warps * WARP_WORDS // self.tokens, most))
 
 
 def requantize(
@@ -89,20 +89,20 @@ def requantize(
     count: jax.Array,
 ) -> jax.Array:
     """Reads full pages in one format and writes what they hold to others in another: see `Backend.requantize`."""
-    geometry, interpret = spec.geometry, bool(spec.interpret)
+    geometry = spec.geometry
     units = arena.reshape(len(arena), -1)
-    matrix = change_of_basis(source, target, geometry.head_dim)
+    matrix = change_of_rotation(source, target, geometry.head_dim)
     operands = [sources, targets, jnp.asarray(count, jnp.int32).reshape(1), units]
     if matrix is not None:
         operands.append(jnp.asarray(matrix))
-    change = _Change(source, target, geometry, _tokens(target, geometry), matrix is not None, interpret)
+    change = _Change(source, target, geometry, _tokens(target, geometry), matrix is not None, bool(spec.interpret))
     launch = pallas_call(
         functools.partial(_kernel, change=change),
         grid=(len(sources), geometry.num_layers, len(SIDES) * geometry.kv_heads * change.blocks),
         out_shape=jax.ShapeDtypeStruct(units.shape, units.dtype),
         input_output_aliases={3: 0},
         compiler_params=triton_params(num_warps=change.warps, num_stages=1),
-        interpret=interpret,
+        interpret=spec.interpret,
         name="requantize",
     )
     return launch(*operands).reshape(arena.shape)
@@ -115,7 +115,7 @@ def _tokens(target: KVFormat, geometry: PageGeometry) -> int:
     return min(geometry.page_size, max(16, BLOCK_VALUES // padded(geometry.head_dim)))
 
 
-def change_of_basis(source: KVFormat, target: KVFormat, head_dim: int) -> np.ndarray | None:
+def change_of_rotation(source: KVFormat, target: KVFormat, head_dim: int) -> np.ndarray | None:
     """f32[head_dim, head_dim], what turns the source's vectors into the target's: source @ this. None: nothing."""
     before, after = source.rotation(head_dim), target.rotation(head_dim)
     if before is None or after is None:
@@ -134,10 +134,10 @@ def _kernel(sources: Ref, targets: Ref, count: Ref, _arena_before: Ref, *refs: R
 
     def convert(side: int) -> None:
         source_unit = load(sources.at[item]) + layer * change.source.units_per_layer(geometry)
-        reader = _Vectors(change.source, geometry, arena, source_unit, side, head, token)
-        planes = _rotated(reader, change, *matrix) if matrix else _resliced(reader, change.target)
+        source = VectorBlock(change.source, geometry, arena, source_unit, side, head, token)
+        lanes = _rotated(source, change, *matrix) if matrix else _resliced(source, change.target)
         target_unit = page + layer * change.target.units_per_layer(geometry)
-        _Vectors(change.target, geometry, arena, target_unit, side, head, token).store(planes)
+        VectorBlock(change.target, geometry, arena, target_unit, side, head, token).store(lanes)
         if side == KEYS:
             when(block == 0)(functools.partial(clear_padding, arena, target_unit, change.target, geometry))
 
@@ -146,144 +146,83 @@ def _kernel(sources: Ref, targets: Ref, count: Ref, _arena_before: Ref, *refs: R
         when(counts)(functools.partial(convert, side))
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """The keys or the values of some tokens, i32[tokens, 1], of one head of one layer of a page in the arena."""
-
-    kv_format: KVFormat
-    geometry: PageGeometry
-    arena: Ref
-    first_unit: jax.Array
-    side: int
-    head: jax.Array
-    token: jax.Array
-
-    @property
-    def width(self) -> int:
-        return self.kv_format.width(self.geometry)
-
-    def lanes(self) -> jax.Array:
-        """i32[1, lanes], a power of two of them; those beyond the width have no word."""
-        return lax.broadcasted_iota(jnp.int32, (1, padded(self.width)), 1)
-
-    def word_places(self, lane: jax.Array) -> tuple[jax.Array, ...]:
-        """Where each part of the words of some lanes, i32[1, lanes], lies: i32[tokens, lanes]."""
-        geometry, kv_format = self.geometry, self.kv_format
-        block = self.side * geometry.kv_heads + self.head
-        first = block * kv_format.block_words(geometry) + self.token * kv_format.vector_words(geometry)
-        return tuple(first + (part * self.width + lane) for part in range(kv_format.word_parts))
-
-    def aux_places(self, lane: jax.Array) -> list[jax.Array | None]:
-        """Where the auxiliary numbers of the side lie; None for those of the other side."""
-        geometry, kv_format = self.geometry, self.kv_format
-        within = {Aux.TOKEN: self.token, Aux.CHANNEL: lane, Aux.PAGE: jnp.zeros((1, 1), jnp.int32)}
-        parts = zip(
-            kv_format.aux,
-            kv_format.aux_starts(geometry),
-            kv_format.aux_sizes(geometry),
-            sides_of_aux(kv_format),
-            strict=True,
-        )
-        return [
-            start + self.head * size + within[kind] if side == self.side else None for kind, start, size, side in parts
-        ]
-
-    def load(self, lane: jax.Array) -> Planes:
-        """Planes, f32[tokens, lanes], in the format's basis; of some lanes, i32[1, lanes], finite beyond the width."""
-        return self.unpack(self.load_words(lane), lane)
-
-    def load_words(self, lane: jax.Array) -> tuple[jax.Array, ...]:
-        """The word parts, u16[tokens, lanes], of some lanes, i32[1, lanes]; 0 beyond the width."""
-        return tuple(self._load(places, lane) for places in self.word_places(lane))
-
-    def unpack(self, words: tuple[jax.Array, ...], lane: jax.Array) -> Planes:
-        """The planes that words of some lanes stand for."""
-        none = jnp.zeros((1, 1), jnp.uint16)
-        aux = tuple(none if places is None else self._load(places, lane) for places in self.aux_places(lane))
-        # The other side's words are not looked at: what comes of them is dropped.
-        vectors = self.kv_format.unpack(words, words, self.kv_format.read_aux(aux))
-        return vectors.scaled_planes()[self.side]
-
-    def store(self, planes: Planes) -> None:
-        """Encodes planes, f32[tokens, lanes], and stores them."""
-        encoded, lane = self.kv_format.encode(planes, planes), self.lanes()
-        words = (encoded.k, encoded.v)[self.side]
-        for places, part in (
-            *zip(self.word_places(lane), words, strict=True),
-            *zip(self.aux_places(lane), encoded.aux, strict=True),
-        ):
-            if places is not None:
-                store(words_at(self.arena, self.first_unit, places), part, mask=self._inside(places, lane))
-
-    def _load(self, places: jax.Array, lane: jax.Array) -> jax.Array:
-        at_places = words_at(self.arena, self.first_unit, places)
-        mask = self._inside(places, lane)
-        return load(at_places) if mask is None else load(at_places, mask=mask, other=jnp.uint16(0))
-
-    def _inside(self, places: jax.Array, lane: jax.Array) -> jax.Array | None:
-        """Which places belong to lanes that there are; None: all."""
-        if self.width == padded(self.width) or places.shape[1] == 1:
-            return None
-        return jnp.broadcast_to(lane < self.width, places.shape)
+# -- the rotation stays ----------------------------------------------------------------------------------------
 
 
-def _resliced(reader: _Vectors, target: KVFormat) -> Planes:
-    """The source's vectors as planes of the target, which has the same basis."""
-    width, source_width = target.width(reader.geometry), reader.width
-    lane = lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1)
+def _resliced(source: VectorBlock, target: KVFormat) -> PackedLanes:
+    """The source's vectors as packed lanes of the target, which has the same rotation."""
+    width, source_width = target.width(source.geometry), source.width
+    column = lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1)
     if width <= source_width:
-        slices = [reader.load(start + lane) for start in range(0, source_width, width)]
-        planes = [part[plane] for plane in range(reader.kv_format.planes) for part in slices]
+        slices = [source.load(start + column) for start in range(0, source_width, width)]
+        lanes = [part[lane] for lane in range(source.kv_format.packed_lanes) for part in slices]
     else:
-        planes = _merged(reader.load(lax.rem(lane, source_width)), lax.div(lane, source_width), width // source_width)
-    return tuple(_padded_evenly(plane, lane, width) for plane in planes)
+        narrow = source.load(lax.rem(column, source_width))
+        lanes = _merged(narrow, lax.div(column, source_width), width // source_width)
+    return tuple(_padded_evenly(lane, column, width) for lane in lanes)
 
 
-def _merged(planes: Planes, which: jax.Array, count: int) -> list[jax.Array]:
-    """Planes of `count` planes each, one beside the other: of which of them each lane is, says `which`."""
+def _merged(lanes: PackedLanes, which: jax.Array, count: int) -> list[jax.Array]:
+    """Lanes of `count` lanes each, one beside the other: of which of them each column is, says `which`."""
 
-    def merge(parts: Planes) -> jax.Array:
+    def merge(parts: PackedLanes) -> jax.Array:
         return functools.reduce(lambda left, i: jnp.where(which < i, left, parts[i]), range(1, count), parts[0])
 
-    return [merge(planes[i : i + count]) for i in range(0, len(planes), count)]
+    return [merge(lanes[i : i + count]) for i in range(0, len(lanes), count)]
 
 
-def _padded_evenly(plane: jax.Array, lane: jax.Array, width: int) -> jax.Array:
-    """Gives the lanes beyond the width the value of the first, so that minima and maxima do not see them."""
-    if lane.size == width:
-        return plane
-    first = jnp.sum(jnp.where(lane == 0, plane, 0.0), axis=1, keepdims=True)
-    return jnp.where(lane < width, plane, first)
+def _padded_evenly(lane: jax.Array, column: jax.Array, width: int) -> jax.Array:
+    """Gives the columns beyond the width the value of the first, so that minima and maxima do not see them."""
+    if column.size == width:
+        return lane
+    first = jnp.sum(jnp.where(column == 0, lane, 0.0), axis=1, keepdims=True)
+    return jnp.where(column < width, lane, first)
 
 
-def _rotated(reader: _Vectors, change: _Change, matrix: Ref) -> Planes:
-    """The source's vectors times `matrix`, f32[head_dim, head_dim], as planes of the target.
+# -- the rotation changes --------------------------------------------------------------------------------------
 
-    Lanes beyond the width repeat the last one, so that minima and maxima do not see them.
+
+def _rotated(source: VectorBlock, change: _Change, matrix: Ref) -> PackedLanes:
+    """The source's vectors times `matrix`, f32[head_dim, head_dim], as packed lanes of the target.
+
+    Columns beyond the width repeat the last one, so that minima and maxima do not see them.
     """
-    width, source_width = change.target.width(reader.geometry), reader.width
-    column = jnp.minimum(lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1), width - 1)
-    lanes = change.lanes_at_a_time
-    product = functools.partial(jnp.dot, precision=exact_product(interpret=change.interpret))
+    width = change.target.width(source.geometry)
+    target_column = jnp.minimum(lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1), width - 1)
+    columns = change.columns_at_a_time
+    count = columns // LEAST_COLUMNS
+    multiply = functools.partial(_multiply, source, change, matrix, target_column)
 
-    def add(step: jax.Array, sums: Planes) -> Planes:
-        words = reader.load_words(step * lanes + lax.broadcasted_iota(jnp.int32, (1, lanes), 1))
-        count = lanes // LEAST_LANES
+    def add(step: jax.Array, sums: PackedLanes) -> PackedLanes:
+        words = source.load_words(step * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1))
         pieces = [jnp.split(part, count, axis=1) for part in words]
 
-        def add_piece(piece: jax.Array, sums: Planes) -> Planes:
-            lane = (step * count + piece) * LEAST_LANES + lax.broadcasted_iota(jnp.int32, (1, LEAST_LANES), 1)
-            return multiply(tuple(pick(part, piece) for part in pieces), lane, sums)
+        def add_piece(piece: jax.Array, sums: PackedLanes) -> PackedLanes:
+            column = (step * count + piece) * LEAST_COLUMNS + lax.broadcasted_iota(jnp.int32, (1, LEAST_COLUMNS), 1)
+            return multiply(tuple(pick(part, piece) for part in pieces), column, sums)
 
         return lax.fori_loop(0, count, add_piece, sums)
 
-    def multiply(words: tuple[jax.Array, ...], lane: jax.Array, sums: Planes) -> Planes:
-        row = jnp.minimum(lane, source_width - 1).reshape(-1, 1)
-        for i, plane in enumerate(reader.unpack(words, lane)):
-            part = jnp.where(lane < source_width, plane, 0.0) if source_width % lanes else plane
-            blocks = [load(at(matrix, i * source_width + row, j * width + column)) for j in range(change.target.planes)]
-            sums = tuple(total + product(part, block) for total, block in zip(sums, blocks, strict=True))
-        return sums
+    nothing = (jnp.zeros((change.tokens, target_column.size), jnp.float32),) * change.target.packed_lanes
+    return lax.fori_loop(0, -(-source.width // columns), add, nothing)
 
-    nothing = (jnp.zeros((change.tokens, column.size), jnp.float32),) * change.target.planes
-    return lax.fori_loop(0, -(-source_width // lanes), add, nothing)
+
+def _multiply(
+    source: VectorBlock,
+    change: _Change,
+    matrix: Ref,
+    target_column: jax.Array,
+    words: tuple[jax.Array, ...],
+    column: jax.Array,
+    sums: PackedLanes,
+) -> PackedLanes:
+    """Adds what words of some columns, times their rows of the matrix, give to each packed lane of the target."""
+    width, source_width = change.target.width(source.geometry), source.width
+    product = functools.partial(jnp.dot, precision=exact_product(interpret=change.interpret))
+    row = jnp.minimum(column, source_width - 1).reshape(-1, 1)
+    for i, lane in enumerate(source.unpack(words, column)):
+        part = jnp.where(column < source_width, lane, 0.0) if source_width % change.columns_at_a_time else lane
+        places = [(i * source_width + row, j * width + target_column) for j in range(change.target.packed_lanes)]
+        blocks = [load(at(matrix, *place)) for place in places]
+        sums = tuple(acc + product(part, block) for acc, block in zip(sums, blocks, strict=True))
+    return sums

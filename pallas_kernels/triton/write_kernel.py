@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords
+from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
@@ -65,7 +65,7 @@ class _Part:
 
 
 def _parts(kv_format: KVFormat, geometry: PageGeometry, tokens: int) -> list[_Part]:
-    """The parts of `PageWords`: K, V, auxiliary parts. `tokens`: how many of each page there are."""
+    """The parts of `PageWords`: K, V, scales. `tokens`: how many of each page there are."""
 
     def part(width: int, start: int, stride: int, per_token: bool) -> _Part:
         own, places = (tokens, geometry.page_size) if per_token else (1, 1)
@@ -76,10 +76,10 @@ def _parts(kv_format: KVFormat, geometry: PageGeometry, tokens: int) -> list[_Pa
     width, vector = kv_format.width(geometry), kv_format.vector_words(geometry)
     values = (0, geometry.kv_heads * kv_format.block_words(geometry))
     parts = [part(width, start + i * width, vector, True) for start in values for i in range(kv_format.word_parts)]
-    starts, sizes = kv_format.aux_starts(geometry), kv_format.aux_sizes(geometry)
-    for kind, start, size in zip(kv_format.aux, starts, sizes, strict=True):
-        row = 1 if kind is Aux.TOKEN else size
-        parts.append(part(row, start, row, kind is Aux.TOKEN))
+    starts, sizes = kv_format.scale_starts(geometry), kv_format.scale_sizes(geometry)
+    for kind, start, size in zip(kv_format.scales, starts, sizes, strict=True):
+        row = 1 if kind is Granularity.TOKEN else size
+        parts.append(part(row, start, row, kind is Granularity.TOKEN))
     return parts
 
 
@@ -96,7 +96,9 @@ def _write(
     geometry = spec.geometry
     layers, _, count, tokens, _ = words.k[0].shape
     parts = _parts(kv_format, geometry, tokens)
-    rows = [array.reshape(-1, part.width) for array, part in zip((*words.k, *words.v, *words.aux), parts, strict=True)]
+    rows = [
+        array.reshape(-1, part.width) for array, part in zip((*words.k, *words.v, *words.scales), parts, strict=True)
+    ]
     units = arena.reshape(len(arena), -1)
     warps = max(part.at_once * part.width for part in parts) // WARP_WORDS
     launch = pallas_call(
@@ -158,6 +160,6 @@ def _copy_block(
     if part.places > 1:
         place = place + destination[1]
     for start, length in powers_of_two(part.width):
-        lane = start + lax.broadcasted_iota(jnp.int32, (1, length), 1)
-        values = load(at(source, source_row, lane))
-        store_words(arena, destination[0], part.start + place * part.stride + lane, values)
+        column = start + lax.broadcasted_iota(jnp.int32, (1, length), 1)
+        values = load(at(source, source_row, column))
+        store_words(arena, destination[0], part.start + place * part.stride + column, values)

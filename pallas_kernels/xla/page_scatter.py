@@ -24,7 +24,7 @@ def write_tokens(
     first = pages + jnp.arange(layers, dtype=jnp.int32)[:, None] * kv_format.units_per_layer(geometry)
     token = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * page_size + offsets
     parts = [(joined(words.k), 0, vector), (joined(words.v), kv_heads * kv_format.block_words(geometry), vector)]
-    parts += [(part, start, 1) for part, start in zip(words.aux, kv_format.aux_starts(geometry), strict=True)]
+    parts += [(part, start, 1) for part, start in zip(words.scales, kv_format.scale_starts(geometry), strict=True)]
     units = arena.reshape(len(arena), -1)
     for values, start, width in parts:
         units = _write_runs(units, values[:, :, :, 0], first[:, None], start + token * width)

@@ -90,9 +90,9 @@ class Stored(NamedTuple):
     """What became of keys and values: their words, and what these stand for."""
 
     words: PageWords
-    k: np.ndarray  # in the model's basis
+    k: np.ndarray  # as the model has them
     v: np.ndarray
-    k_own: np.ndarray  # in the format's own
+    k_own: np.ndarray  # rotated as the format keeps them
     v_own: np.ndarray
 
 
@@ -103,7 +103,7 @@ def _encode(kv_format, k, v):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(kv_format, words):
-    own = kv_format.unpack(words.k, words.v, kv_format.read_aux(words.aux)).join()
+    own = kv_format.unpack(words.k, words.v, kv_format.read_scales(words.scales)).join()
     return *kv_format.decode_vectors(words), *own
 
 
@@ -307,12 +307,12 @@ def exact_attention(
     if sinks is not None:
         sink = np.broadcast_to(np.asarray(sinks, np.float64)[..., None], (*q.shape[:3], 1))
         logits, v = np.concatenate([logits, sink], axis=-1), np.pad(v, [(0, 0), (0, 1), (0, 0)])
-    peak = np.maximum(logits.max(axis=-1, initial=-np.inf, keepdims=True), -1e300)
-    weights = np.exp(logits - peak)
-    total = weights.sum(axis=-1, keepdims=True)
-    output = np.einsum("qhgt,htd->qhgd", weights / np.where(total > 0, total, 1), v)
+    m = np.maximum(logits.max(axis=-1, initial=-np.inf, keepdims=True), -1e300)
+    weights = np.exp(logits - m)
+    l = weights.sum(axis=-1, keepdims=True)
+    output = np.einsum("qhgt,htd->qhgd", weights / np.where(l > 0, l, 1), v)
     with np.errstate(divide="ignore"):
-        return Exact(output, (peak + np.log(total))[..., 0])
+        return Exact(output, (m + np.log(l))[..., 0])
 
 
 def expected_attention(
@@ -343,19 +343,19 @@ def check_attention(
     """
     used = np.zeros(len(q), bool)
     for run in runs:
-        used[run.first_slot : run.first_slot + run.num_queries] = True
+        used[run.start : run.start + run.num_queries] = True
     padded = jnp.where(used[:, None, None], q, jnp.nan)
     tiles = cache.plan(spec, runs)
     for layer in range(spec.geometry.num_layers) if layers is None else layers:
         seen = paged_attention(spec, padded, cache.arena, tiles, layer, sinks)
-        assert seen.weight.shape == seen.peak.shape == seen.total.shape[:-1] == q.shape[:2]
+        assert seen.l.shape == seen.m.shape == seen.acc.shape[:-1] == q.shape[:2]
         assert {part.dtype for part in seen} == {np.dtype(np.float32)}
         output, log_sum_exp = np.asarray(seen.output()), np.asarray(seen.log_sum_exp)
         if sinks is None:
-            assert not np.asarray(seen.weight)[~used].any()
-            assert not np.asarray(seen.total)[~used].any()
+            assert not np.asarray(seen.l)[~used].any()
+            assert not np.asarray(seen.acc)[~used].any()
         for row, run in enumerate(runs):
-            own = slice(run.first_slot, run.first_slot + run.num_queries)
+            own = slice(run.start, run.start + run.num_queries)
             queries = np.asarray(q[own], np.float64)
             exact = expected_attention(spec, cache.of(row, layer), queries, run.first_position, sinks)
             _check_queries(output[own], log_sum_exp[own], exact, tolerance)

@@ -99,7 +99,7 @@ def test_pages_are_read_as_they_were_written_and_the_rest_of_the_arena_is_untouc
 @every_token_format
 @some_geometries
 def test_a_page_lies_as_its_picture_says(kv_format, geometry):
-    """K head after head, V, then each auxiliary part head after head: the words of one page, written out by hand."""
+    """K head after head, V, then each scale array head after head: the words of one page, written out by hand."""
     stored, page = store(kv_format, *vectors(geometry, seed=5)), 3
     arena = write_pages(noise(geometry), stored.words, page + np.arange(PAGES) * 99999, kv_format, geometry)
     per_layer = kv_format.units_per_layer(geometry)
@@ -107,12 +107,12 @@ def test_a_page_lies_as_its_picture_says(kv_format, geometry):
         start = page + layer * per_layer
         found = np.asarray(arena[start : start + per_layer]).reshape(-1)
         values = [np.concatenate([word[layer, :, 0] for word in part], axis=-1) for part in stored.words[:2]]
-        parts = [*values, *(part[layer, :, 0] for part in stored.words.aux)]
+        parts = [*values, *(part[layer, :, 0] for part in stored.words.scales)]
         content = np.concatenate([part.reshape(-1) for part in parts])
         assert len(content) == kv_format.words_per_layer(geometry)
         np.testing.assert_array_equal(found[: len(content)], content)
         for part, size, start in zip(
-            stored.words.aux, kv_format.aux_sizes(geometry), kv_format.aux_starts(geometry), strict=True
+            stored.words.scales, kv_format.scale_sizes(geometry), kv_format.scale_starts(geometry), strict=True
         ):
             np.testing.assert_array_equal(found[start : start + size], part[layer, 0, 0].reshape(-1))
 

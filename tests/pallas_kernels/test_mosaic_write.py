@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import ALL_FORMATS, FAR_AWAY, make_geometry
 from write_cases import (
     KERNEL_PAGES,
-    SAME_BASIS,
+    SAME_ROTATION,
     TOKEN_FORMATS,
     Arena,
     Requantized,
@@ -61,13 +61,13 @@ def test_as_many_tokens_as_there_are(monkeypatch, recompiled):
         check_write_tokens("mosaic_tpu", get_format("int8"), SMALL, pages[::-1], range(KERNEL_PAGES))
 
 
-@pair_cases(SAME_BASIS[:2], GEOMETRIES)
+@pair_cases(SAME_ROTATION[:2], GEOMETRIES)
 def test_pages_change_format(source, target, geometry):
     check_equal(Requantized("mosaic_tpu", source, target, geometry))
 
 
 @pair_cases([("int4", "bf16"), ("bf16", "int4"), ("int8", "int4")], GEOMETRIES)
-def test_pages_change_format_and_basis(source, target, geometry):
+def test_pages_change_format_and_rotation(source, target, geometry):
     """XLA does the arithmetic here too, so nothing differs."""
     check_equal(Requantized("mosaic_tpu", source, target, geometry))
 

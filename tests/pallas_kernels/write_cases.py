@@ -14,7 +14,7 @@ import pytest
 from kernel_cases import ALL_FORMATS, FAR_AWAY, geometry_id
 
 from fineserve_jax.pallas_kernels import operations
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords, get_format
+from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PageWords, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.specs import WriteSpec
@@ -41,9 +41,9 @@ TOKEN_FORMATS = [kv_format for kv_format in ALL_FORMATS.values() if kv_format.re
 KERNEL_PAGES = 6
 NUM_PLACES = 14  # where pages fit into an arena
 
-# Formats whose bases differ: products are summed in another order, and a value may fall to the other side of a code.
+# Formats whose rotations differ: products are summed in another order, and a value may get the next code.
 ROTATING = [("bf16", "int4"), ("int8", "int4")]
-SAME_BASIS = [("bf16", "int8"), ("fp32", "bf16"), ("int8", "bf16"), ("fp8", "fp32")]
+SAME_ROTATION = [("bf16", "int8"), ("fp32", "bf16"), ("int8", "bf16"), ("fp8", "fp32")]
 MOST_DIFFERENT_WORDS = 0.002
 BF16_STEP = 2.0**-7
 SUM_ERROR = 1e-6  # of f32 sums over channels, relative to the largest value
@@ -86,14 +86,14 @@ class Arena:
     def words(self, kv_format: KVFormat, num_tokens: int) -> PageWords:
         """Any bits, as words of pages of so many tokens."""
         geometry, width = self.geometry, kv_format.width(self.geometry)
-        shapes = {Aux.TOKEN: (num_tokens, 1), Aux.CHANNEL: (1, width), Aux.PAGE: (1, 1)}
+        shapes = {Granularity.TOKEN: (num_tokens, 1), Granularity.CHANNEL: (1, width), Granularity.PAGE: (1, 1)}
         leading = (geometry.num_layers, geometry.kv_heads, KERNEL_PAGES)
 
         def part(*shape: int) -> np.ndarray:
             return self.rng.integers(0, 2**16, leading + shape, np.uint16)
 
         k, v = (tuple(part(num_tokens, width) for _ in range(kv_format.word_parts)) for _ in "kv")
-        return PageWords(k, v, tuple(part(*shapes[kind]) for kind in kv_format.aux))
+        return PageWords(k, v, tuple(part(*shapes[kind]) for kind in kv_format.scales))
 
 
 def check_write_pages(implementation: Implementation, kv_format: KVFormat, geometry: PageGeometry) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import FORMATS, register
-from fineserve_jax.pallas_kernels.formats.wide import Float32
+from fineserve_jax.pallas_kernels.formats.wide import Float32KV
 
 
-class Bent(Float32):
+class Bent(Float32KV):
     """Token-wise: a nonlinear function of each number."""
 
     name = "bent"
@@ -27,8 +27,8 @@ class Bent(Float32):
         return super().encode(k, v)
 
 
-class Woven(Float32):
-    """Page-wise: each token takes something from the others of its page; vectors are kept in a basis of its own.
+class Woven(Float32KV):
+    """Page-wise: each token takes something from the others of its page; vectors are rotated in a way of its own.
 
     (Means over a page are for XLA alone: kernels know minima and maxima.)
     """

@@ -118,7 +118,7 @@ def test_a_chunks_queries_follow_what_is_cached():
     chunks = (ScheduledChunk(first, 0, 30), ScheduledChunk(second, 16, 24))
     tiles = build_inputs(spec(), SchedulerOutput((), chunks), kv)[0].chunk.tiles
     assert cached_tokens(tiles) == {"int8": [([kv.page_unit(second, 0), *[0] * (tiles.pages.shape[2] - 1)], 16, 0)]}
-    blocks = [(tiles.query_slots[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
+    blocks = [(tiles.query_starts[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
     assert blocks == [(0, 30, 0), (32, 24, 16)]
     assert not tiles.query_counts[2:].any()
 
