@@ -28,6 +28,7 @@ from fineserve_jax.pallas_kernels import (
     write_tokens,
 )
 from fineserve_jax.pallas_kernels.arena import NOWHERE
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers
 
@@ -154,7 +155,7 @@ def check_operations(implementation: Implementation, console: Console) -> dict[s
 
 
 def _geometry(head_dim: int, implementation: Implementation) -> PageGeometry:
-    unit_words = choose_unit_words(head_dim, 16, tpu=implementation == "mosaic_tpu")
+    unit_words = choose_unit_words(head_dim, 16, tpu=get_backend(implementation).tile_units)
     return PageGeometry(1, 2, head_dim, 16, unit_words)
 
 

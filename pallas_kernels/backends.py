@@ -7,6 +7,7 @@ import importlib
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.implementation import Implementation
@@ -22,6 +23,14 @@ class Backend(Protocol):
     @property
     def tiling(self) -> Tiling:
         """How batches are cut for `attend`."""
+
+    @property
+    def query_dtype(self) -> jnp.dtype:
+        """What to give queries in where f32 is not asked for: `attend` takes products at their precision."""
+
+    @property
+    def tile_units(self) -> bool:
+        """Whether the arena's units must be TPU tiles: see `choose_unit_words`."""
 
     def attend(
         self, spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array

@@ -13,6 +13,7 @@ from benchmarks.aot.launches import KernelTraffic
 from benchmarks.aot.results import Bytes
 from benchmarks.aot.traffic import count_traffic
 from fineserve_jax.pallas_kernels import AttentionSpec, BatchSegment, KVFormat, PageGeometry, QueryRun
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import Granularity
 from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
 
@@ -60,7 +61,7 @@ class AttentionBatch:
         tables = 4 * (int(np.sum(-(-tiles.num_tokens // geometry.page_size))) + 4 * num_tiles + 3 * num_rows)
         held = sum(held_bytes(spec.formats[s.format_id], geometry, s.num_tokens) for s in segments)
         padding = sum(padding_bytes(spec.formats[s.format_id], geometry, len(s.pages)) for s in segments)
-        whole_units = spec.implementation == "mosaic_tpu"
+        whole_units = get_backend(spec.implementation).tile_units
         moved, other = _sort_traffic(kernels, num_units * geometry.unit_words)
         return Bytes(held + tables, padding if whole_units else 0, moved, other)
 

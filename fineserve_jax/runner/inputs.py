@@ -58,7 +58,7 @@ class ChunkInputs(NamedTuple):
 
 
 class ClosingInputs(NamedTuple):
-    """Tail pages that the step fills, to be encoded into pages of their own, by page-wise format.
+    """Residual pages that the step fills, to be encoded into pages of their own, by page-wise format.
 
     Attributes:
         sources, targets: i32[page-wise formats, rows], first units.

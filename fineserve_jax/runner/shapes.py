@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from fineserve_jax.models import CausalLM
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import KVFormat, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
@@ -71,9 +72,8 @@ class StepSpec:
 
     @property
     def query_dtype(self) -> jnp.dtype:
-        """What attention kernels take their products in: f32 where the weights are kept so, and on a CPU."""
-        exact = self.model.weights == "fp32" or self.implementation == "xla"
-        return jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
+        """What attention takes its products in: f32 where the weights are kept so, else what suits the backend."""
+        return jnp.dtype(jnp.float32) if self.model.weights == "fp32" else get_backend(self.implementation).query_dtype
 
     @property
     def chunk_pages(self) -> int:

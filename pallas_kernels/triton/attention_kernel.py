@@ -22,64 +22,13 @@ from fineserve_jax.pallas_kernels.rotations import Rotations
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.triton.addressing import at, padded
+from fineserve_jax.pallas_kernels.triton.launch_shape import LaunchShape, Tables
 from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader
 from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 
-LEAST = 16  # rows and tokens
 EXACT_COLUMNS = 32  # of queries in f32 that are multiplied at a time
-LOAD_WORDS, THREADS = 8, 32  # of 128 bits, and of a warp
 
 Ref = Any
-
-
-class Tables(NamedTuple):
-    """Refs to what `Tiles` says of each tile and query block."""
-
-    segment_slots: Ref
-    pages: Ref
-    num_tokens: Ref
-    positions: Ref
-    format_ids: Ref
-    query_starts: Ref
-    query_counts: Ref
-    query_positions: Ref
-    layer: Ref
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    """The sizes of a launch.
-
-    Attributes:
-        queries: query tokens of a query block.
-        group: query heads of a KV head.
-        rows: of a query block's queries x group rows, those of a program, padded.
-        pages, tokens: of a chunk, pages and tokens of each.
-        warps, stages: of a program.
-    """
-
-    queries: int
-    group: int
-    rows: int
-    pages: int
-    tokens: int
-    warps: int
-    stages: int
-
-    @property
-    def row_blocks(self) -> int:
-        return -(-self.queries * self.group // self.rows)
-
-    @property
-    def chunk(self) -> int:
-        """Tokens of a chunk."""
-        return self.pages * self.tokens
-
-    def for_words(self, columns: int, parts: int, page_size: int) -> "LaunchShape":
-        """The same for vectors of `parts` times `columns` words: enough tokens for every thread to load 128 bits."""
-        chunk = max(LEAST, self.chunk // parts, LOAD_WORDS * THREADS * self.warps // columns)
-        tokens = min(chunk, page_size)
-        return dataclasses.replace(self, pages=chunk // tokens, tokens=tokens)
 
 
 class _RunningSoftmax(NamedTuple):
@@ -97,14 +46,14 @@ class _Rows(NamedTuple):
     Attributes:
         query: which query of the query block each is.
         member: which query head of the KV head.
-        start: of the query, its index on the query axis.
+        query_index: of the query on the query axis.
         position: of the query in its sequence.
         asks: bool, whether there is such a query.
     """
 
     query: jax.Array
     member: jax.Array
-    start: jax.Array
+    query_index: jax.Array
     position: jax.Array
     asks: jax.Array
 
@@ -153,10 +102,9 @@ class _Program:
         row = self.row_block * shape.rows + lax.broadcasted_iota(jnp.int32, (shape.rows, 1), 0)
         query, member = lax.div(row, shape.group), lax.rem(row, shape.group)
         count = load(tables.query_counts.at[block])
-        asks = query < count
-        start = load(tables.query_starts.at[block]) + query
-        multiply = self._multiplier(reader, rotation, start, member, asks)
-        rows = _Rows(query, member, start, load(tables.query_positions.at[block]) + query, asks)
+        query_index = load(tables.query_starts.at[block]) + query
+        rows = _Rows(query, member, query_index, load(tables.query_positions.at[block]) + query, query < count)
+        multiply = self._multiplier(reader, rotation, rows)
         begin, end = self._token_range(block, count)
 
         def add_chunk(index: jax.Array, state: _RunningSoftmax) -> _RunningSoftmax:
@@ -171,14 +119,12 @@ class _Program:
 
     # -- queries, and their products with keys -------------------------------------------------------------------
 
-    def _multiplier(
-        self, reader: PageReader, rotation: int, start: jax.Array, member: jax.Array, asks: jax.Array
-    ) -> Callable[[PackedLanes], jax.Array]:
+    def _multiplier(self, reader: PageReader, rotation: int, rows: _Rows) -> Callable[[PackedLanes], jax.Array]:
         """What gives the logits f32[rows, tokens] of packed lanes of keys, [tokens, columns].
 
         Queries are loaded once, but for products of f32, for which they would fill the registers.
         """
-        load_queries = functools.partial(self._load_queries, reader, rotation, start, member, asks)
+        load_queries = functools.partial(self._load_queries, reader, rotation, rows)
         if self.exact:
             return functools.partial(self._multiply_in_pieces, load_queries)
         queries = [load_queries(lane, 0, reader.columns) for lane in range(reader.kv_format.packed_lanes)]
@@ -188,17 +134,15 @@ class _Program:
         self,
         reader: PageReader,
         rotation: int,
-        start: jax.Array,
-        member: jax.Array,
-        asks: jax.Array,
+        rows: _Rows,
         lane: int,
         first_column: jax.Array | int,
         columns: int,
     ) -> jax.Array:
         """Some columns of a packed lane of the queries, [rows, columns]."""
         column = first_column + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-        values = at(self.q, rotation, start, self.head, member, lane * reader.width + column)
-        return load(values, mask=asks & (column < reader.width), other=jnp.zeros((), self.q.dtype))
+        values = at(self.q, rotation, rows.query_index, self.head, rows.member, lane * reader.width + column)
+        return load(values, mask=rows.asks & (column < reader.width), other=jnp.zeros((), self.q.dtype))
 
     def _multiply_in_pieces(self, load_queries: Callable[..., jax.Array], keys: PackedLanes) -> jax.Array:
         """Logits in f32: a loop loads some columns of the queries at a time."""

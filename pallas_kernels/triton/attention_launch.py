@@ -15,31 +15,10 @@ from fineserve_jax.pallas_kernels.rotations import Rotations
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
-from fineserve_jax.pallas_kernels.triton.addressing import padded
-from fineserve_jax.pallas_kernels.triton.attention_kernel import LEAST, LaunchShape, Tables, attention_kernel
+from fineserve_jax.pallas_kernels.triton.attention_kernel import attention_kernel
+from fineserve_jax.pallas_kernels.triton.launch_shape import Tables, launch_shape
 from fineserve_jax.pallas_kernels.triton.merge_kernel import merge_tiles
 from fineserve_jax.pallas_kernels.triton.tiling import TILING
-
-# Chosen by what ptxas makes of them for sm_90a and sm_80: no spills and, decoding at head size 128, 128 registers a
-# thread at most. With three stages both page ids and pages are on their way while a chunk is multiplied; where products
-# take longer than loads, or padding takes registers, two are enough.
-MAX_ROWS = 32  # queries x query heads that a program attends from
-CHUNK_VALUES, MAX_TOKENS = 32 * 128, 32  # of keys, and as many of values, that a program multiplies at a time
-DECODE_STAGES, STAGES = 3, 2
-
-
-def launch_shape(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> LaunchShape:
-    """How a launch for `group` query heads a KV head, with products at `dtype`, is cut."""
-    geometry, queries = spec.geometry, TILING.shape(spec).queries
-    columns = padded(geometry.head_dim)
-    # Masks of padded vectors take registers, and so do operands in f32.
-    plain = columns == geometry.head_dim and dtype != jnp.float32
-    chunk = max(LEAST, min(MAX_TOKENS, CHUNK_VALUES // columns)) if plain else LEAST
-    rows = min(MAX_ROWS, padded(queries * group)) if plain and columns > 64 else LEAST
-    tokens = min(chunk, geometry.page_size)
-    warps = 8 if columns > 128 else 4 if columns > 64 else 2
-    stages = DECODE_STAGES if queries == 1 and plain else STAGES
-    return LaunchShape(queries, group, rows, chunk // tokens, tokens, warps, stages)
 
 
 def attend_pages(

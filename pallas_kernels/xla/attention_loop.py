@@ -21,6 +21,7 @@ TILING = Tiling(
     ragged=TileSizes(splits=1, queries=128, tokens=256),
 )
 
+AttendTile = Callable[..., PartialAttention]
 AddTile = Callable[[jax.Array, KVFormat, jax.Array, PartialAttention], PartialAttention]
 
 
@@ -32,7 +33,7 @@ def attend_pages(
     return attend_to(spec, q.astype(jnp.float32), functools.partial(_attend_tile, spec, arena, tiles, layer), tiles)
 
 
-def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
+def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
     """One query a row: tiles of KV splits of many rows' segments, whose sums are kept row by row."""
     num_rows, *heads, head_dim = q.shape
 
@@ -47,7 +48,7 @@ def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Til
     return PartialAttention(*(part[:-1] for part in seen))
 
 
-def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
+def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
     """Query blocks: tiles of one segment, whose sums are kept query by query."""
     shape = TILING.shape(spec)
     num_queries, kv_heads, group, head_dim = q.shape
