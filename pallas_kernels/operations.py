@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32, Int32, UInt16
 
 from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.backends import get_backend
@@ -27,6 +29,12 @@ from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles, plan_tiles
+
+Arena = UInt16[Array, "num_units *unit_shape"]
+Queries = Float[Array, "num_queries heads head_dim"]
+Sinks = Float32[Array, " heads"]
+Indices = Int32[Array, " items"]  # one for each page or token
+Number = Int32[Array, ""]
 
 
 def plan_attention(spec: AttentionSpec, segments: Sequence[BatchSegment], queries: Sequence[QueryRun]) -> Tiles:
@@ -45,11 +53,11 @@ def plan_attention(spec: AttentionSpec, segments: Sequence[BatchSegment], querie
 
 def paged_attention(
     spec: AttentionSpec,
-    q: jax.Array,
-    arena: jax.Array,
+    q: Queries,
+    arena: Arena,
     tiles: Tiles,
-    layer: int | jax.Array,
-    sinks: jax.Array | None = None,
+    layer: int | Number,
+    sinks: Sinks | None = None,
 ) -> PartialAttention:
     """Attention of query tokens to the cached tokens of their rows, in one launch for all formats.
 
@@ -79,12 +87,12 @@ def paged_attention(
 
 def write_tokens(
     spec: WriteSpec,
-    arena: jax.Array,
+    arena: Arena,
     words: Mapping[int, PageWords],
-    pages: jax.Array,
-    offsets: jax.Array,
-    format_ids: jax.Array,
-) -> jax.Array:
+    pages: Indices,
+    offsets: Indices,
+    format_ids: Indices,
+) -> Arena:
     """Writes one new token for each of N rows, every row in its own format.
 
     Args:
@@ -112,8 +120,12 @@ def write_tokens(
 
 
 def write_pages(
-    spec: WriteSpec, arena: jax.Array, words: Mapping[int, PageWords], pages: jax.Array, format_ids: jax.Array
-) -> jax.Array:
+    spec: WriteSpec,
+    arena: Arena,
+    words: Mapping[int, PageWords],
+    pages: Indices,
+    format_ids: Indices,
+) -> Arena:
     """Writes whole pages, all layers, each in its own format.
 
     Args:
@@ -134,11 +146,11 @@ def requantize(
     spec: WriteSpec,
     source: KVFormat,
     target: KVFormat,
-    arena: jax.Array,
-    sources: jax.Array,
-    targets: jax.Array,
-    count: jax.Array,
-) -> jax.Array:
+    arena: Arena,
+    sources: Indices,
+    targets: Indices,
+    count: Number,
+) -> Arena:
     """Reads full pages in one format and writes what they hold to other pages in another, all layers.
 
     Args:

@@ -56,7 +56,7 @@ def slabs_of_pages() -> tuple[np.ndarray, dict[int, object]]:
         shape = (GEOMETRY.num_layers, GEOMETRY.kv_heads, len(units), GEOMETRY.page_size, GEOMETRY.head_dim)
         k, v = (jnp.array(rng.standard_normal(shape, np.float32)) for _ in "kv")
         spec = WriteSpec(GEOMETRY, (get_format(page_class.kv_format),), "xla")
-        arena = write_pages(spec, arena, spec.encode_pages(k, v), units, np.zeros_like(units))
+        arena = write_pages(spec, arena, spec.encode_pages(k, v), jnp.array(units), jnp.zeros(len(units), jnp.int32))
         pages |= dict.fromkeys(units.tolist(), page_class)
     return np.array(arena), pages
 
