@@ -91,13 +91,13 @@ class PageOperations:
     def _save(self, save: Save) -> None:
         for page_class, units in zip(save.pages.classes, save.units, strict=True):
             gather = self._gather(page_class)
-            parts = [np.asarray(gather(self.arena.units, part))[:count] for part, count in _chunks(units, 0)]
+            parts = [np.asarray(gather(self.arena.units, part))[:count] for part, count in _transfers(units, 0)]
             save.pages.words.append(np.concatenate(parts))
 
     def _load(self, load: Load) -> None:
         for page_class, units, words in zip(load.pages.classes, load.units, load.pages.words, strict=True):
             first = 0
-            for part, count in _chunks(units, NOWHERE):
+            for part, count in _transfers(units, NOWHERE):
                 padded = np.zeros((TRANSFERRED_PAGES, *words.shape[1:]), words.dtype)
                 padded[:count] = words[first : first + count]
                 self.arena.units = self._scatter(page_class)(self.arena.units, padded, part)
@@ -175,7 +175,7 @@ def _scatter_pages(arena: jax.Array, words: jax.Array, pages: jax.Array) -> jax.
     return arena.at[units].set(words, mode="drop")
 
 
-def _chunks(units: Sequence[int], padding: int) -> Iterator[tuple[np.ndarray, int]]:
+def _transfers(units: Sequence[int], padding: int) -> Iterator[tuple[np.ndarray, int]]:
     """First units i32[TRANSFERRED_PAGES] at a time, and how many of them count."""
     for first in range(0, len(units), TRANSFERRED_PAGES):
         part = units[first : first + TRANSFERRED_PAGES]

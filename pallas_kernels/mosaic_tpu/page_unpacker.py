@@ -117,7 +117,7 @@ class PageUnpacker:
             parts.append(_shift_lanes(here, below, lane) if lane else here)
         return tuple(parts)
 
-    # -- scale arrays -----------------------------------------------------------------------------------------
+    # -- scale arrays --------------------------------------------------------------------------------------------
 
     def _spread(self, phase: Phase, part: int, words: jax.Array, block: jax.Array) -> jax.Array:
         """For each word the scale that covers it, i32[groups, 128]."""
