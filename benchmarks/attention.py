@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax.pallas_kernels import FORMATS, PageGeometry, choose_unit_words, paged_attention
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation
 
 WORD_BYTES = 2
@@ -92,8 +93,7 @@ def measure(arguments: Arguments, shape: Shape, implementation: Implementation, 
     platform = jax.default_backend()
     page_size = arguments.page_size or (64 if platform == "tpu" else 16)
     tokens = arguments.tokens or (512 if platform == "cpu" else 4096)
-    tpu = implementation == "mosaic_tpu"
-    unit_words = choose_unit_words(shape.head_dim, page_size, tpu=tpu)
+    unit_words = choose_unit_words(shape.head_dim, page_size, tpu=get_backend(implementation).tile_units)
     geometry = PageGeometry(1, shape.kv_heads, shape.head_dim, page_size, unit_words)
     sizes, work = {}, {}
     for case in arguments.cases:
@@ -135,7 +135,7 @@ def decode_call(batch: Batch) -> Callable[[], jax.Array]:
     """Decode attention of the batch, jitted, its inputs on the device."""
     attend = jax.jit(functools.partial(paged_attention, batch.spec))
     q, tiles = jax.device_put((batch.q.astype(jnp.bfloat16), batch.tiles))
-    return lambda: attend(q, batch.arena, tiles, 0).total
+    return lambda: attend(q, batch.arena, tiles, 0).acc
 
 
 def copy_call(num_bytes: int) -> Callable[[], jax.Array]:

@@ -18,15 +18,19 @@ from fineserve_jax.pallas_kernels import (
     PageGeometry,
     QueryRun,
     Tiles,
+    WriteSpec,
     choose_unit_words,
-    commit,
-    commit_pages,
     new_arena,
     paged_attention,
+    plan_attention,
     requantize,
+    write_pages,
+    write_tokens,
 )
+from fineserve_jax.pallas_kernels.arena import NOWHERE
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
+from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers
 
 WORD_BYTES = 2
 PAGES_AT_A_TIME = 256
@@ -101,21 +105,27 @@ def make_batch(
     q = np.random.default_rng(1).standard_normal((slot, heads, geometry.head_dim), np.float32)
     q = jnp.asarray(q / geometry.head_dim**0.5)
     words = sum(len(segment.pages) * program[segment.format_id].words_per_layer(geometry) for segment in segments)
-    return Batch(spec, arena, q, spec.plan(segments, runs), segments, runs, words * WORD_BYTES)
+    return Batch(spec, arena, q, plan_attention(spec, segments, runs), segments, runs, words * WORD_BYTES)
 
 
 def fill(arena: jax.Array, geometry: PageGeometry, plan: dict[KVFormat, list[int]]) -> jax.Array:
     """Writes random pages of each format, by XLA."""
-    write = jax.jit(commit_pages, static_argnums=(5, 6), static_argnames=("implementation",), donate_argnums=0)
+    write = jax.jit(_write_vectors, static_argnums=0, donate_argnums=1)
     shape = (geometry.num_layers, geometry.kv_heads, PAGES_AT_A_TIME, geometry.page_size, geometry.head_dim)
     for seed, (kv_format, pages) in enumerate(plan.items()):
         for i in range(0, len(pages), PAGES_AT_A_TIME):
-            own = np.full(PAGES_AT_A_TIME, 2**30, np.int32)
+            own = np.full(PAGES_AT_A_TIME, NOWHERE, np.int32)
             own[: len(pages[i : i + PAGES_AT_A_TIME])] = pages[i : i + PAGES_AT_A_TIME]
             k, v = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(seed * 65536 + i)))
             ids = jnp.zeros(PAGES_AT_A_TIME, jnp.int32)
-            arena = write(arena, k, v, own, ids, (kv_format,), geometry, implementation="xla")
+            arena = write(WriteSpec(geometry, (kv_format,), "xla"), arena, k, v, own, ids)
     return arena
+
+
+def _write_vectors(
+    spec: WriteSpec, arena: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, format_ids: jax.Array
+) -> jax.Array:
+    return write_pages(spec, arena, spec.encode_pages(k, v), pages, format_ids)
 
 
 def check_operations(implementation: Implementation, console: Console) -> dict[str, float]:
@@ -145,7 +155,7 @@ def check_operations(implementation: Implementation, console: Console) -> dict[s
 
 
 def _geometry(head_dim: int, implementation: Implementation) -> PageGeometry:
-    unit_words = choose_unit_words(head_dim, 16, tpu=implementation == "mosaic_tpu")
+    unit_words = choose_unit_words(head_dim, 16, tpu=get_backend(implementation).tile_units)
     return PageGeometry(1, 2, head_dim, 16, unit_words)
 
 
@@ -167,7 +177,7 @@ def oracle(batch: Batch, q: np.ndarray) -> np.ndarray:
         if not own:
             continue
         k, v = (np.concatenate(part, axis=1) for part in zip(*own, strict=True))
-        mine = slice(run.first_slot, run.first_slot + run.num_queries)
+        mine = slice(run.start, run.start + run.num_queries)
         grouped = q[mine].reshape(run.num_queries, geometry.kv_heads, -1, geometry.head_dim)
         logits = np.einsum("qhgd,htd->qhgt", grouped, k)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -185,7 +195,7 @@ def _read(batch: Batch, segment: BatchSegment) -> list[np.ndarray]:
 
 
 def write_differences(geometry: PageGeometry, implementation: Implementation) -> float:
-    """The share of an arena's words that differ from XLA's, after commits and requantizations of all formats."""
+    """The share of an arena's words that differ from XLA's, after writes and requantizations of all formats."""
     arenas = [np.asarray(_write_everything(geometry, name)) for name in (implementation, "xla")]
     return float((arenas[0] != arenas[1]).mean())
 
@@ -201,23 +211,14 @@ def _write_everything(geometry: PageGeometry, implementation: Implementation) ->
     pages = jnp.arange(1, num_pages + 1, dtype=jnp.int32) * stride
     ids = jnp.arange(num_pages, dtype=jnp.int32)
     arena = new_arena(geometry, (2 * num_pages + 1) * stride)
-    arena = commit_pages(arena, k, v, pages, ids % len(every), every, geometry, implementation=implementation)
-    wide = jnp.where(ids % len(every) < len(token_wise), pages, 2**30)
-    arena = commit(
-        arena,
-        k[:, :, ::-1, 3],
-        v[:, :, ::-1, 3],
-        wide,
-        ids % geometry.page_size,
-        ids % len(every),
-        token_wise,
-        geometry,
-        implementation=implementation,
-    )
+    spec = WriteSpec(geometry, every, implementation)
+    arena = write_pages(spec, arena, spec.encode_pages(k, v), pages, ids % len(every))
+    wide = jnp.where(ids % len(every) < len(token_wise), pages, NOWHERE)
+    tokens = WriteSpec(geometry, token_wise, implementation)
+    words = tokens.encode_tokens(k[:, :, ::-1, 3], v[:, :, ::-1, 3])
+    arena = write_tokens(tokens, arena, words, wide, ids % geometry.page_size, ids % len(every))
     for i, target in enumerate(every):
         source = jnp.array([2, 2 + len(every)], jnp.int32) * stride  # bf16 pages
         own = (num_pages + 1 + 2 * i + jnp.arange(2, dtype=jnp.int32)) * stride
-        arena = requantize(
-            arena, source, own, jnp.int32(2), FORMATS["bf16"], target, geometry, implementation=implementation
-        )
+        arena = requantize(spec, FORMATS["bf16"], target, arena, source, own, jnp.int32(2))
     return arena

@@ -24,8 +24,8 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.perplexity import measure_perplexity, read_text
 from fineserve_jax.loaders import load_model
-from fineserve_jax.pallas_kernels.formats import FORMATS, PageWords, Planes, get_format, register
-from fineserve_jax.pallas_kernels.formats.wide import Float32
+from fineserve_jax.pallas_kernels.formats import FORMATS, PackedLanes, PageWords, get_format, register
+from fineserve_jax.pallas_kernels.formats.wide import Float32KV
 
 Quantise = Callable[[jax.Array], jax.Array]  # f32[..., T, D] -> the same, rounded to what 4 bits keep
 
@@ -39,7 +39,7 @@ class Arguments:
     windows: int = 8
 
 
-class Simulated(Float32):
+class Simulated(Float32KV):
     """A page-wise scheme, given as what it makes of keys and of values."""
 
     residual = "int8"
@@ -47,7 +47,7 @@ class Simulated(Float32):
     def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
         self.name, self.bits, self._k, self._v = name, bits, k, v
 
-    def encode(self, k: Planes, v: Planes) -> PageWords:
+    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
         return super().encode((self._k(*k),), (self._v(*v),))
 
 
@@ -73,9 +73,9 @@ def by_channel(x: jax.Array) -> jax.Array:
 
 
 def rotated(quantise: Quantise) -> Quantise:
-    """The same in the basis that the project's int4 uses."""
-    basis = get_format("int4")
-    return lambda x: basis.from_basis(quantise(basis.to_basis(x)))
+    """The same of vectors that are rotated as the project's int4 does."""
+    int4 = get_format("int4")
+    return lambda x: int4.unrotate(quantise(int4.rotate(x)))
 
 
 SCHEMES = [

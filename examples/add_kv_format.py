@@ -16,62 +16,69 @@ import numpy as np
 from fineserve_jax import Engine, EngineConfig
 from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import load_model
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageVectors, PageWords, Planes, register
-from fineserve_jax.pallas_kernels.formats.int4 import hadamard
-from fineserve_jax.pallas_kernels.formats.packing import (
+from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PackedLanes, PageVectors, PageWords, register
+from fineserve_jax.pallas_kernels.formats.bit_packing import (
     bf16_to_words,
     largest,
     nearest_codes,
-    pack_planar,
+    pack_lanes,
     unpack_unsigned,
     words_to_f32,
 )
+from fineserve_jax.pallas_kernels.formats.int4 import hadamard
 
-PLANES = 8  # values that share a 16-bit word
-SMALLEST_STEP = 2.0**-100
+LANES = 8  # values that share a 16-bit word
+SMALLEST_SCALE = 2.0**-100
 
 
 class Int2(KVFormat):
     """Four levels a value; vectors rotated as in int4, which makes their channels nearly normal.
 
-    Keys: levels from the smallest to the largest number of each channel in a page. Values: step * (-1.5, -0.5, 0.5,
-    1.5), one step a token. The best step for normal numbers is their standard deviation (Max, 1960), and the largest of
-    64 to 128 of them is about 2.5 of these.
+    Keys: levels from the smallest to the largest number of each channel in a page; the smallest is the zero point.
+    Values: scale * (-1.5, -0.5, 0.5, 1.5), one scale a token. The best scale for normal numbers is their standard
+    deviation (Max, 1960), and the largest of 64 to 128 of them is about 2.5 of these.
     """
 
     name = "int2"
     value_bits = 2
-    aux = (*[Aux.CHANNEL] * 2 * PLANES, Aux.TOKEN)  # of the planes of K lowest levels, then steps; the steps of V
-    residual = "bf16"  # channels' ranges take a whole page; until it is full, its tokens are kept so
+    # Of each packed lane of K its zero points, then of each its scales; then the scales of V.
+    scales = (*[Granularity.CHANNEL] * 2 * LANES, Granularity.TOKEN)
+    residual = "bf16"  # scales by channel take a whole page; until it is full, its tokens are kept so
 
-    def encode(self, k: Planes, v: Planes) -> PageWords:
-        low_words = [bf16_to_words(jnp.min(plane, axis=-2, keepdims=True)) for plane in k]
-        lows = [words_to_f32(words) for words in low_words]
-        ranges = [jnp.max(plane, axis=-2, keepdims=True) - low for plane, low in zip(k, lows, strict=True)]
-        k_words, k_steps = _quantise(k, lows, [extent / 3 for extent in ranges])
-        step = largest(tuple(jnp.abs(plane) for plane in v)) / 2.5
-        v_words, v_steps = _quantise(v, [-1.5 * step] * PLANES, [step])
-        return PageWords((k_words,), (v_words,), (*low_words, *k_steps, *v_steps))
+    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
+        zero_point_words = [bf16_to_words(jnp.min(lane, axis=-2, keepdims=True)) for lane in k]
+        zero_points = [words_to_f32(words) for words in zero_point_words]
+        pairs = zip(k, zero_points, strict=True)
+        extents = [jnp.max(lane, axis=-2, keepdims=True) - zero_point for lane, zero_point in pairs]
+        k_words, k_scales = _quantize(k, zero_points, [extent / 3 for extent in extents])
+        scale = largest(tuple(jnp.abs(lane) for lane in v)) / 2.5
+        v_words, v_scales = _quantize(v, [-1.5 * scale] * LANES, [scale])
+        return PageWords((k_words,), (v_words,), (*zero_point_words, *k_scales, *v_scales))
 
-    def read_aux(self, aux: Planes) -> Planes:
-        return tuple(words_to_f32(words) for words in aux)
+    def read_scales(self, scales: PackedLanes) -> PackedLanes:
+        return tuple(words_to_f32(words) for words in scales)
 
-    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
-        lows, steps, v_step = numbers[:PLANES], numbers[PLANES:-1], numbers[-1]
-        planes = zip(unpack_unsigned(k[0], 2), steps, lows, strict=True)
-        keys = tuple(level * step + low for level, step, low in planes)
-        return PageVectors(keys, tuple(level - 1.5 for level in unpack_unsigned(v[0], 2)), v_scale=v_step)
+    def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
+        zero_points, k_scales, v_scale = scales[:LANES], scales[LANES:-1], scales[-1]
+        levels = zip(unpack_unsigned(k[0], 2), k_scales, zero_points, strict=True)
+        keys = tuple(level * scale + zero_point for level, scale, zero_point in levels)
+        return PageVectors(keys, tuple(level - 1.5 for level in unpack_unsigned(v[0], 2)), v_scale=v_scale)
 
     def rotation(self, head_dim: int) -> np.ndarray:
         return hadamard(head_dim)
 
 
-def _quantise(planes: Planes, lows: list[jax.Array], steps: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-    """The words of f32 planes, and the bits of their steps: one a plane or one for all. Levels fit rounded steps."""
-    step_words = [bf16_to_words(jnp.maximum(step, SMALLEST_STEP)) for step in steps]
-    rounded = [words_to_f32(words) for words in step_words] * (PLANES // len(steps))
-    levels = (nearest_codes((plane - low) / step, 0, 3) for plane, low, step in zip(planes, lows, rounded, strict=True))
-    return pack_planar(tuple(levels), 2), step_words
+def _quantize(
+    lanes: PackedLanes, zero_points: list[jax.Array], scales: list[jax.Array]
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The words of f32 lanes, and the bits of their scales: one a lane or one for all. Levels fit rounded scales."""
+    scale_words = [bf16_to_words(jnp.maximum(scale, SMALLEST_SCALE)) for scale in scales]
+    rounded = [words_to_f32(words) for words in scale_words] * (LANES // len(scales))
+    levels = (
+        nearest_codes((lane - zero_point) / scale, 0, 3)
+        for lane, zero_point, scale in zip(lanes, zero_points, rounded, strict=True)
+    )
+    return pack_lanes(tuple(levels), 2), scale_words
 
 
 def main(text: str) -> None:

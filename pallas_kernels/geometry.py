@@ -12,9 +12,6 @@ W is the words of one head vector (`KVFormat.vector_words`). Only a layer as a w
 import math
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-
 MAX_UNIT_WORDS = 128
 NARROWEST_BITS = 4
 # What a TPU copies as a whole: 8 sublanes of 128 lanes.
@@ -56,8 +53,3 @@ def choose_unit_words(head_dim: int, page_size: int, narrowest_bits: int = NARRO
         return math.prod(TPU_TILE)
     narrowest_block = page_size * head_dim * narrowest_bits // 16
     return math.gcd(narrowest_block, MAX_UNIT_WORDS)
-
-
-def new_arena(geometry: PageGeometry, num_units: int) -> jax.Array:
-    """An empty arena, u16[num_units, *unit_shape]. Unit 0 is the null page that padding points at."""
-    return jnp.zeros((num_units, *geometry.unit_shape), jnp.uint16)

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords, Planes
+from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PackedLanes, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
 
@@ -14,7 +14,7 @@ def lay_out(words: PageWords, kv_format: KVFormat, geometry: PageGeometry) -> ja
 
     `a` and `b` are layers and pages, or pages and layers. Padding is 0.
     """
-    parts = [joined(words.k), joined(words.v), *words.aux]
+    parts = [joined(words.k), joined(words.v), *words.scales]
     flat = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)
     units = kv_format.units_per_layer(geometry)
     flat = jnp.pad(flat, [(0, 0), (0, 0), (0, units * geometry.unit_words - flat.shape[-1])])
@@ -26,17 +26,17 @@ def take_apart(layers: jax.Array, kv_format: KVFormat, geometry: PageGeometry) -
     block = kv_format.block_words(geometry)
     size = geometry.kv_heads * block
 
-    def vectors(start: int) -> Planes:
+    def vectors(start: int) -> PackedLanes:
         return split(_part(layers, start, geometry, geometry.page_size, block // geometry.page_size), kv_format)
 
-    return PageWords(vectors(0), vectors(size), take_aux_apart(layers[..., 2 * size :], kv_format, geometry))
+    return PageWords(vectors(0), vectors(size), take_scales_apart(layers[..., 2 * size :], kv_format, geometry))
 
 
-def take_aux_apart(words: jax.Array, kv_format: KVFormat, geometry: PageGeometry) -> Planes:
-    """The auxiliary parts, u16[..., heads, ...], of u16[..., words] that begin with the first of them."""
+def take_scales_apart(words: jax.Array, kv_format: KVFormat, geometry: PageGeometry) -> PackedLanes:
+    """The scale arrays, u16[..., heads, ...], of u16[..., words] that begin with the first of them."""
     parts, start = [], 0
-    for kind, size in zip(kv_format.aux, kv_format.aux_sizes(geometry), strict=True):
-        parts.append(_part(words, start, geometry, *((size, 1) if kind is Aux.TOKEN else (1, size))))
+    for kind, size in zip(kv_format.scales, kv_format.scale_sizes(geometry), strict=True):
+        parts.append(_part(words, start, geometry, *((size, 1) if kind is Granularity.TOKEN else (1, size))))
         start += geometry.kv_heads * size
     return tuple(parts)
 
@@ -47,11 +47,11 @@ def _part(words: jax.Array, start: int, geometry: PageGeometry, *shape: int) -> 
     return words[..., start : start + size].reshape(*words.shape[:-1], geometry.kv_heads, *shape)
 
 
-def joined(parts: Planes) -> jax.Array:
+def joined(parts: PackedLanes) -> jax.Array:
     """The word parts of vectors, one after the other."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def split(vectors: jax.Array, kv_format: KVFormat) -> Planes:
+def split(vectors: jax.Array, kv_format: KVFormat) -> PackedLanes:
     """The inverse of `joined`."""
     return tuple(jnp.split(vectors, kv_format.word_parts, axis=-1))

@@ -1,4 +1,7 @@
-"""Attention in parts: partial softmax sums that merge (Milakov and Gimelshein, arXiv 1805.02867)."""
+"""Attention in parts: partial softmax sums that merge (Milakov and Gimelshein, arXiv 1805.02867).
+
+Names are those of flash attention (Dao et al., arXiv 2205.14135): m, l and acc.
+"""
 
 from typing import NamedTuple
 
@@ -12,23 +15,23 @@ class PartialAttention(NamedTuple):
     """Attention of each query over some of its keys.
 
     Attributes:
-        peak: f32[...], the largest logit; `NEGATIVE` if there was no key.
-        weight: f32[...], the sum of exp(logit - peak); 0 if there was no key.
-        total: f32[..., head_dim], the sum of exp(logit - peak) * value.
+        m: f32[...], the largest logit; `NEGATIVE` if there was no key.
+        l: f32[...], the sum of exp(logit - m); 0 if there was no key.
+        acc: f32[..., head_dim], the sum of exp(logit - m) * value.
     """
 
-    peak: jax.Array
-    weight: jax.Array
-    total: jax.Array
+    m: jax.Array
+    l: jax.Array
+    acc: jax.Array
 
     def merge(self, other: "PartialAttention") -> "PartialAttention":
         """Attention over the keys of both."""
-        peak = jnp.maximum(self.peak, other.peak)
-        mine, theirs = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
+        m = jnp.maximum(self.m, other.m)
+        mine, theirs = jnp.exp(self.m - m), jnp.exp(other.m - m)
         return PartialAttention(
-            peak,
-            self.weight * mine + other.weight * theirs,
-            self.total * mine[..., None] + other.total * theirs[..., None],
+            m,
+            self.l * mine + other.l * theirs,
+            self.acc * mine[..., None] + other.acc * theirs[..., None],
         )
 
     def merge_rows(self, rows: jax.Array, parts: "PartialAttention") -> "PartialAttention":
@@ -38,21 +41,21 @@ class PartialAttention(NamedTuple):
             rows: i32[P].
             parts: of f32[P, ...], this being of f32[rows, ...]. Costs nothing for rows that have no part.
         """
-        peak = self.peak.at[rows].max(parts.peak)
-        mine, theirs = jnp.exp(self.peak[rows] - peak[rows]), jnp.exp(parts.peak - peak[rows])
+        m = self.m.at[rows].max(parts.m)
+        mine, theirs = jnp.exp(self.m[rows] - m[rows]), jnp.exp(parts.m - m[rows])
         # A row with several parts is scaled down once for all: it is set as often, to the same values.
-        weight = self.weight.at[rows].set(self.weight[rows] * mine).at[rows].add(parts.weight * theirs)
-        scaled = self.total.at[rows].set(self.total[rows] * mine[..., None])
-        return PartialAttention(peak, weight, scaled.at[rows].add(parts.total * theirs[..., None]))
+        l = self.l.at[rows].set(self.l[rows] * mine).at[rows].add(parts.l * theirs)
+        scaled = self.acc.at[rows].set(self.acc[rows] * mine[..., None])
+        return PartialAttention(m, l, scaled.at[rows].add(parts.acc * theirs[..., None]))
 
     def output(self) -> jax.Array:
         """f32[..., head_dim]: the attention output; 0 for queries that saw no key."""
-        return self.total / jnp.where(self.weight > 0, self.weight, 1.0)[..., None]
+        return self.acc / jnp.where(self.l > 0, self.l, 1.0)[..., None]
 
     @property
     def log_sum_exp(self) -> jax.Array:
         """f32[...]: the logarithm of the softmax's denominator; minus infinity if there was no key."""
-        return self.peak + jnp.log(self.weight)
+        return self.m + jnp.log(self.l)
 
 
 def no_attention(shape: tuple[int, ...], head_dim: int) -> PartialAttention:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fineserve_jax.pallas_kernels import formats
-from fineserve_jax.pallas_kernels.formats import FORMATS, get_format, packing
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
+from fineserve_jax.pallas_kernels.formats import FORMATS, bit_packing, get_format
 from fineserve_jax.scheduler import POLICIES
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ def blocks() -> list[str]:
 @pytest.fixture
 def registries():
     """As they were, afterwards."""
-    kept = [(registry, dict(registry)) for registry in (FORMATS, POLICIES)]
+    kept = [(registry, dict(registry)) for registry in (FORMATS, FORMAT_SIZES, POLICIES)]
     yield
     for registry, before in kept:
         registry.clear()
@@ -40,7 +41,7 @@ def relative_errors(name: str) -> list[float]:
 def test_the_format_and_the_policy_of_the_readme_can_be_registered():
     """Two bits a normal number keep it to within 0.35 of a standard deviation at best (Max, 1960)."""
     (block,) = (block for block in blocks() if "KVFormat" in block)
-    exec(block, vars(formats) | vars(packing) | {"jnp": jnp, "POLICIES": POLICIES})
+    exec(block, vars(formats) | vars(bit_packing) | {"jnp": jnp, "POLICIES": POLICIES})
     assert max(relative_errors("int2")) < 0.45
     assert "longest_first" in POLICIES
 

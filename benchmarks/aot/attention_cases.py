@@ -21,11 +21,11 @@ from benchmarks.aot.cases import (
     arena_shape,
     models_of_single_formats,
     shapes_of,
-    without_aux,
+    without_scales,
 )
 from benchmarks.aot.targets import Platform
 from fineserve_jax.pallas_kernels import FORMATS, AttentionSpec, KVFormat
-from fineserve_jax.pallas_kernels.attention import paged_attention
+from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
 
 ROWS, CONTEXT, CHUNK_TOKENS = 64, 8192, 512
 EVERY_FORMAT = tuple(FORMATS.values())
@@ -55,10 +55,10 @@ def attention_case(
 ) -> Case:
     """Attention of `ROWS` decoding rows, or of a chunk of tokens of several rows; `dtype` is that of the queries."""
     case = _case(platform, operation, model, name, formats, dtype)
-    if platform == "tpu" or not any(kv_format.aux for kv_format in formats):
+    if platform == "tpu" or not any(kv_format.scales for kv_format in formats):
         return case
-    bare = _case(platform, operation, model, name, tuple(map(without_aux, formats)), dtype)
-    return dataclasses.replace(case, without_aux=bare)
+    bare = _case(platform, operation, model, name, tuple(map(without_scales, formats)), dtype)
+    return dataclasses.replace(case, without_scales=bare)
 
 
 def _case(
@@ -78,14 +78,14 @@ def _case(
         implementation=IMPLEMENTATION[platform],
         interpret=False,
     )
-    q = jax.ShapeDtypeStruct((spec.tile_shape.num_queries, model.heads, model.head_dim), dtype)
+    q = jax.ShapeDtypeStruct((spec.query_axis_size, model.heads, model.head_dim), dtype)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     return Case(
         operation if dtype == jnp.bfloat16 else f"{operation} in f32",
         model.name,
         name,
         functools.partial(paged_attention, spec),
-        (q, arena_shape(geometry), shapes_of(spec.plan([], [])), layer),
+        (q, arena_shape(geometry), shapes_of(plan_attention(spec, [], [])), layer),
         ARENA_WORDS,
         model.head_dim,
         reads_pages=True,

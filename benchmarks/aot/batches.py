@@ -13,8 +13,9 @@ from benchmarks.aot.launches import KernelTraffic
 from benchmarks.aot.results import Bytes
 from benchmarks.aot.traffic import count_traffic
 from fineserve_jax.pallas_kernels import AttentionSpec, BatchSegment, KVFormat, PageGeometry, QueryRun
-from fineserve_jax.pallas_kernels.attention import paged_attention
-from fineserve_jax.pallas_kernels.formats import Aux
+from fineserve_jax.pallas_kernels.backends import get_backend
+from fineserve_jax.pallas_kernels.formats import Granularity
+from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
 
 # Cached tokens of a row of each format: many pages, and a last one that is partly filled. A format alone gets two rows.
 LENGTHS = (1021, 765)
@@ -52,7 +53,7 @@ class AttentionBatch:
         new = 1 if full.decodes else NEW_TOKENS
         segments, num_units = _segments(spec, lengths)
         queries = [QueryRun(s.row * new, new, s.num_tokens) for s in segments]
-        tiles = spec.plan(segments, queries)
+        tiles = plan_attention(spec, segments, queries)
         q = jax.ShapeDtypeStruct((num_rows * new, heads, geometry.head_dim), self.dtype)
         arena = jax.ShapeDtypeStruct((num_units, *geometry.unit_shape), jnp.uint16)
         kernels = count_traffic(functools.partial(paged_attention, spec), q, arena, tiles, np.int32(0))
@@ -60,7 +61,7 @@ class AttentionBatch:
         tables = 4 * (int(np.sum(-(-tiles.num_tokens // geometry.page_size))) + 4 * num_tiles + 3 * num_rows)
         held = sum(held_bytes(spec.formats[s.format_id], geometry, s.num_tokens) for s in segments)
         padding = sum(padding_bytes(spec.formats[s.format_id], geometry, len(s.pages)) for s in segments)
-        whole_units = spec.implementation == "mosaic_tpu"
+        whole_units = get_backend(spec.implementation).tile_units
         moved, other = _sort_traffic(kernels, num_units * geometry.unit_words)
         return Bytes(held + tables, padding if whole_units else 0, moved, other)
 
@@ -80,11 +81,11 @@ def _segments(spec: AttentionSpec, lengths: tuple[int, ...]) -> tuple[list[Batch
 
 
 def held_bytes(kv_format: KVFormat, geometry: PageGeometry, num_tokens: int) -> int:
-    """Bytes of one layer's keys, values and auxiliary parts of `num_tokens` tokens, all heads."""
+    """Bytes of one layer's keys, values and scale arrays of `num_tokens` tokens, all heads."""
     num_pages = -(-num_tokens // geometry.page_size)
     words = 2 * num_tokens * kv_format.vector_words(geometry)
-    for kind, size in zip(kv_format.aux, kv_format.aux_sizes(geometry), strict=True):
-        words += num_tokens if kind is Aux.TOKEN else num_pages * size
+    for kind, size in zip(kv_format.scales, kv_format.scale_sizes(geometry), strict=True):
+        words += num_tokens if kind is Granularity.TOKEN else num_pages * size
     return 2 * geometry.kv_heads * words
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from benchmarks.aot.results import Bytes, Result
 from benchmarks.aot.targets import Platform
 from fineserve_jax.pallas_kernels import KVFormat, PageGeometry, choose_unit_words
-from fineserve_jax.pallas_kernels.formats import Planes
+from fineserve_jax.pallas_kernels.formats import PackedLanes
 from fineserve_jax.pallas_kernels.implementation import Implementation
 
 IMPLEMENTATION: dict[Platform, Implementation] = {"gpu": "triton", "tpu": "mosaic_tpu"}
@@ -68,8 +68,8 @@ class Case:
         head_dim: of the model.
         donate: arguments whose memory the results may take.
         reads_pages: whether its kernels load keys and values from the arena.
-        without_aux: the same program for formats whose scales and the like are constants, so that all that it loads of
-            the arena are keys and values; None where the formats have none.
+        without_scales: the same program for formats whose scales and zero points are constants, so that all that it
+            loads of the arena are keys and values; None where the formats have none.
         batch: for which traffic is counted; None: not.
         strict_bytes: whether the bytes moved must be those of the pages and tables.
     """
@@ -83,7 +83,7 @@ class Case:
     head_dim: int
     donate: tuple[int, ...] = ()
     reads_pages: bool = False
-    without_aux: "Case | None" = None
+    without_scales: "Case | None" = None
     batch: Batch | None = None
     strict_bytes: bool = True
 
@@ -117,13 +117,13 @@ def arena_shape(geometry: PageGeometry) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((ARENA_WORDS // geometry.unit_words, *geometry.unit_shape), jnp.uint16)
 
 
-def without_aux(kv_format: KVFormat) -> KVFormat:
-    """A format like this one, whose auxiliary parts all read as 1: compilers then drop the loads of them."""
+def without_scales(kv_format: KVFormat) -> KVFormat:
+    """A format like this one, whose scales and zero points all read as 1: compilers then drop the loads of them."""
 
-    class WithoutAux(type(kv_format)):  # type: ignore[misc]
-        def read_aux(self, aux: Planes) -> Planes:
-            return tuple(jnp.ones_like(numbers) for numbers in kv_format.read_aux(aux))
+    class WithoutScales(type(kv_format)):  # type: ignore[misc]
+        def read_scales(self, scales: PackedLanes) -> PackedLanes:
+            return tuple(jnp.ones_like(array) for array in kv_format.read_scales(scales))
 
     other = copy.copy(kv_format)
-    other.__class__ = WithoutAux
+    other.__class__ = WithoutScales
     return other

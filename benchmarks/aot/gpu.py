@@ -85,12 +85,12 @@ class GpuCompiler:
         Chips whose kernels have the same loads share what was found out, as that takes another compilation.
         """
         of_arena = {name: loads for name, (loads, _) in split.items() if arenas[_base_name(name)]}
-        if case.without_aux is None:
+        if case.without_scales is None:
             return of_arena
         known, pages = self.known_page_loads.get(case.title, (None, {}))
         if known != of_arena:
             with tempfile.TemporaryDirectory() as folder:
-                self._compile(case.without_aux, Path(folder))
+                self._compile(case.without_scales, Path(folder))
                 ptx = [path.read_text() for path in Path(folder).glob("*.ptx")]
             pages = {name: loads for name, (loads, _) in _split_loads(ptx, arenas).items() if name in of_arena}
             pages = {name: _within(loads, of_arena[name]) for name, loads in pages.items()}

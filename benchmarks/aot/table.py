@@ -7,7 +7,7 @@ from rich.table import Table
 
 from benchmarks.aot.results import Result
 from benchmarks.aot.targets import TARGETS
-from fineserve_jax.pallas_kernels.triton.attention import MAX_ROWS
+from fineserve_jax.pallas_kernels.triton.launch_shape import MAX_ROWS
 
 GPUS = {target.name for target in TARGETS["gpu"]}
 Column = tuple[str, Callable[[Result], str]]

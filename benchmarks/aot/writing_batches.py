@@ -13,14 +13,34 @@ import numpy as np
 from benchmarks.aot.batches import held_bytes, padding_bytes
 from benchmarks.aot.results import Bytes
 from benchmarks.aot.traffic import count_traffic
-from fineserve_jax.pallas_kernels import KVFormat, PageGeometry, commit, commit_pages, requantize
+from fineserve_jax.pallas_kernels import KVFormat, PageGeometry, WriteSpec, requantize, write_pages, write_tokens
 from fineserve_jax.pallas_kernels.implementation import Implementation
 
 PAGES = 2  # of each format
 
 
+def encode_and_write_tokens(
+    spec: WriteSpec,
+    arena: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    offsets: jax.Array,
+    format_ids: jax.Array,
+) -> jax.Array:
+    """One new token, k and v of [layers, kv_heads, N, head_dim], for each of N rows."""
+    return write_tokens(spec, arena, spec.encode_tokens(k, v), pages, offsets, format_ids)
+
+
+def encode_and_write_pages(
+    spec: WriteSpec, arena: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, format_ids: jax.Array
+) -> jax.Array:
+    """Whole pages, k and v of [layers, kv_heads, pages, T, head_dim]."""
+    return write_pages(spec, arena, spec.encode_pages(k, v), pages, format_ids)
+
+
 @dataclass(frozen=True)
-class CommitBatch:
+class WriteBatch:
     """New tokens, or whole pages, of one layer: two in each format."""
 
     implementation: Implementation
@@ -35,16 +55,16 @@ class CommitBatch:
         format_ids = np.repeat(np.arange(len(self.formats), dtype=np.int32), PAGES)
         tokens = (len(pages), geometry.page_size) if self.whole_pages else (len(pages),)
         vectors = jax.ShapeDtypeStruct((1, geometry.kv_heads, *tokens, geometry.head_dim), jnp.bfloat16)
-        options: dict[str, Any] = {"formats": self.formats, "geometry": geometry, "implementation": self.implementation}
+        spec = WriteSpec(geometry, self.formats, self.implementation, interpret=False)
         if self.whole_pages:
-            function, numbers = functools.partial(commit_pages, **options, interpret=False), [pages, format_ids]
+            function, indices = functools.partial(encode_and_write_pages, spec), [pages, format_ids]
         else:
             offsets = np.full(len(pages), 3, np.int32)
-            function, numbers = functools.partial(commit, **options, interpret=False), [pages, offsets, format_ids]
+            function, indices = functools.partial(encode_and_write_tokens, spec), [pages, offsets, format_ids]
         count = geometry.page_size if self.whole_pages else 1
         must = PAGES * sum(held_bytes(kv_format, geometry, count) for kv_format in self.formats)
         padding = sum(padding_bytes(kv_format, geometry, PAGES) for kv_format in self.formats)
-        return _count(function, geometry, num_units, [vectors, vectors, *numbers], must, padding * self.whole_pages)
+        return _count(function, geometry, num_units, [vectors, vectors, *indices], must, padding * self.whole_pages)
 
 
 @dataclass(frozen=True)
@@ -61,14 +81,8 @@ class RequantizeBatch:
         geometry = dataclasses.replace(self.geometry, num_layers=1)
         both = (self.source, self.target)
         pages, num_units = _lay_out(both, geometry)
-        function = functools.partial(
-            requantize,
-            source_format=self.source,
-            target_format=self.target,
-            geometry=geometry,
-            implementation=self.implementation,
-            interpret=False,
-        )
+        spec = WriteSpec(geometry, both, self.implementation, interpret=False)
+        function = functools.partial(requantize, spec, *both)
         must = PAGES * sum(held_bytes(kv_format, geometry, geometry.page_size) for kv_format in both)
         padding = sum(padding_bytes(kv_format, geometry, PAGES) for kv_format in both)
         arguments = [pages[:PAGES], pages[PAGES:], np.int32(PAGES)]

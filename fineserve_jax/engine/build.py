@@ -19,10 +19,11 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import build_model
+from fineserve_jax.pallas_kernels.arena import NOWHERE
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
-from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.runner import ModelRunner
@@ -86,7 +87,7 @@ def build_engine(
     implementation = kernel_implementation()
     configs = _model_configs(models, config, settings)
     limits = {name: _max_seq_len(name, model, configs[name]) for name, model in models.items()}
-    geometries = page_geometries(models, config.page_size, tpu=implementation == "mosaic_tpu")
+    geometries = page_geometries(models, config.page_size, tpu=get_backend(implementation).tile_units)
     classes: dict[tuple[str, str], PageClass] = {}
     for name, geometry in geometries.items():
         classes |= page_classes(name, geometry, config.served_formats)

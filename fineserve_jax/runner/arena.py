@@ -2,7 +2,8 @@
 
 import jax
 
-from fineserve_jax.pallas_kernels.geometry import PageGeometry, new_arena
+from fineserve_jax.pallas_kernels.arena import new_arena
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
 
 class Arena:

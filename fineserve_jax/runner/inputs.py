@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
+from fineserve_jax.pallas_kernels.operations import plan_attention
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
-from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.shapes import StepSpec
 
@@ -57,7 +58,7 @@ class ChunkInputs(NamedTuple):
 
 
 class ClosingInputs(NamedTuple):
-    """Tail pages that the step fills, to be encoded into pages of their own, by page-wise format.
+    """Residual pages that the step fills, to be encoded into pages of their own, by page-wise format.
 
     Attributes:
         sources, targets: i32[page-wise formats, rows], first units.
@@ -182,7 +183,7 @@ class _Builder:
             positions=self.positions[:rows],
             pages=self.row_pages,
             format_ids=self.row_formats,
-            tiles=spec.decode_attention.plan(self.decode_segments, self.decode_queries),
+            tiles=plan_attention(spec.decode_attention, self.decode_segments, self.decode_queries),
         )
         if not spec.chunk_pages:
             return StepInputs(decode, None, self._closing_inputs(), self.sample_slots)
@@ -195,7 +196,7 @@ class _Builder:
             written_format_ids=self.written,
             newest_format_ids=self.newest,
             full_format_ids=self.full,
-            tiles=spec.chunk_attention.plan(self.chunk_segments, self.chunk_queries),
+            tiles=plan_attention(spec.chunk_attention, self.chunk_segments, self.chunk_queries),
         )
         return StepInputs(decode, chunk, self._closing_inputs(), self.sample_slots)
 

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.attention import AttentionSpec, paged_attention
+from fineserve_jax.pallas_kernels.chunk_attention import attend_within
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
+from fineserve_jax.pallas_kernels.operations import paged_attention
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
-from fineserve_jax.pallas_kernels.xla.within import attend_within
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.shapes import StepSpec
 

@@ -16,10 +16,12 @@ from jax import lax
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.operations import Copy, Load, PageOperation, Save
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.pallas_kernels.writing import NOWHERE, requantize
+from fineserve_jax.pallas_kernels.operations import requantize
+from fineserve_jax.pallas_kernels.specs import WriteSpec
 from fineserve_jax.runner.arena import Arena
 
 COPIES = 64  # of a call, the rest being padding
@@ -89,13 +91,13 @@ class PageOperations:
     def _save(self, save: Save) -> None:
         for page_class, units in zip(save.pages.classes, save.units, strict=True):
             gather = self._gather(page_class)
-            parts = [np.asarray(gather(self.arena.units, part))[:count] for part, count in _chunks(units, 0)]
+            parts = [np.asarray(gather(self.arena.units, part))[:count] for part, count in _transfers(units, 0)]
             save.pages.words.append(np.concatenate(parts))
 
     def _load(self, load: Load) -> None:
         for page_class, units, words in zip(load.pages.classes, load.units, load.pages.words, strict=True):
             first = 0
-            for part, count in _chunks(units, NOWHERE):
+            for part, count in _transfers(units, NOWHERE):
                 padded = np.zeros((TRANSFERRED_PAGES, *words.shape[1:]), words.dtype)
                 padded[:count] = words[first : first + count]
                 self.arena.units = self._scatter(page_class)(self.arena.units, padded, part)
@@ -116,14 +118,9 @@ class PageOperations:
         if source is target or source.kv_format == target.kv_format:
             units = source.page_units
             return self._program(("copy", units), functools.partial(copy_pages, page_units=units))
-        convert = functools.partial(
-            requantize,
-            source_format=get_format(source.kv_format),
-            target_format=get_format(target.kv_format),
-            geometry=self.geometries[source.model],
-            implementation=self.implementation,
-        )
-        return self._program(("convert", source, target), convert)
+        formats = get_format(source.kv_format), get_format(target.kv_format)
+        spec = WriteSpec(self.geometries[source.model], formats, self.implementation)
+        return self._program(("convert", source, target), functools.partial(requantize, spec, *formats))
 
     def _gather(self, page_class: PageClass) -> Callable[..., jax.Array]:
         units = page_class.page_units
@@ -178,7 +175,7 @@ def _scatter_pages(arena: jax.Array, words: jax.Array, pages: jax.Array) -> jax.
     return arena.at[units].set(words, mode="drop")
 
 
-def _chunks(units: Sequence[int], padding: int) -> Iterator[tuple[np.ndarray, int]]:
+def _transfers(units: Sequence[int], padding: int) -> Iterator[tuple[np.ndarray, int]]:
     """First units i32[TRANSFERRED_PAGES] at a time, and how many of them count."""
     for first in range(0, len(units), TRANSFERRED_PAGES):
         part = units[first : first + TRANSFERRED_PAGES]

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from fineserve_jax.models import CausalLM
-from fineserve_jax.pallas_kernels.attention import AttentionSpec
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import KVFormat, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
+from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 
 # XLA's CPU products of bf16 and int8 are several times slower with fewer rows than this.
 MIN_ROWS = 8
@@ -71,9 +72,8 @@ class StepSpec:
 
     @property
     def query_dtype(self) -> jnp.dtype:
-        """What attention kernels take their products in: f32 where the weights are kept so, and on a CPU."""
-        exact = self.model.weights == "fp32" or self.implementation == "xla"
-        return jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
+        """What attention takes its products in: f32 where the weights are kept so, else what suits the backend."""
+        return jnp.dtype(jnp.float32) if self.model.weights == "fp32" else get_backend(self.implementation).query_dtype
 
     @property
     def chunk_pages(self) -> int:
@@ -88,6 +88,11 @@ class StepSpec:
     def chunk_attention(self) -> AttentionSpec:
         """The chunks' attention to their cached tokens."""
         return self._attention(self.chunk_pages, self.shape.chunk_tokens)
+
+    @property
+    def writing(self) -> WriteSpec:
+        """What a step writes."""
+        return WriteSpec(self.geometry, self.formats, self.implementation, self.interpret)
 
     def _attention(self, num_rows: int, num_queries: int | None = None) -> AttentionSpec:
         return AttentionSpec(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fineserve_jax.models.transformer import RopeTables
 from fineserve_jax.pallas_kernels.formats import PageWords
-from fineserve_jax.pallas_kernels.writing import NOWHERE, requantize, write_pages, write_tokens
+from fineserve_jax.pallas_kernels.operations import requantize, write_pages, write_tokens
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.layer_attention import LayerAttention, LayerWords
 from fineserve_jax.runner.sampler import Sampled, SamplingInputs, sample
@@ -67,22 +67,16 @@ def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: S
 
     Donate the arena. Everything else reads it before this writes it.
     """
-    decode, chunk, closing = inputs.decode, inputs.chunk, inputs.closing
-    how: dict[str, Any] = {"implementation": spec.implementation, "interpret": spec.interpret}
-    for i, kv_format in spec.token_formats.items():
-        words = _stack([words.tokens[i] for words in layers])
-        pages = jnp.where(decode.format_ids == i, decode.pages, NOWHERE)
-        offsets = decode.positions % spec.geometry.page_size
-        arena = write_tokens(arena, words, pages, offsets, kv_format, spec.geometry, **how)
+    decode, chunk, closing, writing = inputs.decode, inputs.chunk, inputs.closing, spec.writing
+    offsets = decode.positions % spec.geometry.page_size
+    tokens = _stack([words.tokens for words in layers])
+    arena = write_tokens(writing, arena, tokens, decode.pages, offsets, decode.format_ids)
     if chunk is not None:
-        for i, kv_format in enumerate(spec.formats):
-            words = _stack([words.pages[i] for words in layers])
-            pages = jnp.where(chunk.written_format_ids == i, chunk.pages, NOWHERE)
-            arena = write_pages(arena, words, pages, kv_format, spec.geometry, **how)
+        pages = _stack([words.pages for words in layers])
+        arena = write_pages(writing, arena, pages, chunk.pages, chunk.written_format_ids)
     for i, kv_format in enumerate(spec.paged_formats.values()):
         pages_and_count = closing.sources[i], closing.targets[i], closing.counts[i]
-        formats = spec.residual_of(kv_format), kv_format
-        arena = requantize(arena, *pages_and_count, *formats, spec.geometry, **how)
+        arena = requantize(writing, spec.residual_of(kv_format), kv_format, arena, *pages_and_count)
     return arena
 
 
@@ -90,5 +84,6 @@ def _apply(module: nn.Module, params: Params, *arguments: Any, **options: Any) -
     return module.apply({"params": params}, *arguments, **options)
 
 
-def _stack(layers: list[PageWords]) -> PageWords:
+def _stack(layers: list[dict[int, PageWords]]) -> dict[int, PageWords]:
+    """The layers' words, by format id, along a new first axis."""
     return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)

@@ -4,12 +4,13 @@ Shapes are those of the `config.json` that each model is published with. A *vari
 precision of its weights, written `llama-3.1-8b@awq`; the same shape in two precisions is two models.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.pallas_kernels.format_sizes import FormatSizes, get_format_sizes
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.scheduler.costs import FormatCost, ModelCost
 from fineserve_jax.scheduler.devices import DeviceRoofline, DeviceSpec
 from fineserve_jax.sim.efficiency import Efficiency
@@ -39,6 +40,10 @@ class ModelShape:
         layer = attention + 3 * self.hidden_size * self.intermediate_size
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
+    def page_geometry(self, page_size: int) -> PageGeometry:
+        """How pages of so many tokens lie in the arena."""
+        return PageGeometry(self.num_layers, self.num_kv_heads, self.head_dim, page_size, UNIT_WORDS)
+
 
 SHAPES = {
     shape.name: shape
@@ -67,36 +72,6 @@ WEIGHTS = {
     "int8": WeightCost(8.0, "narrow"),
     "awq": WeightCost(4.16, "dequantise"),
     "qoq": WeightCost(4.16, "narrow"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class CacheFormat:
-    """How long a page of a KV format is: bits a value, and words besides for K and V of a page and head.
-
-    The words besides are `tokens` for each token, `channels` for each word of a head vector, and `fixed`.
-    """
-
-    bits: int
-    tokens: int = 0
-    channels: int = 0
-    fixed: int = 0
-    residual: str | None = None
-
-    def words_per_layer(self, shape: ModelShape, page_size: int) -> int:
-        vector = shape.head_dim * self.bits // 16
-        width = shape.head_dim // max(1, 16 // self.bits)
-        beside = self.tokens * page_size + self.channels * width + self.fixed
-        return shape.num_kv_heads * (2 * page_size * vector + beside)
-
-
-# As `pallas_kernels.formats` has them; here without jax.
-CACHES = {
-    "fp32": CacheFormat(32),
-    "bf16": CacheFormat(16),
-    "fp8": CacheFormat(8, tokens=2),
-    "int8": CacheFormat(8, tokens=2),
-    "int4": CacheFormat(4, tokens=1, channels=4, fixed=4, residual="int8"),
 }
 
 
@@ -138,7 +113,7 @@ class ModelVariant:
         shape = self.shape
         formats = {}
         for name in kv_formats:
-            words = shape.num_layers * get_cache(name).words_per_layer(shape, page_size)
+            words = shape.num_layers * get_cache(name).words_per_layer(shape.page_geometry(page_size))
             values = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page_size
             formats[name] = FormatCost(bits=16 * words / values, bytes_per_token=2 * words / page_size)
         return ModelCost(
@@ -189,12 +164,12 @@ def parse_model(text: str, tp: int = 1) -> ModelVariant:
     return ModelVariant(SHAPES[name], weights, tp)
 
 
-def get_cache(name: str) -> CacheFormat:
-    """The KV format of that name; raises ConfigError if there is none."""
+def get_cache(name: str) -> FormatSizes:
+    """The KV format of that name, built in or registered; raises ConfigError if there is none."""
     try:
-        return CACHES[name]
-    except KeyError:
-        raise ConfigError(f"KV format {name!r} is not known; choose one of {', '.join(CACHES)}") from None
+        return get_format_sizes(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def page_classes(
@@ -210,15 +185,16 @@ def page_classes(
     def add(model: ModelVariant, name: str) -> PageClass:
         key = (model.name, name)
         if key not in classes:
-            cache = CacheFormat(get_cache(name).bits) if bare else get_cache(name)
-            words = cache.words_per_layer(model.shape, page_size)
+            sizes, geometry = get_cache(name), model.shape.page_geometry(page_size)
+            values = 2 * geometry.kv_heads * sizes.block_words(geometry)
+            words = values if bare else sizes.words_per_layer(geometry)
             classes[key] = PageClass(
                 model=model.name,
                 kv_format=name,
-                page_units=model.shape.num_layers * math.ceil(words / UNIT_WORDS),
+                page_units=model.shape.num_layers * -(-words // UNIT_WORDS),
                 page_size=page_size,
                 page_bytes=2 * model.shape.num_layers * words,
-                residual=None if cache.residual is None else add(model, cache.residual),
+                residual=None if bare or sizes.residual is None else add(model, sizes.residual),
             )
         return classes[key]
 

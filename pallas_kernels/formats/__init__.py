@@ -4,31 +4,33 @@ To add one: subclass `KVFormat` and `register` an instance. Pools, scheduler, ke
 here.
 """
 
-from fineserve_jax.pallas_kernels.formats.base import Aux, KVFormat, PageVectors, PageWords, Planes
-from fineserve_jax.pallas_kernels.formats.fp8 import Float8
-from fineserve_jax.pallas_kernels.formats.int4 import Int4
-from fineserve_jax.pallas_kernels.formats.int8 import Int8
-from fineserve_jax.pallas_kernels.formats.wide import BFloat16, Float16, Float32
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, Granularity
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PackedLanes, PageVectors, PageWords
+from fineserve_jax.pallas_kernels.formats.fp8 import Float8KV
+from fineserve_jax.pallas_kernels.formats.int4 import Int4KV
+from fineserve_jax.pallas_kernels.formats.int8 import Int8KV
+from fineserve_jax.pallas_kernels.formats.wide import BFloat16KV, Float16KV, Float32KV
 
-__all__ = ["FORMATS", "Aux", "KVFormat", "PageVectors", "PageWords", "Planes", "get_format", "register"]
+__all__ = ["FORMATS", "Granularity", "KVFormat", "PackedLanes", "PageVectors", "PageWords", "get_format", "register"]
 
 FORMATS: dict[str, KVFormat] = {}
 
 
 def register(kv_format: KVFormat) -> KVFormat:
-    """Makes a format known under its name.
+    """Makes a format known under its name, to everyone who computes with it and to those who count its pages.
 
     Raises:
-        ValueError: the name is taken, its residual format is unusable, or none is named and a part is not per token.
+        ValueError: the name is taken, its residual format is unusable, or none is named though some scales are not per
+            token.
     """
     name, residual = kv_format.name, kv_format.residual
     if name in FORMATS:
         raise ValueError(f"a KV format named {name!r} is registered already; choose another name")
     if residual is None:
-        if any(part is not Aux.TOKEN for part in kv_format.aux):
-            parts = ", ".join(part.value for part in kv_format.aux)
+        if any(part is not Granularity.TOKEN for part in kv_format.scales):
+            parts = ", ".join(part.value for part in kv_format.scales)
             raise ValueError(
-                f"KV format {name!r} has auxiliary parts ({parts}) that take a whole page to encode; "
+                f"KV format {name!r} has scales ({parts}) that take a whole page to encode; "
                 "name the format of its newest tokens as `residual`"
             )
     elif residual not in FORMATS or FORMATS[residual].residual is not None:
@@ -36,7 +38,7 @@ def register(kv_format: KVFormat) -> KVFormat:
             f"KV format {name!r} wants {residual!r} for its newest tokens, "
             "which is no registered token-wise format; register that first"
         )
-    FORMATS[name] = kv_format
+    FORMATS[name] = FORMAT_SIZES[name] = kv_format
     return kv_format
 
 
@@ -48,5 +50,5 @@ def get_format(name: str) -> KVFormat:
         raise ValueError(f"unknown KV precision {name!r}; choose one of {', '.join(FORMATS)}") from None
 
 
-for _format in (Float32(), BFloat16(), Float16(), Int8(), Float8(), Int4()):
+for _format in (Float32KV(), BFloat16KV(), Float16KV(), Int8KV(), Float8KV(), Int4KV()):
     register(_format)

@@ -4,7 +4,6 @@ All of a format's code is elementwise, but for minima and maxima over a page's t
 same code runs on whole batches in XLA, on a tile inside a Triton kernel and on a vector register inside a Mosaic one.
 """
 
-import enum
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -13,17 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.pallas_kernels.format_sizes import FormatSizes
 
-Planes = tuple[jax.Array, ...]
-
-
-class Aux(enum.Enum):
-    """What the numbers of one auxiliary part of a page and head stand for: one for every ..."""
-
-    TOKEN = "token"  # [..., T, 1]
-    CHANNEL = "channel"  # [..., 1, width], the channels of one plane
-    PAGE = "page"  # [..., 1, 1]
+PackedLanes = tuple[jax.Array, ...]
 
 
 class PageWords(NamedTuple):
@@ -31,89 +22,76 @@ class PageWords(NamedTuple):
 
     Attributes:
         k, v: u16[..., T, width] each, `KVFormat.word_parts` of them: the words of the keys and of the values.
-        aux: u16[...] each, as `KVFormat.aux` lists them: [..., T, 1], [..., 1, width] or [..., 1, 1].
+        scales: u16[...] each, as `KVFormat.scales` lists them: [..., T, 1], [..., 1, width] or [..., 1, 1].
     """
 
-    k: Planes
-    v: Planes
-    aux: Planes
+    k: PackedLanes
+    v: PackedLanes
+    scales: PackedLanes
 
 
 class PageVectors(NamedTuple):
     """Keys and values as far as reading needs to undo their encoding. Leading axes are free.
 
-    A vector lies in planes, contiguous slices of it. Where one scale covers a whole vector it stays a factor, because
-    it can multiply a logit or a weight instead of every value: key = concat(k) * k_scale, value = concat(v) * v_scale +
-    v_offset. None: no such factor.
+    A vector lies in packed lanes, contiguous slices of it. Where one scale covers a whole vector it stays a factor,
+    because it can multiply a logit or a weight instead of every value: key = concat(k) * k_scale, value = concat(v) *
+    v_scale + v_zero_point. A zero point here is the number that code 0 stands for. None: no such factor.
 
     Attributes:
-        k, v: f32[..., T, width], `KVFormat.planes` of them; of `v`, finite for any words if there is a scale.
-        k_scale, v_scale, v_offset: f32[..., T, 1].
+        k, v: f32[..., T, width], `KVFormat.packed_lanes` of them; of `v`, finite for any words if there is a scale.
+        k_scale, v_scale, v_zero_point: f32[..., T, 1].
     """
 
-    k: Planes
-    v: Planes
+    k: PackedLanes
+    v: PackedLanes
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
-    v_offset: jax.Array | None = None
+    v_zero_point: jax.Array | None = None
 
     def join(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values, f32[..., T, head_dim]."""
-        k, v = self.scaled_planes()
+        k, v = self.scaled_lanes()
         return jnp.concatenate(k, axis=-1), jnp.concatenate(v, axis=-1)
 
-    def scaled_planes(self) -> tuple[Planes, Planes]:
-        """The planes of keys and of values, scales and offsets applied."""
+    def scaled_lanes(self) -> tuple[PackedLanes, PackedLanes]:
+        """The packed lanes of keys and of values, scales and zero points applied."""
         k, v = self.k, self.v
         if self.k_scale is not None:
-            k = tuple(plane * self.k_scale for plane in k)
+            k = tuple(lane * self.k_scale for lane in k)
         if self.v_scale is not None:
-            v = tuple(plane * self.v_scale for plane in v)
-        if self.v_offset is not None:
-            v = tuple(plane + self.v_offset for plane in v)
+            v = tuple(lane * self.v_scale for lane in v)
+        if self.v_zero_point is not None:
+            v = tuple(lane + self.v_zero_point for lane in v)
         return k, v
 
 
-class KVFormat(ABC):
-    """A KV precision as a codec. Stateless; one instance is registered under `name`.
-
-    Attributes:
-        name: what users write, e.g. "int8".
-        value_bits: bits of one stored value, scales not counted; a power of two from 1 to 32.
-        aux: the auxiliary parts of a page and head, in the order in which they lie in the page.
-        residual: None if every token is encoded by itself (all `aux` are then per token). Otherwise the name of the
-            token-wise format that holds a page's tokens until the page is full and can be encoded as a whole.
-    """
-
-    name: str
-    value_bits: int
-    aux: tuple[Aux, ...] = ()
-    residual: str | None = None
+class KVFormat(FormatSizes, ABC):
+    """A KV precision as a codec, with its sizes. Stateless; one instance is registered under `name`."""
 
     @abstractmethod
-    def encode(self, k: Planes, v: Planes) -> PageWords:
-        """Encodes vectors that are in the format's basis, keys and values independently of each other.
+    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
+        """Encodes vectors that are rotated as the format keeps them, keys and values independently of each other.
 
         Args:
-            k, v: `planes` of f32[..., T, width].
+            k, v: `packed_lanes` of f32[..., T, width].
         """
 
-    def read_aux(self, aux: Planes) -> Planes:
-        """The auxiliary parts, u16 or wider integers, as the numbers that `unpack` needs: f32 of like shapes.
+    def read_scales(self, scales: PackedLanes) -> PackedLanes:
+        """The scales and zero points that `unpack` needs, f32, of `PageWords.scales`, u16 or wider, of like shapes.
 
         Apart from `unpack` so that XLA can be kept from computing a scale again for each value it covers.
         """
         return ()
 
     @abstractmethod
-    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
-        """What words stand for, in the format's own basis (see `rotation`), scales left as factors.
+    def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
+        """What words stand for, rotated as the format keeps vectors, scales left as factors.
 
-        Where every word is 0, auxiliary parts included, it must be finite: kernels read unused tokens so.
+        Where every word is 0, those of scales included, it must be finite: kernels read unused tokens so.
 
         Args:
             k, v: the words, u16[..., T, width]; kernels may give them as wider integers of the same values.
-            numbers: what `read_aux` gave. Kernels may have spread the parts to any shape that broadcasts, [T, width]
+            scales: what `read_scales` gave. Kernels may have spread the arrays to any shape that broadcasts, [T, width]
                 included, so this must not rely on their shapes.
         """
 
@@ -125,74 +103,22 @@ class KVFormat(ABC):
         """
         return None
 
-    def to_basis(self, vectors: jax.Array) -> jax.Array:
-        """Maps f32[..., head_dim] from the model's basis to the format's."""
+    def rotate(self, vectors: jax.Array) -> jax.Array:
+        """f32[..., head_dim] vectors of the model as the format keeps them."""
         rotation = self.rotation(vectors.shape[-1])
         return vectors if rotation is None else jnp.matmul(vectors, rotation, precision=lax.Precision.HIGHEST)
 
-    def from_basis(self, vectors: jax.Array) -> jax.Array:
-        """The inverse of `to_basis`."""
+    def unrotate(self, vectors: jax.Array) -> jax.Array:
+        """The inverse of `rotate`."""
         rotation = self.rotation(vectors.shape[-1])
         return vectors if rotation is None else jnp.matmul(vectors, rotation.T, precision=lax.Precision.HIGHEST)
 
     def encode_vectors(self, k: jax.Array, v: jax.Array) -> PageWords:
-        """Encodes f32[..., T, head_dim] keys and values of the model's basis."""
-        k_planes, v_planes = (jnp.split(self.to_basis(part), self.planes, axis=-1) for part in (k, v))
-        return self.encode(tuple(k_planes), tuple(v_planes))
+        """Encodes f32[..., T, head_dim] keys and values of the model."""
+        k_lanes, v_lanes = (jnp.split(self.rotate(part), self.packed_lanes, axis=-1) for part in (k, v))
+        return self.encode(tuple(k_lanes), tuple(v_lanes))
 
     def decode_vectors(self, words: PageWords) -> tuple[jax.Array, jax.Array]:
-        """The f32[..., T, head_dim] keys and values, in the model's basis, that `words` stand for."""
-        k, v = self.unpack(words.k, words.v, self.read_aux(words.aux)).join()
-        return self.from_basis(k), self.from_basis(v)
-
-    # -- sizes -------------------------------------------------------------------------------------------------
-
-    @property
-    def planes(self) -> int:
-        """Values that share a word."""
-        return max(1, 16 // self.value_bits)
-
-    @property
-    def word_parts(self) -> int:
-        """Words that share a value."""
-        return max(1, self.value_bits // 16)
-
-    def width(self, geometry: PageGeometry) -> int:
-        """Values of a plane, and words of a word part, of one head vector."""
-        return geometry.head_dim // self.planes
-
-    def vector_words(self, geometry: PageGeometry) -> int:
-        """Words (W) of one head vector: `word_parts` parts of `width`."""
-        return geometry.head_dim * self.value_bits // 16
-
-    def block_words(self, geometry: PageGeometry) -> int:
-        """Words of a head's keys in a page, T x W; as many hold its values."""
-        return geometry.page_size * self.vector_words(geometry)
-
-    def aux_sizes(self, geometry: PageGeometry) -> tuple[int, ...]:
-        """Words of each auxiliary part of a page and head."""
-        sizes = {Aux.TOKEN: geometry.page_size, Aux.CHANNEL: self.width(geometry), Aux.PAGE: 1}
-        return tuple(sizes[part] for part in self.aux)
-
-    def aux_starts(self, geometry: PageGeometry) -> tuple[int, ...]:
-        """Where in a page's layer each auxiliary part begins, in words; there it lies head after head."""
-        values = 2 * geometry.kv_heads * self.block_words(geometry)
-        sizes = self.aux_sizes(geometry)
-        return tuple(values + geometry.kv_heads * sum(sizes[:i]) for i in range(len(sizes)))
-
-    def words_per_layer(self, geometry: PageGeometry) -> int:
-        """Words that hold something: a layer of a page without its padding."""
-        return geometry.kv_heads * (2 * self.block_words(geometry) + sum(self.aux_sizes(geometry)))
-
-    def units_per_layer(self, geometry: PageGeometry) -> int:
-        """Arena units of one layer of a page."""
-        return -(-self.words_per_layer(geometry) // geometry.unit_words)
-
-    def page_units(self, geometry: PageGeometry) -> int:
-        """Arena units of a page, all layers."""
-        return geometry.num_layers * self.units_per_layer(geometry)
-
-    def bits_per_value(self, geometry: PageGeometry) -> float:
-        """Bits a cached value costs, scales and padding counted."""
-        values = 2 * geometry.kv_heads * geometry.page_size * geometry.head_dim
-        return 16 * self.units_per_layer(geometry) * geometry.unit_words / values
+        """The f32[..., T, head_dim] keys and values of the model that `words` stand for."""
+        k, v = self.unpack(words.k, words.v, self.read_scales(words.scales)).join()
+        return self.unrotate(k), self.unrotate(v)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import Planes
+from fineserve_jax.pallas_kernels.format_sizes import Float8Sizes
+from fineserve_jax.pallas_kernels.formats.base import PackedLanes
 from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
 
 LARGEST = 448.0
@@ -28,17 +29,15 @@ GRID = 2.0**14
 GRID_BITS = 0x4680_0000
 
 
-class Float8(ScaledFormat):
+class Float8KV(Float8Sizes, ScaledFormat):
     """Codes are e4m3 numbers."""
 
-    name = "fp8"
-    value_bits = 8
     largest_code = LARGEST
 
     def to_codes(self, values: jax.Array) -> jax.Array:
         return f32_to_e4m3(values)
 
-    def from_words(self, words: jax.Array) -> Planes:
+    def from_words(self, words: jax.Array) -> PackedLanes:
         wide = words.astype(jnp.int32)
         return e4m3_to_f32(wide), e4m3_to_f32(wide >> 8)
 

@@ -1,16 +1,18 @@
-"""int4: keys by channel, values by token, both in a rotated basis, all scales in 8 bits.
+"""int4: keys by channel, values by token, both rotated, all scales and zero points in 8 bits.
 
-Keys have channels that stay far from zero over many tokens, so a range per channel over a page's tokens costs far less
-than one per token (KIVI, arXiv 2402.02750); that needs the whole page, and the newest tokens stay in int8 until then.
-Values have no such channels: a range per token serves them. A Hadamard rotation of the head's channels (QuaRot, arXiv
-2404.00456) spreads outliers, of keys too, whose channels then need ranges of about the same size.
+Keys have channels that stay far from zero over many tokens, so a scale and a zero point per channel over a page's
+tokens cost far less than those per token (KIVI, arXiv 2402.02750); that needs the whole page, and the newest tokens
+stay in int8 until then. Values have no such channels: scales per token serve them. A Hadamard rotation of the head's
+channels (QuaRot, arXiv 2404.00456) spreads outliers, of keys too, whose channels then need scales of about the same
+size.
 
-A range is two 8-bit numbers, `low` and `step`, in units that the page and head share. A layer of a page:
+A zero point is the number that code 0 stands for. Zero points and scales are 8-bit multiples of units that the page and
+head share. A layer of a page:
 
-    | K, 4 bits | V, 4 bits | K ranges        | V ranges        | units                          |
-      see PageGeometry        4 planes of       kv_heads x T      kv_heads bf16 each:
-                              kv_heads x D/4    low << 8 | step   K low, K step, V low, V step
-                              low << 8 | step
+    | K, 4 bits | V, 4 bits | K, by channel     | V, by token           | units                                |
+      see PageGeometry        4 lanes of          kv_heads x T            kv_heads bf16 each:
+                              kv_heads x D/4      zero point << 8 | scale K zero point, K scale, V zero point, V scale
+                              zero point << 8 | scale
 """
 
 import functools
@@ -22,101 +24,100 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import Aux, KVFormat, PageVectors, PageWords, Planes
-from fineserve_jax.pallas_kernels.formats.packing import (
+from fineserve_jax.pallas_kernels.format_sizes import Int4Sizes
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PackedLanes, PageVectors, PageWords
+from fineserve_jax.pallas_kernels.formats.bit_packing import (
     largest,
     nearest_codes,
-    pack_planar,
+    pack_lanes,
     smallest,
     unpack_unsigned,
     words_to_f32,
 )
 
 CODES = 15
-LOW_CODES, STEP_CODES = 127, 255
-# Units are normal bf16 numbers, so that nothing divides by zero, and no range overflows.
+ZERO_POINT_CODES, SCALE_CODES = 127, 255
+# Units are normal bf16 numbers, so that nothing divides by zero, and no scale overflows.
 SMALLEST_UNIT = 2.0**-100
 LARGEST_VALUE = 2.0**96
 
 
-class Ranges(NamedTuple):
-    """Ranges of one page-head's vectors: value ~ low + step * code.
+class ScalesAndZeroPoints(NamedTuple):
+    """Those of one page-head's keys or values: value ~ zero point + scale * code.
 
     Attributes:
-        words: u16[...] each, low and step codes: one array for all values, or one for each plane.
-        low_unit, step_unit: u16[..., 1, 1], bf16 bits.
+        words: u16[...] each, `zero point << 8 | scale` as codes: one array for all values, or one for each packed lane.
+        zero_point_unit, scale_unit: u16[..., 1, 1], bf16 bits.
     """
 
-    words: Planes
-    low_unit: jax.Array
-    step_unit: jax.Array
+    words: PackedLanes
+    zero_point_unit: jax.Array
+    scale_unit: jax.Array
 
-    def read(self) -> tuple[Planes, Planes]:
-        """low and step, f32 of the shapes of `words`: 8 by 8 bits, so the products are exact."""
-        low_unit, step_unit = words_to_f32(self.low_unit), words_to_f32(self.step_unit)
+    def read(self) -> tuple[PackedLanes, PackedLanes]:
+        """Zero points and scales, f32 of the shapes of `words`: 8 by 8 bits, so the products are exact."""
+        zero_point_unit, scale_unit = words_to_f32(self.zero_point_unit), words_to_f32(self.scale_unit)
         signed = [words.astype(jnp.int32) << 16 >> 24 for words in self.words]
-        low = tuple(codes.astype(jnp.float32) * low_unit for codes in signed)
-        step = tuple((words.astype(jnp.int32) & 0xFF).astype(jnp.float32) * step_unit for words in self.words)
-        return low, step
+        zero_points = tuple(codes.astype(jnp.float32) * zero_point_unit for codes in signed)
+        scales = tuple((words.astype(jnp.int32) & 0xFF).astype(jnp.float32) * scale_unit for words in self.words)
+        return zero_points, scales
 
 
-class Int4(KVFormat):
-    name = "int4"
-    value_bits = 4
-    aux = (*[Aux.CHANNEL] * 4, Aux.TOKEN, *[Aux.PAGE] * 4)
-    residual = "int8"
+class Int4KV(Int4Sizes, KVFormat):
+    """4-bit codes of rotated vectors; keys have scales and zero points by channel, values by token."""
 
-    def encode(self, k: Planes, v: Planes) -> PageWords:
-        k, v = (tuple(jnp.clip(plane, -LARGEST_VALUE, LARGEST_VALUE) for plane in part) for part in (k, v))
-        k_low, k_high = ([reduce(plane, axis=-2, keepdims=True) for plane in k] for reduce in (jnp.min, jnp.max))
-        k_ranges = _choose_ranges(tuple(k_low), tuple(k_high))
-        v_ranges = _choose_ranges((smallest(v),), (largest(v),))
-        units = (k_ranges.low_unit, k_ranges.step_unit, v_ranges.low_unit, v_ranges.step_unit)
-        k_words, v_words = (pack_planar(_codes(part, ranges), 4) for part, ranges in ((k, k_ranges), (v, v_ranges)))
-        return PageWords((k_words,), (v_words,), (*k_ranges.words, *v_ranges.words, *units))
+    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
+        k, v = (tuple(jnp.clip(lane, -LARGEST_VALUE, LARGEST_VALUE) for lane in part) for part in (k, v))
+        k_low, k_high = ([reduce(lane, axis=-2, keepdims=True) for lane in k] for reduce in (jnp.min, jnp.max))
+        of_k = _choose_scales(tuple(k_low), tuple(k_high))
+        of_v = _choose_scales((smallest(v),), (largest(v),))
+        units = (of_k.zero_point_unit, of_k.scale_unit, of_v.zero_point_unit, of_v.scale_unit)
+        k_words, v_words = (pack_lanes(_codes(part, scales), 4) for part, scales in ((k, of_k), (v, of_v)))
+        return PageWords((k_words,), (v_words,), (*of_k.words, *of_v.words, *units))
 
-    def read_aux(self, aux: Planes) -> Planes:
-        *k_words, v_words, k_low_unit, k_step_unit, v_low_unit, v_step_unit = aux
-        lows, steps = Ranges(tuple(k_words), k_low_unit, k_step_unit).read()
-        v_low, v_step = Ranges((v_words,), v_low_unit, v_step_unit).read()
-        return (*lows, *steps, *v_low, *v_step)
+    def read_scales(self, scales: PackedLanes) -> PackedLanes:
+        *k_words, v_words, k_zero_point_unit, k_scale_unit, v_zero_point_unit, v_scale_unit = scales
+        k_zero_points, k_scales = ScalesAndZeroPoints(tuple(k_words), k_zero_point_unit, k_scale_unit).read()
+        v_zero_point, v_scale = ScalesAndZeroPoints((v_words,), v_zero_point_unit, v_scale_unit).read()
+        return (*k_zero_points, *k_scales, *v_zero_point, *v_scale)
 
-    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
-        lows, steps, (v_low, v_step) = numbers[:4], numbers[4:8], numbers[8:]
-        codes = unpack_unsigned(k[0], 4)
-        planes = tuple(code * step + low for code, step, low in zip(codes, steps, lows, strict=True))
-        return PageVectors(planes, unpack_unsigned(v[0], 4), v_scale=v_step, v_offset=v_low)
+    def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
+        k_zero_points, k_scales, (v_zero_point, v_scale) = scales[:4], scales[4:8], scales[8:]
+        codes = zip(unpack_unsigned(k[0], 4), k_scales, k_zero_points, strict=True)
+        keys = tuple(code * scale + zero_point for code, scale, zero_point in codes)
+        return PageVectors(keys, unpack_unsigned(v[0], 4), v_scale=v_scale, v_zero_point=v_zero_point)
 
     def rotation(self, head_dim: int) -> np.ndarray:
         return hadamard(head_dim)
 
 
-def _choose_ranges(lows: Planes, highs: Planes) -> Ranges:
-    """8-bit ranges that hold f32 [lows, highs], of one page and head over the last two axes."""
+def _choose_scales(lows: PackedLanes, highs: PackedLanes) -> ScalesAndZeroPoints:
+    """8-bit scales and zero points whose codes reach f32 [lows, highs], of one page and head over the last two axes."""
 
-    def over_page(planes: list[jax.Array]) -> jax.Array:
-        return jnp.max(largest(tuple(planes)), axis=-2, keepdims=True)
+    def over_page(lanes: list[jax.Array]) -> jax.Array:
+        return jnp.max(largest(tuple(lanes)), axis=-2, keepdims=True)
 
     reach = [jnp.maximum(jnp.abs(low), jnp.abs(high)) for low, high in zip(lows, highs, strict=True)]
-    low_unit = _unit(over_page(reach) / LOW_CODES)
-    unit = words_to_f32(low_unit)
-    low_codes = [jnp.clip(jnp.floor(low / unit), -LOW_CODES - 1, LOW_CODES) for low in lows]
-    wanted = [(high - code * unit) / CODES for high, code in zip(highs, low_codes, strict=True)]
-    step_unit = _unit(over_page(wanted) / STEP_CODES)
-    unit = words_to_f32(step_unit)
-    step_codes = [jnp.clip(jnp.ceil(step / unit), 1, STEP_CODES) for step in wanted]
+    zero_point_unit = _unit(over_page(reach) / ZERO_POINT_CODES)
+    unit = words_to_f32(zero_point_unit)
+    zero_points = [jnp.clip(jnp.floor(low / unit), -ZERO_POINT_CODES - 1, ZERO_POINT_CODES) for low in lows]
+    wanted = [(high - code * unit) / CODES for high, code in zip(highs, zero_points, strict=True)]
+    scale_unit = _unit(over_page(wanted) / SCALE_CODES)
+    unit = words_to_f32(scale_unit)
+    scales = [jnp.clip(jnp.ceil(scale / unit), 1, SCALE_CODES) for scale in wanted]
     words = [
-        ((low.astype(jnp.int32) & 0xFF) << 8 | step.astype(jnp.int32)).astype(jnp.uint16)
-        for low, step in zip(low_codes, step_codes, strict=True)
+        ((zero_point.astype(jnp.int32) & 0xFF) << 8 | scale.astype(jnp.int32)).astype(jnp.uint16)
+        for zero_point, scale in zip(zero_points, scales, strict=True)
     ]
-    return Ranges(tuple(words), low_unit, step_unit)
+    return ScalesAndZeroPoints(tuple(words), zero_point_unit, scale_unit)
 
 
-def _codes(planes: Planes, ranges: Ranges) -> Planes:
-    """Codes i32 in [0, 15] of f32[..., T, width] planes; `ranges` are each plane's, or one for all."""
-    lows, steps = (part * (len(planes) // len(part)) for part in ranges.read())
+def _codes(lanes: PackedLanes, scales: ScalesAndZeroPoints) -> PackedLanes:
+    """Codes i32 in [0, 15] of f32[..., T, width] lanes; `scales` are each lane's, or one for all."""
+    zero_points, lane_scales = (part * (len(lanes) // len(part)) for part in scales.read())
     return tuple(
-        nearest_codes((plane - low) / step, 0, CODES) for plane, low, step in zip(planes, lows, steps, strict=True)
+        nearest_codes((lane - zero_point) / scale, 0, CODES)
+        for lane, zero_point, scale in zip(lanes, zero_points, lane_scales, strict=True)
     )
 
 

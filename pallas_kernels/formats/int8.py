@@ -2,22 +2,21 @@
 
 import jax
 
-from fineserve_jax.pallas_kernels.formats.base import Planes
-from fineserve_jax.pallas_kernels.formats.packing import nearest_codes, unpack_signed
+from fineserve_jax.pallas_kernels.format_sizes import Int8Sizes
+from fineserve_jax.pallas_kernels.formats.base import PackedLanes
+from fineserve_jax.pallas_kernels.formats.bit_packing import nearest_codes, unpack_signed
 from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
 
 LARGEST = 127
 
 
-class Int8(ScaledFormat):
+class Int8KV(Int8Sizes, ScaledFormat):
     """Codes are the integers in [-127, 127]."""
 
-    name = "int8"
-    value_bits = 8
     largest_code = LARGEST
 
     def to_codes(self, values: jax.Array) -> jax.Array:
         return nearest_codes(values, -LARGEST, LARGEST)
 
-    def from_words(self, words: jax.Array) -> Planes:
+    def from_words(self, words: jax.Array) -> PackedLanes:
         return unpack_signed(words, 8)

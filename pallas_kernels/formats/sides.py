@@ -1,4 +1,4 @@
-"""Which of a format's auxiliary parts say something of keys, and which of values.
+"""Which of a format's scale arrays say something of keys, and which of values.
 
 Keys and values are encoded side by side but independently of each other; kernels that take one side at a time have to
 know what belongs to it. It is read off the format's own code, so that a format need not say it.
@@ -16,15 +16,15 @@ SIDES = KEYS, VALUES = 0, 1
 
 
 @functools.cache
-def sides_of_aux(kv_format: KVFormat) -> tuple[int, ...]:
-    """The side, KEYS or VALUES, of each auxiliary part.
+def sides_of_scales(kv_format: KVFormat) -> tuple[int, ...]:
+    """The side, KEYS or VALUES, of each scale array.
 
     Raises:
-        ValueError: a part depends on both.
+        ValueError: one depends on both.
     """
-    planes = (jax.ShapeDtypeStruct((16, 16), jnp.float32),) * kv_format.planes
-    jaxpr = jax.make_jaxpr(lambda k, v: kv_format.encode(k, v).aux)(planes, planes).jaxpr
-    number = len(planes)
+    lanes = (jax.ShapeDtypeStruct((16, 16), jnp.float32),) * kv_format.packed_lanes
+    jaxpr = jax.make_jaxpr(lambda k, v: kv_format.encode(k, v).scales)(lanes, lanes).jaxpr
+    number = len(lanes)
     known: dict[Any, set[int]] = {variable: {i // number} for i, variable in enumerate(jaxpr.invars)}
 
     def sides(atom: Any) -> set[int]:
@@ -32,11 +32,11 @@ def sides_of_aux(kv_format: KVFormat) -> tuple[int, ...]:
 
     for eqn in jaxpr.eqns:
         known |= dict.fromkeys(eqn.outvars, set().union(*map(sides, eqn.invars)))
-    found = [sides(part) for part in jaxpr.outvars]
+    found = [sides(scales) for scales in jaxpr.outvars]
     for i, both in enumerate(found):
         if len(both) > 1:
             raise ValueError(
-                f"auxiliary part {i} of KV format {kv_format.name!r} depends on keys and on values; "
+                f"scale array {i} of KV format {kv_format.name!r} depends on keys and on values; "
                 "make two of it, one for each, so that they can be encoded apart"
             )
     return tuple(max(side, default=KEYS) for side in found)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import KVFormat, PageVectors, PageWords, Planes
-from fineserve_jax.pallas_kernels.formats.packing import bf16_to_words, words_to_f32
+from fineserve_jax.pallas_kernels.format_sizes import BFloat16Sizes, Float16Sizes, Float32Sizes
+from fineserve_jax.pallas_kernels.formats.base import KVFormat, PackedLanes, PageVectors, PageWords
+from fineserve_jax.pallas_kernels.formats.bit_packing import bf16_to_words, words_to_f32
 
 FP16_MAX = 65504.0
 FP16_STEP = 2.0**-24  # of its subnormal numbers
@@ -17,14 +18,14 @@ FP16_BIAS = 127 - 15  # of f32's exponent over fp16's
 class WideFormat(KVFormat):
     """Words are the numbers' own bits; nothing besides."""
 
-    def encode(self, k: Planes, v: Planes) -> PageWords:
+    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
         return PageWords(self.to_words(*k), self.to_words(*v), ())
 
-    def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
+    def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
         return PageVectors((self.to_f32(*k),), (self.to_f32(*v),))
 
     @abstractmethod
-    def to_words(self, values: jax.Array) -> Planes:
+    def to_words(self, values: jax.Array) -> PackedLanes:
         """f32 -> the word parts, u16 of the same shape each."""
 
     @abstractmethod
@@ -32,24 +33,18 @@ class WideFormat(KVFormat):
         """The inverse of `to_words`."""
 
 
-class BFloat16(WideFormat):
-    name = "bf16"
-    value_bits = 16
-
-    def to_words(self, values: jax.Array) -> Planes:
+class BFloat16KV(BFloat16Sizes, WideFormat):
+    def to_words(self, values: jax.Array) -> PackedLanes:
         return (bf16_to_words(values),)
 
     def to_f32(self, *parts: jax.Array) -> jax.Array:
         return words_to_f32(*parts)
 
 
-class Float16(WideFormat):
+class Float16KV(Float16Sizes, WideFormat):
     """Values beyond the range of fp16 saturate: an infinity would spread to every later token."""
 
-    name = "fp16"
-    value_bits = 16
-
-    def to_words(self, values: jax.Array) -> Planes:
+    def to_words(self, values: jax.Array) -> PackedLanes:
         clipped = jnp.clip(values, -FP16_MAX, FP16_MAX)
         return (lax.bitcast_convert_type(clipped.astype(jnp.float16), jnp.uint16),)
 
@@ -57,13 +52,10 @@ class Float16(WideFormat):
         return fp16_words_to_f32(*parts)
 
 
-class Float32(WideFormat):
+class Float32KV(Float32Sizes, WideFormat):
     """Two words a value: the upper halves of a vector's values, then the lower halves."""
 
-    name = "fp32"
-    value_bits = 32
-
-    def to_words(self, values: jax.Array) -> Planes:
+    def to_words(self, values: jax.Array) -> PackedLanes:
         bits = lax.bitcast_convert_type(values, jnp.uint32)
         return (bits >> 16).astype(jnp.uint16), (bits & 0xFFFF).astype(jnp.uint16)
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_cases import ALL_FORMATS, NAN_WORD, Exact, exact_attention, relative_error
 
-from fineserve_jax.pallas_kernels.attention import paged_attention
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat
+from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun
 
 LAYERS = 2
@@ -52,9 +52,9 @@ def page_layer(kv_format: KVFormat, geometry: PageGeometry, words, num_tokens: i
     values = flat[: np.prod(shape)].reshape(shape)
     for which, parts in enumerate((words.k, words.v)):
         values[which, :, :tokens] = np.concatenate(parts, axis=-1)[:, :tokens]
-    starts, sizes = kv_format.aux_starts(geometry), kv_format.aux_sizes(geometry)
-    for kind, start, size, part in zip(kv_format.aux, starts, sizes, words.aux, strict=True):
-        count = tokens if kind is Aux.TOKEN else size
+    starts, sizes = kv_format.scale_starts(geometry), kv_format.scale_sizes(geometry)
+    for kind, start, size, part in zip(kv_format.scales, starts, sizes, words.scales, strict=True):
+        count = tokens if kind is Granularity.TOKEN else size
         own = flat[start : start + geometry.kv_heads * size].reshape(geometry.kv_heads, size)
         own[:, :count] = part.reshape(geometry.kv_heads, size)[:, :count]
     return flat
@@ -125,12 +125,12 @@ def check(
     geometry, rng = spec.geometry, np.random.default_rng(seed)
     cache = Cache(spec, segments, rng)
     rng.shuffle(cache.segments)
-    tiles = spec.plan(cache.segments, runs)
-    shape = (spec.tile_shape.num_queries, geometry.kv_heads, group, geometry.head_dim)
+    tiles = plan_attention(spec, cache.segments, runs)
+    shape = (spec.query_axis_size, geometry.kv_heads, group, geometry.head_dim)
     q = np.full(shape, np.nan, np.float32)
     for run in runs:
         own = rng.standard_normal((run.num_queries, *shape[1:]), np.float32) * 2 / geometry.head_dim**0.5
-        q[run.first_slot : run.first_slot + run.num_queries] = own
+        q[run.start : run.start + run.num_queries] = own
     q = np.asarray(jnp.asarray(q, dtype))
     tolerance = F32_TOLERANCE if dtype == jnp.float32 else BF16_TOLERANCE
     for layer in layers:
@@ -138,7 +138,7 @@ def check(
         found = Exact(np.asarray(output).reshape(shape), np.asarray(log_sum).reshape(shape[:3]))
         expected = Exact(np.zeros(shape), np.full(shape[:3], -np.inf))
         for row, run in enumerate(runs):
-            slots = slice(run.first_slot, run.first_slot + run.num_queries)
+            slots = slice(run.start, run.start + run.num_queries)
             positions, k, v = cache.of(row, layer, geometry)
             ahead = run.first_position + np.arange(run.num_queries)[:, None] - positions
             visible = (ahead >= 0) & (ahead < (np.inf if spec.window is None else spec.window))

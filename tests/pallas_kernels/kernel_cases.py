@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from fineserve_jax.pallas_kernels import attention as attention_module
-from fineserve_jax.pallas_kernels import writing
+from fineserve_jax.pallas_kernels import operations
+from fineserve_jax.pallas_kernels.chunk_attention import attend_within as attend_within_function
 from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
-from fineserve_jax.pallas_kernels.xla.within import attend_within as attend_within_function
+from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers
 
 ROOT = Path(__file__).parents[2]
 NAN_WORD = 0xFFFF  # NaN as bf16 and as fp16; two of them are NaN as fp32; NaN as any scale or level
@@ -91,9 +90,9 @@ class Stored(NamedTuple):
     """What became of keys and values: their words, and what these stand for."""
 
     words: PageWords
-    k: np.ndarray  # in the model's basis
+    k: np.ndarray  # as the model has them
     v: np.ndarray
-    k_own: np.ndarray  # in the format's own
+    k_own: np.ndarray  # rotated as the format keeps them
     v_own: np.ndarray
 
 
@@ -104,7 +103,7 @@ def _encode(kv_format, k, v):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(kv_format, words):
-    own = kv_format.unpack(words.k, words.v, kv_format.read_aux(words.aux)).join()
+    own = kv_format.unpack(words.k, words.v, kv_format.read_scales(words.scales)).join()
     return *kv_format.decode_vectors(words), *own
 
 
@@ -120,31 +119,32 @@ def _indices(*arrays) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("kv_format", "geometry", "implementation"))
 def write_pages(arena, words, pages, kv_format, geometry, implementation="xla"):
-    return writing.write_pages(arena, words, *_indices(pages), kv_format, geometry, implementation=implementation)
+    spec, format_ids = WriteSpec(geometry, (kv_format,), implementation), jnp.zeros(len(pages), jnp.int32)
+    return operations.write_pages(spec, arena, {0: words}, *_indices(pages), format_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("kv_format", "geometry", "implementation"))
 def write_tokens(arena, words, pages, offsets, kv_format, geometry, implementation="xla"):
-    places = _indices(pages, offsets)
-    return writing.write_tokens(arena, words, *places, kv_format, geometry, implementation=implementation)
+    spec, format_ids = WriteSpec(geometry, (kv_format,), implementation), jnp.zeros(len(pages), jnp.int32)
+    return operations.write_tokens(spec, arena, {0: words}, *_indices(pages, offsets), format_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("source", "target", "geometry", "implementation"))
 def requantize(arena, sources, targets, count, source, target, geometry, implementation="xla"):
-    pages = _indices(sources, targets, count)
-    return writing.requantize(arena, *pages, source, target, geometry, implementation=implementation)
+    spec = WriteSpec(geometry, (source, target), implementation)
+    return operations.requantize(spec, source, target, arena, *_indices(sources, targets, count))
 
 
 @functools.partial(jax.jit, static_argnames=("formats", "geometry", "implementation"))
-def commit(arena, k, v, pages, offsets, format_ids, formats, geometry, implementation="xla"):
-    places = _indices(pages, offsets, format_ids)
-    return writing.commit(arena, k, v, *places, formats, geometry, implementation=implementation)
+def encode_and_write_tokens(arena, k, v, pages, offsets, format_ids, formats, geometry, implementation="xla"):
+    spec = WriteSpec(geometry, formats, implementation)
+    return operations.write_tokens(spec, arena, spec.encode_tokens(k, v), *_indices(pages, offsets, format_ids))
 
 
 @functools.partial(jax.jit, static_argnames=("formats", "geometry", "implementation"))
-def commit_pages(arena, k, v, pages, format_ids, formats, geometry, implementation="xla"):
-    places = _indices(pages, format_ids)
-    return writing.commit_pages(arena, k, v, *places, formats, geometry, implementation=implementation)
+def encode_and_write_pages(arena, k, v, pages, format_ids, formats, geometry, implementation="xla"):
+    spec = WriteSpec(geometry, formats, implementation)
+    return operations.write_pages(spec, arena, spec.encode_pages(k, v), *_indices(pages, format_ids))
 
 
 @functools.partial(jax.jit, static_argnames=("kv_format", "geometry"))
@@ -159,7 +159,7 @@ def paged_attention(spec, q, arena, tiles, layer, sinks=None) -> PartialAttentio
     return _paged_attention(spec, q, arena, tiles, layer, sinks)  # all of them by position: one program
 
 
-_paged_attention = jax.jit(attention_module.paged_attention, static_argnums=0)
+_paged_attention = jax.jit(operations.paged_attention, static_argnums=0)
 attend_within = jax.jit(attend_within_function)
 
 
@@ -234,7 +234,9 @@ class Cache:
 
     def plan(self, spec: AttentionSpec, runs: Sequence[QueryRun]) -> Tiles:
         """Segments may be given in any order."""
-        return spec.plan([self.segments[i] for i in self.rng.permutation(len(self.segments))], runs)
+        return operations.plan_attention(
+            spec, [self.segments[i] for i in self.rng.permutation(len(self.segments))], runs
+        )
 
 
 def lengths(page_size: int) -> st.SearchStrategy[int]:
@@ -305,12 +307,12 @@ def exact_attention(
     if sinks is not None:
         sink = np.broadcast_to(np.asarray(sinks, np.float64)[..., None], (*q.shape[:3], 1))
         logits, v = np.concatenate([logits, sink], axis=-1), np.pad(v, [(0, 0), (0, 1), (0, 0)])
-    peak = np.maximum(logits.max(axis=-1, initial=-np.inf, keepdims=True), -1e300)
-    weights = np.exp(logits - peak)
-    total = weights.sum(axis=-1, keepdims=True)
-    output = np.einsum("qhgt,htd->qhgd", weights / np.where(total > 0, total, 1), v)
+    m = np.maximum(logits.max(axis=-1, initial=-np.inf, keepdims=True), -1e300)
+    weights = np.exp(logits - m)
+    l = weights.sum(axis=-1, keepdims=True)
+    output = np.einsum("qhgt,htd->qhgd", weights / np.where(l > 0, l, 1), v)
     with np.errstate(divide="ignore"):
-        return Exact(output, (peak + np.log(total))[..., 0])
+        return Exact(output, (m + np.log(l))[..., 0])
 
 
 def expected_attention(
@@ -341,19 +343,19 @@ def check_attention(
     """
     used = np.zeros(len(q), bool)
     for run in runs:
-        used[run.first_slot : run.first_slot + run.num_queries] = True
+        used[run.start : run.start + run.num_queries] = True
     padded = jnp.where(used[:, None, None], q, jnp.nan)
     tiles = cache.plan(spec, runs)
     for layer in range(spec.geometry.num_layers) if layers is None else layers:
         seen = paged_attention(spec, padded, cache.arena, tiles, layer, sinks)
-        assert seen.weight.shape == seen.peak.shape == seen.total.shape[:-1] == q.shape[:2]
+        assert seen.l.shape == seen.m.shape == seen.acc.shape[:-1] == q.shape[:2]
         assert {part.dtype for part in seen} == {np.dtype(np.float32)}
         output, log_sum_exp = np.asarray(seen.output()), np.asarray(seen.log_sum_exp)
         if sinks is None:
-            assert not np.asarray(seen.weight)[~used].any()
-            assert not np.asarray(seen.total)[~used].any()
+            assert not np.asarray(seen.l)[~used].any()
+            assert not np.asarray(seen.acc)[~used].any()
         for row, run in enumerate(runs):
-            own = slice(run.first_slot, run.first_slot + run.num_queries)
+            own = slice(run.start, run.start + run.num_queries)
             queries = np.asarray(q[own], np.float64)
             exact = expected_attention(spec, cache.of(row, layer), queries, run.first_position, sinks)
             _check_queries(output[own], log_sum_exp[own], exact, tolerance)

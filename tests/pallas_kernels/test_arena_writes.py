@@ -15,8 +15,8 @@ from kernel_cases import (
     SMALL,
     SMALL_TPU,
     TOKEN_FORMATS,
-    commit,
-    commit_pages,
+    encode_and_write_pages,
+    encode_and_write_tokens,
     every_format,
     every_page_format,
     every_token_format,
@@ -58,7 +58,7 @@ def token_vectors(geometry, seed: int) -> list[np.ndarray]:
 
 
 def one_token_words(kv_format, k, v):
-    """As a commit encodes tokens: each as a page of its own."""
+    """As tokens are encoded: each as a page of its own."""
     return store(kv_format, k[:, :, :, None], v[:, :, :, None]).words
 
 
@@ -99,7 +99,7 @@ def test_pages_are_read_as_they_were_written_and_the_rest_of_the_arena_is_untouc
 @every_token_format
 @some_geometries
 def test_a_page_lies_as_its_picture_says(kv_format, geometry):
-    """K head after head, V, then each auxiliary part head after head: the words of one page, written out by hand."""
+    """K head after head, V, then each scale array head after head: the words of one page, written out by hand."""
     stored, page = store(kv_format, *vectors(geometry, seed=5)), 3
     arena = write_pages(noise(geometry), stored.words, page + np.arange(PAGES) * 99999, kv_format, geometry)
     per_layer = kv_format.units_per_layer(geometry)
@@ -107,12 +107,12 @@ def test_a_page_lies_as_its_picture_says(kv_format, geometry):
         start = page + layer * per_layer
         found = np.asarray(arena[start : start + per_layer]).reshape(-1)
         values = [np.concatenate([word[layer, :, 0] for word in part], axis=-1) for part in stored.words[:2]]
-        parts = [*values, *(part[layer, :, 0] for part in stored.words.aux)]
+        parts = [*values, *(part[layer, :, 0] for part in stored.words.scales)]
         content = np.concatenate([part.reshape(-1) for part in parts])
         assert len(content) == kv_format.words_per_layer(geometry)
         np.testing.assert_array_equal(found[: len(content)], content)
         for part, size, start in zip(
-            stored.words.aux, kv_format.aux_sizes(geometry), kv_format.aux_starts(geometry), strict=True
+            stored.words.scales, kv_format.scale_sizes(geometry), kv_format.scale_starts(geometry), strict=True
         ):
             np.testing.assert_array_equal(found[start : start + size], part[layer, 0, 0].reshape(-1))
 
@@ -174,7 +174,7 @@ def test_pages_past_the_arena_are_dropped(kv_format, past_the_end):
     assert_same_words(select(read, 0), select(words, 3))
 
 
-# -- commit: encode and write ------------------------------------------------------------------------------
+# -- encode and write --------------------------------------------------------------------------------------
 
 TOKEN_WISE, EVERY = tuple(TOKEN_FORMATS.values()), tuple(ALL_FORMATS.values())
 
@@ -187,7 +187,7 @@ def distinct_pages(geometry, rng) -> np.ndarray:
 
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_commit_is_each_token_encoded_in_its_format_and_written(data):
+def test_tokens_of_many_formats_are_each_encoded_in_its_own_and_written(data):
     """Some nowhere; a format id that there is not is nowhere too."""
     geometry = SMALL
     ids = data.draw(st.lists(st.integers(0, len(TOKEN_WISE)), min_size=PAGES, max_size=PAGES))
@@ -200,11 +200,11 @@ def test_a_commit_is_each_token_encoded_in_its_format_and_written(data):
         if format_id < len(TOKEN_WISE):
             own, kv_format = np.where(np.arange(PAGES) == row, pages, FAR_AWAY), TOKEN_WISE[format_id]
             expected = write_tokens(expected, one_token_words(kv_format, k, v), own, offsets, kv_format, geometry)
-    after = commit(before, k, v, pages, offsets, ids, TOKEN_WISE, geometry)
+    after = encode_and_write_tokens(before, k, v, pages, offsets, ids, TOKEN_WISE, geometry)
     np.testing.assert_array_equal(after, expected)
 
 
-def test_a_commit_of_pages_is_each_page_encoded_in_its_format_and_written():
+def test_pages_of_many_formats_are_each_encoded_in_its_own_and_written():
     geometry = SMALL_TPU
     ids, rng = [*range(len(EVERY)), 2][:PAGES], np.random.default_rng(6)
     pages = distinct_pages(geometry, rng)
@@ -214,29 +214,29 @@ def test_a_commit_of_pages_is_each_page_encoded_in_its_format_and_written():
     for row, format_id in enumerate(ids):
         own, kv_format = np.where(np.arange(PAGES) == row, pages, FAR_AWAY), EVERY[format_id]
         expected = write_pages(expected, store(kv_format, k, v).words, own, kv_format, geometry)
-    after = commit_pages(before, k, v, pages, ids, EVERY, geometry)
+    after = encode_and_write_pages(before, k, v, pages, ids, EVERY, geometry)
     np.testing.assert_array_equal(after, expected)
 
 
-def test_vectors_in_bf16_are_committed_as_the_numbers_they_are():
+def test_vectors_in_bf16_are_written_as_the_numbers_they_are():
     formats, rng = (ALL_FORMATS["fp32"],), np.random.default_rng(8)
     pages, ids, before = distinct_pages(SMALL, rng), [0] * PAGES, noise(SMALL)
     offsets = rng.integers(0, SMALL.page_size, PAGES)
     narrow = [jnp.asarray(part, jnp.bfloat16) for part in token_vectors(SMALL, seed=8)]
     wide = [part.astype(jnp.float32) for part in narrow]
-    results = [commit(before, *part, pages, offsets, ids, formats, SMALL) for part in (narrow, wide)]
+    results = [encode_and_write_tokens(before, *part, pages, offsets, ids, formats, SMALL) for part in (narrow, wide)]
     np.testing.assert_array_equal(*results)
 
 
 @every_page_format
-def test_a_commit_of_tokens_in_a_page_wise_format_is_refused(kv_format):
+def test_writing_tokens_in_a_page_wise_format_is_refused(kv_format):
     k, v = token_vectors(SMALL, seed=9)
     places = [np.zeros(PAGES, np.int32)] * 3
     message = (
-        f"{kv_format.name} encodes whole pages; write new tokens in {kv_format.residual}.*commit_pages or requantize"
+        f"{kv_format.name} encodes whole pages; write new tokens in {kv_format.residual}.*write_pages or requantize"
     )
     with pytest.raises(ValueError, match=message):
-        commit(noise(SMALL), k, v, *places, (ALL_FORMATS["bf16"], kv_format), SMALL)
+        encode_and_write_tokens(noise(SMALL), k, v, *places, (ALL_FORMATS["bf16"], kv_format), SMALL)
 
 
 def test_every_page_wise_format_was_tried():

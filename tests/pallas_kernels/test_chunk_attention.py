@@ -18,7 +18,7 @@ from kernel_cases import (
 )
 
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 GROUP = 3

@@ -26,8 +26,9 @@ from kernel_cases import (
     rows,
 )
 
+from fineserve_jax.pallas_kernels.operations import plan_attention
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 ROWS, GROUP = 8, 3
@@ -157,7 +158,9 @@ def test_attention_to_two_halves_of_the_segments_merges_to_attention_to_all():
     rng = np.random.default_rng(8)
     (cache, runs), q = cache_of(PLAIN, MIXED, rng), queries(rng, SMALL)
     parts = (cache.segments[::2], cache.segments[1::2], cache.segments)
-    first, second, whole = (paged_attention(PLAIN, q, cache.arena, PLAIN.plan(part, runs), 0) for part in parts)
+    first, second, whole = (
+        paged_attention(PLAIN, q, cache.arena, plan_attention(PLAIN, part, runs), 0) for part in parts
+    )
     both = first.merge(second)
     assert relative_error(both.output(), np.asarray(whole.output(), np.float64)) < TOLERANCE
     np.testing.assert_allclose(both.log_sum_exp, whole.log_sum_exp, rtol=TOLERANCE, atol=TOLERANCE)

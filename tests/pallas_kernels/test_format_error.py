@@ -66,7 +66,7 @@ def fp8_bound(x: np.ndarray) -> np.ndarray:
 
 
 def int4_bound(x: np.ndarray, axis: int) -> np.ndarray:
-    """Half a step of the range along `axis`, in the rotated basis.
+    """Half a step of the range along `axis`, of rotated vectors.
 
     A range begins at one of 127 multiples of a unit that reaches the head's largest number, and its step is one of 255
     multiples of a unit that reaches the head's largest step, both rounded outwards; 1 % covers the units' own rounding.
@@ -90,9 +90,9 @@ KEY_BOUNDS = VALUE_BOUNDS | {"int4": lambda x: int4_bound(x, axis=-2)}
 SMALLEST = 2.0**-100  # what quantising formats take for zero
 
 
-def own_basis(kv_format, x: np.ndarray) -> np.ndarray:
-    """Vectors in the basis that the format keeps them in, float64."""
-    return x.astype(np.float64) @ np.asarray(kv_format.to_basis(jnp.eye(x.shape[-1])), np.float64)
+def rotated(kv_format, x: np.ndarray) -> np.ndarray:
+    """Vectors as the format rotates them, float64."""
+    return x.astype(np.float64) @ np.asarray(kv_format.rotate(jnp.eye(x.shape[-1])), np.float64)
 
 
 def expected_of(kv_format, x: np.ndarray) -> np.ndarray:
@@ -123,10 +123,10 @@ def test_what_is_read_is_within_half_a_step_of_what_was_written(kv_format, case)
         (stored.v, stored.v_own, v, VALUE_BOUNDS),
     ):
         x = expected_of(kv_format, x).astype(np.float64)
-        own = own_basis(kv_format, x)
+        own = rotated(kv_format, x)
         bound = bounds[kv_format.name](own)
         assert_within(read_own, own, bound)
-        # The way back to the model's basis is orthogonal, so lengths of errors stay as they are.
+        # The rotation back is orthogonal, so lengths of errors stay as they are.
         norm = functools.partial(np.linalg.norm, axis=-1)
         allowed = norm(np.broadcast_to(bound + SMALLEST, x.shape)) + FLOAT32 * norm(x) * (kv_format.name == "int4")
         assert (norm(read - x) <= allowed).all()
@@ -152,7 +152,7 @@ def test_encoding_again_what_was_read_changes_next_to_nothing(kv_format, case):
 @every_registered_format
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_zero_stays_zero_and_constant_keys_stay_close(kv_format, value):
-    """(A constant *value* vector is a single outlier in int4's basis, and has that error.)"""
+    """(A constant *value* vector is a single outlier when int4 has rotated it, and has that error.)"""
     constant = np.full(page_shape(SMALL), value, np.float32)
     stored = store(kv_format, constant, constant)
     np.testing.assert_allclose(stored.k, constant, rtol=0.01)
@@ -213,9 +213,9 @@ def test_fp16_saturates_instead_of_overflowing():
 
 @every_registered_format
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
-def test_the_way_to_a_formats_basis_is_orthogonal_and_the_way_back_undoes_it(kv_format, head_dim):
-    there = np.asarray(kv_format.to_basis(jnp.eye(head_dim)), np.float64)
-    back = np.asarray(kv_format.from_basis(jnp.eye(head_dim)), np.float64)
+def test_a_formats_rotation_is_orthogonal_and_the_way_back_undoes_it(kv_format, head_dim):
+    there = np.asarray(kv_format.rotate(jnp.eye(head_dim)), np.float64)
+    back = np.asarray(kv_format.unrotate(jnp.eye(head_dim)), np.float64)
     np.testing.assert_allclose(there @ there.T, np.eye(head_dim), atol=1e-6)
     np.testing.assert_allclose(there @ back, np.eye(head_dim), atol=1e-6)
 
@@ -223,7 +223,7 @@ def test_the_way_to_a_formats_basis_is_orthogonal_and_the_way_back_undoes_it(kv_
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
 def test_the_rotation_of_int4_spreads_an_outlier_over_as_many_channels_as_it_can(head_dim):
     block = head_dim & -head_dim  # the largest power of two in it
-    matrix = np.abs(FORMATS["int4"].to_basis(jnp.eye(head_dim)))
+    matrix = np.abs(FORMATS["int4"].rotate(jnp.eye(head_dim)))
     np.testing.assert_allclose(matrix[matrix > 0], block**-0.5, rtol=1e-6)
     assert ((matrix > 0).sum(axis=-1) == block).all()
 
@@ -233,6 +233,6 @@ def test_what_lies_on_the_grid_of_int4_comes_back_as_it_was(geometry):
     """Nearly: the grid's own begin and step are rounded outwards."""
     int4 = FORMATS["int4"]
     ladder = np.resize(np.arange(16, dtype=np.float32), page_shape(geometry))
-    vectors = np.asarray(int4.from_basis(ladder))
+    vectors = np.asarray(int4.unrotate(ladder))
     error = np.linalg.norm(store(int4, vectors, vectors).v - vectors, axis=-1)
     assert (error < 0.02 * np.linalg.norm(vectors, axis=-1)).all()

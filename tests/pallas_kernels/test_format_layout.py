@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import ALL_FORMATS, PAGES, SMALL, every_format, every_geometry, make_geometry, page_shape, store
 
-from fineserve_jax.pallas_kernels.formats import FORMATS, Aux, get_format, register
-from fineserve_jax.pallas_kernels.formats.packing import (
+from fineserve_jax.pallas_kernels.arena import new_arena
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, get_format_sizes
+from fineserve_jax.pallas_kernels.formats import FORMATS, Granularity, get_format, register
+from fineserve_jax.pallas_kernels.formats.bit_packing import (
     bf16_to_words,
     largest,
-    pack_planar,
+    pack_lanes,
     smallest,
     unpack_signed,
     unpack_unsigned,
@@ -25,7 +27,6 @@ from fineserve_jax.pallas_kernels.geometry import (
     NARROWEST_BITS,
     PageGeometry,
     choose_unit_words,
-    new_arena,
 )
 
 ANY_GEOMETRY = st.builds(
@@ -43,8 +44,12 @@ ANY_GEOMETRY = st.builds(
 def test_a_page_is_its_layers_in_whole_units(kv_format, geometry):
     heads, block = geometry.kv_heads, kv_format.block_words(geometry)
     assert block * 16 == geometry.page_size * geometry.head_dim * kv_format.value_bits
-    sizes = {Aux.TOKEN: geometry.page_size, Aux.CHANNEL: geometry.head_dim // kv_format.planes, Aux.PAGE: 1}
-    content = heads * (2 * block + sum(sizes[part] for part in kv_format.aux))
+    sizes = {
+        Granularity.TOKEN: geometry.page_size,
+        Granularity.CHANNEL: geometry.head_dim // kv_format.packed_lanes,
+        Granularity.PAGE: 1,
+    }
+    content = heads * (2 * block + sum(sizes[part] for part in kv_format.scales))
     assert kv_format.words_per_layer(geometry) == content
     assert kv_format.units_per_layer(geometry) == math.ceil(content / geometry.unit_words)
     assert kv_format.page_units(geometry) == geometry.num_layers * kv_format.units_per_layer(geometry)
@@ -52,8 +57,8 @@ def test_a_page_is_its_layers_in_whole_units(kv_format, geometry):
 
 @every_format
 @given(geometry=ANY_GEOMETRY)
-def test_auxiliary_parts_follow_the_values_one_behind_the_other(kv_format, geometry):
-    starts, sizes = kv_format.aux_starts(geometry), kv_format.aux_sizes(geometry)
+def test_scales_follow_the_values_one_behind_the_other(kv_format, geometry):
+    starts, sizes = kv_format.scale_starts(geometry), kv_format.scale_sizes(geometry)
     ends = [start + geometry.kv_heads * size for start, size in zip(starts, sizes, strict=True)]
     values = 2 * geometry.kv_heads * kv_format.block_words(geometry)
     assert [values, *ends][: len(starts)] == list(starts)
@@ -63,8 +68,8 @@ def test_auxiliary_parts_follow_the_values_one_behind_the_other(kv_format, geome
 @every_format
 @given(geometry=ANY_GEOMETRY)
 def test_a_value_is_a_part_of_a_word_or_several_words(kv_format, geometry):
-    assert kv_format.planes * kv_format.value_bits == 16 * kv_format.word_parts
-    assert kv_format.width(geometry) * kv_format.planes == geometry.head_dim
+    assert kv_format.packed_lanes * kv_format.value_bits == 16 * kv_format.word_parts
+    assert kv_format.width(geometry) * kv_format.packed_lanes == geometry.head_dim
     assert kv_format.width(geometry) * kv_format.word_parts == kv_format.vector_words(geometry)
 
 
@@ -124,8 +129,12 @@ def test_encode_gives_the_words_that_the_layout_has_room_for(kv_format, geometry
         words = jax.eval_shape(kv_format.encode_vectors, vector, vector)
         part = (*lead, geometry.page_size, kv_format.width(geometry))
         assert [word.shape for word in (*words.k, *words.v)] == [part] * 2 * kv_format.word_parts
-        ends = {Aux.TOKEN: (geometry.page_size, 1), Aux.CHANNEL: (1, kv_format.width(geometry)), Aux.PAGE: (1, 1)}
-        assert [aux.shape for aux in words.aux] == [(*lead, *ends[kind]) for kind in kv_format.aux]
+        ends = {
+            Granularity.TOKEN: (geometry.page_size, 1),
+            Granularity.CHANNEL: (1, kv_format.width(geometry)),
+            Granularity.PAGE: (1, 1),
+        }
+        assert [scales.shape for scales in words.scales] == [(*lead, *ends[kind]) for kind in kv_format.scales]
         assert {part.dtype for part in jax.tree.leaves(words)} == {np.dtype(np.uint16)}
         read = jax.eval_shape(kv_format.decode_vectors, words)
         assert [(part.shape, part.dtype) for part in read] == [(vector.shape, vector.dtype)] * 2
@@ -140,12 +149,12 @@ def some_words(kv_format):
 
 
 @every_format
-def test_numbers_may_be_spread_over_the_page_before_they_are_used(kv_format):
+def test_scales_may_be_spread_over_the_page_before_they_are_used(kv_format):
     """Whatever shape a kernel loads scales in, values come out the same."""
     words = some_words(kv_format)
-    numbers = kv_format.read_aux(words.aux)
-    spread = tuple(np.broadcast_to(part, words.k[0].shape) for part in numbers)
-    expected, found = (kv_format.unpack(words.k, words.v, part).scaled_planes() for part in (numbers, spread))
+    scales = kv_format.read_scales(words.scales)
+    spread = tuple(np.broadcast_to(part, words.k[0].shape) for part in scales)
+    expected, found = (kv_format.unpack(words.k, words.v, part).scaled_lanes() for part in (scales, spread))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -153,21 +162,21 @@ def test_numbers_may_be_spread_over_the_page_before_they_are_used(kv_format):
 def test_pages_and_heads_are_unpacked_each_by_itself(kv_format):
     """A kernel sees one page of one head at a time."""
     words = some_words(kv_format)
-    whole = kv_format.unpack(words.k, words.v, kv_format.read_aux(words.aux)).scaled_planes()
+    whole = kv_format.unpack(words.k, words.v, kv_format.read_scales(words.scales)).scaled_lanes()
     where = (1, 0, PAGES // 2)
     one = jax.tree.map(lambda part: part[where], words)
-    found = kv_format.unpack(one.k, one.v, kv_format.read_aux(one.aux)).scaled_planes()
+    found = kv_format.unpack(one.k, one.v, kv_format.read_scales(one.scales)).scaled_lanes()
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda part: part[where], whole))
 
 
-@pytest.mark.parametrize("name", [name for name, kv_format in ALL_FORMATS.items() if kv_format.aux])
+@pytest.mark.parametrize("name", [name for name, kv_format in ALL_FORMATS.items() if kv_format.scales])
 def test_values_that_have_a_scale_are_finite_for_any_words(name):
     """Attention clears only the scales of tokens that do not count, so 0 * NaN must not come from the values."""
     kv_format, words = ALL_FORMATS[name], (jnp.arange(2**16, dtype=jnp.uint16).reshape(-1, 64),)
-    numbers = tuple(jnp.ones((1, 1)) for _ in kv_format.read_aux(some_words(kv_format).aux))
-    vectors = kv_format.unpack(words, words, numbers)
+    scales = tuple(jnp.ones((1, 1)) for _ in kv_format.read_scales(some_words(kv_format).scales))
+    vectors = kv_format.unpack(words, words, scales)
     assert vectors.v_scale is not None
-    assert all(np.isfinite(plane).all() for plane in vectors.v)
+    assert all(np.isfinite(lane).all() for lane in vectors.v)
 
 
 # -- words -------------------------------------------------------------------------------------------------
@@ -175,25 +184,25 @@ def test_values_that_have_a_scale_are_finite_for_any_words(name):
 
 @settings(max_examples=20)
 @given(bits=st.sampled_from([2, 4, 8]), seed=st.integers(0, 2**32 - 1))
-def test_packing_is_planar_and_both_readings_undo_it(bits, seed):
+def test_lanes_are_slices_of_the_vector_and_both_readings_undo_packing(bits, seed):
     """Word w holds the values w, w + D/n, w + 2D/n ... in its bits from the lowest up."""
     count, largest = 16 // bits, 2**bits
     values = np.random.default_rng(seed).integers(0, largest, (3, 64), np.int32)
-    planes = tuple(np.split(values, count, axis=-1))
-    words = np.asarray(pack_planar(planes, bits))
-    by_hand = sum(plane << (bits * i) for i, plane in enumerate(planes))
+    lanes = tuple(np.split(values, count, axis=-1))
+    words = np.asarray(pack_lanes(lanes, bits))
+    by_hand = sum(lane << (bits * i) for i, lane in enumerate(lanes))
     np.testing.assert_array_equal(words, by_hand)
     np.testing.assert_array_equal(np.concatenate(unpack_unsigned(words, bits), axis=-1), values)
     signed = np.where(values >= largest // 2, values - largest, values)
     np.testing.assert_array_equal(np.concatenate(unpack_signed(words, bits), axis=-1), signed)
-    np.testing.assert_array_equal(pack_planar(tuple(np.split(signed, count, axis=-1)), bits), words)
+    np.testing.assert_array_equal(pack_lanes(tuple(np.split(signed, count, axis=-1)), bits), words)
 
 
-@given(seed=st.integers(0, 2**32 - 1), planes=st.sampled_from([1, 2, 8]))
+@given(seed=st.integers(0, 2**32 - 1), lanes=st.sampled_from([1, 2, 8]))
 @settings(max_examples=10)
-def test_the_extremes_of_a_vector_are_those_of_all_its_planes(seed, planes):
+def test_the_extremes_of_a_vector_are_those_of_all_its_planes(seed, lanes):
     values = np.random.default_rng(seed).standard_normal((3, 64), np.float32)
-    parts = tuple(np.split(values, planes, axis=-1))
+    parts = tuple(np.split(values, lanes, axis=-1))
     np.testing.assert_array_equal(largest(parts), values.max(-1, keepdims=True))
     np.testing.assert_array_equal(smallest(parts), values.min(-1, keepdims=True))
 
@@ -233,7 +242,7 @@ def test_an_unknown_precision_is_refused_with_the_known_ones_named():
             "wants 'int4' for its newest tokens, which is no registered token-wise format",
         ),
         ({"name": "new", "residual": "fp4"}, "wants 'fp4' for its newest tokens"),
-        ({"name": "new", "residual": None}, r"parts \(channel, .*page\) that take a whole page.*name.*as `residual`"),
+        ({"name": "new", "residual": None}, r"scales \(channel, .*page\) that take a whole page.*name.*as `residual`"),
     ],
     ids=["taken", "page-wise residual", "unknown residual", "no residual page"],
 )
@@ -241,11 +250,12 @@ def test_a_format_that_cannot_work_is_refused(attributes, message):
     before = dict(FORMATS)
     with pytest.raises(ValueError, match=message):
         register(type("Unusable", (type(FORMATS["int4"]),), attributes)())
-    assert before == FORMATS
+    assert before == FORMATS == FORMAT_SIZES
 
 
 def test_a_format_from_outside_the_package_can_be_registered():
     try:
         assert get_format(register(ALL_FORMATS["int2"]).name).value_bits == 2
+        assert get_format_sizes("int2") is get_format("int2")
     finally:
-        del FORMATS["int2"]
+        del FORMATS["int2"], FORMAT_SIZES["int2"]

@@ -14,8 +14,9 @@ from kernel_cases import ALL_FORMATS, make_geometry
 
 from fineserve_jax.pallas_kernels.formats import FORMATS
 from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry
-from fineserve_jax.pallas_kernels.mosaic_tpu.attention import attend_pages, plan_launch
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.mosaic_tpu.attention_launch import attend_pages, plan_launch
+from fineserve_jax.pallas_kernels.operations import plan_attention
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 geometry_of = functools.partial(make_geometry, num_layers=LAYERS, tpu=True)
@@ -92,8 +93,8 @@ def test_rows_with_any_number_of_queries_in_blocks_of_heads():
     """A prefill chunk of two blocks, a decode, a row without queries, and queries in the middle of what is cached."""
     geometry = geometry_of(kv_heads=4, head_dim=128, page_size=16)
     spec = spec_of(geometry, ["int4"], 4, num_queries=64, max_pages=8, window=60, soft_cap=1.5)
-    (rows,) = plan_launch(spec, 4, jnp.float32).formats
-    assert rows.num_blocks > 1
+    (layout,) = plan_launch(spec, 4, jnp.float32).formats
+    assert layout.num_head_blocks > 1
     segments = [
         Segment(0, "int4", 112),
         Segment(0, "int4", 5, 112),
@@ -112,7 +113,11 @@ def test_an_arena_that_a_tpu_cannot_copy_is_refused():
     narrow = dataclasses.replace(MIXED, geometry=dataclasses.replace(MIXED.geometry, unit_words=128))
     with pytest.raises(ValueError, match=r"units of 128 words.*unit_words=1024"):
         attend_pages(
-            narrow, jnp.zeros((6, 3, 1, 64)), jnp.zeros((1, 128), jnp.uint16), narrow.plan([], []), jnp.int32(0)
+            narrow,
+            jnp.zeros((6, 3, 1, 64)),
+            jnp.zeros((1, 128), jnp.uint16),
+            plan_attention(narrow, [], []),
+            jnp.int32(0),
         )
 
 
@@ -120,4 +125,4 @@ def test_page_tables_longer_than_scalar_memory_are_refused():
     large = dataclasses.replace(MIXED, max_pages=1 << 16)
     arena = jnp.zeros((1, *TPU_TILE), jnp.uint16)
     with pytest.raises(ValueError, match="page tables of 12 segments of 65536 pages take 3145728 bytes"):
-        attend_pages(large, jnp.zeros((6, 3, 1, 64)), arena, large.plan([], []), jnp.int32(0))
+        attend_pages(large, jnp.zeros((6, 3, 1, 64)), arena, plan_attention(large, [], []), jnp.int32(0))

@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import ALL_FORMATS, FAR_AWAY, make_geometry
 from write_cases import (
     KERNEL_PAGES,
-    SAME_BASIS,
+    SAME_ROTATION,
     TOKEN_FORMATS,
     Arena,
     Requantized,
@@ -21,7 +21,7 @@ from write_cases import (
 )
 
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.pallas_kernels.mosaic_tpu import new_tokens, write
+from fineserve_jax.pallas_kernels.mosaic_tpu import page_writes, token_writes
 
 GEOMETRIES = [
     make_geometry(kv_heads=3, head_dim=96, page_size=32, tpu=True),
@@ -54,20 +54,20 @@ def test_tokens(kv_format, geometry):
 
 def test_as_many_tokens_as_there_are(monkeypatch, recompiled):
     """Layers one by one, so that buffers are used again: 0, 2, 6 and 12 steps with 4 buffers."""
-    monkeypatch.setattr(new_tokens, "GROUP_UNITS", 1)
+    monkeypatch.setattr(token_writes, "GROUP_UNITS", 1)
     for num_tokens in (0, 1, 3, 6):
         pages = Arena(SMALL).places[:KERNEL_PAGES].copy()
         pages[num_tokens:] = FAR_AWAY
         check_write_tokens("mosaic_tpu", get_format("int8"), SMALL, pages[::-1], range(KERNEL_PAGES))
 
 
-@pair_cases(SAME_BASIS[:2], GEOMETRIES)
+@pair_cases(SAME_ROTATION[:2], GEOMETRIES)
 def test_pages_change_format(source, target, geometry):
     check_equal(Requantized("mosaic_tpu", source, target, geometry))
 
 
 @pair_cases([("int4", "bf16"), ("bf16", "int4"), ("int8", "int4")], GEOMETRIES)
-def test_pages_change_format_and_basis(source, target, geometry):
+def test_pages_change_format_and_rotation(source, target, geometry):
     """XLA does the arithmetic here too, so nothing differs."""
     check_equal(Requantized("mosaic_tpu", source, target, geometry))
 
@@ -81,5 +81,5 @@ def test_only_so_many_pages_change_format(count):
 def test_pages_change_format_in_several_steps(layers, monkeypatch, recompiled):
     """A layer of a page at a time; four pages at a time."""
     values_of_layer = 2 * SMALL.kv_heads * SMALL.page_size * SMALL.head_dim
-    monkeypatch.setattr(write, "VALUES_AT_A_TIME", layers * values_of_layer)
+    monkeypatch.setattr(page_writes, "VALUES_AT_A_TIME", layers * values_of_layer)
     check_equal(Requantized("mosaic_tpu", get_format("bf16"), get_format("int8"), SMALL, count=5))

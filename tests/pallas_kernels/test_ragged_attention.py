@@ -24,12 +24,13 @@ from kernel_cases import (
     rows,
 )
 
-from fineserve_jax.pallas_kernels.spec import RAGGED_TILES, AttentionSpec
+from fineserve_jax.pallas_kernels.backends import get_backend
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 ROWS, GROUP, SLOTS = 4, 3, 160
 SIZE = SMALL.page_size
-assert RAGGED_TILES["xla"].queries < SLOTS, "a row should be able to fill more than one block"
+assert get_backend("xla").tiling.ragged.queries < SLOTS, "a row should be able to fill more than one block"
 PLAIN = AttentionSpec(
     SMALL,
     tuple(ALL_FORMATS.values()),
@@ -117,7 +118,7 @@ def test_sinks_alone():
 
 
 def test_queries_before_all_keys_see_nothing():
-    """Output 0 and weight 0, as for a row without cached tokens."""
+    """Output 0 and l 0, as for a row without cached tokens."""
     rng = np.random.default_rng(3)
     cache = Cache(SMALL, rng)
     for name in ALL_FORMATS:
@@ -127,8 +128,8 @@ def test_queries_before_all_keys_see_nothing():
         runs = [QueryRun(0, 40, 59), QueryRun(40, 3, 7)]
         check_attention(PLAIN, cache, queries(rng), runs, layers=[0])
         seen = paged_attention(PLAIN, queries(rng), cache.arena, cache.plan(PLAIN, runs), 0)
-        assert not np.asarray(seen.weight).any()
-        assert not np.asarray(seen.total).any()
+        assert not np.asarray(seen.l).any()
+        assert not np.asarray(seen.acc).any()
         assert np.isneginf(seen.log_sum_exp).all()
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import make_geometry
 
-from fineserve_jax.pallas_kernels.bases import Bases
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.rotations import Rotations
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
 geometry = functools.partial(make_geometry, num_layers=LAYERS)
@@ -102,14 +102,14 @@ def test_queries_do_not_see_later_cached_keys():
     check(RAGGED, 3, segments, runs, seed=5)
 
 
-# -- bases -------------------------------------------------------------------------------------------------
+# -- rotations ---------------------------------------------------------------------------------------------
 
 
-def test_formats_with_the_same_rotation_share_a_basis():
-    bases = Bases((get_format("bf16"), get_format("int4"), get_format("int8"), get_format("int4")), 64)
-    assert bases.index == (0, 1, 0, 1)
+def test_formats_with_the_same_rotation_share_it():
+    rotations = Rotations((get_format("bf16"), get_format("int4"), get_format("int8"), get_format("int4")), 64)
+    assert rotations.of_format == (0, 1, 0, 1)
     vectors = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64), np.float32))
-    rotated = bases.rotate(vectors)
+    rotated = rotations.rotate(vectors)
     assert rotated.shape == (2, 3, 64)
-    for basis in range(len(bases)):
-        np.testing.assert_allclose(bases.restore(rotated[basis], basis), vectors, atol=1e-5)
+    for number in range(len(rotations)):
+        np.testing.assert_allclose(rotations.unrotate(rotated[number], number), vectors, atol=1e-5)

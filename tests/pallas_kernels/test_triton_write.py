@@ -7,7 +7,7 @@ from kernel_cases import ALL_FORMATS, FAR_AWAY, make_geometry
 from write_cases import (
     KERNEL_PAGES,
     ROTATING,
-    SAME_BASIS,
+    SAME_ROTATION,
     TOKEN_FORMATS,
     Arena,
     Requantized,
@@ -54,17 +54,17 @@ def test_tokens_at_any_place_of_any_pages(pages, offsets):
     check_write_tokens("triton", get_format("int8"), GEOMETRIES[1], pages, offsets)
 
 
-@pair_cases(SAME_BASIS, GEOMETRIES)
+@pair_cases(SAME_ROTATION, GEOMETRIES)
 def test_pages_change_format(source, target, geometry):
     check_equal(Requantized("triton", source, target, geometry))
 
 
 @pair_cases(ROTATING, GEOMETRIES)
-def test_pages_change_format_and_basis(source, target, geometry):
+def test_pages_change_format_and_rotation(source, target, geometry):
     check_nearly_equal(Requantized("triton", source, target, geometry), target.value_bits)
 
 
-def test_pages_leave_a_rotated_basis():
+def test_pages_leave_a_rotation():
     check_bf16_nearly_equal(Requantized("triton", get_format("int4"), get_format("bf16"), GEOMETRIES[0]))
 
 

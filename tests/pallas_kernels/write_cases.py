@@ -8,31 +8,42 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import ALL_FORMATS, FAR_AWAY, geometry_id
 
-from fineserve_jax.pallas_kernels import writing
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords, get_format
+from fineserve_jax.pallas_kernels import operations
+from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PageWords, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
+from fineserve_jax.pallas_kernels.specs import WriteSpec
 
 # Programs here run once, on little: compiling them is what takes time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-write_pages = quick_jit(writing.write_pages, static_argnames=("kv_format", "geometry", "implementation"))
-write_tokens = quick_jit(writing.write_tokens, static_argnames=("kv_format", "geometry", "implementation"))
-requantize = quick_jit(
-    writing.requantize, static_argnames=("source_format", "target_format", "geometry", "implementation")
-)
+requantize = quick_jit(operations.requantize, static_argnums=(0, 1, 2))
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def write_pages(spec, arena, words, pages):
+    """All of them in the spec's only format."""
+    return operations.write_pages(spec, arena, {0: words}, pages, jnp.zeros_like(pages))
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def write_tokens(spec, arena, words, pages, offsets):
+    """All of them in the spec's only format."""
+    return operations.write_tokens(spec, arena, {0: words}, pages, offsets, jnp.zeros_like(pages))
+
 
 TOKEN_FORMATS = [kv_format for kv_format in ALL_FORMATS.values() if kv_format.residual is None]
 KERNEL_PAGES = 6
 NUM_PLACES = 14  # where pages fit into an arena
 
-# Formats whose bases differ: products are summed in another order, and a value may fall to the other side of a code.
+# Formats whose rotations differ: products are summed in another order, and a value may get the next code.
 ROTATING = [("bf16", "int4"), ("int8", "int4")]
-SAME_BASIS = [("bf16", "int8"), ("fp32", "bf16"), ("int8", "bf16"), ("fp8", "fp32")]
+SAME_ROTATION = [("bf16", "int8"), ("fp32", "bf16"), ("int8", "bf16"), ("fp8", "fp32")]
 MOST_DIFFERENT_WORDS = 0.002
 BF16_STEP = 2.0**-7
 SUM_ERROR = 1e-6  # of f32 sums over channels, relative to the largest value
@@ -75,20 +86,21 @@ class Arena:
     def words(self, kv_format: KVFormat, num_tokens: int) -> PageWords:
         """Any bits, as words of pages of so many tokens."""
         geometry, width = self.geometry, kv_format.width(self.geometry)
-        shapes = {Aux.TOKEN: (num_tokens, 1), Aux.CHANNEL: (1, width), Aux.PAGE: (1, 1)}
+        shapes = {Granularity.TOKEN: (num_tokens, 1), Granularity.CHANNEL: (1, width), Granularity.PAGE: (1, 1)}
         leading = (geometry.num_layers, geometry.kv_heads, KERNEL_PAGES)
 
         def part(*shape: int) -> np.ndarray:
             return self.rng.integers(0, 2**16, leading + shape, np.uint16)
 
         k, v = (tuple(part(num_tokens, width) for _ in range(kv_format.word_parts)) for _ in "kv")
-        return PageWords(k, v, tuple(part(*shapes[kind]) for kind in kv_format.aux))
+        return PageWords(k, v, tuple(part(*shapes[kind]) for kind in kv_format.scales))
 
 
 def check_write_pages(implementation: Implementation, kv_format: KVFormat, geometry: PageGeometry) -> None:
     arena = Arena(geometry)
-    args = arena.noise, arena.words(kv_format, geometry.page_size), arena.pages(kv_format), kv_format, geometry
-    after, expected = (write_pages(*args, implementation=name) for name in (implementation, "xla"))
+    args = arena.noise, arena.words(kv_format, geometry.page_size), arena.pages(kv_format)
+    specs = (WriteSpec(geometry, (kv_format,), name) for name in (implementation, "xla"))
+    after, expected = (write_pages(spec, *args) for spec in specs)
     np.testing.assert_array_equal(after, expected)
 
 
@@ -105,8 +117,9 @@ def check_write_tokens(
         last = geometry.page_size - 1
         pages, offsets = arena.pages(kv_format), [1, last, 0, last // 2, 2, 5]
     places = np.array(pages, np.int32), np.array(offsets, np.int32)
-    args = arena.noise, arena.words(kv_format, 1), *places, kv_format, geometry
-    after, expected = (write_tokens(*args, implementation=name) for name in (implementation, "xla"))
+    args = arena.noise, arena.words(kv_format, 1), *places
+    specs = (WriteSpec(geometry, (kv_format,), name) for name in (implementation, "xla"))
+    after, expected = (write_tokens(spec, *args) for spec in specs)
     np.testing.assert_array_equal(after, expected)
 
 
@@ -133,10 +146,10 @@ class Requantized:
         sources = arena.places[[9, 2, 5, 11, 4, 1]]
         targets = arena.pages(target)
         words = quick_jit(source.encode_vectors)(k, v)
-        before = write_pages(arena.noise, words, sources, source, geometry, implementation="xla")
-        args = before, sources, targets, np.int32(count), source, target, geometry
+        before = write_pages(WriteSpec(geometry, (source,), "xla"), arena.noise, words, sources)
+        specs = (WriteSpec(geometry, (source, target), name) for name in (implementation, "xla"))
         self.found, self.expected = (
-            np.asarray(requantize(*args, implementation=name)) for name in (implementation, "xla")
+            np.asarray(requantize(spec, source, target, before, sources, targets, np.int32(count))) for spec in specs
         )
         self.written = np.zeros(self.found.shape, bool)
         for page in targets[:count]:

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 import jax.numpy as jnp
 import numpy as np
 
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import FORMATS, register
-from fineserve_jax.pallas_kernels.formats.wide import Float32
+from fineserve_jax.pallas_kernels.formats.wide import Float32KV
 
 
-class Bent(Float32):
+class Bent(Float32KV):
     """Token-wise: a nonlinear function of each number."""
 
     name = "bent"
@@ -26,8 +27,8 @@ class Bent(Float32):
         return super().encode(k, v)
 
 
-class Woven(Float32):
-    """Page-wise: each token takes something from the others of its page; vectors are kept in a basis of its own.
+class Woven(Float32KV):
+    """Page-wise: each token takes something from the others of its page; vectors are rotated in a way of its own.
 
     (Means over a page are for XLA alone: kernels know minima and maxima.)
     """
@@ -52,4 +53,4 @@ def smooth_formats() -> Iterator[tuple[str, ...]]:
         yield tuple(kv_format.name for kv_format in added)
     finally:
         for kv_format in added:
-            del FORMATS[kv_format.name]
+            del FORMATS[kv_format.name], FORMAT_SIZES[kv_format.name]

@@ -11,7 +11,8 @@ from fineserve_jax.engine.page_shapes import page_classes
 from fineserve_jax.kv.operations import Copy, HostPages, Load, Save
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
-from fineserve_jax.pallas_kernels.writing import requantize, write_pages
+from fineserve_jax.pallas_kernels.operations import requantize, write_pages
+from fineserve_jax.pallas_kernels.specs import WriteSpec
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import COPIES, TRANSFERRED_PAGES, PageOperations
 
@@ -38,8 +39,8 @@ def slots(page_class) -> range:
 @functools.cache
 def program(source, target):
     """The conversion of one page."""
-    formats = {"source_format": get_format(source.kv_format), "target_format": get_format(target.kv_format)}
-    return jax.jit(functools.partial(requantize, **formats, geometry=GEOMETRY, implementation="xla"))
+    formats = get_format(source.kv_format), get_format(target.kv_format)
+    return jax.jit(functools.partial(requantize, WriteSpec(GEOMETRY, formats, "xla"), *formats))
 
 
 @functools.cache
@@ -54,8 +55,8 @@ def slabs_of_pages() -> tuple[np.ndarray, dict[int, object]]:
         units = np.array([place(slab, slot, page_class) for slot in slots(page_class)], np.int32)
         shape = (GEOMETRY.num_layers, GEOMETRY.kv_heads, len(units), GEOMETRY.page_size, GEOMETRY.head_dim)
         k, v = (jnp.array(rng.standard_normal(shape, np.float32)) for _ in "kv")
-        kv_format = get_format(page_class.kv_format)
-        arena = write_pages(arena, kv_format.encode_vectors(k, v), units, kv_format, GEOMETRY, implementation="xla")
+        spec = WriteSpec(GEOMETRY, (get_format(page_class.kv_format),), "xla")
+        arena = write_pages(spec, arena, spec.encode_pages(k, v), jnp.array(units), jnp.zeros(len(units), jnp.int32))
         pages |= dict.fromkeys(units.tolist(), page_class)
     return np.array(arena), pages
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make_request, pages_of, tiny_model
 
+from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import FORMATS
-from fineserve_jax.pallas_kernels.writing import NOWHERE
 from fineserve_jax.request import ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.shapes import MIN_ROWS, StepShape, StepSpec, chunk_buckets, pick, row_buckets
@@ -118,7 +118,7 @@ def test_a_chunks_queries_follow_what_is_cached():
     chunks = (ScheduledChunk(first, 0, 30), ScheduledChunk(second, 16, 24))
     tiles = build_inputs(spec(), SchedulerOutput((), chunks), kv)[0].chunk.tiles
     assert cached_tokens(tiles) == {"int8": [([kv.page_unit(second, 0), *[0] * (tiles.pages.shape[2] - 1)], 16, 0)]}
-    blocks = [(tiles.query_slots[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
+    blocks = [(tiles.query_starts[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
     assert blocks == [(0, 30, 0), (32, 24, 16)]
     assert not tiles.query_counts[2:].any()
 

@@ -1,25 +1,56 @@
-"""The simulator's models and formats are the engine's, written down again without jax."""
+"""The simulator's models are those of the published cards, its formats the engine's."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from sim_cases import MODEL, cluster, options, simulate, workload
 
+from fineserve_jax.engine.page_shapes import page_classes as engine_classes
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.pallas_kernels.formats import FORMATS
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.sim.models import CACHES, SHAPES, UNIT_WORDS, page_classes, parse_model
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
+from fineserve_jax.pallas_kernels.formats import FORMATS, register
+from fineserve_jax.sim import Kind
+from fineserve_jax.sim.models import SHAPES, page_classes, parse_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_pages_are_as_long_as_the_engines(shape, name):
-    geometry = PageGeometry(shape.num_layers, shape.num_kv_heads, shape.head_dim, 16, UNIT_WORDS)
     model = parse_model(shape.name)
-    page_class = page_classes({model: [name]}, 16)[model.name, name]
-    assert page_class.page_units == FORMATS[name].page_units(geometry)
-    assert page_class.page_bytes == 2 * shape.num_layers * FORMATS[name].words_per_layer(geometry)
-    assert (page_class.residual and page_class.residual.kv_format) == FORMATS[name].residual
+    assert page_classes({model: [name]}, 16) == engine_classes(model.name, shape.page_geometry(16), [name])
+
+
+@pytest.fixture
+def int2():
+    """The format of the example, registered meanwhile."""
+    spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    yield register(example.Int2()).name
+    for registry in (FORMATS, FORMAT_SIZES):
+        del registry["int2"]
+
+
+def test_a_registered_format_can_be_simulated(int2):
+    """Its pages are as long as the engine's."""
+    classes = page_classes({MODEL: [int2]}, 16)
+    assert classes == engine_classes(MODEL.name, MODEL.shape.page_geometry(16), [int2])
+    assert classes[MODEL.name, int2].residual is classes[MODEL.name, "bf16"]
+    bits = {name: cost.bits for name, cost in MODEL.cost([int2, "int4"], 16).formats.items()}
+    assert 2 < bits[int2] < bits["int4"]
+    run, kv = simulate(workload(seconds=2.0, mix=[Kind(1.0, options(int2))]), where=cluster(formats=[int2]))
+    assert {one.outcome for one in run.requests} == {"length"}
+    assert not kv.held
+
+
+def test_an_unknown_format_is_refused_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"KV format 'int2' is not known; choose one of fp32, bf16, fp16, int8, fp8"):
+        page_classes({MODEL: ["int2"]}, 16)
 
 
 @pytest.mark.parametrize(

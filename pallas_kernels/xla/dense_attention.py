@@ -14,37 +14,38 @@ def attend(q: jax.Array, vectors: PageVectors, visible: jax.Array, soft_cap: flo
     """Attention of queries to the keys and values of a batch's tokens.
 
     Args:
-        q: f32[..., queries, head_dim], already multiplied by the softmax scale, in the vectors' basis.
-        vectors: planes of f32[..., tokens, width], scales and offsets of f32[..., tokens, 1].
+        q: f32[..., queries, head_dim], already multiplied by the softmax scale, rotated as the vectors are.
+        vectors: packed lanes of f32[..., tokens, width], scales and zero points of f32[..., tokens, 1].
         visible: bool, broadcasts to [..., queries, tokens]; keys and scales of what is invisible may be NaN.
         soft_cap: see `AttentionSpec`.
     """
     # Queries before keys: for blocks of this size XLA's CPU products are faster so than the other way round.
     logits = sum(
-        jnp.einsum("...qd,...td->...qt", part, plane, precision=EXACT)
-        for plane, part in zip(vectors.k, jnp.split(q, len(vectors.k), axis=-1), strict=True)
+        jnp.einsum("...qd,...td->...qt", part, lane, precision=EXACT)
+        for lane, part in zip(vectors.k, jnp.split(q, len(vectors.k), axis=-1), strict=True)
     )
     if vectors.k_scale is not None:
         logits = logits * vectors.k_scale.swapaxes(-1, -2)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(visible, logits, NEGATIVE)
-    peak = jnp.max(logits, axis=-1)
-    weights = jnp.where(visible, jnp.exp(logits - peak[..., None]), 0.0)
-    weight = weights.sum(axis=-1)
+    m = jnp.max(logits, axis=-1)
+    weights = jnp.where(visible, jnp.exp(logits - m[..., None]), 0.0)
+    l = weights.sum(axis=-1)
     scaled = weights if vectors.v_scale is None else weights * vectors.v_scale.swapaxes(-1, -2)
-    parts = [jnp.einsum("...qt,...td->...qd", scaled, plane, precision=EXACT) for plane in vectors.v]
-    total = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    if vectors.v_offset is not None:
-        total = total + jnp.sum(weights * vectors.v_offset.swapaxes(-1, -2), axis=-1, keepdims=True)
-    return PartialAttention(peak, weight, total)
+    parts = [jnp.einsum("...qt,...td->...qd", scaled, lane, precision=EXACT) for lane in vectors.v]
+    acc = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    if vectors.v_zero_point is not None:
+        acc = acc + jnp.sum(weights * vectors.v_zero_point.swapaxes(-1, -2), axis=-1, keepdims=True)
+    return PartialAttention(m, l, acc)
 
 
 def flatten_pages(vectors: PageVectors, counts: jax.Array) -> PageVectors:
     """Joins the axes of pages and of tokens, and clears the values of tokens that do not count: 0 * NaN is NaN.
 
     Args:
-        vectors: of pages, planes f32[..., kv_heads, pages, T, width], scales and offsets [..., kv_heads, pages, T, 1].
+        vectors: of pages, packed lanes f32[..., kv_heads, pages, T, width], scales and zero points
+            f32[..., kv_heads, pages, T, 1].
         counts: bool[..., pages * T], whether a token counts.
     """
     counts = counts[..., None, :, None]
@@ -52,13 +53,13 @@ def flatten_pages(vectors: PageVectors, counts: jax.Array) -> PageVectors:
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
-    v = tuple(flat(plane) for plane in vectors.v)
+    v = tuple(flat(lane) for lane in vectors.v)
     if vectors.v_scale is None:  # else they are finite for any words; their scales may be NaN
-        v = tuple(jnp.where(counts, plane, 0.0) for plane in v)
+        v = tuple(jnp.where(counts, lane, 0.0) for lane in v)
     return PageVectors(
-        k=tuple(flat(plane) for plane in vectors.k),
+        k=tuple(flat(lane) for lane in vectors.k),
         v=v,
         k_scale=None if vectors.k_scale is None else flat(vectors.k_scale),
         v_scale=None if vectors.v_scale is None else jnp.where(counts, flat(vectors.v_scale), 0.0),
-        v_offset=None if vectors.v_offset is None else jnp.where(counts, flat(vectors.v_offset), 0.0),
+        v_zero_point=None if vectors.v_zero_point is None else jnp.where(counts, flat(vectors.v_zero_point), 0.0),
     )

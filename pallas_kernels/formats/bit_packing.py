@@ -1,7 +1,7 @@
-"""Small integers in 16-bit words, planar; and reductions over vectors that lie in planes.
+"""Packing small integers into the lanes of 16-bit words, unpacking them, and reductions over vectors in packed lanes.
 
-Word w of a vector of D values packed n to a word holds the values w, w + D/n, w + 2D/n, ... in its bits from the
-lowest up, so each of the n planes unpacks to a contiguous slice of the vector.
+Word w of a vector of D values packed n to a word holds the values w, w + D/n, w + 2D/n, ... in its lanes, which are its
+bits from the lowest up; so each of the n lanes unpacks to a contiguous slice of the vector.
 """
 
 import functools
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats.base import Planes
+from fineserve_jax.pallas_kernels.formats.base import PackedLanes
 
 
-def pack_planar(planes: Planes, bits: int) -> jax.Array:
-    """Integers of which the lowest `bits` count, 16 / bits planes of i32[..., width] -> u16[..., width]."""
-    low = [plane & ((1 << bits) - 1) for plane in planes]
-    shifted = [plane << i * bits for i, plane in enumerate(low)]
+def pack_lanes(lanes: PackedLanes, bits: int) -> jax.Array:
+    """Integers of which the lowest `bits` count, 16 / bits lanes of i32[..., width] -> u16[..., width]."""
+    low = [lane & ((1 << bits) - 1) for lane in lanes]
+    shifted = [lane << i * bits for i, lane in enumerate(low)]
     return functools.reduce(jnp.bitwise_or, shifted).astype(jnp.uint16)
 
 
@@ -32,27 +32,27 @@ def nearest_codes(values: jax.Array, least: int, most: int) -> jax.Array:
     return bits - int(np.float32(shift).view(np.int32))
 
 
-def unpack_unsigned(words: jax.Array, bits: int) -> Planes:
-    """u16[..., width] -> the planes, f32[..., width] each, of integers in [0, 2**bits)."""
+def unpack_unsigned(words: jax.Array, bits: int) -> PackedLanes:
+    """u16[..., width] -> the lanes, f32[..., width] each, of integers in [0, 2**bits)."""
     wide = words.astype(jnp.int32)
     return tuple((wide >> shift & (1 << bits) - 1).astype(jnp.float32) for shift in range(0, 16, bits))
 
 
-def unpack_signed(words: jax.Array, bits: int) -> Planes:
-    """u16[..., width] -> the planes, f32[..., width] each, of integers in [-2**(bits-1), 2**(bits-1))."""
+def unpack_signed(words: jax.Array, bits: int) -> PackedLanes:
+    """u16[..., width] -> the lanes, f32[..., width] each, of integers in [-2**(bits-1), 2**(bits-1))."""
     wide = words.astype(jnp.int32)
     shifts = range(0, 16, bits)
     return tuple((wide << (32 - bits - shift) >> (32 - bits)).astype(jnp.float32) for shift in shifts)
 
 
-def largest(planes: Planes) -> jax.Array:
+def largest(lanes: PackedLanes) -> jax.Array:
     """The largest value of each vector, f32[..., 1]."""
-    return jnp.max(functools.reduce(jnp.maximum, planes), axis=-1, keepdims=True)
+    return jnp.max(functools.reduce(jnp.maximum, lanes), axis=-1, keepdims=True)
 
 
-def smallest(planes: Planes) -> jax.Array:
+def smallest(lanes: PackedLanes) -> jax.Array:
     """The smallest value of each vector, f32[..., 1]."""
-    return -largest(tuple(-plane for plane in planes))
+    return -largest(tuple(-lane for lane in lanes))
 
 
 def bf16_to_words(values: jax.Array) -> jax.Array:

@@ -16,7 +16,6 @@ from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.mosaic_tpu.new_tokens import write_tokens
 from fineserve_jax.pallas_kernels.page_layout import lay_out, take_apart
 from fineserve_jax.pallas_kernels.pallas_api import (
     TpuDMASemaphore,
@@ -29,8 +28,7 @@ from fineserve_jax.pallas_kernels.pallas_api import (
     tpu_params,
     when,
 )
-
-__all__ = ["requantize", "write_pages", "write_tokens"]
+from fineserve_jax.pallas_kernels.specs import WriteSpec
 
 # Keys and values that change format in one step. Few, because decoded ones take memory, and programs for large arrays
 # take long to compile.
@@ -40,32 +38,25 @@ Ref = Any
 
 
 def write_pages(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array
 ) -> jax.Array:
-    """Writes whole pages, all layers; padding becomes 0. See `writing.write_pages`."""
+    """Writes whole pages, all layers: see `Backend.write_pages`."""
     pages_first = jax.tree.map(lambda part: jnp.moveaxis(part, 2, 0), words)
-    return _copy_into(arena, lay_out(pages_first, kv_format, geometry), pages, interpret)
+    return _copy_into(arena, lay_out(pages_first, kv_format, spec.geometry), pages, bool(spec.interpret))
 
 
 def requantize(
+    spec: WriteSpec,
+    source_format: KVFormat,
+    target_format: KVFormat,
     arena: jax.Array,
     sources: jax.Array,
     targets: jax.Array,
     count: jax.Array,
-    source_format: KVFormat,
-    target_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
 ) -> jax.Array:
-    """Reads full pages in one format and writes what they hold to others in another. See `writing.requantize`."""
-    part, parts = _parts_of_pages(geometry)
+    """Reads full pages in one format and writes what they hold to others in another: see `Backend.requantize`."""
+    part, parts = _parts_of_pages(spec.geometry)
+    interpret = bool(spec.interpret)
     at_a_time = min(len(sources) * parts, max(1, VALUES_AT_A_TIME // _values(part)))
     steps = -(-count * parts // at_a_time)
 

@@ -1,4 +1,4 @@
-"""Paged attention on TPUs: one launch for segments of all formats (see `kernel`)."""
+"""Paged attention on TPUs: one launch for segments of all formats (see `attention_kernel`)."""
 
 import dataclasses
 from typing import Any
@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.bases import Bases
 from fineserve_jax.pallas_kernels.formats import KVFormat
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.mosaic_tpu.kernel import kernel
-from fineserve_jax.pallas_kernels.mosaic_tpu.launch import BUFFERS, ROW_MULTIPLE, Launch, Memory, TileTable
-from fineserve_jax.pallas_kernels.mosaic_tpu.rows import LANES, SUBLANES, TILE_WORDS, PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.attention_kernel import attention_kernel
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, SUBLANES, TILE_WORDS, LaneLayout
+from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import BUFFERS, ROW_MULTIPLE, Launch, Memory, TileTable
 from fineserve_jax.pallas_kernels.pallas_api import (
     BlockSpec,
     TpuDMASemaphore,
@@ -22,9 +21,17 @@ from fineserve_jax.pallas_kernels.pallas_api import (
     tpu_interpret,
     tpu_params,
 )
+from fineserve_jax.pallas_kernels.rotations import Rotations
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
+from fineserve_jax.pallas_kernels.tiling import TileSizes, Tiling
+
+# One core takes a segment whole.
+TILING = Tiling(
+    decode=TileSizes(splits=1, queries=1, tokens=1 << 30),
+    ragged=TileSizes(splits=1, queries=32, tokens=1 << 30),
+)
 
 # Tokens of a step: enough work to hide a step's latencies, and copies long enough to reach the memory's bandwidth.
 DECODE_STEP_TOKENS = 128
@@ -37,25 +44,17 @@ VMEM_LIMIT_BYTES = 100 << 20  # of the 128 MiB that v5e and v6e have
 def attend_pages(
     spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
 ) -> PartialAttention:
-    """Attention of query tokens to the cached tokens of their rows.
-
-    Args:
-        q: f32 or bf16[num_queries, kv_heads, group, head_dim], already multiplied by the softmax scale.
-        arena: u16[num_units, 8, 128].
-        tiles: of one segment each.
-        layer: i32[].
-
-    Returns:
-        of f32[num_queries, kv_heads, group].
+    """Attention of each query to its row's cached tokens: see `Backend.attend`. Tiles are of one segment each.
 
     Raises:
         ValueError: the arena's units are no TPU tiles, or the page tables are too long for a TPU's scalar memory.
     """
     _check(spec)
     launch = plan_launch(spec, q.shape[2], q.dtype)
-    total, stats = _call(spec, launch, tabulate(spec, launch, tiles), tiles, layer, _to_blocks(launch, q, tiles), arena)
-    parts = (stats[..., 0], NEGATIVE), (stats[..., 1], 0.0), (total, 0.0)
-    return PartialAttention(*(_to_slots(spec, launch, tiles, blocks, empty) for blocks, empty in parts))
+    blocks = _to_query_blocks(launch, q, tiles)
+    acc, stats = _call(spec, launch, tabulate(spec, launch, tiles), tiles, layer, blocks, arena)
+    parts = (stats[..., 0], NEGATIVE), (stats[..., 1], 0.0), (acc, 0.0)
+    return PartialAttention(*(_to_queries(spec, launch, tiles, blocks, empty) for blocks, empty in parts))
 
 
 def _check(spec: AttentionSpec) -> None:
@@ -64,7 +63,7 @@ def _check(spec: AttentionSpec) -> None:
             f"an arena with units of {spec.geometry.unit_words} words cannot be copied on a TPU; make the geometry "
             f"with unit_words={TILE_WORDS}, as choose_unit_words(..., tpu=True) does"
         )
-    shape = spec.tile_shape
+    shape = TILING.shape(spec)
     table_bytes = 4 * shape.max_tiles * shape.pages
     if table_bytes > MAX_TABLE_BYTES:
         raise ValueError(
@@ -74,15 +73,15 @@ def _check(spec: AttentionSpec) -> None:
 
 
 def plan_launch(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Launch:
-    """The sizes of a launch: pages of a step, heads of a block, rows of queries."""
-    geometry, queries = spec.geometry, spec.tile_shape.queries
+    """The sizes of a launch: pages of a step, heads of a head block, rows of queries."""
+    geometry, queries = spec.geometry, TILING.shape(spec).queries
     tokens = DECODE_STEP_TOKENS if spec.decodes else RAGGED_STEP_TOKENS
-    pages = max(1, min(tokens // geometry.page_size, spec.tile_shape.pages))
+    pages = max(1, min(tokens // geometry.page_size, TILING.shape(spec).pages))
     head_rows = group * queries
     return Launch(
-        formats=tuple(_page_rows(geometry, kv_format, pages, head_rows) for kv_format in spec.formats),
-        bases=_rotations(spec),
-        tiles_per_block=spec.tile_shape.tiles_per_block,
+        formats=tuple(_lane_layout(geometry, kv_format, pages, head_rows) for kv_format in spec.formats),
+        rotations=_rotations(spec),
+        tiles_per_query_block=TILING.shape(spec).tiles_per_query_block,
         group=group,
         queries=queries,
         query_rows=_round_up(geometry.kv_heads * head_rows, ROW_MULTIPLE),
@@ -93,17 +92,18 @@ def plan_launch(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Launch:
 
 
 def _rotations(spec: AttentionSpec) -> tuple[int | None, ...]:
+    """Of each format the number of its rotation; None: it keeps vectors as they are."""
     head_dim = spec.geometry.head_dim
-    index = Bases(spec.formats, head_dim).index
-    return tuple(None if f.rotation(head_dim) is None else basis for f, basis in zip(spec.formats, index, strict=True))
+    numbers = zip(spec.formats, Rotations(spec.formats, head_dim).of_format, strict=True)
+    return tuple(None if kv_format.rotation(head_dim) is None else number for kv_format, number in numbers)
 
 
-def _page_rows(geometry: PageGeometry, kv_format: KVFormat, pages: int, head_rows: int) -> PageRows:
+def _lane_layout(geometry: PageGeometry, kv_format: KVFormat, pages: int, head_rows: int) -> LaneLayout:
     """How many heads to take at a time.
 
     Few steps are fast, but logits of one head's queries with another's keys are waste, and grow with the heads' square.
     """
-    best = PageRows(kv_format, geometry, geometry.kv_heads, pages)
+    best = LaneLayout(kv_format, geometry, geometry.kv_heads, pages)
     tokens = pages * geometry.page_size
     for heads in range(geometry.kv_heads - 1, 0, -1):
         if best.heads**2 * head_rows * tokens <= MAX_LOGITS:
@@ -115,10 +115,10 @@ def _page_rows(geometry: PageGeometry, kv_format: KVFormat, pages: int, head_row
 
 
 def tabulate(spec: AttentionSpec, launch: Launch, tiles: Tiles) -> TileTable:
-    """What the kernel has to know of each grid step: each block's tiles, one after the other."""
-    page_size, shape = spec.geometry.page_size, spec.tile_shape
-    blocks = jnp.repeat(jnp.arange(shape.num_blocks), launch.tiles_per_block)
-    tile = tiles.block_tiles.reshape(-1)
+    """What the kernel has to know of each grid step: each query block's tiles, one after the other."""
+    page_size, shape = spec.geometry.page_size, TILING.shape(spec)
+    blocks = jnp.repeat(jnp.arange(shape.num_query_blocks), launch.tiles_per_query_block)
+    tile = tiles.query_block_tiles.reshape(-1)
     used, of = tile < shape.max_tiles, jnp.minimum(tile, shape.max_tiles - 1)
     counts = tiles.query_counts[blocks]
     offsets = tiles.query_positions[blocks] - tiles.positions[of, 0]
@@ -134,29 +134,29 @@ def tabulate(spec: AttentionSpec, launch: Launch, tiles: Tiles) -> TileTable:
         tokens_before=first * page_size,
         num_tokens=num_tokens,
         offsets=offsets,
-        blocks=jnp.where(counts > 0, blocks, 0),
-        outputs=jnp.where(counts > 0, blocks, shape.num_blocks),
+        query_blocks=jnp.where(counts > 0, blocks, 0),
+        outputs=jnp.where(counts > 0, blocks, shape.num_query_blocks),
     )
     none = TileTable(len(spec.formats), *[0] * (len(table) - 1))
     both = zip(table, none, strict=True)
     return TileTable(*(jnp.pad(part.astype(jnp.int32), (0, 1), constant_values=end) for part, end in both))
 
 
-def _to_blocks(launch: Launch, q: jax.Array, tiles: Tiles) -> jax.Array:
-    """[num_queries, kv_heads, group, D] -> [num_blocks, query_rows, D], rows of (kv head, group, query)."""
-    slots = jnp.minimum(tiles.query_slots[:, None] + jnp.arange(launch.queries), len(q) - 1)
-    blocks = jnp.moveaxis(q[slots], 1, 3)
+def _to_query_blocks(launch: Launch, q: jax.Array, tiles: Tiles) -> jax.Array:
+    """[num_queries, kv_heads, group, D] -> [num_query_blocks, query_rows, D], rows of (kv head, group, query)."""
+    queries = jnp.minimum(tiles.query_starts[:, None] + jnp.arange(launch.queries), len(q) - 1)
+    blocks = jnp.moveaxis(q[queries], 1, 3)
     rows = blocks.reshape(len(blocks), -1, q.shape[-1])
     return jnp.pad(rows, ((0, 0), (0, launch.query_rows - rows.shape[1]), (0, 0)))
 
 
-def _to_slots(spec: AttentionSpec, launch: Launch, tiles: Tiles, blocks: jax.Array, empty: float) -> jax.Array:
-    """[num_blocks + 1, query_rows, ...] -> [num_queries, kv_heads, group, ...], `empty` without a query."""
+def _to_queries(spec: AttentionSpec, launch: Launch, tiles: Tiles, blocks: jax.Array, empty: float) -> jax.Array:
+    """[num_query_blocks + 1, query_rows, ...] -> [num_queries, kv_heads, group, ...], `empty` without a query."""
     kv_heads, group, queries, rest = spec.geometry.kv_heads, launch.group, launch.queries, blocks.shape[2:]
     rows = blocks[:, : kv_heads * group * queries].reshape(-1, kv_heads, group, queries, *rest)
     rows = jnp.moveaxis(rows, 3, 1).reshape(-1, kv_heads, group, *rest)
-    known = (tiles.block_of_query < spec.tile_shape.num_blocks).reshape(-1, *[1] * (rows.ndim - 1))
-    return jnp.where(known, rows[tiles.block_of_query * queries + tiles.place_in_block], empty)
+    known = (tiles.query_block < TILING.shape(spec).num_query_blocks).reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.where(known, rows[tiles.query_block * queries + tiles.index_in_query_block], empty)
 
 
 def _call(
@@ -168,16 +168,16 @@ def _call(
     q: jax.Array,
     arena: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Total and stats of each block, see `Outputs`; one more holds anything."""
+    """acc and stats of each query block, see `Outputs`; one more holds anything."""
     head_dim, num_rows = spec.geometry.head_dim, launch.query_rows
-    fields, num_blocks = len(table), spec.tile_shape.num_blocks
-    rotations = Bases(spec.formats, head_dim).rotate(jnp.eye(head_dim, dtype=jnp.float32))
+    fields, num_query_blocks = len(table), TILING.shape(spec).num_query_blocks
+    rotations = Rotations(spec.formats, head_dim).rotate(jnp.eye(head_dim, dtype=jnp.float32))
 
     def body(*refs: Any) -> None:
-        kernel(launch, TileTable(*refs[:fields]), *refs[fields:])
+        attention_kernel(launch, TileTable(*refs[:fields]), *refs[fields:])
 
     def query_block(tile: Any, *scalars: Any) -> tuple[Any, ...]:
-        return TileTable(*scalars[:fields]).blocks[tile], 0, 0
+        return TileTable(*scalars[:fields]).query_blocks[tile], 0, 0
 
     def output_block(tile: Any, *scalars: Any) -> tuple[Any, ...]:
         return TileTable(*scalars[:fields]).outputs[tile], 0, 0
@@ -188,7 +188,7 @@ def _call(
         body,
         grid_spec=TpuPrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(num_blocks * launch.tiles_per_block,),
+            grid=(num_query_blocks * launch.tiles_per_query_block,),
             in_specs=[
                 BlockSpec((1, num_rows, head_dim), query_block),
                 BlockSpec(rotations.shape, lambda *_: (0, 0, 0)),
@@ -197,13 +197,13 @@ def _call(
             out_specs=[BlockSpec(shape, output_block) for shape in outputs],
             scratch_shapes=_memory(launch),
         ),
-        out_shape=[jax.ShapeDtypeStruct((num_blocks + 1, *shape[1:]), jnp.float32) for shape in outputs],
+        out_shape=[jax.ShapeDtypeStruct((num_query_blocks + 1, *shape[1:]), jnp.float32) for shape in outputs],
         compiler_params=tpu_params(("arbitrary",), VMEM_LIMIT_BYTES),
         interpret=tpu_interpret(bool(spec.interpret)),
         name="attend_pages",
     )
-    total, stats = launched(*scalars, q, rotations, arena)
-    return total, stats
+    acc, stats = launched(*scalars, q, rotations, arena)
+    return acc, stats
 
 
 def _memory(launch: Launch) -> Memory:
@@ -212,9 +212,9 @@ def _memory(launch: Launch) -> Memory:
         semaphores=TpuDMASemaphore((BUFFERS,)),
         spare=TpuVMEM((launch.spare_rows, LANES), jnp.int32),
         arranged=TpuVMEM((launch.arranged_rows, LANES), launch.dtype),
-        peak=TpuVMEM((launch.query_rows, LANES), jnp.float32),
-        weight=TpuVMEM((launch.query_rows, LANES), jnp.float32),
-        total=TpuVMEM((launch.max_planes, launch.query_rows, LANES), jnp.float32),
+        m=TpuVMEM((launch.query_rows, LANES), jnp.float32),
+        l=TpuVMEM((launch.query_rows, LANES), jnp.float32),
+        acc=TpuVMEM((launch.max_packed_lanes, launch.query_rows, LANES), jnp.float32),
     )
 
 

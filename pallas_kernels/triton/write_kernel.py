@@ -1,4 +1,4 @@
-"""Writing the arena in Triton: new tokens and whole pages. Pages that change format: see `requantize`.
+"""Writing the arena in Triton: new tokens and whole pages. Pages that change format: see `requantize_kernel`.
 
 Every array of new words is rows: one a token (its vector, or one of its scales) or one a page (what covers the whole
 page), for each layer and head. A program copies a block of a layer's rows of one page. Sizes that are no power of two
@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageWords
+from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
-from fineserve_jax.pallas_kernels.triton.placing import at, clear_padding, powers_of_two, store_words
-from fineserve_jax.pallas_kernels.triton.requantize import requantize
-
-__all__ = ["requantize", "write_pages", "write_tokens"]
+from fineserve_jax.pallas_kernels.specs import WriteSpec
+from fineserve_jax.pallas_kernels.triton.addressing import at, clear_padding, powers_of_two, store_words
 
 BLOCK_WORDS = 2048  # of one array, that a program copies
 WARP_WORDS = 256  # 8 words, 128 bits, a thread
@@ -30,30 +28,17 @@ Ref = Any
 
 
 def write_tokens(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    offsets: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array, offsets: jax.Array
 ) -> jax.Array:
-    """Writes one token into each of N pages. See `writing.write_tokens`."""
-    return _write(arena, words, pages, offsets, kv_format, geometry, interpret, whole_pages=False)
+    """Writes one token into each of N pages: see `Backend.write_tokens`."""
+    return _write(spec, kv_format, arena, words, pages, offsets, whole_pages=False)
 
 
 def write_pages(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array
 ) -> jax.Array:
-    """Writes whole pages, all layers; padding becomes 0. See `writing.write_pages`."""
-    return _write(arena, words, pages, jnp.zeros_like(pages), kv_format, geometry, interpret, whole_pages=True)
+    """Writes whole pages, all layers: see `Backend.write_pages`."""
+    return _write(spec, kv_format, arena, words, pages, jnp.zeros_like(pages), whole_pages=True)
 
 
 @dataclass(frozen=True)
@@ -80,7 +65,7 @@ class _Part:
 
 
 def _parts(kv_format: KVFormat, geometry: PageGeometry, tokens: int) -> list[_Part]:
-    """The parts of `PageWords`: K, V, auxiliary parts. `tokens`: how many of each page there are."""
+    """The parts of `PageWords`: K, V, scales. `tokens`: how many of each page there are."""
 
     def part(width: int, start: int, stride: int, per_token: bool) -> _Part:
         own, places = (tokens, geometry.page_size) if per_token else (1, 1)
@@ -91,27 +76,29 @@ def _parts(kv_format: KVFormat, geometry: PageGeometry, tokens: int) -> list[_Pa
     width, vector = kv_format.width(geometry), kv_format.vector_words(geometry)
     values = (0, geometry.kv_heads * kv_format.block_words(geometry))
     parts = [part(width, start + i * width, vector, True) for start in values for i in range(kv_format.word_parts)]
-    starts, sizes = kv_format.aux_starts(geometry), kv_format.aux_sizes(geometry)
-    for kind, start, size in zip(kv_format.aux, starts, sizes, strict=True):
-        row = 1 if kind is Aux.TOKEN else size
-        parts.append(part(row, start, row, kind is Aux.TOKEN))
+    starts, sizes = kv_format.scale_starts(geometry), kv_format.scale_sizes(geometry)
+    for kind, start, size in zip(kv_format.scales, starts, sizes, strict=True):
+        row = 1 if kind is Granularity.TOKEN else size
+        parts.append(part(row, start, row, kind is Granularity.TOKEN))
     return parts
 
 
 def _write(
+    spec: WriteSpec,
+    kv_format: KVFormat,
     arena: jax.Array,
     words: PageWords,
     pages: jax.Array,
     offsets: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    interpret: bool,
     *,
     whole_pages: bool,
 ) -> jax.Array:
+    geometry = spec.geometry
     layers, _, count, tokens, _ = words.k[0].shape
     parts = _parts(kv_format, geometry, tokens)
-    rows = [array.reshape(-1, part.width) for array, part in zip((*words.k, *words.v, *words.aux), parts, strict=True)]
+    rows = [
+        array.reshape(-1, part.width) for array, part in zip((*words.k, *words.v, *words.scales), parts, strict=True)
+    ]
     units = arena.reshape(len(arena), -1)
     warps = max(part.at_once * part.width for part in parts) // WARP_WORDS
     launch = pallas_call(
@@ -120,7 +107,7 @@ def _write(
         out_shape=jax.ShapeDtypeStruct(units.shape, units.dtype),
         input_output_aliases={2 + len(rows): 0},
         compiler_params=triton_params(num_warps=1 << max(0, min(warps, 4).bit_length() - 1), num_stages=1),
-        interpret=interpret,
+        interpret=bool(spec.interpret),
         name="write_pages" if whole_pages else "write_tokens",
     )
     return launch(pages, offsets, rows, units).reshape(arena.shape)
@@ -173,6 +160,6 @@ def _copy_block(
     if part.places > 1:
         place = place + destination[1]
     for start, length in powers_of_two(part.width):
-        lane = start + lax.broadcasted_iota(jnp.int32, (1, length), 1)
-        values = load(at(source, source_row, lane))
-        store_words(arena, destination[0], part.start + place * part.stride + lane, values)
+        column = start + lax.broadcasted_iota(jnp.int32, (1, length), 1)
+        values = load(at(source, source_row, column))
+        store_words(arena, destination[0], part.start + place * part.stride + column, values)

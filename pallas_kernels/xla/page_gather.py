@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords, Planes
+from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes, PageWords
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.page_layout import split, take_aux_apart
+from fineserve_jax.pallas_kernels.page_layout import split, take_scales_apart
 
 
-def settled(*arrays: jax.Array) -> Planes:
+def settled(*arrays: jax.Array) -> PackedLanes:
     """The same arrays, computed once. XLA would fuse them into their use, and compute a scale again for each value."""
     return lax.optimization_barrier(arrays)
 
@@ -30,7 +30,7 @@ def gather_page_layers(
         layer: which layer; an array must broadcast against `pages`.
 
     Returns:
-        words of u16[..., kv_heads, P, T, width], auxiliary parts of u16[..., kv_heads, P, ...].
+        words of u16[..., kv_heads, P, T, width], scale arrays of u16[..., kv_heads, P, ...].
     """
     kv_heads, page_size, width = geometry.kv_heads, geometry.page_size, kv_format.width(geometry)
     block_words = kv_format.block_words(geometry)
@@ -44,13 +44,13 @@ def gather_page_layers(
         index = first[..., None, :, None] + heads[:, None, None] + jnp.arange(block_rows, dtype=jnp.int32)
         return _take(rows, index).reshape(*index.shape[:-1], page_size, kv_format.word_parts * width)
 
-    aux_row = 2 * kv_heads * block_rows
-    aux_rows = -(-kv_heads * sum(kv_format.aux_sizes(geometry)) // row_words)
-    index = first[..., None] + aux_row + jnp.arange(aux_rows, dtype=jnp.int32)
-    aux = _take(rows, index).reshape(*pages.shape, aux_rows * row_words)
-    k, v, aux = settled(values(0), values(kv_heads * block_rows), aux)
-    aux_parts = (jnp.moveaxis(part, -3, -4) for part in take_aux_apart(aux, kv_format, geometry))
-    return PageWords(split(k, kv_format), split(v, kv_format), tuple(aux_parts))
+    scale_row = 2 * kv_heads * block_rows
+    scale_rows = -(-kv_heads * sum(kv_format.scale_sizes(geometry)) // row_words)
+    index = first[..., None] + scale_row + jnp.arange(scale_rows, dtype=jnp.int32)
+    scales = _take(rows, index).reshape(*pages.shape, scale_rows * row_words)
+    k, v, scales = settled(values(0), values(kv_heads * block_rows), scales)
+    scale_parts = (jnp.moveaxis(part, -3, -4) for part in take_scales_apart(scales, kv_format, geometry))
+    return PageWords(split(k, kv_format), split(v, kv_format), tuple(scale_parts))
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:

@@ -7,28 +7,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
-from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.page_layout import joined, lay_out
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers
+from fineserve_jax.pallas_kernels.specs import WriteSpec
+from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers
 
 PAGES_AT_A_TIME = 4
 
 
 def write_tokens(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    offsets: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array, offsets: jax.Array
 ) -> jax.Array:
-    """Writes one token into each of N pages. See `writing.write_tokens`."""
+    """Writes one token into each of N pages: see `Backend.write_tokens`."""
+    geometry = spec.geometry
     layers, kv_heads, *_ = words.k[0].shape
     page_size, vector = geometry.page_size, kv_format.vector_words(geometry)
     first = pages + jnp.arange(layers, dtype=jnp.int32)[:, None] * kv_format.units_per_layer(geometry)
     token = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * page_size + offsets
     parts = [(joined(words.k), 0, vector), (joined(words.v), kv_heads * kv_format.block_words(geometry), vector)]
-    parts += [(part, start, 1) for part, start in zip(words.aux, kv_format.aux_starts(geometry), strict=True)]
+    parts += [(part, start, 1) for part, start in zip(words.scales, kv_format.scale_starts(geometry), strict=True)]
     units = arena.reshape(len(arena), -1)
     for values, start, width in parts:
         units = _write_runs(units, values[:, :, :, 0], first[:, None], start + token * width)
@@ -53,10 +49,10 @@ def _write_runs(arena: jax.Array, runs: jax.Array, units: jax.Array, address: ja
 
 
 def write_pages(
-    arena: jax.Array, words: PageWords, pages: jax.Array, kv_format: KVFormat, geometry: PageGeometry
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array
 ) -> jax.Array:
-    """Writes whole pages, all layers. See `writing.write_pages`."""
-    layers = len(words.k[0])
+    """Writes whole pages, all layers: see `Backend.write_pages`."""
+    geometry, layers = spec.geometry, len(words.k[0])
     units_per_layer = kv_format.units_per_layer(geometry)
     layer_starts = jnp.arange(layers, dtype=jnp.int32)[:, None, None] * units_per_layer
     units = pages[:, None] + layer_starts + jnp.arange(units_per_layer, dtype=jnp.int32)
@@ -65,15 +61,16 @@ def write_pages(
 
 
 def requantize(
+    spec: WriteSpec,
+    source_format: KVFormat,
+    target_format: KVFormat,
     arena: jax.Array,
     sources: jax.Array,
     targets: jax.Array,
     count: jax.Array,
-    source_format: KVFormat,
-    target_format: KVFormat,
-    geometry: PageGeometry,
 ) -> jax.Array:
-    """Reads full pages in one format and writes what they hold to other pages in another. See `writing.requantize`."""
+    """Reads full pages in one format and writes what they hold to others in another: see `Backend.requantize`."""
+    geometry = spec.geometry
     layers = jnp.arange(geometry.num_layers, dtype=jnp.int32)[:, None]
     padding = [(0, -len(sources) % PAGES_AT_A_TIME)]
     sources, targets = jnp.pad(sources, padding), jnp.pad(targets, padding)
@@ -85,6 +82,6 @@ def requantize(
         source = jnp.broadcast_to(source, (geometry.num_layers, PAGES_AT_A_TIME))
         words = gather_page_layers(arena, source, layers, source_format, geometry)
         encoded = target_format.encode_vectors(*source_format.decode_vectors(words))
-        return write_pages(arena, encoded, target, target_format, geometry)
+        return write_pages(spec, target_format, arena, encoded, target)
 
     return lax.fori_loop(0, -(-count // PAGES_AT_A_TIME), convert, arena)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.page_reader import buffer_tiles
-from fineserve_jax.pallas_kernels.mosaic_tpu.rows import PageRows
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LaneLayout
+from fineserve_jax.pallas_kernels.mosaic_tpu.page_unpacker import buffer_tiles
 
 Ref = Any
 ROW_MULTIPLE = 16  # rows of a bf16 tile
@@ -21,18 +21,18 @@ class Launch:
 
     Attributes:
         formats: how each format's pages lie.
-        bases: of each format, which rotation its vectors are kept in; None: none.
-        tiles_per_block: grid steps of each block of queries.
+        rotations: of each format, the number of the rotation its vectors are kept in; None: none.
+        tiles_per_query_block: grid steps of each query block.
         group: query heads of a KV head.
-        queries: query tokens of a block.
-        query_rows: rows of a block's queries, `(kv head, group, query)`, padded.
+        queries: query tokens of a query block.
+        query_rows: rows of a query block, `(kv head, group, query)`, padded.
         dtype: of queries and products.
         window, soft_cap: see `AttentionSpec`.
     """
 
-    formats: tuple[PageRows, ...]
-    bases: tuple[int | None, ...]
-    tiles_per_block: int
+    formats: tuple[LaneLayout, ...]
+    rotations: tuple[int | None, ...]
+    tiles_per_query_block: int
     group: int
     queries: int
     query_rows: int
@@ -47,21 +47,21 @@ class Launch:
 
     @property
     def page_tiles(self) -> int:
-        return max(buffer_tiles(rows) for rows in self.formats)
+        return max(buffer_tiles(layout) for layout in self.formats)
 
     @property
     def spare_rows(self) -> int:
         """Rows that have to be picked apart by phase."""
-        return max([rows.groups * rows.period for rows in self.formats if rows.period > 1], default=8)
+        return max([layout.groups * layout.period for layout in self.formats if layout.period > 1], default=8)
 
     @property
     def arranged_rows(self) -> int:
         """Rows of queries arranged as keys lie in their rows."""
-        return max(rows.num_planes * rows.sharing for rows in self.formats) * self.query_rows
+        return max(layout.num_packed_lanes * layout.sharing for layout in self.formats) * self.query_rows
 
     @property
-    def max_planes(self) -> int:
-        return max(rows.num_planes for rows in self.formats)
+    def max_packed_lanes(self) -> int:
+        return max(layout.num_packed_lanes for layout in self.formats)
 
     @property
     def precision(self) -> lax.Precision:
@@ -81,9 +81,9 @@ class TileTable(NamedTuple):
         num_pages: how many these are.
         tokens_before: tokens of the tile before these pages.
         num_tokens: tokens of the tile, up to the last one that some query sees.
-        offsets: position of the block's first query less that of the tile's first token.
-        blocks: whose queries attend.
-        outputs: where a block's result goes.
+        offsets: position of the query block's first query less that of the tile's first token.
+        query_blocks: whose queries attend.
+        outputs: where a query block's result goes.
     """
 
     format_ids: Any
@@ -92,7 +92,7 @@ class TileTable(NamedTuple):
     tokens_before: Any
     num_tokens: Any
     offsets: Any
-    blocks: Any
+    query_blocks: Any
     outputs: Any
 
 
@@ -102,29 +102,29 @@ class Memory(NamedTuple):
     Attributes:
         pages: u16[BUFFERS, pages, page_tiles, 8, 128]; semaphores: one for each buffer.
         spare: i32[spare_rows, 128].
-        arranged: dtype[arranged_rows, 128], the queries, for each block of heads, plane and vector of a group.
-        peak, weight: f32[query_rows, 128], a block's, equal in all lanes.
-        total: f32[max_planes, query_rows, 128], a tile's, in the lanes in which values lie in their rows.
+        arranged: dtype[arranged_rows, 128], the queries, for each head block, packed lane and vector of a group.
+        m, l: f32[query_rows, 128], a query block's, equal in all lanes.
+        acc: f32[max_packed_lanes, query_rows, 128], a tile's, in the lanes in which values lie in their rows.
     """
 
     pages: Ref
     semaphores: Ref
     spare: Ref
     arranged: Ref
-    peak: Ref
-    weight: Ref
-    total: Ref
+    m: Ref
+    l: Ref
+    acc: Ref
 
 
 class Outputs(NamedTuple):
-    """A block's sums over its tiles so far.
+    """A query block's sums over its tiles so far.
 
     Attributes:
-        total: f32[1, query_rows, head_dim], in the model's basis.
-        stats: f32[1, query_rows, 128]: lane 0 the peak, lane 1 the weight.
+        acc: f32[1, query_rows, head_dim], rotated back.
+        stats: f32[1, query_rows, 128]: lane 0 is m, lane 1 is l.
     """
 
-    total: Ref
+    acc: Ref
     stats: Ref
 
 

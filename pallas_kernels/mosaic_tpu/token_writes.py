@@ -10,7 +10,7 @@ XLA prepares the new words of a layer as units of their own. First come the vect
     |        | vector .......................... | row 0        R rows each, more than one if it crosses rows
     | ... vector |                               | row 1
 
-Then come the auxiliary words, every word in all T places that it could take:
+Then come the words of scales, every word in all T places that it could take:
 
     | scale of head 0, T times | scale of head 1, T times | ...        aligned as in the page
 """
@@ -39,6 +39,7 @@ from fineserve_jax.pallas_kernels.pallas_api import (
     tpu_params,
     when,
 )
+from fineserve_jax.pallas_kernels.specs import WriteSpec
 
 SUBLANES, LANES = TPU_TILE
 TILE_WORDS = SUBLANES * LANES
@@ -76,20 +77,20 @@ class _Layout:
         return -(-2 * self.geometry.kv_heads * self.rows // SUBLANES)
 
     @property
-    def aux_words(self) -> tuple[int, int]:
-        """Where in a page's layer auxiliary words begin and end."""
+    def scale_words(self) -> tuple[int, int]:
+        """Where in a page's layer words of scales begin and end."""
         end = self.kv_format.words_per_layer(self.geometry)
-        return min((*self.kv_format.aux_starts(self.geometry), end)), end
+        return min((*self.kv_format.scale_starts(self.geometry), end)), end
 
     @property
-    def aux_units(self) -> range:
-        """Units of a page's layer with auxiliary words."""
-        start, end = self.aux_words
+    def scale_units(self) -> range:
+        """Units of a page's layer with words of scales."""
+        start, end = self.scale_words
         return range(start // TILE_WORDS, -(-end // TILE_WORDS) if end > start else start // TILE_WORDS)
 
     @property
     def new_units(self) -> int:
-        return self.vector_units + len(self.aux_units)
+        return self.vector_units + len(self.scale_units)
 
     @property
     def layer_units(self) -> int:
@@ -111,20 +112,13 @@ class _Layout:
 
 
 def write_tokens(
-    arena: jax.Array,
-    words: PageWords,
-    pages: jax.Array,
-    offsets: jax.Array,
-    kv_format: KVFormat,
-    geometry: PageGeometry,
-    *,
-    interpret: bool,
+    spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array, offsets: jax.Array
 ) -> jax.Array:
-    """Writes one token into each of N pages. See `writing.write_tokens`."""
-    layout = _Layout(kv_format, geometry)
+    """Writes one token into each of N pages: see `Backend.write_tokens`."""
+    layout = _Layout(kv_format, spec.geometry)
     order = jnp.argsort(pages >= len(arena))  # those to be written come first
     count = jnp.sum(pages < len(arena), dtype=jnp.int32)
-    new = jnp.concatenate([_vector_units(words, offsets, layout), *_aux_units(words, layout)], axis=2)
+    new = jnp.concatenate([_vector_units(words, offsets, layout), *_scale_units(words, layout)], axis=2)
     return pallas_call(
         functools.partial(_kernel, layout),
         grid_spec=TpuPrefetchScalarGridSpec(
@@ -141,7 +135,7 @@ def write_tokens(
         out_shape=jax.ShapeDtypeStruct(arena.shape, arena.dtype),
         input_output_aliases={5: 0},
         compiler_params=tpu_params(("arbitrary",)),
-        interpret=tpu_interpret(interpret),
+        interpret=tpu_interpret(bool(spec.interpret)),
         name="write_tokens",
     )(count.reshape(1), order, pages, offsets, new, arena)
 
@@ -162,16 +156,16 @@ def _vector_units(words: PageWords, offsets: jax.Array, layout: _Layout) -> jax.
     return rows.reshape(num_tokens, layers, -1, SUBLANES, LANES)
 
 
-def _aux_units(words: PageWords, layout: _Layout) -> list[jax.Array]:
-    """The new auxiliary words, u16[N, layers, aux_units, 8, 128], if there are any."""
-    if not words.aux:
+def _scale_units(words: PageWords, layout: _Layout) -> list[jax.Array]:
+    """The new words of scales, u16[N, layers, scale_units, 8, 128], if there are any."""
+    if not words.scales:
         return []
-    parts = [jnp.moveaxis(part[:, :, :, 0], 2, 0) for part in words.aux]  # N, layers, heads, 1
+    parts = [jnp.moveaxis(part[:, :, :, 0], 2, 0) for part in words.scales]  # N, layers, heads, 1
     places = [jnp.broadcast_to(part, (*part.shape[:3], layout.geometry.page_size)) for part in parts]
     flat = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in places], axis=-1)
-    start, _ = layout.aux_words
-    before = start - layout.aux_units.start * TILE_WORDS
-    behind = len(layout.aux_units) * TILE_WORDS - before - flat.shape[-1]
+    start, _ = layout.scale_words
+    before = start - layout.scale_units.start * TILE_WORDS
+    behind = len(layout.scale_units) * TILE_WORDS - before - flat.shape[-1]
     flat = jnp.pad(flat, [(0, 0), (0, 0), (before, behind)])
     return [flat.reshape(*flat.shape[:2], -1, SUBLANES, LANES)]
 
@@ -196,50 +190,73 @@ def _kernel(
     The buffer of step s + 2 is that of s - 2, which has to be written before.
     """
     steps = count[0] * layout.groups
-
-    def token(step: jax.Array) -> jax.Array:
-        return order[lax.div(step, layout.groups)]
-
-    def units(step: jax.Array) -> Ref:
-        size = layout.group * layout.layer_units
-        return arena.at[ds(pages[token(step)] + lax.rem(step, layout.groups) * size, size)]
-
-    def reads(step: jax.Array) -> list[Any]:
-        buffer, group = lax.rem(step, BUFFERS), lax.rem(step, layout.groups)
-        words = new.at[token(step), ds(group * layout.group, layout.group)]
-        return [
-            tpu_async_copy(units(step), old_buffers.at[buffer], semaphores.at[0, buffer]),
-            tpu_async_copy(words, new_buffers.at[buffer], semaphores.at[1, buffer]),
-        ]
-
-    def write(step: jax.Array) -> Any:
-        buffer = lax.rem(step, BUFFERS)
-        return tpu_async_copy(old_buffers.at[buffer], units(step), semaphores.at[2, buffer])
-
-    def start_reads(step: jax.Array) -> None:
-        for copy in reads(step):
-            copy.start()
-
-    def wait_for_write(step: jax.Array) -> None:
-        write(step).wait()
+    copies = _GroupCopies(layout, order, pages, new, arena, old_buffers, new_buffers, semaphores)
 
     def take(step: jax.Array, _: None) -> None:
         ahead = step + AHEAD
-        when((ahead >= BUFFERS) & (ahead < steps))(functools.partial(wait_for_write, ahead - BUFFERS))
-        when(ahead < steps)(functools.partial(start_reads, ahead))
-        for copy in reads(step):
-            copy.wait()
+        when((ahead >= BUFFERS) & (ahead < steps))(functools.partial(copies.wait_for_write, ahead - BUFFERS))
+        when(ahead < steps)(functools.partial(copies.start_reads, ahead))
+        copies.wait_for_reads(step)
         buffer = lax.rem(step, BUFFERS)
         new_words, old_words = new_buffers.at[buffer], old_buffers.at[buffer]
-        change_layer = functools.partial(_change_layer, layout, new_words, old_words, offsets[token(step)])
+        change_layer = functools.partial(_change_layer, layout, new_words, old_words, offsets[copies.token(step)])
         lax.fori_loop(0, layout.group, change_layer, None)
-        write(step).start()
+        copies.start_write(step)
 
     for step in range(AHEAD):
-        when(step < steps)(functools.partial(start_reads, jnp.int32(step)))
+        when(step < steps)(functools.partial(copies.start_reads, jnp.int32(step)))
     lax.fori_loop(0, steps, take, None)
     for last in range(1, BUFFERS + 1):
-        when(steps >= last)(functools.partial(wait_for_write, steps - last))
+        when(steps >= last)(functools.partial(copies.wait_for_write, steps - last))
+
+
+@dataclass(frozen=True)
+class _GroupCopies:
+    """The copies of a step's group of layers, from the arena to its buffer and back, and of the new words."""
+
+    layout: _Layout
+    order: Ref
+    pages: Ref
+    new: Ref
+    arena: Ref
+    old_buffers: Ref
+    new_buffers: Ref
+    semaphores: Ref
+
+    def token(self, step: jax.Array) -> jax.Array:
+        return self.order[lax.div(step, self.layout.groups)]
+
+    def start_reads(self, step: jax.Array) -> None:
+        for copy in self._reads(step):
+            copy.start()
+
+    def wait_for_reads(self, step: jax.Array) -> None:
+        for copy in self._reads(step):
+            copy.wait()
+
+    def start_write(self, step: jax.Array) -> None:
+        self._write(step).start()
+
+    def wait_for_write(self, step: jax.Array) -> None:
+        self._write(step).wait()
+
+    def _units(self, step: jax.Array) -> Ref:
+        layout = self.layout
+        size = layout.group * layout.layer_units
+        return self.arena.at[ds(self.pages[self.token(step)] + lax.rem(step, layout.groups) * size, size)]
+
+    def _reads(self, step: jax.Array) -> list[Any]:
+        layout, buffer = self.layout, lax.rem(step, BUFFERS)
+        group = lax.rem(step, layout.groups)
+        words = self.new.at[self.token(step), ds(group * layout.group, layout.group)]
+        return [
+            tpu_async_copy(self._units(step), self.old_buffers.at[buffer], self.semaphores.at[0, buffer]),
+            tpu_async_copy(words, self.new_buffers.at[buffer], self.semaphores.at[1, buffer]),
+        ]
+
+    def _write(self, step: jax.Array) -> Any:
+        buffer = lax.rem(step, BUFFERS)
+        return tpu_async_copy(self.old_buffers.at[buffer], self._units(step), self.semaphores.at[2, buffer])
 
 
 def _change_layer(layout: _Layout, new: Ref, old: Ref, offset: jax.Array, layer: jax.Array, _: None) -> None:
@@ -263,12 +280,12 @@ def _change_layer(layout: _Layout, new: Ref, old: Ref, offset: jax.Array, layer:
             for i in range(1, layout.rows):
                 values = jnp.where(unit * SUBLANES + sublane == first_row + i, rows[i], values)
             change(unit, (here >= start) & (here < end), values)
-    aux_start, aux_end = layout.aux_words
-    for i, aux_unit in enumerate(layout.aux_units):
-        here = aux_unit * TILE_WORDS + word
-        own = (here - aux_start) & (layout.geometry.page_size - 1) == offset
+    scale_start, scale_end = layout.scale_words
+    for i, scale_unit in enumerate(layout.scale_units):
+        here = scale_unit * TILE_WORDS + word
+        own = (here - scale_start) & (layout.geometry.page_size - 1) == offset
         values = new[layer, layout.vector_units + i].astype(jnp.int32)
-        change(aux_unit, own & (here >= aux_start) & (here < aux_end), values)
+        change(scale_unit, own & (here >= scale_start) & (here < scale_end), values)
 
 
 def _new_row(new: Ref, layer: jax.Array, row: int) -> jax.Array:

@@ -9,37 +9,36 @@ from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import KVFormat
 from fineserve_jax.pallas_kernels.softmax import PartialAttention, no_attention
-from fineserve_jax.pallas_kernels.spec import AttentionSpec
+from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import Tiles
-from fineserve_jax.pallas_kernels.xla.attend import attend, flatten_pages
-from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers, settled
+from fineserve_jax.pallas_kernels.tiling import TileSizes, Tiling
+from fineserve_jax.pallas_kernels.xla.dense_attention import attend, flatten_pages
+from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers, settled
 
+# On a CPU a tile's keys and values should stay in a core's cache.
+TILING = Tiling(
+    decode=TileSizes(splits=16, queries=1, tokens=64),
+    ragged=TileSizes(splits=1, queries=128, tokens=256),
+)
+
+AttendTile = Callable[..., PartialAttention]
 AddTile = Callable[[jax.Array, KVFormat, jax.Array, PartialAttention], PartialAttention]
 
 
 def attend_pages(
     spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
 ) -> PartialAttention:
-    """Attention of each query to its row's cached tokens.
-
-    Args:
-        q: f32 or bf16[num_queries, kv_heads, group, head_dim], already multiplied by the softmax scale. Products are
-            taken in f32 either way.
-        arena, tiles, layer: see `paged_attention`.
-
-    Returns:
-        of f32[num_queries, kv_heads, group].
-    """
-    attend_to = _decode if spec.tile_shape.queries == 1 else _ragged
+    """Attention of each query to its row's cached tokens: see `Backend.attend`. Products are taken in f32."""
+    attend_to = _decode if TILING.shape(spec).queries == 1 else _ragged
     return attend_to(spec, q.astype(jnp.float32), functools.partial(_attend_tile, spec, arena, tiles, layer), tiles)
 
 
-def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
-    """One query a row: tiles of pieces of many rows' segments, whose sums are kept row by row."""
+def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
+    """One query a row: tiles of KV splits of many rows' segments, whose sums are kept row by row."""
     num_rows, *heads, head_dim = q.shape
 
     def add_tile(q: jax.Array, kv_format: KVFormat, index: jax.Array, so_far: PartialAttention) -> PartialAttention:
-        rows = tiles.slots[index] // spec.segments_per_row
+        rows = tiles.segment_slots[index] // spec.segments_per_row
         own = jnp.minimum(rows, num_rows - 1)
         part = attend_tile(index, q[own], tiles.query_positions[own][:, None], kv_format)
         return so_far.merge_rows(rows, part)
@@ -49,21 +48,23 @@ def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Til
     return PartialAttention(*(part[:-1] for part in seen))
 
 
-def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
-    """Blocks of queries: tiles of one segment, whose sums are kept query by query."""
-    shape = spec.tile_shape
+def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
+    """Query blocks: tiles of one segment, whose sums are kept query by query."""
+    shape = TILING.shape(spec)
     num_queries, kv_heads, group, head_dim = q.shape
 
     def add_tile(q: jax.Array, kv_format: KVFormat, index: jax.Array, so_far: PartialAttention) -> PartialAttention:
-        block = tiles.slots[index, 0] // shape.segments_per_row
-        first, place = tiles.query_slots[block], jnp.arange(shape.queries)
+        block = tiles.segment_slots[index, 0] // shape.segments_per_row
+        first, index_in_block = tiles.query_starts[block], jnp.arange(shape.queries)
 
         def of_block(x: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(x, first, shape.queries, axis=1)
 
         own = of_block(q).reshape(1, kv_heads, shape.queries * group, head_dim)
         # Slots behind the block's queries belong to others; at position -1 they see nothing.
-        positions = jnp.where(place < tiles.query_counts[block], tiles.query_positions[block] + place, -1)
+        positions = jnp.where(
+            index_in_block < tiles.query_counts[block], tiles.query_positions[block] + index_in_block, -1
+        )
         part = attend_tile(index, own, jnp.repeat(positions, group)[None], kv_format)
         part = PartialAttention(*(x.reshape(kv_heads, shape.queries, group, *x.shape[3:]) for x in part))
         merged = PartialAttention(*(of_block(old) for old in so_far)).merge(part)
@@ -80,9 +81,9 @@ def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Til
 def _fold(
     spec: AttentionSpec, so_far: PartialAttention, add_tile: AddTile, q: jax.Array, tiles: Tiles
 ) -> PartialAttention:
-    """Takes the attention so far through every tile, format by format. `q` is in the model's basis."""
+    """Takes the attention so far through every tile, format by format. `q` is the model's, not rotated."""
     for format_id, kv_format in enumerate(spec.formats):
-        add = functools.partial(add_tile, kv_format.to_basis(q), kv_format)
+        add = functools.partial(add_tile, kv_format.rotate(q), kv_format)
         so_far = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], add, so_far)
     return so_far
 
@@ -97,19 +98,19 @@ def _attend_tile(
     query_positions: jax.Array,
     kv_format: KVFormat,
 ) -> PartialAttention:
-    """Attention of each segment's queries to a tile of its tokens, in the model's basis.
+    """Attention of each segment's queries to a tile of its tokens, values rotated back.
 
     Args:
-        q: f32[S, kv_heads, queries, head_dim], in the format's basis.
+        q: f32[S, kv_heads, queries, head_dim], rotated as the format keeps keys.
         query_positions: i32[S, queries].
     """
-    place = jnp.arange(tiles.pages.shape[-1] * spec.geometry.page_size)
-    counts = place < tiles.num_tokens[index][:, None]
-    ahead = query_positions[:, :, None] - (tiles.positions[index][:, None] + place)[:, None, :]
+    token = jnp.arange(tiles.pages.shape[-1] * spec.geometry.page_size)
+    counts = token < tiles.num_tokens[index][:, None]
+    ahead = query_positions[:, :, None] - (tiles.positions[index][:, None] + token)[:, None, :]
     visible = counts[:, None, :] & (ahead >= 0)
     if spec.window is not None:
         visible &= ahead < spec.window
     words = gather_page_layers(arena, tiles.pages[index], layer, kv_format, spec.geometry)
-    vectors = kv_format.unpack(words.k, words.v, settled(*kv_format.read_aux(words.aux)))
+    vectors = kv_format.unpack(words.k, words.v, settled(*kv_format.read_scales(words.scales)))
     part = attend(q, flatten_pages(vectors, counts), visible[:, None], spec.soft_cap)
-    return part._replace(total=kv_format.from_basis(part.total))
+    return part._replace(acc=kv_format.unrotate(part.acc))

@@ -12,7 +12,7 @@ from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
 
-LEAST_LANES = 16  # what a product on tensor cores contracts at least
+LEAST_COLUMNS = 16  # what a product on tensor cores contracts at least
 
 Ref = Any
 
@@ -26,7 +26,7 @@ def powers_of_two(size: int) -> Iterator[tuple[int, int]]:
         start += length
 
 
-def padded(size: int, least: int = LEAST_LANES) -> int:
+def padded(size: int, least: int = LEAST_COLUMNS) -> int:
     """The next power of two, `least` or more."""
     return max(least, 1 << (size - 1).bit_length())
 

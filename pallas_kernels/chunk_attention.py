@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fineserve_jax.pallas_kernels.formats import PageVectors
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
-from fineserve_jax.pallas_kernels.xla.attend import attend
+from fineserve_jax.pallas_kernels.xla.dense_attention import attend
 
 
 def attend_within(
@@ -55,4 +55,4 @@ def _ungroup(q: jax.Array) -> jax.Array:
 def _regroup(part: PartialAttention, q: jax.Array) -> PartialAttention:
     """The attention of `q` f32[kv_heads, C, group, head_dim] from that of its queries in any other arrangement."""
     heads = q.shape[:3]
-    return PartialAttention(part.peak.reshape(heads), part.weight.reshape(heads), part.total.reshape(q.shape))
+    return PartialAttention(part.m.reshape(heads), part.l.reshape(heads), part.acc.reshape(q.shape))

@@ -1,7 +1,7 @@
 """How the heads-first words of a page lie in rows of 128 lanes, the form in which a TPU holds them.
 
-A block of H heads is a run of H * T vectors of W words. Where W divides 128 several vectors share a row; elsewhere they
-straddle rows, in a pattern that repeats: a group of `period` rows holds exactly `sharing` vectors.
+A head block of H heads is a run of H * T vectors of W words. Where W divides 128 several vectors share a row; elsewhere
+they straddle rows, in a pattern that repeats: a group of `period` rows holds exactly `sharing` vectors.
 
 W = 32, sharing 4, period 1:
 
@@ -35,12 +35,12 @@ NOWHERE = 1 << 30  # the index in its segment of what is no token
 
 
 @dataclass(frozen=True)
-class PageRows:
-    """The rows of a block of heads in a few pages of one format, joined page after page.
+class LaneLayout:
+    """The rows of a head block in a few pages of one format, joined page after page.
 
     Attributes:
         kv_format, geometry: of the pages.
-        heads: heads of a block; blocks are taken one after the other.
+        heads: heads of a head block; blocks are taken one after the other.
         pages: pages at a time.
     """
 
@@ -75,12 +75,12 @@ class PageRows:
 
     @cached_property
     def vectors(self) -> int:
-        """Vectors of a page's block of heads."""
+        """Vectors of a page's head block."""
         return self.heads * self.geometry.page_size
 
     @cached_property
     def page_groups(self) -> int:
-        """Groups read of a page's block of heads: whole tiles. What lies beyond the block's own belongs to no token."""
+        """Groups read of a page's head block: whole tiles. What lies beyond the block's own belongs to no token."""
         return _round_up(-(-self.vectors // self.sharing), SUBLANES)
 
     @cached_property
@@ -89,13 +89,13 @@ class PageRows:
         return self.pages * self.page_groups
 
     @cached_property
-    def num_blocks(self) -> int:
+    def num_head_blocks(self) -> int:
         return self.geometry.kv_heads // self.heads
 
     @cached_property
-    def num_planes(self) -> int:
-        """Arrangements of 128 lanes that a vector's values lie in: planes of each phase."""
-        return len(self.phases) * self.kv_format.planes
+    def num_packed_lanes(self) -> int:
+        """Arrangements of 128 lanes that a vector's values lie in: packed lanes of each phase."""
+        return len(self.phases) * self.kv_format.packed_lanes
 
     @cached_property
     def value_starts(self) -> tuple[int, int]:
@@ -104,7 +104,7 @@ class PageRows:
 
     @property
     def splits_evenly(self) -> bool:
-        """Whether each block of heads fills whole tiles, so that blocks can be told apart by their tile alone."""
+        """Whether each head block fills whole tiles, so that blocks can be told apart by their tile alone."""
         whole = self.vectors % (self.sharing * SUBLANES) == 0 and self.vectors * self.words % TILE_WORDS == 0
         return self.geometry.kv_heads % self.heads == 0 and (whole or self.heads == self.geometry.kv_heads)
 
@@ -140,11 +140,11 @@ class PageRows:
         token = page * self.geometry.page_size + flat - head * self.geometry.page_size
         return head, jnp.where(head < self.heads, token, NOWHERE)
 
-    def plane_lanes(self, phase: int, plane: int, dtype: jnp.dtype) -> jax.Array:
-        """[head_dim, 128], 1 where a lane of the phase holds the value of the plane, so that q @ this arranges q."""
+    def lane_selector(self, phase: int, packed_lane: int, dtype: jnp.dtype) -> jax.Array:
+        """[head_dim, 128], 1 where a lane of the phase has a value of the packed lane, so that q @ this arranges q."""
         shape = (self.geometry.head_dim, LANES)
         _, word = self.lane_vector(phase, shape, 1)
-        value = jnp.where(word < self.width, word + plane * self.width, NOWHERE)
+        value = jnp.where(word < self.width, word + packed_lane * self.width, NOWHERE)
         return (lax.broadcasted_iota(jnp.int32, shape, 0) == value).astype(jnp.float32).astype(dtype)
 
 

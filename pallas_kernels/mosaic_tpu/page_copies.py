@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.launch import BUFFERS, Launch, Memory, Ref, TileTable
+from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import BUFFERS, Launch, Memory, Ref, TileTable
 from fineserve_jax.pallas_kernels.pallas_api import ds, tpu_async_copy, when
 
 
@@ -41,8 +41,8 @@ class TileCopies:
         self._for_pages(number, tile, step, lambda copy: copy.wait())
 
     def _for_pages(self, number: int, tile: jax.Array, step: jax.Array, act: Callable[[Any], None]) -> None:
-        rows = self.launch.formats[number]
-        units = rows.kv_format.units_per_layer(rows.geometry)
+        layout = self.launch.formats[number]
+        units = layout.kv_format.units_per_layer(layout.geometry)
         done, buffer = step * self.launch.pages, self.buffer(tile, step)
         count = jnp.minimum(self.launch.pages, self.table.num_pages[tile] - done)
 
