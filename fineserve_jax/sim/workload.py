@@ -156,8 +156,8 @@ def _lengths(rng: np.random.Generator, count: int, given: Sequence[Arrival] | No
         picks = rng.integers(len(given), size=count).tolist()
         return [(given[i].prompt_tokens, given[i].output_tokens) for i in picks]
     prompts, outputs = (rng.lognormal(*of, size=count) for of in CHAT_LENGTHS)
-    clip = lambda values: np.clip(np.rint(values), 4, 2048).astype(int).tolist()  # noqa: E731
-    return list(zip(clip(prompts), clip(outputs), strict=True))
+    clipped = (np.clip(np.rint(values), 4, 2048).astype(int).tolist() for values in (prompts, outputs))
+    return list(zip(*clipped, strict=True))
 
 
 def assign(arrivals: Iterable[Arrival], kinds: Sequence[Kind], seed: int) -> list[Arrival]:

@@ -14,6 +14,7 @@ from fineserve_jax.pallas_kernels.tiles import Tiles
 from fineserve_jax.pallas_kernels.xla.attend import attend, flatten_pages
 from fineserve_jax.pallas_kernels.xla.gather import gather_page_layers, settled
 
+AttendTile = Callable[..., PartialAttention]
 AddTile = Callable[[jax.Array, KVFormat, jax.Array, PartialAttention], PartialAttention]
 
 
@@ -34,7 +35,7 @@ def attend_pages(
     return attend_to(spec, q.astype(jnp.float32), functools.partial(_attend_tile, spec, arena, tiles, layer), tiles)
 
 
-def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
+def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
     """One query a row: tiles of pieces of many rows' segments, whose sums are kept row by row."""
     num_rows, *heads, head_dim = q.shape
 
@@ -49,7 +50,7 @@ def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Til
     return PartialAttention(*(part[:-1] for part in seen))
 
 
-def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: Callable, tiles: Tiles) -> PartialAttention:
+def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
     """Blocks of queries: tiles of one segment, whose sums are kept query by query."""
     shape = spec.tile_shape
     num_queries, kv_heads, group, head_dim = q.shape

@@ -5,8 +5,9 @@ from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena, pages_of
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.errors import IntegrityError
-from fineserve_jax.kv.manager import KVManager, Segment
+from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import narrow, next_narrowing
+from fineserve_jax.kv.pages import Segment
 from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.sampling_params import SamplingParams
 

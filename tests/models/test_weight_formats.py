@@ -10,9 +10,9 @@ from model_oracle import FIXTURES, case_expected, case_tensors, flax_logits, flo
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.models import build_model, pack_params
-from fineserve_jax.models.weight_formats import BFloat16, Float32, Int4, Int8, weight_recipe
+from fineserve_jax.models.weight_formats import BFloat16, Float32, Int4, Int8, WeightFormat, weight_recipe
 
-FORMATS = {"fp32": Float32(), "bf16": BFloat16(), "int8": Int8(), "int4": Int4()}
+FORMATS: dict[str, WeightFormat] = {"fp32": Float32(), "bf16": BFloat16(), "int8": Int8(), "int4": Int4()}
 LOGIT_ERROR = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05, "int4": 0.02}
 
 
