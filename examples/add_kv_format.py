@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fineserve_jax import Engine, EngineConfig
-from fineserve_jax.engine.perplexity import measure_perplexity
-from fineserve_jax.loaders import load_model
-from fineserve_jax.pallas_kernels.formats import Aux, KVFormat, PageVectors, PageWords, Planes, register
-from fineserve_jax.pallas_kernels.formats.int4 import hadamard
-from fineserve_jax.pallas_kernels.formats.packing import (
-    bf16_to_words,
-    largest,
-    nearest_codes,
-    pack_planar,
-    unpack_unsigned,
-    words_to_f32,
+from fineserve_jax import (
+    KV_FORMATS,
+    Aux,
+    Engine,
+    EngineConfig,
+    KVFormat,
+    PageVectors,
+    PageWords,
+    Planes,
+    load_model,
+    measure_perplexity,
+    packing,
+    register_kv_format,
 )
 
 PLANES = 8  # values that share a 16-bit word
@@ -45,37 +46,40 @@ class Int2(KVFormat):
     residual = "bf16"  # channels' ranges take a whole page; until it is full, its tokens are kept so
 
     def encode(self, k: Planes, v: Planes) -> PageWords:
-        low_words = [bf16_to_words(jnp.min(plane, axis=-2, keepdims=True)) for plane in k]
-        lows = [words_to_f32(words) for words in low_words]
+        low_words = [packing.bf16_to_words(jnp.min(plane, axis=-2, keepdims=True)) for plane in k]
+        lows = [packing.words_to_f32(words) for words in low_words]
         ranges = [jnp.max(plane, axis=-2, keepdims=True) - low for plane, low in zip(k, lows, strict=True)]
         k_words, k_steps = _quantise(k, lows, [extent / 3 for extent in ranges])
-        step = largest(tuple(jnp.abs(plane) for plane in v)) / 2.5
+        step = packing.largest(tuple(jnp.abs(plane) for plane in v)) / 2.5
         v_words, v_steps = _quantise(v, [-1.5 * step] * PLANES, [step])
         return PageWords((k_words,), (v_words,), (*low_words, *k_steps, *v_steps))
 
     def read_aux(self, aux: Planes) -> Planes:
-        return tuple(words_to_f32(words) for words in aux)
+        return tuple(packing.words_to_f32(words) for words in aux)
 
     def unpack(self, k: Planes, v: Planes, numbers: Planes) -> PageVectors:
         lows, steps, v_step = numbers[:PLANES], numbers[PLANES:-1], numbers[-1]
-        planes = zip(unpack_unsigned(k[0], 2), steps, lows, strict=True)
+        planes = zip(packing.unpack_unsigned(k[0], 2), steps, lows, strict=True)
         keys = tuple(level * step + low for level, step, low in planes)
-        return PageVectors(keys, tuple(level - 1.5 for level in unpack_unsigned(v[0], 2)), v_scale=v_step)
+        return PageVectors(keys, tuple(level - 1.5 for level in packing.unpack_unsigned(v[0], 2)), v_scale=v_step)
 
     def rotation(self, head_dim: int) -> np.ndarray:
-        return hadamard(head_dim)
+        return KV_FORMATS["int4"].rotation(head_dim)
 
 
 def _quantise(planes: Planes, lows: list[jax.Array], steps: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """The words of f32 planes, and the bits of their steps: one a plane or one for all. Levels fit rounded steps."""
-    step_words = [bf16_to_words(jnp.maximum(step, SMALLEST_STEP)) for step in steps]
-    rounded = [words_to_f32(words) for words in step_words] * (PLANES // len(steps))
-    levels = (nearest_codes((plane - low) / step, 0, 3) for plane, low, step in zip(planes, lows, rounded, strict=True))
-    return pack_planar(tuple(levels), 2), step_words
+    step_words = [packing.bf16_to_words(jnp.maximum(step, SMALLEST_STEP)) for step in steps]
+    rounded = [packing.words_to_f32(words) for words in step_words] * (PLANES // len(steps))
+    levels = (
+        packing.nearest_codes((plane - low) / step, 0, 3)
+        for plane, low, step in zip(planes, lows, rounded, strict=True)
+    )
+    return packing.pack_planar(tuple(levels), 2), step_words
 
 
 def main(text: str) -> None:
-    register(Int2())
+    register_kv_format(Int2())
     model = load_model("smollm2-135m", "bf16")
     tokens = model.tokenizer.encode(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)
     for kv_precision in ("bf16", "int4", "int2"):
