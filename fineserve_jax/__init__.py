@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fineserve_jax.engine.stats import EngineStats
     from fineserve_jax.kv.quotas import Quota
     from fineserve_jax.llm import LLM
-    from fineserve_jax.loaders.load import LoadedModel, load_model
+    from fineserve_jax.loaders import LoadedModel, load_model
     from fineserve_jax.models.family import Family as ModelFamily
     from fineserve_jax.models.registry import register_family as register_model_family
     from fineserve_jax.pallas_kernels.formats import FORMATS as KV_FORMATS
@@ -75,7 +75,7 @@ _PLACES = {
     "KVFormat": "pallas_kernels.formats:KVFormat",
     "KV_FORMATS": "pallas_kernels.formats:FORMATS",
     "LLM": "llm:LLM",
-    "LoadedModel": "loaders.load:LoadedModel",
+    "LoadedModel": "loaders:LoadedModel",
     "ModelFamily": "models.family:Family",
     "POLICIES": "scheduler.policies:POLICIES",
     "PageVectors": "pallas_kernels.formats:PageVectors",
@@ -90,7 +90,7 @@ _PLACES = {
     "RequestOptions": "request_options:RequestOptions",
     "RequestOutput": "engine.outputs:RequestOutput",
     "SamplingParams": "sampling_params:SamplingParams",
-    "load_model": "loaders.load:load_model",
+    "load_model": "loaders:load_model",
     "measure_perplexity": "engine.perplexity:measure_perplexity",
     "packing": "pallas_kernels.formats:packing",
     "register_kv_format": "pallas_kernels.formats:register",
