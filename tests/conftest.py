@@ -10,6 +10,7 @@ SHAPES_CHECKED = [
     "fineserve_jax.models.rope",
     "fineserve_jax.models.transformer",
     "fineserve_jax.models.weight_formats",
+    "fineserve_jax.pallas_kernels.operations",
     "fineserve_jax.runner.sampler",
 ]
 install_import_hook(SHAPES_CHECKED, "beartype.beartype")
