@@ -1,5 +1,6 @@
 # make demo    install into .venv, fetch the model, answer examples/prompts.jsonl
 # make test    lint, type check, tests
+# make docs    the pages of docs/ and the API pages, in build/docs; needs no network
 # make test-next    the kernels' and the engine's tests with the newest JAX that pyproject.toml allows, on Python 3.12
 # make aot     compile the kernels for GPUs and TPUs, which need not be there, and write docs/aot.md
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # Touched when everything is installed, so that it is done again only when the requirements change.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-next lint aot install clean
+.PHONY: demo test test-slow test-next lint docs aot install clean
 
 demo: install
 	$(BIN)/fineserve-jax fetch smollm2-135m
@@ -35,7 +36,11 @@ test-next:
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/mkdocs build
 
 # AOT_OPTIONS="--only ragged" compiles some of the cases, AOT_OPTIONS=--full more of them than CI does.
 # Each platform has an environment of its own: with two device plugins in one, every start of JAX tries both.
@@ -64,4 +69,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-next .venv-aot-gpu .venv-aot-tpu build/aot answers.jsonl
+	rm -rf $(VENV) .venv-next .venv-aot-gpu .venv-aot-tpu build/aot build/docs answers.jsonl

@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fineserve_jax import Engine, EngineConfig
-from fineserve_jax.engine.perplexity import measure_perplexity
-from fineserve_jax.loaders import load_model
-from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PackedLanes, PageVectors, PageWords, register
-from fineserve_jax.pallas_kernels.formats.bit_packing import (
-    bf16_to_words,
-    largest,
-    nearest_codes,
-    pack_lanes,
-    unpack_unsigned,
-    words_to_f32,
+from fineserve_jax import (
+    KV_FORMATS,
+    Engine,
+    EngineConfig,
+    Granularity,
+    KVFormat,
+    PackedLanes,
+    PageVectors,
+    PageWords,
+    bit_packing,
+    load_model,
+    measure_perplexity,
+    register_kv_format,
 )
-from fineserve_jax.pallas_kernels.formats.int4 import hadamard
 
 LANES = 8  # values that share a 16-bit word
 SMALLEST_SCALE = 2.0**-100
@@ -46,43 +47,43 @@ class Int2(KVFormat):
     residual = "bf16"  # scales by channel take a whole page; until it is full, its tokens are kept so
 
     def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
-        zero_point_words = [bf16_to_words(jnp.min(lane, axis=-2, keepdims=True)) for lane in k]
-        zero_points = [words_to_f32(words) for words in zero_point_words]
+        zero_point_words = [bit_packing.bf16_to_words(jnp.min(lane, axis=-2, keepdims=True)) for lane in k]
+        zero_points = [bit_packing.words_to_f32(words) for words in zero_point_words]
         pairs = zip(k, zero_points, strict=True)
         extents = [jnp.max(lane, axis=-2, keepdims=True) - zero_point for lane, zero_point in pairs]
         k_words, k_scales = _quantize(k, zero_points, [extent / 3 for extent in extents])
-        scale = largest(tuple(jnp.abs(lane) for lane in v)) / 2.5
+        scale = bit_packing.largest(tuple(jnp.abs(lane) for lane in v)) / 2.5
         v_words, v_scales = _quantize(v, [-1.5 * scale] * LANES, [scale])
         return PageWords((k_words,), (v_words,), (*zero_point_words, *k_scales, *v_scales))
 
     def read_scales(self, scales: PackedLanes) -> PackedLanes:
-        return tuple(words_to_f32(words) for words in scales)
+        return tuple(bit_packing.words_to_f32(words) for words in scales)
 
     def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
         zero_points, k_scales, v_scale = scales[:LANES], scales[LANES:-1], scales[-1]
-        levels = zip(unpack_unsigned(k[0], 2), k_scales, zero_points, strict=True)
+        levels = zip(bit_packing.unpack_unsigned(k[0], 2), k_scales, zero_points, strict=True)
         keys = tuple(level * scale + zero_point for level, scale, zero_point in levels)
-        return PageVectors(keys, tuple(level - 1.5 for level in unpack_unsigned(v[0], 2)), v_scale=v_scale)
+        return PageVectors(keys, tuple(level - 1.5 for level in bit_packing.unpack_unsigned(v[0], 2)), v_scale=v_scale)
 
     def rotation(self, head_dim: int) -> np.ndarray:
-        return hadamard(head_dim)
+        return KV_FORMATS["int4"].rotation(head_dim)
 
 
 def _quantize(
     lanes: PackedLanes, zero_points: list[jax.Array], scales: list[jax.Array]
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The words of f32 lanes, and the bits of their scales: one a lane or one for all. Levels fit rounded scales."""
-    scale_words = [bf16_to_words(jnp.maximum(scale, SMALLEST_SCALE)) for scale in scales]
-    rounded = [words_to_f32(words) for words in scale_words] * (LANES // len(scales))
+    scale_words = [bit_packing.bf16_to_words(jnp.maximum(scale, SMALLEST_SCALE)) for scale in scales]
+    rounded = [bit_packing.words_to_f32(words) for words in scale_words] * (LANES // len(scales))
     levels = (
-        nearest_codes((lane - zero_point) / scale, 0, 3)
+        bit_packing.nearest_codes((lane - zero_point) / scale, 0, 3)
         for lane, zero_point, scale in zip(lanes, zero_points, rounded, strict=True)
     )
-    return pack_lanes(tuple(levels), 2), scale_words
+    return bit_packing.pack_lanes(tuple(levels), 2), scale_words
 
 
 def main(text: str) -> None:
-    register(Int2())
+    register_kv_format(Int2())
     model = load_model("smollm2-135m", "bf16")
     tokens = model.tokenizer.encode(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)
     for kv_precision in ("bf16", "int4", "int2"):

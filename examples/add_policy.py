@@ -8,9 +8,7 @@ A policy maps a waiting request to a key; the smallest is admitted first. Wherev
 under plain names in the entry point group `fineserve_jax.policies`.
 """
 
-from fineserve_jax import LLM, SamplingParams
-from fineserve_jax.request import Request
-from fineserve_jax.scheduler.policies import PolicyContext
+from fineserve_jax import LLM, PolicyContext, Request, SamplingParams
 
 
 def longest_first(request: Request, context: PolicyContext) -> int:

@@ -9,6 +9,7 @@ READY and RUNNING both hold memory; RUNNING has had at least one step since it w
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -88,7 +89,7 @@ class Request:
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    logprobs: list = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
     kv_tokens: dict[str, int] = field(default_factory=dict)
 
     @property

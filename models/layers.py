@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float32, Int32
 
 from fineserve_jax.models.weight_formats import Arrays, WeightFormat
 
@@ -21,12 +22,12 @@ class Matrix(nn.Module):
         shapes = self.format.declare(self.out_features, self.in_features)
         self.stored: Arrays = {name: self.param(name, _zeros, shape) for name, shape in shapes.items()}
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        """f32[N, in] -> f32[N, out]."""
+    def dot(self, x: Float32[jax.Array, "N {self.in_features}"]) -> Float32[jax.Array, "N {self.out_features}"]:
+        """The product with each of N vectors."""
         return self.format.dot(self.stored, x)
 
-    def rows(self, ids: jax.Array) -> jax.Array:
-        """i32[N] -> f32[N, in]."""
+    def rows(self, ids: Int32[jax.Array, " N"]) -> Float32[jax.Array, "N {self.in_features}"]:
+        """The rows of those numbers."""
         return self.format.rows(self.stored, ids)
 
 
@@ -40,7 +41,7 @@ class Linear(Matrix):
         if self.use_bias:
             self.bias = self.param("bias", _zeros, jax.ShapeDtypeStruct((self.out_features,), jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float32[jax.Array, "N {self.in_features}"]) -> Float32[jax.Array, "N {self.out_features}"]:
         y = self.dot(x)
         return y + self.bias if self.use_bias else y
 
@@ -52,7 +53,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float32[jax.Array, "*leading {self.width}"]) -> Float32[jax.Array, "*leading {self.width}"]:
         scale = self.param("scale", nn.initializers.ones, (self.width,), jnp.float32)
         return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
 

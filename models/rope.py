@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Int32
 
 from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 
@@ -31,14 +32,21 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     return freqs.astype(np.float32), attention_factor
 
 
-def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+RopeTables = tuple[Float32[jax.Array, "N 1 half_dim"], Float32[jax.Array, "N 1 half_dim"]]
+
+
+def rope_tables(config: ModelConfig, positions: Int32[jax.Array, " N"]) -> RopeTables:
     """cos and sin, each f32[N, 1, head_dim / 2], for positions i32[N]."""
     freqs, factor = rope_frequencies(config)
     angles = positions.astype(jnp.float32)[:, None, None] * freqs
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(
+    x: Float32[jax.Array, "N heads head_dim"],
+    cos: Float32[jax.Array, "N 1 head_dim/2"],
+    sin: Float32[jax.Array, "N 1 head_dim/2"],
+) -> Float32[jax.Array, "N heads head_dim"]:
     """Rotate heads f32[N, heads, head_dim] by the tables of `rope_tables`."""
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

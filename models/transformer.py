@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float32, Int32
 
 from fineserve_jax.models.layers import Linear, Matrix, RMSNorm
 from fineserve_jax.models.model_config import ModelConfig
-from fineserve_jax.models.rope import apply_rope, rope_tables
+from fineserve_jax.models.rope import RopeTables, apply_rope, rope_tables
 from fineserve_jax.models.weight_formats import weight_recipe
 
 
+@runtime_checkable
 class Attend(Protocol):
     """What the caller supplies: attention of layer `layer`, scale and mask included.
 
@@ -33,7 +35,9 @@ class Attend(Protocol):
 
 
 AttendLayer = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `Attend` of one layer
-RopeTables = tuple[jax.Array, jax.Array]
+Tokens = Int32[jax.Array, " N"]
+Hidden = Float32[jax.Array, "N {self.config.hidden_size}"]
+Logits = Float32[jax.Array, "N {self.config.vocab_size}"]
 
 
 class Attention(nn.Module):
@@ -51,7 +55,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
 
-    def __call__(self, x: jax.Array, rope: RopeTables, attend: AttendLayer) -> jax.Array:
+    def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
         cfg = self.config
         q_size, k_size, _ = cfg.qkv_sizes
         parts = jnp.split(self.qkv(x), (q_size, q_size + k_size), axis=-1)
@@ -73,7 +77,7 @@ class GatedMLP(nn.Module):
         self.gate_up = Linear(cfg.hidden_size, 2 * cfg.intermediate_size, fmt)
         self.down = Linear(cfg.intermediate_size, cfg.hidden_size, fmt)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Hidden) -> Hidden:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
 
@@ -91,7 +95,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.mlp = GatedMLP(cfg, self.weights)
 
-    def __call__(self, x: jax.Array, rope: RopeTables, attend: AttendLayer) -> jax.Array:
+    def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
         x = x + self.attn(self.attn_norm(x), rope, attend)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -115,14 +119,14 @@ class CausalLM(nn.Module):
         if not cfg.tie_embeddings:
             self.lm_head = Matrix(cfg.hidden_size, cfg.vocab_size, recipe.head)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(self, tokens: Tokens, positions: Tokens, attend: Attend) -> Hidden:
         """tokens i32[N] at positions i32[N] -> hidden f32[N, hidden_size], after the final norm."""
         x, rope = self.embed_tokens(tokens, positions)
         for index, block in enumerate(self.layers):
             x = block(x, rope, functools.partial(attend, index))
         return self.norm(x)
 
-    def embed_tokens(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, RopeTables]:
+    def embed_tokens(self, tokens: Tokens, positions: Tokens) -> tuple[Hidden, RopeTables]:
         """The residual stream f32[N, hidden_size] before the first layer, and the rotations of the positions."""
         return self.embed.rows(tokens), rope_tables(self.config, positions)
 
@@ -131,15 +135,15 @@ class CausalLM(nn.Module):
         """One layer by itself, for callers that run them one by one: its params are `params["layers_<i>"]`."""
         return Block(self.config, self.weights)
 
-    def head(self, x: jax.Array) -> jax.Array:
+    def head(self, x: Hidden) -> Logits:
         """The residual stream after the last layer, f32[M, hidden_size] -> logits f32[M, vocab_size]."""
         return self.logits(self.norm(x))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Hidden) -> Logits:
         """hidden f32[M, hidden_size] -> f32[M, vocab_size]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
         return head.dot(hidden)
 
-    def declare(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def declare(self, tokens: Tokens, positions: Tokens) -> Logits:
         """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""
         return self.logits(self(tokens, positions, lambda layer, q, k, v: q))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Float32 as F32
+from jaxtyping import Int32
 
 from fineserve_jax.errors import ModelLoadError
 
@@ -21,9 +23,12 @@ INT4_GROUP = 32  # values along `in` that share a scale and a minimum
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 Arrays = Mapping[str, jax.Array]
+Vectors = F32[jax.Array, "N inner"]
+Products = F32[jax.Array, "N out"]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
+@runtime_checkable
 class WeightFormat(Protocol):
     """One way to store a matrix. Instances are hashable: they are fields of Flax modules."""
 
@@ -33,10 +38,10 @@ class WeightFormat(Protocol):
     def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
         """Encode f32[out, in] on the host."""
 
-    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+    def dot(self, stored: Arrays, x: Vectors) -> Products:
         """x f32[N, in] times the matrix transposed, f32[N, out]."""
 
-    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+    def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         """Rows `ids` i32[N] of the matrix, f32[N, in]: the embedding look-up."""
 
 
@@ -50,10 +55,10 @@ class Float32Weights:
     def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
         return {"kernel": np.ascontiguousarray(matrix, np.float32)}
 
-    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+    def dot(self, stored: Arrays, x: Vectors) -> Products:
         return lax.dot_general(x, stored["kernel"], _CONTRACT_LAST, precision=lax.Precision.HIGHEST)
 
-    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+    def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         return jnp.take(stored["kernel"], ids, axis=0)
 
 
@@ -67,10 +72,10 @@ class BFloat16Weights:
     def pack(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
         return {"kernel": matrix.astype(jnp.bfloat16)}
 
-    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+    def dot(self, stored: Arrays, x: Vectors) -> Products:
         return _bf16_dot(x.astype(jnp.bfloat16), stored["kernel"])
 
-    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+    def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         return jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
 
 
@@ -89,13 +94,13 @@ class Int8Weights:
         kernel = np.rint(matrix * (127.0 / top)[:, None]).clip(-127, 127).astype(np.int8)
         return {"kernel": kernel, "scale": (top / 127.0).astype(np.float32)}
 
-    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+    def dot(self, stored: Arrays, x: Vectors) -> Products:
         top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30)
         codes = jnp.clip(jnp.round(x * (127.0 / top)), -127, 127).astype(jnp.int8)
         sums = lax.dot_general(codes, stored["kernel"], _CONTRACT_LAST, preferred_element_type=jnp.int32)
         return sums.astype(jnp.float32) * (top / 127.0) * stored["scale"]
 
-    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+    def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         codes = jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
         return codes * jnp.take(stored["scale"], ids)[:, None]
 
@@ -135,12 +140,12 @@ class Int4Weights:
         low, high = np.split(codes.clip(0, 15).astype(np.uint8).reshape(out, inner), 2, axis=1)
         return {"kernel": low | high << 4, "scale": scale, "minimum": minimum}
 
-    def dot(self, stored: Arrays, x: jax.Array) -> jax.Array:
+    def dot(self, stored: Arrays, x: Vectors) -> Products:
         halves = jnp.split(x.astype(jnp.bfloat16), 2, axis=-1)
         products = [_bf16_dot(half, plane) for half, plane in zip(halves, self._planes(stored), strict=True)]
         return products[0] + products[1]
 
-    def rows(self, stored: Arrays, ids: jax.Array) -> jax.Array:
+    def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         taken = {name: jnp.take(array, ids, axis=0) for name, array in stored.items()}
         return jnp.concatenate(self._planes(taken), axis=-1).astype(jnp.float32)
 

@@ -1,6 +1,19 @@
 """What holds for all tests."""
 
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes of these modules' arrays are checked against their annotations at every call, in tests only: for
+# users they are mere comments. Runs before anything imports the modules.
+SHAPES_CHECKED = [
+    "fineserve_jax.models.layers",
+    "fineserve_jax.models.rope",
+    "fineserve_jax.models.transformer",
+    "fineserve_jax.models.weight_formats",
+    "fineserve_jax.pallas_kernels.operations",
+    "fineserve_jax.runner.sampler",
+]
+install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 
 # A machine that is busy with something else fails no test.
 settings.register_profile("timeless", settings(), deadline=None)

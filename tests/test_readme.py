@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fineserve_jax.pallas_kernels import formats
+import fineserve_jax
+from fineserve_jax import KV_FORMATS, POLICIES
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
-from fineserve_jax.pallas_kernels.formats import FORMATS, bit_packing, get_format
-from fineserve_jax.scheduler import POLICIES
+from fineserve_jax.pallas_kernels.formats import get_format
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ def blocks() -> list[str]:
 @pytest.fixture
 def registries():
     """As they were, afterwards."""
-    kept = [(registry, dict(registry)) for registry in (FORMATS, FORMAT_SIZES, POLICIES)]
+    kept = [(registry, dict(registry)) for registry in (KV_FORMATS, FORMAT_SIZES, POLICIES)]
     yield
     for registry, before in kept:
         registry.clear()
@@ -41,7 +41,8 @@ def relative_errors(name: str) -> list[float]:
 def test_the_format_and_the_policy_of_the_readme_can_be_registered():
     """Two bits a normal number keep it to within 0.35 of a standard deviation at best (Max, 1960)."""
     (block,) = (block for block in blocks() if "KVFormat" in block)
-    exec(block, vars(formats) | vars(bit_packing) | {"jnp": jnp, "POLICIES": POLICIES})
+    public = {name: getattr(fineserve_jax, name) for name in fineserve_jax.__all__}
+    exec(block, public | vars(fineserve_jax.bit_packing) | {"jnp": jnp})
     assert max(relative_errors("int2")) < 0.45
     assert "longest_first" in POLICIES
 
@@ -51,16 +52,15 @@ def test_the_format_of_the_example_can_be_registered():
     spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    formats.register(example.Int2())
+    fineserve_jax.register_kv_format(example.Int2())
     assert max(relative_errors("int2")) < 0.4
 
 
 def test_the_readme_calls_the_python_interface_as_it_is():
     one, several, short = (block for block in blocks() if "llm.generate" in block)
-    from fineserve_jax.engine.engine_config import EngineConfig
+    from fineserve_jax import EngineConfig, SamplingParams
     from fineserve_jax.engine.model_settings import model_sources
     from fineserve_jax.request_options import OptionKeywords
-    from fineserve_jax.sampling_params import SamplingParams
 
     arguments = re.search(r"LLM\((.*?)\)", one).group(1)
     EngineConfig(**eval(f"dict({arguments.split(',', 1)[1]})"))

@@ -120,7 +120,7 @@ def arena_shape(geometry: PageGeometry) -> jax.ShapeDtypeStruct:
 def without_scales(kv_format: KVFormat) -> KVFormat:
     """A format like this one, whose scales and zero points all read as 1: compilers then drop the loads of them."""
 
-    class WithoutScales(type(kv_format)):  # type: ignore[misc]
+    class WithoutScales(type(kv_format)):
         def read_scales(self, scales: PackedLanes) -> PackedLanes:
             return tuple(jnp.ones_like(array) for array in kv_format.read_scales(scales))
 

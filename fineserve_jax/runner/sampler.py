@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Bool, Float32, Int32, UInt32
 
 from fineserve_jax.request import Request
 from fineserve_jax.sampling_params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
 
 Array = Any  # numpy on the host, jax.Array in the step
+Logits = Float32[jax.Array, "rows vocab"]  # or what they have become: shaped logits, probabilities
+Tokens = Int32[jax.Array, " rows"]
 MAX_STOP_IDS = 64  # tokens that `min_tokens` can hold back, besides those of `logit_bias`
 
 
@@ -128,18 +131,18 @@ def _bias(requests: Sequence[Request], rows: int) -> tuple[np.ndarray, np.ndarra
     return ids, values, any_bias
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
+def sample(logits: Logits, inputs: SamplingInputs) -> Sampled:
     """Chooses a token for each row of f32[S, vocab] logits."""
     # One branch for the common case: each one taken apart would copy the logits.
     asks = inputs.any_penalty | inputs.any_bias | inputs.any_random | inputs.any_logprobs
     return lax.cond(asks, lambda: _sample_as_asked(logits, inputs), lambda: _without_logprobs(logits, _greedy(logits)))
 
 
-def _greedy(logits: jax.Array) -> jax.Array:
+def _greedy(logits: Logits) -> Tokens:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _sample_as_asked(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
+def _sample_as_asked(logits: Logits, inputs: SamplingInputs) -> Sampled:
     shaped = _when(inputs.any_penalty, lambda x: _penalise(x, inputs), logits)
     shaped = _when(inputs.any_bias, lambda x: _add_bias(x, inputs), shaped)
     greedy = _greedy(shaped)
@@ -147,11 +150,11 @@ def _sample_as_asked(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
     return lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, tokens)
 
 
-def _when(condition: Array, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def _when(condition: Bool[jax.Array, ""], change: Callable[[Logits], Logits], x: Logits) -> Logits:
     return lax.cond(condition, change, lambda same: same, x)
 
 
-def _penalise(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _penalise(logits: Logits, inputs: SamplingInputs) -> Logits:
     rows, length = inputs.history.shape
     row = jnp.arange(rows)[:, None]
     # -1 would index from the end; past the end it is dropped.
@@ -164,24 +167,24 @@ def _penalise(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     return logits - inputs.frequency[:, None] * counts - inputs.presence[:, None] * (counts > 0)
 
 
-def _add_bias(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _add_bias(logits: Logits, inputs: SamplingInputs) -> Logits:
     return logits.at[jnp.arange(logits.shape[0])[:, None], inputs.bias_ids].add(inputs.bias)
 
 
-def _draw(logits: jax.Array, greedy: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _draw(logits: Logits, greedy: Tokens, inputs: SamplingInputs) -> Tokens:
     """A token from each row's distribution, by the Gumbel-max trick; `greedy` where the temperature is 0."""
     temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
     probabilities = jax.nn.softmax(logits / temperature[:, None], axis=-1)
     probabilities = _when(inputs.any_filter, lambda p: _filter(p, inputs), probabilities)
 
-    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
+    def noise(seed: UInt32[jax.Array, ""], position: Int32[jax.Array, ""]) -> Float32[jax.Array, " vocab"]:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), logits.shape[1:])
 
     drawn = jnp.argmax(jnp.log(probabilities) + jax.vmap(noise)(inputs.seed, inputs.position), axis=-1)
     return jnp.where(inputs.temperature > 0, drawn.astype(jnp.int32), greedy)
 
 
-def _filter(probabilities: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _filter(probabilities: Logits, inputs: SamplingInputs) -> Logits:
     """Zeroes what `top_k`, `top_p` and `min_p` exclude, in this order. Rows need not sum to 1 afterwards."""
     vocab = probabilities.shape[-1]
     k = jnp.where(inputs.top_k > 0, inputs.top_k, vocab).astype(jnp.float32)
@@ -193,7 +196,7 @@ def _filter(probabilities: jax.Array, inputs: SamplingInputs) -> jax.Array:
     return jnp.where(probabilities >= floor[:, None], probabilities, 0.0)
 
 
-def _keep_until(probabilities: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+def _keep_until(probabilities: Logits, weights: Logits, target: Float32[jax.Array, " rows"]) -> Logits:
     """Keeps each row's likeliest tokens, as few as reach `target` f32[S] in `weights`; ties with the last are kept.
 
     Finds the threshold bit by bit: non-negative floats sort as their bits do, so 31 passes replace a sort of the
@@ -201,7 +204,7 @@ def _keep_until(probabilities: jax.Array, weights: jax.Array, target: jax.Array)
     """
     bits = lax.bitcast_convert_type(probabilities, jnp.uint32)
 
-    def try_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+    def try_bit(i: Int32[jax.Array, ""], threshold: UInt32[jax.Array, " rows"]) -> UInt32[jax.Array, " rows"]:
         higher = threshold | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
         reached = jnp.sum(jnp.where(bits >= higher[:, None], weights, 0.0), axis=-1) >= target
         return jnp.where(reached, higher, threshold)
@@ -210,14 +213,14 @@ def _keep_until(probabilities: jax.Array, weights: jax.Array, target: jax.Array)
     return jnp.where(bits >= threshold[:, None], probabilities, 0.0)
 
 
-def _with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+def _with_logprobs(logits: Logits, tokens: Tokens) -> Sampled:
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     top_logprobs, top_ids = lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
     return Sampled(tokens, chosen, top_ids.astype(jnp.int32), top_logprobs)
 
 
-def _without_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+def _without_logprobs(logits: Logits, tokens: Tokens) -> Sampled:
     rows, width = logits.shape[0], min(MAX_TOP_LOGPROBS, logits.shape[-1])
     none = jnp.zeros((rows, width), jnp.float32)
     return Sampled(tokens, none[:, 0], jnp.zeros((rows, width), jnp.int32), none)

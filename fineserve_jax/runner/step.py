@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.models.transformer import RopeTables
+from fineserve_jax.models.rope import RopeTables
 from fineserve_jax.pallas_kernels.formats import PageWords
 from fineserve_jax.pallas_kernels.operations import requantize, write_pages, write_tokens
 from fineserve_jax.runner.inputs import StepInputs

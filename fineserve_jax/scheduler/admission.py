@@ -27,7 +27,8 @@ their own.
 import math
 from collections import Counter
 
-from fineserve_jax.kv.manager import Demand, KVManager
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.page_pool import Demand
 from fineserve_jax.scheduler.narrowing_policy import NarrowingPolicy
 from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.running import RunningRequests

@@ -97,8 +97,8 @@ def draw(rate: float, seconds: float, seed: int, *, burstiness: float = 1.0) -> 
 
 def _lengths(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     prompts, outputs = (rng.lognormal(*of, size=count) for of in CHAT_LENGTHS)
-    clip = lambda values: np.clip(np.rint(values), 4, 2048).astype(int).tolist()  # noqa: E731
-    return list(zip(clip(prompts), clip(outputs), strict=True))
+    clipped = (np.clip(np.rint(values), 4, 2048).astype(int).tolist() for values in (prompts, outputs))
+    return list(zip(*clipped, strict=True))
 
 
 def assign(arrivals: Iterable[Arrival], kinds: Sequence[Kind], seed: int) -> list[Arrival]:

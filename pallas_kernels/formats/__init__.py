@@ -1,8 +1,11 @@
 """KV formats and their registry.
 
 To add one: subclass `KVFormat` and `register` an instance. Pools, scheduler, kernels and command line take it from
-here.
+here. A package can offer one as an entry point of `fineserve_jax.kv_formats`: the format's name, and where its class or
+an instance is.
 """
+
+from importlib.metadata import entry_points
 
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, Granularity
 from fineserve_jax.pallas_kernels.formats.base import KVFormat, PackedLanes, PageVectors, PageWords
@@ -14,6 +17,7 @@ from fineserve_jax.pallas_kernels.formats.wide import BFloat16KV, Float16KV, Flo
 __all__ = ["FORMATS", "Granularity", "KVFormat", "PackedLanes", "PageVectors", "PageWords", "get_format", "register"]
 
 FORMATS: dict[str, KVFormat] = {}
+ENTRY_POINTS = "fineserve_jax.kv_formats"
 
 
 def register(kv_format: KVFormat) -> KVFormat:
@@ -43,11 +47,24 @@ def register(kv_format: KVFormat) -> KVFormat:
 
 
 def get_format(name: str) -> KVFormat:
-    """The format called `name`. Raises ValueError, naming those there are."""
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise ValueError(f"unknown KV precision {name!r}; choose one of {', '.join(FORMATS)}") from None
+    """The format called `name`, registered or offered by an installed package. Raises ValueError, naming those there
+    are."""
+    if name not in FORMATS:
+        _register_offered(name)
+    return FORMATS[name]
+
+
+def _register_offered(name: str) -> None:
+    offered = entry_points(group=ENTRY_POINTS)
+    if name not in offered.names:
+        known = ", ".join([*FORMATS, *sorted(offered.names)])
+        raise ValueError(f"unknown KV precision {name!r}; choose one of {known}")
+    found = offered[name].load()
+    kv_format = found() if isinstance(found, type) else found
+    if not isinstance(kv_format, KVFormat) or kv_format.name != name:
+        raise ValueError(f"entry point {name!r} of {ENTRY_POINTS} is {found!r}, which is no KVFormat of that name")
+    if FORMATS.get(name) is not kv_format:  # its module may have registered it
+        register(kv_format)
 
 
 for _format in (Float32KV(), BFloat16KV(), Float16KV(), Int8KV(), Float8KV(), Int4KV()):

@@ -48,8 +48,8 @@ def test_a_row_that_names_no_model_or_an_unknown_one_is_an_error(engine, tmp_pat
     with AnswerFile(tmp_path / "answers.jsonl") as answers:
         answers.begin()
         BatchJob(engine, answers, GREEDY).run(read_rows([json.dumps(row).encode() for row in rows]))
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [answer["error"] for answer in answers] == [
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["error"] for answer in written] == [
         "no model is named, and there are several; give model as one of exact, rough",
         "model='round' is not served; choose one of exact, rough",
         'model=5 is a JSON number; give text such as "smollm2-135m"',

@@ -49,7 +49,7 @@ def write_tiny_model(directory: Path, chat_template: str | None = CHAT) -> Path:
 def quick_compilation() -> Iterator[None]:
     """Compiling takes most of these tests' time, nothing depends on fast programs, and none is worth keeping."""
     optimised = not jax.config.read("jax_disable_most_optimizations")
-    kept = jax.config.jax_enable_compilation_cache
+    kept = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_enable_compilation_cache", False)
     try:

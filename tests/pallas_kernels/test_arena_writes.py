@@ -107,7 +107,7 @@ def test_a_page_lies_as_its_picture_says(kv_format, geometry):
         start = page + layer * per_layer
         found = np.asarray(arena[start : start + per_layer]).reshape(-1)
         values = [np.concatenate([word[layer, :, 0] for word in part], axis=-1) for part in stored.words[:2]]
-        parts = [*values, *(part[layer, :, 0] for part in stored.words.scales)]
+        parts: list[np.ndarray] = [*values, *(part[layer, :, 0] for part in stored.words.scales)]
         content = np.concatenate([part.reshape(-1) for part in parts])
         assert len(content) == kv_format.words_per_layer(geometry)
         np.testing.assert_array_equal(found[: len(content)], content)

@@ -34,7 +34,7 @@ SMALL = GEOMETRIES[1]
 @pytest.fixture
 def recompiled():
     """For tests that change a module's constant: jit knows nothing of those."""
-    clear = [write_tokens.clear_cache, requantize.clear_cache]
+    clear = [write_tokens.clear_cache, requantize.clear_cache]  # type: ignore[attr-defined]
     for each in clear:
         each()
     yield

@@ -18,7 +18,8 @@ def geometry(kv_heads: int, head_dim: int, page_size: int, **options):
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_units_are_long_unless_that_wastes_much(heads, page_size):
-    chosen = geometry(*heads, page_size)
+    kv_heads, head_dim = heads
+    chosen = geometry(kv_heads, head_dim, page_size)
     longer = dataclasses.replace(chosen, unit_words=2 * chosen.unit_words)
     if chosen.unit_words == 128:
         shorter = dataclasses.replace(chosen, unit_words=64)

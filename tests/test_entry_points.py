@@ -1,0 +1,91 @@
+"""KV formats and model families that other installed packages offer are found by name."""
+
+import dataclasses
+import sys
+import types
+
+import pytest
+
+from fineserve_jax import KV_FORMATS, ModelLoadError
+from fineserve_jax.models import get_family, registry
+from fineserve_jax.models.registry import family_of_hf_architecture
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
+from fineserve_jax.pallas_kernels.formats import get_format, register
+from fineserve_jax.pallas_kernels.formats.int8 import Int8KV
+
+
+class Other(Int8KV):
+    name = "other8"
+
+
+OTHER = dataclasses.replace(get_family("llama"), name="other", hf_architectures=("OtherForCausalLM",))
+
+
+@pytest.fixture
+def offer(monkeypatch, tmp_path):
+    """Installs a distribution that offers `what` under a name in a group of entry points, for one test."""
+    monkeypatch.setattr(registry, "_families", dict(registry._families))
+    before = [(registry, dict(registry)) for registry in (KV_FORMATS, FORMAT_SIZES)]
+
+    def install(group: str, name: str, what: object) -> None:
+        module = types.ModuleType("others_package")
+        vars(module)["it"] = what
+        monkeypatch.setitem(sys.modules, "others_package", module)
+        info = tmp_path / "others_package-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others-package\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = others_package:it\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    for known, kept in before:
+        known.clear()
+        known.update(kept)
+
+
+@pytest.mark.parametrize("what", [Other, Other()], ids=["class", "instance"])
+def test_a_format_is_found_by_its_name_and_then_registered(offer, what):
+    offer("fineserve_jax.kv_formats", "other8", what)
+    assert "other8" not in KV_FORMATS
+    assert isinstance(get_format("other8"), Other)
+    assert get_format("other8") is KV_FORMATS["other8"]
+
+
+def test_a_format_whose_module_registers_it_is_taken_as_it_is(offer):
+    class Registers:
+        def __new__(cls) -> Other:  # what importing the module does, as late as the entry point is loaded
+            return register(Other())
+
+    offer("fineserve_jax.kv_formats", "other8", Registers)
+    assert get_format("other8") is KV_FORMATS["other8"]
+
+
+def test_offered_formats_are_named_among_those_to_choose_from(offer):
+    offer("fineserve_jax.kv_formats", "other8", Other)
+    with pytest.raises(ValueError, match=r"unknown KV precision 'int9'; choose one of fp32, .*int4, other8"):
+        get_format("int9")
+
+
+@pytest.mark.parametrize("what", [Int8KV, 8], ids=["another name", "no format"])
+def test_an_entry_point_that_is_no_format_of_that_name_is_refused(offer, what):
+    offer("fineserve_jax.kv_formats", "other8", what)
+    with pytest.raises(ValueError, match=r"'other8' of fineserve_jax.kv_formats is .* no KVFormat of that name"):
+        get_format("other8")
+
+
+def test_a_model_family_is_found_by_its_name(offer):
+    offer("fineserve_jax.model_families", "other", OTHER)
+    assert get_family("other") is OTHER
+
+
+def test_a_model_family_is_found_by_a_checkpoints_architecture(offer):
+    offer("fineserve_jax.model_families", "other", OTHER)
+    assert family_of_hf_architecture("OtherForCausalLM") is OTHER
+    with pytest.raises(ModelLoadError, match=r"'GPT2LMHeadModel' is not supported; supported: .*OtherForCausalLM"):
+        family_of_hf_architecture("GPT2LMHeadModel")
+
+
+def test_an_entry_point_that_is_no_family_is_refused(offer):
+    offer("fineserve_jax.model_families", "other", "other")
+    with pytest.raises(ModelLoadError, match=r"'other' of fineserve_jax.model_families is 'other', which is no Family"):
+        get_family("other")
