@@ -53,9 +53,9 @@ def refused_as(clause: str) -> WrapValidator:
             as `value`, anything else as `kind`).
     """
 
-    def validate(value: Any, pydantics: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
-            return pydantics(value)
+            return handler(value)
         except ValidationError:
             kind = json_kind(value)
             shown = repr(value) if kind == JSON_KINDS[float] else f"a JSON {kind}"

@@ -63,8 +63,7 @@ class BatchRow(RowName):
         return self
 
 
-PROMPT_FIELDS = ("id", "prompt", "messages")
-ROW_FIELDS = (*PROMPT_FIELDS, *RequestOptions.model_fields, *SamplingParams.model_fields)
+ROW_FIELDS = ("id", "prompt", "messages", *RequestOptions.model_fields, *SamplingParams.model_fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What a line of the input may say, and what is said about one that may not."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
 
 from fineserve_jax import RequestError, SamplingParams
-from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row, prompt_tokens, read_rows, row_sampling
+from fineserve_jax.batch.rows import ROW_FIELDS, BadRow, BatchRow, parse_row, prompt_tokens, read_rows, row_sampling
+from fineserve_jax.request_options import RequestOptions
 
+TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "Hi"}]
 
 
@@ -99,6 +102,43 @@ def test_no_line_whatever_raises(line):
 )
 def test_no_json_whatever_raises(content):
     assert isinstance(parse_row(json.dumps(content).encode(), 1), BatchRow | BadRow)
+
+
+TEXT = st.text(st.characters(exclude_categories=()), max_size=4)  # half of a surrogate pair is JSON, too
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.just(10**400)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(ROW_FIELDS), JSON, max_size=4))
+def test_any_json_in_any_field_is_taken_or_refused(fields):
+    found = parse_row(json.dumps({"prompt": "a", **fields}).encode(), 1)
+    if isinstance(found, BatchRow):
+        with contextlib.suppress(RequestError):
+            row_sampling(found, {})
+        with contextlib.suppress(RequestError):
+            prompt_tokens(found, TOKENIZER)
+    else:
+        json.dumps({"id": found.id, "error": found.error})
+
+
+def test_every_option_may_stand_in_a_row_and_null_unsets_it():
+    options = RequestOptions(
+        model="m",
+        kv_precision="int8",
+        min_kv_precision="int4",
+        tenant="alice",
+        priority=-1,
+        ttft_slo_s=1.5,
+        tpot_slo_s=1,
+        drop_when_late=True,
+    )
+    assert options.model_fields_set == RequestOptions.model_fields.keys()
+    assert row(prompt="a", **options.model_dump()).options == options
+    assert row(prompt="a", **dict.fromkeys(RequestOptions.model_fields)).options == RequestOptions()
 
 
 def test_empty_lines_count_and_a_byte_order_mark_does_not():

@@ -133,6 +133,13 @@ def test_a_request_that_cannot_be_served_is_refused(make_engine, prompt, samplin
     assert not engine.has_unfinished
 
 
+def test_an_id_that_is_in_use_is_refused(make_engine):
+    engine = make_engine()
+    assert engine.add_request(PROMPT, request_id="mine").request_id == "mine"
+    with pytest.raises(RequestError, match="request_id='mine' is in use"):
+        engine.add_request(PROMPT, request_id="mine")
+
+
 def test_a_request_that_does_not_fit_its_share_is_refused(make_engine):
     engine = make_engine(
         kv_memory="2MB",

@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fineserve_jax.engine import load as load_engine
+from fineserve_jax.engine import prepare
 from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 
 TOKENIZER = character_tokenizer()
@@ -54,6 +56,53 @@ def test_a_bad_prompt_is_named_before_anything_is_computed(llm):
     with pytest.raises(RequestError, match="empty"):
         llm.generate([""], TWENTY)
     assert llm.stats().num_steps == 0
+
+
+OPTIONS = {
+    "model": "tiny",
+    "kv_precision": "int8",
+    "min_kv_precision": "int4",
+    "tenant": "alice",
+    "priority": -1,
+    "ttft_slo_s": 60.0,
+    "tpot_slo_s": 30.0,
+    "drop_when_late": True,
+}
+
+
+@pytest.mark.parametrize("given_as", ["options", "keywords"])
+def test_every_option_reaches_the_request_by_every_way_in(llm, monkeypatch, given_as):
+    assert OPTIONS.keys() == RequestOptions.model_fields.keys()
+    queued, add = [], llm.engine.scheduler.add
+    monkeypatch.setattr(llm.engine.scheduler, "add", lambda request: (queued.append(request), add(request)))
+    options = RequestOptions(**OPTIONS)
+    fields = OPTIONS if given_as == "keywords" else {"options": options}
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+    llm.generate("hello", sampling, **fields)
+    "".join(llm.stream("hello", sampling, **fields))
+    llm.engine.abort(llm.engine.add_request([5], sampling, options))
+    assert len(queued) == 3
+    for request in queued:
+        assert {name: getattr(request, name) for name in OPTIONS} == OPTIONS
+
+
+def test_each_prompt_may_have_options_of_its_own(llm):
+    late = RequestOptions(ttft_slo_s=1e-9, drop_when_late=True)
+    outputs = llm.generate(["a", "b"], TWENTY, [late, RequestOptions(kv_precision="int8")])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["late", "length"]
+    outputs = llm.generate(["a", "b"], TWENTY, ttft_slo_s=[1e-9, None], drop_when_late=[True, False])
+    assert [output.outputs[0].finish_reason for output in outputs] == ["late", "length"]
+
+
+@pytest.mark.parametrize("name", ["check_tokens", "check_memory", "resolve_precision"])
+def test_each_check_of_a_prompt_runs_once(llm, monkeypatch, name):
+    calls, check = [], getattr(prepare, name)
+    monkeypatch.setattr(prepare, name, lambda *arguments: (calls.append(arguments), check(*arguments))[1])
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True, n=3)
+    llm.generate(["a", "b"], sampling)
+    assert len(calls) == 2
+    "".join(llm.stream("a", SamplingParams(max_tokens=1)))
+    assert len(calls) == 3
 
 
 def test_pieces_of_a_stream_make_up_the_text(llm):

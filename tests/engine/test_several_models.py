@@ -111,7 +111,7 @@ def test_stats_say_what_each_model_holds():
     engine.step()
     stats = engine.stats()
     assert {name: model.weights for name, model in stats.models.items()} == {"tall": "fp32", "flat": "int8"}
-    assert set(stats.models["flat"].kv) == set(engine.served("flat").formats)
+    assert set(stats.models["flat"].kv) == set(engine.models["flat"].formats)
     assert stats.models["flat"].kv["int8"].owned_pages == stats.kv["int8"].owned_pages == 2
     assert stats.models["flat"].kv["int8"].reserved_bytes == stats.kv["int8"].reserved_bytes > 0
     assert not any(part.owned_pages for part in stats.models["tall"].kv.values())
