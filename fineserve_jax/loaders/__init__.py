@@ -1,12 +1,13 @@
 """Models from disk: GGUF files, Hugging Face and converted (Orbax) directories, and aliases that fetch."""
 
-from fineserve_jax.loaders.chat import encode_chat, render_chat
+from fineserve_jax.loaders.chat import ChatOptions, encode_chat, render_chat
 from fineserve_jax.loaders.fetch import ALIASES, fetch
 from fineserve_jax.loaders.load import LoadedModel, convert, load_model
 from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
     "ALIASES",
+    "ChatOptions",
     "LoadedModel",
     "StreamDecoder",
     "Tokenizer",

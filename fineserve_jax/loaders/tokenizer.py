@@ -26,7 +26,8 @@ class Tokenizer:
     backend: the `tokenizers` object that does the work.
     eos_token_ids: generation ends at any of these.
     bos_token_id: first token of a sequence where the model has one; whether `encode` adds it is the file's own rule.
-    chat_template: Jinja source, or None for a model without one.
+    chat_template: Jinja source of the default template, or None for a model without one.
+    chat_templates: Jinja sources of further templates by name, such as "tool_use".
     special_tokens: named tokens a chat template may ask for, e.g. {"bos_token": "<s>"}.
     """
 
@@ -34,6 +35,7 @@ class Tokenizer:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None = None
     chat_template: str | None = None
+    chat_templates: dict[str, str] = dataclasses.field(default_factory=dict)
     special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
