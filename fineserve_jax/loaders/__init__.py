@@ -1,6 +1,6 @@
 """Models from disk: GGUF files, Hugging Face and converted (Orbax) directories, and aliases that fetch."""
 
-from fineserve_jax.loaders.chat import encode_chat, render_chat
+from fineserve_jax.loaders.chat import ChatOptions, encode_chat, render_chat
 from fineserve_jax.loaders.fetch import ALIASES, fetch
 from fineserve_jax.loaders.load import convert, load_model
 from fineserve_jax.loaders.loaded_model import LoadedModel
@@ -8,6 +8,7 @@ from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
     "ALIASES",
+    "ChatOptions",
     "LoadedModel",
     "StreamDecoder",
     "Tokenizer",

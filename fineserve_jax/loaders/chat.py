@@ -1,91 +1,145 @@
 """Chat messages to the text a model was trained on, by the Jinja template that comes with its tokenizer."""
 
-from __future__ import annotations
-
-import datetime
 import functools
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Self
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import Field, field_validator, model_validator
 
-from fineserve_jax.errors import RequestError
+from fineserve_jax.errors import FineServeError, RequestError
+from fineserve_jax.loaders.chat_messages import check_messages, cut_after, with_parsed_arguments, with_text
+from fineserve_jax.loaders.chat_templates import RENDERER
 from fineserve_jax.loaders.tokenizer import Tokenizer
+from fineserve_jax.validation import Validated
+
+Messages = Sequence[Mapping[str, Any]]
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+class ChatOptions(Validated):
+    """How a conversation is rendered. Every field is checked on construction; a bad one raises `RequestError`.
+
+    Attributes:
+        tools: functions that the model may call, JSON schemas as OpenAI's API and transformers have them; None: none.
+        documents: texts to answer from, for templates that know such; None: none.
+        chat_template: name of one of the model's templates, or the source of another one; None: the template "tool_use"
+            where there are tools and such a template, else the default.
+        chat_template_kwargs: further values for the template, such as {"enable_thinking": False}.
+        add_generation_prompt: end with the opening of the assistant's turn, so that the model answers; None: yes,
+            unless the final message is to be continued.
+        continue_final_message: end inside the final message, so that the model goes on with it.
+    """
+
+    error_class: ClassVar[type[FineServeError]] = RequestError
+
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _none_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in RESERVED if name in value]:
+            raise ValueError(f"{taken[0]!r} is set by other options; leave it out here")
+        return value
+
+    @model_validator(mode="after")
+    def _answers_or_goes_on(self) -> Self:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError(
+                "add_generation_prompt begins a new message, continue_final_message none; give one of them"
+            )
+        return self
+
+    @property
+    def generates(self) -> bool:
+        """Whether the text ends with the opening of the assistant's turn."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+
+PLAIN = ChatOptions()
+
+
+def render_chat(tokenizer: Tokenizer, messages: Messages, options: ChatOptions = PLAIN) -> str:
     """Render messages such as `{"role": "user", "content": "Hi"}` with the tokenizer's chat template.
 
-    add_generation_prompt: end with the opening of the assistant's turn, so that the model answers.
+    Content may be text, a list of text parts as in OpenAI's API, or null beside `tool_calls`. The result holds its
+    special tokens as text: encode it with `add_special_tokens=False`.
 
-    The result holds its special tokens as text: encode it with `add_special_tokens=False`. The template comes with
-    the model and is not trusted: it runs in a sandbox. Raises RequestError for malformed messages, a model without
-    a template, and whatever goes wrong in the template itself.
+    Raises:
+        RequestError: malformed messages, a model without a template, and whatever goes wrong in the template itself,
+            which runs in a sandbox with bounds on time and memory.
     """
-    _check_messages(messages)
-    if tokenizer.chat_template is None:
-        raise RequestError(
-            "this model has no chat template, so messages cannot be rendered; give a plain prompt, or use an "
-            "instruction-tuned model"
-        )
-    try:
-        return _compile(tokenizer.chat_template).render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens,
-        )
-    except jinja2.TemplateError as error:
-        raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-    except Exception as error:  # the template is a program: it may divide by zero, recurse without end, ...
-        raise RequestError(f"the model's chat template fails on these messages: {error!r}") from error
+    check_messages(messages)
+    template = _template(tokenizer, options)
+    given = [dict(message) for message in messages]
+    if any(isinstance(message.get("content"), list) for message in given) and not _takes_parts(template):
+        given = [with_text(message) for message in given]
+    values = {
+        "tools": options.tools,
+        "documents": options.documents,
+        "add_generation_prompt": options.generates,
+        **tokenizer.special_tokens,
+        **options.chat_template_kwargs,
+    }
+    text = _render(template, given, values)
+    return cut_after(text, given[-1]) if options.continue_final_message else text
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+def encode_chat(tokenizer: Tokenizer, messages: Messages, options: ChatOptions = PLAIN) -> tuple[str, list[int]]:
     """Messages as the text that `render_chat` makes of them, and its token ids. Raises RequestError as that does."""
-    text = render_chat(tokenizer, messages)
+    text = render_chat(tokenizer, messages, options)
     return text, tokenizer.encode(text, add_special_tokens=False)
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+# -- templates ---------------------------------------------------------------------------------------------------
+
+
+def _template(tokenizer: Tokenizer, options: ChatOptions) -> str:
+    """Source of the template to use."""
+    wanted, others = options.chat_template, tokenizer.chat_templates
+    names = ", ".join(others)
+    if wanted is not None:
+        if wanted not in others and "{" not in wanted:
+            known = f"one of {names}, or " if others else ""
+            raise RequestError(f"chat_template={wanted!r} is no template of this model; give {known}the source of one")
+        return others.get(wanted, wanted)
+    if options.tools and "tool_use" in others:
+        return others["tool_use"]
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    if others:
         raise RequestError(
-            f"messages must be a list of {{'role': ..., 'content': ...}} objects, got {type(messages).__name__}"
+            f"this model has several chat templates, none of which is the default; they are {names}: name one as "
+            "chat_template"
         )
-    if not messages:
-        raise RequestError("messages is empty; give at least one")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RequestError(
-                f"message {index} is a {type(message).__name__}, expected an object with role and content"
-            )
-        if not isinstance(message.get("role"), str) or not message["role"]:
-            raise RequestError(f"message {index} has the role {message.get('role')!r}, expected text such as 'user'")
-        if not isinstance(message.get("content"), str):
-            raise RequestError(
-                f"message {index} has content of type {type(message.get('content')).__name__}, expected text"
-            )
+    raise RequestError(
+        "this model has no chat template, so messages cannot be rendered; give a plain prompt, or use an "
+        "instruction-tuned model"
+    )
+
+
+def _render(template: str, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
+    """Arguments of tool calls are objects to most templates and text to some: whichever renders."""
+    parsed = [with_parsed_arguments(message) for message in messages]
+    try:
+        return RENDERER.render(template, {"messages": parsed, **values})
+    except RequestError:
+        if parsed == messages:
+            raise
+        return RENDERER.render(template, {"messages": messages, **values})
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
-
-
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    """Jinja's own filter escapes for HTML, which would reach the model."""
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.datetime.now().strftime(layout)
+def _takes_parts(template: str) -> bool:
+    """Whether the template knows content that is a list of parts, tried with a message of one."""
+    probe, special = "a text to be found again", {"bos_token": "", "eos_token": ""}
+    message = {"role": "user", "content": [{"type": "text", "text": probe}]}
+    try:
+        text = RENDERER.render(template, {"messages": [message], "add_generation_prompt": True, **special})
+    except RequestError:
+        return False
+    return probe in text and f"{message['content']}" not in text

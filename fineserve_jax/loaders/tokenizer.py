@@ -1,13 +1,14 @@
 """Text to token ids and back, whatever file the vocabulary came from."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import tokenizers
 
 from fineserve_jax.errors import RequestError
+from fineserve_jax.loaders.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
+from fineserve_jax.loaders.token_bytes import ByteRule, byte_rule
 
 # Tokens by which chat models end a turn; generation stops at them although only some files list them.
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>")
@@ -26,8 +27,9 @@ class Tokenizer:
     backend: the `tokenizers` object that does the work.
     eos_token_ids: generation ends at any of these.
     bos_token_id: first token of a sequence where the model has one; whether `encode` adds it is the file's own rule.
-    chat_template: Jinja source, or None for a model without one.
+    chat_template: Jinja source of the default template, or None for a model without one.
     special_tokens: named tokens a chat template may ask for, e.g. {"bos_token": "<s>"}.
+    chat_templates: Jinja sources of further templates by name, such as "tool_use".
     """
 
     backend: tokenizers.Tokenizer
@@ -35,6 +37,7 @@ class Tokenizer:
     bos_token_id: int | None = None
     chat_template: str | None = None
     special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
+    chat_templates: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -77,42 +80,50 @@ class Tokenizer:
         """The vocabulary entry of an id, as stored; None when there is none."""
         return self.backend.id_to_token(token_id)
 
-    def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
-        """A decoder for tokens that arrive one by one."""
-        return StreamDecoder(self, skip_special_tokens)
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, special ones included; tokens in a row may share a character."""
+        text = self.token_text(token_id)
+        if text is None:
+            return b""
+        if self._rule is None:
+            return self.decode([token_id], skip_special_tokens=False).encode()
+        return self._rule.to_bytes(text)
 
+    def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for tokens that arrive one by one.
 
-class StreamDecoder:
-    """Text of a growing sequence, piece by piece. A piece never ends inside a UTF-8 character.
+        Args:
+            skip_special_tokens: special tokens have no text.
+            prompt_ids: what the tokens continue: a space that is dropped at the beginning of a text is kept behind it.
 
-    The pieces of all `push` calls and of `flush` together are what `Tokenizer.decode` gives for all ids (with byte
-    fallback, malformed bytes right behind a character already sent come out as U+FFFD without changing it).
+        Its pieces together are what `decode` gives for all ids (but with byte fallback, malformed bytes become
+        U+FFFD without changing what is around them).
+        """
+        skipped = self._special_ids if skip_special_tokens else frozenset()
+        if self._rule is None:
+            decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
+            return WindowStreamDecoder(decode, prompt_ids)
+        begins = all(token_id in self._special_ids for token_id in prompt_ids)
+        known: dict[int, bytes] = self._known_bytes
 
-    Only a short window is decoded each time: the tokens of the last piece, which settle spacing, and the new ones.
-    """
+        def bytes_of(token_id: int) -> bytes:
+            if token_id in skipped:
+                return b""
+            if token_id not in known:
+                known[token_id] = self.token_bytes(token_id)
+            return known[token_id]
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._context: list[int] = []  # tokens whose text was sent
-        self._pending: list[int] = []  # tokens that end inside a character
+        return ByteStreamDecoder(bytes_of, self._rule.strip if begins else 0)
 
-    def push(self, token_id: int) -> str:
-        """Text that `token_id` completes; empty while a character is still incomplete."""
-        self._pending.append(token_id)
-        piece = self._pending_text()
-        if piece.endswith("\ufffd"):
-            return ""
-        # A token without text of its own (a special one) must not push the context out of the window.
-        self._context = self._pending if piece else self._context + self._pending
-        self._pending = []
-        return piece
+    @functools.cached_property
+    def _rule(self) -> ByteRule | None:
+        return byte_rule(self.backend)
 
-    def flush(self) -> str:
-        """What is left at the end of the sequence: U+FFFD for each broken character."""
-        piece = self._pending_text() if self._pending else ""
-        self._context, self._pending = self._context + self._pending, []
-        return piece
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
-    def _pending_text(self) -> str:
-        sent = self._tokenizer.decode(self._context, self._skip) if self._context else ""
-        return self._tokenizer.decode(self._context + self._pending, self._skip)[len(sent) :]
+    @functools.cached_property
+    def _known_bytes(self) -> dict[int, bytes]:
+        return {}

@@ -8,14 +8,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from fineserve_jax.errors import RequestError
-from fineserve_jax.loaders import Tokenizer, render_chat
+from fineserve_jax.loaders import ChatOptions, Tokenizer, render_chat
+from fineserve_jax.loaders.chat_templates import TemplateRenderer
 
 PLAIN = Tokenizer(Backend(BPE()), (0,), special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
 HELLO = [{"role": "user", "content": "Hello <b> é"}]
 
 
-def render(template, messages=HELLO, **kwargs):
-    return render_chat(dataclasses.replace(PLAIN, chat_template=template), messages, **kwargs)
+def render(template, messages=HELLO, **options):
+    return render_chat(dataclasses.replace(PLAIN, chat_template=template), messages, ChatOptions(**options))
 
 
 def test_blocks_leave_no_whitespace_behind():
@@ -94,3 +95,149 @@ def test_malformed_messages_are_named(messages, complaint):
 def test_whatever_goes_wrong_in_a_template_is_an_error_of_the_request(template):
     with pytest.raises(RequestError, match=r"chat template"):
         render(template)
+
+
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "é"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "right"),
+    [
+        (GENERATION, TURNS, "[hi]yo[é]"),
+        ("{% if tools is none %}no tools{% else %}TOOLS{% endif %}", HELLO, "no tools"),
+        ("{% if tools is not none %}TOOLS {{ tools | tojson }}{% endif %}{{ messages[0].role }}", HELLO, "user"),
+        ("{% if documents is none %}nodoc{% else %}DOCS{% endif %}", HELLO, "nodoc"),
+        ("{{ {'b': 1, 'a': 'é'} | tojson(separators=(',', ':')) }}", HELLO, '{"b":1,"a":"é"}'),
+        ("{{ {'b': 1, 'a': '<'} | tojson(sort_keys=true) }}", HELLO, '{"a": "<", "b": 1}'),
+        ("{{ {'b': 'é'} | tojson(ensure_ascii=true, indent=1) }}", HELLO, '{\n "b": "\\u00e9"\n}'),
+        ("{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x is defined }}", HELLO, "2False"),
+    ],
+)
+def test_templates_render_as_in_transformers(template, messages, right):
+    assert render(template, messages) == right
+
+
+def test_tools_documents_and_further_values_reach_the_template():
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    template = "{{ tools[0].function.name }} {{ documents[0].title }} {{ enable_thinking }} {{ date_string }}"
+    further = {"enable_thinking": False, "date_string": "1 May"}
+    options = {"tools": tools, "documents": [{"title": "T"}], "chat_template_kwargs": further}
+    assert render(template, **options) == "weather T False 1 May"
+    with pytest.raises(RequestError, match=r"'tools' is set by other options"):
+        ChatOptions(chat_template_kwargs={"tools": []})
+
+
+def several(default=None, **others):
+    return dataclasses.replace(PLAIN, chat_template=default, chat_templates=others)
+
+
+def test_one_of_several_templates_is_chosen_by_name_or_by_the_tools():
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    tokenizer = several("plain", tool_use="tools", rag="documents")
+    assert render_chat(tokenizer, HELLO) == "plain"
+    assert render_chat(tokenizer, HELLO, ChatOptions(tools=tools)) == "tools"
+    assert render_chat(tokenizer, HELLO, ChatOptions(tools=tools, chat_template="rag")) == "documents"
+    assert render_chat(tokenizer, HELLO, ChatOptions(chat_template="own {{ bos_token }}")) == "own <s>"
+    with pytest.raises(
+        RequestError, match=r"chat_template='rga' is no template of this model; give one of tool_use, rag"
+    ):
+        render_chat(tokenizer, HELLO, ChatOptions(chat_template="rga"))
+    with pytest.raises(
+        RequestError, match=r"several chat templates, none of which is the default; they are tool_use, rag"
+    ):
+        render_chat(several(None, tool_use="a", rag="b"), HELLO)
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content }}",
+        "{% for p in messages[0].content if messages[0].content is not string %}{{ p.text }}\n{% endfor %}"
+        "{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}",
+    ],
+    ids=["knows text", "knows parts"],
+)
+def test_content_may_be_parts_of_text_whatever_the_template_knows(template):
+    assert render(template, PARTS).strip() == "A\nB"
+    assert render(template, [{"role": "user", "content": "AB"}]) == "AB"
+
+
+def test_parts_that_are_no_text_are_refused():
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(RequestError, match=r"message 0 .*image_url.*cannot be read by this model"):
+        render("{{ messages }}", image)
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+CALLING = [HELLO[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "12"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "right"),
+    [
+        ("{{ messages[1].tool_calls[0].function.arguments.city }}", "Bonn"),
+        ("{{ messages[1].tool_calls[0].function.arguments | tojson }}", '{"city": "Bonn"}'),
+        ("{{ 'args ' + messages[1].tool_calls[0].function.arguments }}", 'args {"city": "Bonn"}'),
+        ("{{ messages[1].content is none }}{{ messages[2].content }}", "True12"),
+    ],
+    ids=["object", "JSON", "text", "null content"],
+)
+def test_tool_calls_and_their_results_are_rendered(template, right):
+    assert render(template, CALLING) == right
+
+
+@pytest.mark.parametrize("calls", ["weather", [1], [{"function": {}}], [{"function": "weather"}]])
+def test_malformed_tool_calls_are_named(calls):
+    with pytest.raises(RequestError, match=r"message 0 has (tool_calls of type|the tool call)"):
+        render("x", [{"role": "assistant", "content": None, "tool_calls": calls}])
+
+
+@pytest.mark.parametrize(
+    ("template", "right"),
+    [
+        ("<{{ messages[1].role }}>{{ messages[1].content }}<end>", "<assistant> The sky is "),
+        ("<{{ messages[1].role }}>{{ messages[1].content | trim }}<end>", "<assistant>The sky is"),
+    ],
+    ids=["kept", "trimmed"],
+)
+def test_the_final_message_can_be_continued(template, right):
+    messages = [HELLO[0], {"role": "assistant", "content": " The sky is "}]
+    assert render(template, messages, continue_final_message=True) == right
+    with pytest.raises(RequestError, match="cannot be continued"):
+        render("nothing", messages, continue_final_message=True)
+    with pytest.raises(RequestError, match="give one"):
+        ChatOptions(continue_final_message=True, add_generation_prompt=True)
+
+
+DOUBLING = "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 'a' * 10**10 }}", DOUBLING, "{{ 'a'.ljust(10**10) }}", "{{ '%9999999999d' % 1 }}", "{{ 'a' * 2**25 }}"],
+)
+def test_a_template_that_makes_endless_text_is_refused(template):
+    with pytest.raises(RequestError, match=r"chat template .*(MemoryError|want of memory|more than \d+ characters)"):
+        render(template)
+    assert render("{{ messages[0].role }}") == "user"
+
+
+def test_a_template_that_takes_for_ever_is_refused():
+    renderer = TemplateRenderer(max_seconds=0.5)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(RequestError, match=r"fails on these messages: it takes more than 0\.5 s"):
+        renderer.render(endless, {})
+    assert renderer.render("{{ a }}", {"a": "é"}) == "é"
+    renderer.close()
+
+
+def test_values_that_json_does_not_have_are_refused():
+    with pytest.raises(RequestError, match="must be JSON values"):
+        render("x", chat_template_kwargs={"a": object()})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from model_oracle import FIXTURES, causal_attend
 
-from fineserve_jax.loaders import fetch, load_model, render_chat
+from fineserve_jax.loaders import ChatOptions, fetch, load_model, render_chat
 from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.models import build_model
@@ -35,7 +35,7 @@ def test_texts_encode_and_decode_as_in_transformers(tokenizer):
 
 def test_chats_render_as_in_transformers(tokenizer):
     for row in TOKENIZER["chats"]:
-        assert render_chat(tokenizer, row["messages"], add_generation_prompt=row["prompt"]) == row["text"]
+        assert render_chat(tokenizer, row["messages"], ChatOptions(add_generation_prompt=row["prompt"])) == row["text"]
 
 
 def test_generation_stops_at_the_end_of_a_turn(tokenizer):
