@@ -10,7 +10,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from fineserve_jax.cli.options import Switch
+from fineserve_jax.cli.flag_types import Switch
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.scheduler import load_profiles

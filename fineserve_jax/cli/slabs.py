@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from fineserve_jax.cli.options import Switch
+from fineserve_jax.cli.flag_types import Switch
 from fineserve_jax.cli.slab_page import write_page
 from fineserve_jax.cli.slab_picture import draw_picture
 from fineserve_jax.kv.recording import read_record
