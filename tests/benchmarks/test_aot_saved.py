@@ -24,6 +24,7 @@ def compile_all(tmp_path, monkeypatch):
     programs = {one.title: "as at first" for one in CASES}
     monkeypatch.setattr(matrix, "all_cases", lambda platform, full: CASES)
     monkeypatch.setattr(command, "ENVIRONMENT", {"gpu": {}})
+    monkeypatch.setattr(command, "log_from", lambda level: None)
 
     def fake_run(platform, cases, known, full):
         for one in cases:
