@@ -1,8 +1,15 @@
-# make demo    install into .venv, fetch the model, answer examples/prompts.jsonl
-# make test    lint, type check, tests
-# make docs    the pages of docs/ and the API pages, in build/docs; needs no network
-# make test-next    the kernels' and the engine's tests with the newest JAX that pyproject.toml allows, on Python 3.12
-# make aot     compile the kernels for GPUs and TPUs, which need not be there, and write docs/aot.md
+# What each target is for, and how long it takes on two cores once everything is installed:
+#
+# make demo       fetch the model, answer examples/prompts.jsonl
+# make lint       style and types
+# make test-fast  the host's side, which compiles nothing: scheduler, KV books, simulator, readers, options; under a minute
+# make docs       the pages of docs/ and the API pages, in build/docs; needs no network
+# make test       lint, and all tests but the slow ones; 8 minutes
+# make test-slow  what takes minutes by itself, most of it with the real model
+# make test-next  the kernels' and the engine's tests with the newest JAX that pyproject.toml allows, on Python 3.12
+# make aot        compile the kernels for GPUs and TPUs, which need not be there, and write docs/aot.md; 2 minutes if none
+#                 has changed, 14 if all have
+# make environments  install what test-next and aot need beside .venv; 3 minutes
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -10,7 +17,7 @@ BIN := $(VENV)/bin
 # Touched when everything is installed, so that it is done again only when the requirements change.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-next lint docs aot install clean
+.PHONY: demo test test-fast test-slow test-next lint docs aot install environments clean
 
 demo: install
 	$(BIN)/fineserve-jax fetch smollm2-135m
@@ -20,6 +27,9 @@ demo: install
 # A file's tests stay in one process, since they share compiled programs.
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-fast: install
+	$(BIN)/python -m pytest --fast -n auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -42,7 +52,8 @@ lint: install
 docs: install
 	$(BIN)/mkdocs build
 
-# AOT_OPTIONS="--only ragged" compiles some of the cases, AOT_OPTIONS=--full more of them than CI does.
+# AOT_OPTIONS=--all compiles also what has not changed since benchmarks/aot/saved was written, AOT_OPTIONS="--only ragged"
+# looks at some of the cases, AOT_OPTIONS=--full at more of them than CI does. Commit what it writes.
 # Each platform has an environment of its own: with two device plugins in one, every start of JAX tries both.
 aot: .venv-aot-gpu/.installed .venv-aot-tpu/.installed
 	.venv-aot-gpu/bin/python -m benchmarks.aot gpu $(AOT_OPTIONS) & gpu=$$!; \
@@ -62,6 +73,9 @@ aot: .venv-aot-gpu/.installed .venv-aot-tpu/.installed
 
 install: $(INSTALLED)
 
+environments: .venv-aot-gpu/.installed .venv-aot-tpu/.installed
+	@if [ -n "$(NEXT_PYTHON)" ]; then $(MAKE) PYTHON=$(NEXT_PYTHON) .venv-next/.installed; fi
+
 $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer was found; install one, or make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -69,4 +83,4 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-next .venv-aot-gpu .venv-aot-tpu build/aot build/docs answers.jsonl
+	rm -rf $(VENV) .venv-next .venv-aot-gpu .venv-aot-tpu build/docs answers.jsonl

@@ -18,3 +18,5 @@ install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 # A machine that is busy with something else fails no test.
 settings.register_profile("timeless", settings(), deadline=None)
 settings.load_profile("timeless")
+
+pytest_plugins = ["compiling"]

@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.aot.cases import Case
+from benchmarks.aot.fingerprint import fingerprint
 from benchmarks.aot.programs import arena_operands
 from benchmarks.aot.ptx import Resources, parse_ptx, parse_ptxas
 from benchmarks.aot.results import Kernel, Result
@@ -21,6 +22,8 @@ from benchmarks.aot.targets import Target
 # Width of a load in bytes -> how many; and by kernel, the loads of the arena and all others.
 Widths = Counter[int]
 Split = dict[str, tuple[Widths, Widths]]
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt", "jax-cuda12-plugin")
+READERS = ("gpu.py", "ptx.py", "programs.py")
 LAUNCH = re.compile(r"\bk\w*Kernel\b.*?\]\s+([\w$.]+) grid: .*shared_memory: (\d+) bytes")
 
 
@@ -37,6 +40,15 @@ class GpuCompiler:
         )
         self.sharding = NamedSharding(Mesh([topology.devices[0]], ("x",)), PartitionSpec())
         self.ptxas = find_ptxas()
+        self.ptxas_version = subprocess.run(
+            [self.ptxas, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+
+    def fingerprint(self, case: Case) -> str:
+        """Of what `compile` would be given; see `fingerprint`."""
+        cases = [case] if case.without_scales is None else [case, case.without_scales]
+        lowered = [case.jitted(self.sharding).trace(*case.arguments).lower().as_text() for case in cases]
+        return fingerprint(lowered, self.target, PACKAGES, READERS, [self.ptxas_version])
 
     def compile(self, case: Case) -> Result:
         """Compiles a case. Raises whatever the compilers do."""

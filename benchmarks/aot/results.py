@@ -70,6 +70,7 @@ class Result:
         traffic_error: why traffic could not be counted.
         strict_bytes: whether `bytes` has to be within bounds.
         crashes: how often its compiler took its process along before it compiled.
+        fingerprint: of what was compiled; "" after an error, so that it is compiled again.
     """
 
     target: str
@@ -86,6 +87,16 @@ class Result:
     traffic_error: str = ""
     strict_bytes: bool = True
     crashes: int = 0
+    fingerprint: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The chip, and the title of the case."""
+        return self.target, f"{self.operation}, {self.model}, {self.formats}"
+
+    def is_of_same_program(self, other: "Result | None") -> bool:
+        """Whether `other` is of the same program, compilers and chip, so that compiling again would find the same."""
+        return other is not None and self.fingerprint == other.fingerprint != ""
 
     def problems(self) -> list[str]:
         """What is wrong, in words; nothing: the case is as it should be."""
@@ -135,9 +146,10 @@ def _narrow_loads(kernel: Kernel) -> str:
 
 
 def save(results: Iterable[Result], path: Path) -> None:
-    """Writes results as JSON."""
+    """Writes results as JSON, a line each, so that a difference between two files shows which have changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
+    lines = [json.dumps(dataclasses.asdict(result)) for result in results]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def load(path: Path) -> list[Result]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.aot.cases import Case
@@ -13,8 +13,13 @@ from benchmarks.aot.workers import Worker
 log = logging.getLogger(__name__)
 
 
-def run(platform: Platform, cases: Sequence[Case], full: bool = False) -> Iterator[Result]:
+def run(
+    platform: Platform, cases: Sequence[Case], known: Mapping[tuple[str, str], Result], full: bool = False
+) -> Iterator[Result]:
     """The results of `cases`, which are some of `all_cases(platform, full)`, each for each chip.
+
+    Those of `known`, by `Result.key`, that are of the same programs and compilers are not compiled again. Traffic is
+    always counted.
 
     TPU chips at the same time: Mosaic takes longer than Triton, and so has a core to itself in the end.
     """
@@ -22,7 +27,7 @@ def run(platform: Platform, cases: Sequence[Case], full: bool = False) -> Iterat
     workers = [Worker([target], full) for target in targets] if platform == "tpu" else [Worker(targets, full)]
     with ThreadPoolExecutor(len(workers)) as pool:
         for case in cases:
-            compiled = [pool.submit(worker.compile, case) for worker in workers]
+            compiled = [pool.submit(worker.compile, case, known) for worker in workers]
             traffic, traffic_error = _count(case)
             for future in compiled:
                 for result in future.result():

@@ -137,6 +137,9 @@ of the compiled program.
   in pages that are copied by whole units (TPU).
 - **compiled**: seconds on the machine that wrote this, or why not.
 
+`make aot` lowers every case, and hands to the chip's compiler those whose program, compiler or chip has changed since
+`benchmarks/aot/saved` was written; `make aot AOT_OPTIONS=--all` compiles all of them.
+
 A failed compilation, a spill, a page load narrower than 128 bits, or a kernel that moves more than 1.05 times the bytes
 it must (but for single tokens on TPUs, which copy whole tiles) is an error: {num_problems} here. So are more than 128
 registers where a GPU decodes at head size 128; more of them at head size 64 are no error.

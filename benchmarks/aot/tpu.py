@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.aot.cases import Case
+from benchmarks.aot.fingerprint import fingerprint
 from benchmarks.aot.results import Kernel, Result
 from benchmarks.aot.targets import Target
 
@@ -20,6 +21,8 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+PACKAGES = ("jax", "jaxlib", "libtpu")
+READERS = ("tpu.py",)
 KERNEL = re.compile(r"^\s*(?:ROOT )?%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\".*$", re.MULTILINE)
 VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
@@ -34,10 +37,14 @@ class TpuCompiler:
         self.mesh = Mesh([topology.devices[0]], ("x",))
         self.sharding = NamedSharding(self.mesh, PartitionSpec())
 
+    def fingerprint(self, case: Case) -> str:
+        """Of what `compile` would be given; see `fingerprint`."""
+        return fingerprint([self._lower(case).as_text()], self.target, PACKAGES, READERS)
+
     def compile(self, case: Case) -> Result:
         """Compiles a case. Raises whatever the compilers do."""
         started = time.perf_counter()
-        compiled = self._compile(case)
+        compiled = self._lower(case).compile()
         compile_s = time.perf_counter() - started
         memory = compiled.memory_analysis()
         return case.result(
@@ -48,9 +55,9 @@ class TpuCompiler:
             code_bytes=memory.generated_code_size_in_bytes,
         )
 
-    def _compile(self, case: Case) -> Any:
+    def _lower(self, case: Case) -> Any:
         with jax.sharding.set_mesh(self.mesh):  # where Pallas looks up which TPU it lowers for
-            return case.jitted(self.sharding).lower(*case.arguments).compile()
+            return case.jitted(self.sharding).lower(*case.arguments)
 
 
 def parse_hlo(text: str) -> list[Kernel]:

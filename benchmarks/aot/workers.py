@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -23,6 +23,8 @@ class Compiler(Protocol):
     """What `GpuCompiler` and `TpuCompiler` have in common."""
 
     target: Target
+
+    def fingerprint(self, case: Case) -> str: ...
 
     def compile(self, case: Case) -> Result: ...
 
@@ -63,18 +65,22 @@ class Worker:
         self._pool = self._start()
         self._pool.submit(bool).result()
 
-    def compile(self, case: Case) -> list[Result]:
-        """A case's results, one a chip; that a compiler raised or crashed is one, too."""
-        return [self._compile(case, target.name) for target in self._targets]
+    def compile(self, case: Case, known: Mapping[tuple[str, str], Result]) -> list[Result]:
+        """A case's results, one a chip; that a compiler raised or crashed is one, too.
+
+        Args:
+            known: results by `Result.key`. One that has the fingerprint that the case has now is taken as it is.
+        """
+        return [self._compile(case, target.name, known.get((target.name, case.title))) for target in self._targets]
 
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _compile(self, case: Case, target: str) -> Result:
+    def _compile(self, case: Case, target: str, known: Result | None) -> Result:
         for crashes in range(ATTEMPTS):
             try:
-                result = self._pool.submit(_compile, case.title, target).result()
-                return dataclasses.replace(result, crashes=crashes)
+                result = self._pool.submit(_compile, case.title, target, known).result()
+                return result if result == known else dataclasses.replace(result, crashes=crashes)
             except BrokenProcessPool:
                 self._pool = self._start()
         return case.result(target, error=f"its compiler crashed {ATTEMPTS} times", crashes=ATTEMPTS)
@@ -95,10 +101,13 @@ def _start(begin: Begin, targets: Sequence[Target], full: bool, log_level: int) 
     _compilers, _cases = begin(targets, full)
 
 
-def _compile(title: str, target: str) -> Result:
-    case = _cases[title]
+def _compile(title: str, target: str, known: Result | None) -> Result:
+    case, compiler = _cases[title], _compilers[target]
     try:
-        return _compilers[target].compile(case)
+        fingerprint = compiler.fingerprint(case)
+        if known is not None and known.fingerprint == fingerprint:
+            return known
+        return dataclasses.replace(compiler.compile(case), fingerprint=fingerprint)
     except Exception as error:
         log.debug("%s", title, exc_info=True)
         message = f"{type(error).__name__}: {error}"

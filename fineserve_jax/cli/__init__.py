@@ -25,13 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: for `--help`, and for flags that cannot be parsed (status 2).
     """
     try:
-        from fineserve_jax.cli.commands import app  # here, so that Ctrl-C is quiet while jax is imported, too
+        from fineserve_jax.cli.commands import run_command  # here, so that Ctrl-C is quiet while this is imported, too
 
-        app().cli(
-            prog="fineserve-jax",
-            description="LLM inference with KV caches of different precisions in one batch.",
-            args=arguments,
-        )
+        run_command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except FineServeError as error:
         print(f"error: {error}", file=sys.stderr)

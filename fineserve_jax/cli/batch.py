@@ -5,7 +5,8 @@ from typing import Annotated
 import tyro
 
 from fineserve_jax.batch import run_batch
-from fineserve_jax.cli.options import ConfigFlag, EngineFlags, ModelFlags, SamplingFlags, Switch, settle
+from fineserve_jax.cli.flag_types import Switch
+from fineserve_jax.cli.options import ConfigFlag, EngineFlags, ModelFlags, SamplingFlags, settle
 
 
 def batch(

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from fineserve_jax.cli.options import NOT_STREAMED, ConfigFlag, EngineFlags, GenerateFlags, ModelFlag, Switch, settle
+from fineserve_jax.cli.flag_types import Switch
+from fineserve_jax.cli.options import NOT_STREAMED, ConfigFlag, EngineFlags, GenerateFlags, ModelFlag, settle
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.sampling_params import SamplingParams

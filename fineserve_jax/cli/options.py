@@ -43,7 +43,6 @@ ModelFlags = Annotated[
     tyro.conf.arg(help_behavior_hint=f"(repeatable; default: {DEFAULT_MODEL})"),
 ]
 ConfigFlag = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")]
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
 
 def fields_of(settings: type[BaseModel]) -> dict[str, FieldInfo]:

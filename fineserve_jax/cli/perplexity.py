@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from fineserve_jax.cli.options import ConfigFlag, ModelFlag, PerplexityFlags, Switch, settle
+from fineserve_jax.cli.flag_types import Switch
+from fineserve_jax.cli.options import ConfigFlag, ModelFlag, PerplexityFlags, settle
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.perplexity import measure_perplexity, read_text

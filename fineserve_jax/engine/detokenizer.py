@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
+from fineserve_jax.loaders.stream_decoder import StreamDecoder
+from fineserve_jax.loaders.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

@@ -4,7 +4,8 @@ from fineserve_jax.loaders.chat import ChatOptions, encode_chat, render_chat
 from fineserve_jax.loaders.fetch import ALIASES, fetch
 from fineserve_jax.loaders.load import convert, load_model
 from fineserve_jax.loaders.loaded_model import LoadedModel
-from fineserve_jax.loaders.tokenizer import StreamDecoder, Tokenizer
+from fineserve_jax.loaders.stream_decoder import StreamDecoder
+from fineserve_jax.loaders.tokenizer import Tokenizer
 
 __all__ = [
     "ALIASES",

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.scheduler.costs import FormatCost, ModelCost, StepCost
@@ -195,6 +194,8 @@ def load_profiles(path: str | Path) -> dict[str, StepProfile]:
 
 def _nonnegative_least_squares(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
     """The x >= 0 that minimises x'Gx - 2m'x for a positive definite G = LL': |L'x - m/L|^2 less a constant."""
+    from scipy.optimize import nnls  # here, since importing it takes longer than `simulate --help` may
+
     lower = np.linalg.cholesky(gram)
     x, _ = nnls(lower.T, np.linalg.solve(lower, moment), maxiter=NNLS_ITERATIONS)
     return x

@@ -1,0 +1,71 @@
+"""The tests that make JAX compile, and `pytest --fast`, which leaves them out.
+
+Compiling takes nearly all of the tests' time. A test file that is not listed here tests the host's side alone: a test
+in it that compiles something fails, whether `--fast` is given or not.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+COMPILING = (
+    "batch/test_batch_job.py",
+    "batch/test_batch_models.py",
+    "benchmarks/test_aot_parsers.py",
+    "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
+    "cli/test_commands.py",
+    "cli/test_model_commands.py",
+    "cli/test_perplexity.py",
+    "cli/test_real_batch.py",
+    "cli/test_slabs.py",
+    "engine",
+    "loaders/test_gguf_model.py",
+    "loaders/test_load_model.py",
+    "loaders/test_smollm2.py",
+    "models",
+    "pallas_kernels",
+    "runner",
+    "test_readme.py",
+)
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+num_compilations = 0
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a test file, or a folder, is among those that compile."""
+    return any(path.is_relative_to(TESTS / listed) for listed in COMPILING)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out the tests that make JAX compile")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--fast") and is_listed(collection_path) else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilations_are_counted() -> None:
+    """Counts from now on; a host that never imports jax is not made to."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture(autouse=True)
+def _host_tests_compile_nothing(request: pytest.FixtureRequest):
+    before = num_compilations
+    yield
+    compiled = num_compilations - before
+    if compiled and not is_listed(request.path):
+        pytest.fail(
+            f"{request.path.relative_to(TESTS)} compiled {compiled} programs, which host tests do not; "
+            "compute with numpy, or move the test to a file that is listed in tests/compiling.py"
+        )
+
+
+def _count(event: str, duration: float, **_: object) -> None:
+    global num_compilations
+    num_compilations += event == COMPILATION
