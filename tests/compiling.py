@@ -28,6 +28,7 @@ COMPILING = (
     "pallas_kernels",
     "runner",
     "test_readme.py",
+    "test_shapes.py",
 )
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 

@@ -1,0 +1,1 @@
+"""What touches the device: a step's inputs, its jitted stages, sampling, and operations on pages."""

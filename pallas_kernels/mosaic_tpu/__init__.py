@@ -1,0 +1,1 @@
+"""The TPU backend: kernels in Pallas for Mosaic."""

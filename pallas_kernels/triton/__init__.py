@@ -1,0 +1,1 @@
+"""The NVIDIA backend: kernels in Pallas for Triton."""

@@ -79,7 +79,7 @@ def test_options_of_a_line_beat_those_of_its_kind_and_the_rest_is_the_kinds(tmp_
     [
         ({"prompt_tokens": 0}, "prompt_tokens=0: input should be greater than or equal to 1"),
         ({"arrival_s": "soon"}, "arrival_s='soon': input should be a valid number"),
-        ({"ttft_slo_s": -1}, "ttft_slo_s=-1: input should be greater than 0"),
+        ({"ttft_slo_s": -1}, "ttft_slo_s=-1 is no latency target; give seconds, more than 0, or none"),
         ({"tokens": 3}, "unknown setting 'tokens'"),
         ({"drop_when_late": True}, "drop_when_late without a ttft_slo_s drops nothing"),
         ({"min_kv_precision": "int4"}, "min_kv_precision='int4': narrowing is not simulated; leave it out"),
