@@ -1,0 +1,65 @@
+"""The public interface: what `fineserve_jax` offers by name, and where each is defined.
+
+Type checkers read this file, and `__init__.py` imports from it what it is asked for.
+"""
+
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
+from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.errors import ConfigError, FineServeError, ModelLoadError, RequestError
+from fineserve_jax.kv.quotas import Quota
+from fineserve_jax.llm import LLM
+from fineserve_jax.loaders.chat import ChatOptions
+from fineserve_jax.loaders.load import load_model
+from fineserve_jax.loaders.loaded_model import LoadedModel
+from fineserve_jax.models.family import Family as ModelFamily
+from fineserve_jax.models.registry import register_family as register_model_family
+from fineserve_jax.pallas_kernels.format_sizes import Granularity
+from fineserve_jax.pallas_kernels.formats import FORMATS as KV_FORMATS
+from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes, PageVectors, PageWords, bit_packing
+from fineserve_jax.pallas_kernels.formats import register as register_kv_format
+from fineserve_jax.request import Request
+from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
+
+__version__: str
+
+__all__ = [
+    "KV_FORMATS",
+    "LLM",
+    "POLICIES",
+    "ChatOptions",
+    "CompletionOutput",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "FineServeError",
+    "Granularity",
+    "KVFormat",
+    "LoadedModel",
+    "ModelFamily",
+    "ModelLoadError",
+    "PackedLanes",
+    "PageVectors",
+    "PageWords",
+    "Perplexity",
+    "Policy",
+    "PolicyContext",
+    "Quota",
+    "Request",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOptions",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "bit_packing",
+    "load_model",
+    "measure_perplexity",
+    "register_kv_format",
+    "register_model_family",
+]
