@@ -1,5 +1,6 @@
 """The synchronous front door: prompts in, answers out, in order."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -10,7 +11,7 @@ from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.loaders import Tokenizer, encode_chat
+from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.request_options import OptionKeywords, RequestOptions, one_each, options_of_each
 from fineserve_jax.sampling_params import SamplingParams
@@ -87,34 +88,49 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         options: RequestOptions | Sequence[RequestOptions] | None = None,
         *,
+        chat_options: ChatOptions | None = None,
         on_step: Callable[[EngineStats], None] | None = None,
         **fields: Unpack[OptionKeywords],
     ) -> list[RequestOutput]:
         """Continues conversations, lists of {"role": ..., "content": ...}, through the model's chat template.
 
         Otherwise as `generate`; also raises `RequestError` for malformed messages or a model without a template.
+
+        Args:
+            chat_options: how they are rendered: tools, documents, which template, and so on.
         """
         single = conversations and isinstance(conversations[0], Mapping)
         listed: list[Any] = [conversations] if single else list(conversations)
-        return self._answer(listed, encode_chat, sampling_params, options, fields, on_step)
+        encode = functools.partial(encode_chat, options=chat_options or ChatOptions())
+        return self._answer(listed, encode, sampling_params, options, fields, on_step)
 
     def stream(
         self,
         prompt: Prompt | Conversation,
         sampling_params: SamplingParams | None = None,
         options: RequestOptions | None = None,
+        *,
+        chat_options: ChatOptions | None = None,
         **fields: Unpack[OptionKeywords],
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
         Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece.
+
+        Args:
+            chat_options: how a conversation is rendered; not for a prompt, which is taken as it is.
         """
         sampling = sampling_params or SamplingParams()
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: one answer at a time can be streamed; use n=1, or generate()")
         (own,) = options_of_each(1, options, fields)
         is_chat = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
-        _, prepared = self._prepare(prompt, encode_chat if is_chat else _encode, sampling, own)
+        if chat_options is not None and not is_chat:
+            raise RequestError(
+                "chat_options are given with a prompt that is no conversation; give messages, or no options"
+            )
+        encode = functools.partial(encode_chat, options=chat_options or ChatOptions()) if is_chat else _encode
+        _, prepared = self._prepare(prompt, encode, sampling, own)
         return self._pieces(prepared)
 
     def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:

@@ -25,7 +25,8 @@ class SamplingParams(Validated):
 
     Attributes:
         max_tokens: most tokens to generate; None means up to the engine's `max_seq_len`.
-        min_tokens: end-of-sequence and `stop_token_ids` cannot be sampled before this many tokens.
+        min_tokens: end-of-sequence and `stop_token_ids` cannot be sampled before this many tokens, and `stop` counts
+            only where it ends behind them.
         temperature: 0 is greedy (argmax); otherwise logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all. Tokens tied with the k-th are kept.
         top_p: keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
@@ -37,7 +38,9 @@ class SamplingParams(Validated):
         logit_bias: token id -> value added to its logit, -inf to ban it; at most 256 tokens.
         seed: seed of this request's random numbers; None takes one from the engine's seed and the request's order.
         n: how many samples of the prompt to return; sample i uses `seed + i`.
-        stop: strings that end the text (they are not part of it).
+        stop: strings that end the text (they are not part of it); those that are special tokens of the model, too.
+        include_stop_str_in_output: the text includes the stop string that ended it.
+        skip_special_tokens: special tokens have no text; False writes them out.
         stop_token_ids: tokens that end the output, besides the model's end-of-sequence tokens.
         ignore_eos: keep generating past the model's end-of-sequence tokens.
         logprobs: None for none; 0 for the sampled token's log-probability; k for the k most likely tokens' too.
@@ -60,6 +63,8 @@ class SamplingParams(Validated):
     n: int = Field(default=1, ge=1, le=128)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[TokenId, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 

@@ -158,7 +158,9 @@ class Engine:
         self.scheduler.add(request)
         self._num_requests += 1
         use_precision(prepared.served, self.kv, prepared.precision)
-        self.detokenizers[request] = IncrementalDetokenizer(prepared.served.tokenizer, prepared.sampling.stop)
+        self.detokenizers[request] = IncrementalDetokenizer(
+            prepared.served.tokenizer, prepared.sampling, prepared.token_ids
+        )
         return request
 
     def output(self, samples: Sequence[Request], prompt: str | None = None) -> RequestOutput:
@@ -252,7 +254,11 @@ class Engine:
         """Adds a sampled token to the request's text, and ends the request if that is its end."""
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
-        if sampled.token in request.stop_ids or self.detokenizers[request].push(sampled.token):
+        detokenizer = self.detokenizers[request]
+        if sampled.token in request.stop_ids:
+            detokenizer.stop_at(sampled.token)
+            self._finish(request, FinishReason.STOP)
+        elif detokenizer.push(sampled.token):
             self._finish(request, FinishReason.STOP)
         elif request.num_tokens >= request.max_total_tokens:
             self._finish(request, FinishReason.LENGTH)

@@ -31,7 +31,8 @@ class PreparedRequest:
         sampling, options: as they were asked for.
         precision: of its keys and values.
         max_total_tokens: length at which a sample ends: the lesser of prompt plus `max_tokens` and `max_seq_len`.
-        stop_ids: tokens that end a sample: the model's end-of-sequence tokens unless ignored, and `stop_token_ids`.
+        stop_ids: tokens that end a sample: the model's end-of-sequence tokens unless ignored, `stop_token_ids`, and
+            special tokens that are stop strings.
     """
 
     served: ServedModel
@@ -114,7 +115,10 @@ def prepare_request(
     if sampling.max_tokens is not None:
         max_total_tokens = min(len(token_ids) + sampling.max_tokens, served.max_seq_len)
     precision = precision_of(served, kv, options.kv_precision, options.min_kv_precision, max_total_tokens)
-    stop_ids = frozenset(sampling.stop_token_ids)
+    special_ids = served.tokenizer.special_ids
+    stop_ids = frozenset(
+        [*sampling.stop_token_ids, *(special_ids[stop] for stop in sampling.stop if stop in special_ids)]
+    )
     if not sampling.ignore_eos:
         stop_ids |= frozenset(served.tokenizer.eos_token_ids)
     check_tokens(served, token_ids, sampling, stop_ids)

@@ -14,9 +14,14 @@ from fineserve_jax.loaders.token_bytes import ByteRule, byte_rule
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>")
 
 
+def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """Text -> id of the special tokens."""
+    return {token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+
+
 def end_of_turn_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """Ids of those end-of-turn tokens that `backend` knows as special ones."""
-    special = {token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+    special = special_ids(backend)
     return [special[name] for name in END_OF_TURN_TOKENS if name in special]
 
 
@@ -99,11 +104,12 @@ class Tokenizer:
         Its pieces together are what `decode` gives for all ids (but with byte fallback, malformed bytes become
         U+FFFD without changing what is around them).
         """
-        skipped = self._special_ids if skip_special_tokens else frozenset()
+        special = frozenset(self.special_ids.values())
+        skipped = special if skip_special_tokens else frozenset[int]()
         if self._rule is None:
             decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
             return WindowStreamDecoder(decode, prompt_ids)
-        begins = all(token_id in self._special_ids for token_id in prompt_ids)
+        begins = special.issuperset(prompt_ids)
         known: dict[int, bytes] = self._known_bytes
 
         def bytes_of(token_id: int) -> bytes:
@@ -120,9 +126,9 @@ class Tokenizer:
         return byte_rule(self.backend)
 
     @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        added = self.backend.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
+    def special_ids(self) -> dict[str, int]:
+        """Text -> id of the special tokens."""
+        return special_ids(self.backend)
 
     @functools.cached_property
     def _known_bytes(self) -> dict[int, bytes]:

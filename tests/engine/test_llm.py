@@ -141,7 +141,7 @@ def test_warm_up_leaves_nothing_to_compile(llm):
     stop=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_text_ends_before_the_first_stop_string_and_none_of_it_is_ever_shown(text, stop):
-    growing = IncrementalDetokenizer(TOKENIZER, tuple(stop))
+    growing = IncrementalDetokenizer(TOKENIZER, SamplingParams(stop=tuple(stop)))
     shown = ""
     for character in text:
         done = growing.push(TOKENIZER.encode(character)[0])
