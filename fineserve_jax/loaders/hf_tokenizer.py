@@ -9,9 +9,12 @@ from typing import Any
 import tokenizers
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.hf_schema import HFTokenIds
 from fineserve_jax.loaders.json_file import read_json
+from fineserve_jax.loaders.known_keys import check_keys
 from fineserve_jax.loaders.tokenizer import Tokenizer, end_of_turn_ids
 
+_DUPLICATES = "fineserve_duplicate_tokens"  # in tokenizer_config.json of a converted checkpoint
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -42,6 +45,7 @@ def hf_tokenizer(directory: Path) -> Tokenizer:
         bos_token_id=backend.token_to_id(bos) if bos else None,
         chat_template=_chat_template(directory, settings),
         special_tokens=named,
+        duplicates={int(index): same for index, same in (settings.get(_DUPLICATES) or {}).items()},
     )
 
 
@@ -53,6 +57,8 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         settings["bos_token"] = tokenizer.token_text(tokenizer.bos_token_id)
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
+    if tokenizer.duplicates:
+        settings[_DUPLICATES] = tokenizer.duplicates
     _write_json(directory / "tokenizer_config.json", settings)
     _write_json(directory / "generation_config.json", {"eos_token_id": list(tokenizer.eos_token_ids)})
 
@@ -60,7 +66,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def _eos_token_ids(directory: Path, backend: tokenizers.Tokenizer, eos_text: str | None) -> tuple[int, ...]:
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        stated = _optional_json(directory / name).get("eos_token_id")
+        stated = check_keys(HFTokenIds, _optional_json(directory / name), f"{directory / name}: ").eos_token_id
         found += stated if isinstance(stated, list) else [] if stated is None else [stated]
     if eos_text is not None and (index := backend.token_to_id(eos_text)) is not None:
         found.append(index)

@@ -9,8 +9,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from model_oracle import case_config, case_tensors
 
-from fineserve_jax.loaders.gguf_model import gguf_tensor_name
-from fineserve_jax.loaders.hf_model import hf_config
+from fineserve_jax.loaders.gguf_names import gguf_tensor_name
+from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.models.rope import rope_frequencies
 
 ARCHITECTURES = {"llama": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
