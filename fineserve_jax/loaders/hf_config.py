@@ -8,7 +8,7 @@ from typing import Any
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, HFConfigKeys, HFRopeKeys
-from fineserve_jax.loaders.known_keys import KeyReader, check_keys
+from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_hf_architecture
@@ -79,9 +79,9 @@ def _refuse_unsupported(keys: KeyReader) -> None:
     if activation not in ("silu", "swish"):
         raise ModelLoadError(f"config.json: hidden_act {activation!a} is not supported; supported: silu")
     if quantized := keys.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown")
+        method = shown(quantized.get("quant_method", "unknown")).strip("'")
         raise ModelLoadError(
-            f"the checkpoint is quantised ({method!s}), which is not supported; "
+            f"the checkpoint is quantised ({method}), which is not supported; "
             "use the unquantised checkpoint and choose a precision with weights=..."
         )
 

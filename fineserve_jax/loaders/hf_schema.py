@@ -71,6 +71,52 @@ class HFTokenIds(CheckedKeys):
     eos_token_id: TokenId | list[TokenId] | None = None
 
 
+class AddedTokenKeys(CheckedKeys):
+    """A token with its matching rules."""
+
+    content: str
+    special: bool = False
+    normalized: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class NamedTemplate(CheckedKeys):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
+class NamedTokenKeys(CheckedKeys):
+    """special_tokens_map.json: named tokens, as texts or with their matching rules."""
+
+    bos_token: str | AddedTokenKeys | None = None
+    eos_token: str | AddedTokenKeys | None = None
+    unk_token: str | AddedTokenKeys | None = None
+    pad_token: str | AddedTokenKeys | None = None
+
+    def texts(self) -> dict[str, str]:
+        """The named tokens that are stated."""
+        stated = {name: getattr(self, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return {name: entry if isinstance(entry, str) else entry.content for name, entry in stated.items() if entry}
+
+
+class HFTokenizerKeys(NamedTokenKeys):
+    """tokenizer_config.json."""
+
+    chat_template: str | list[NamedTemplate] | None = None
+    added_tokens_decoder: dict[str, AddedTokenKeys] | None = None
+    fineserve_duplicate_tokens: dict[str, TokenId] | None = None  # written by `convert`
+
+
+class AddedTokensFile(CheckedKeys):
+    """added_tokens.json: ids by text."""
+
+    tokens: dict[str, TokenId]
+
+
 class HFIndex(CheckedKeys):
     """model.safetensors.index.json."""
 
