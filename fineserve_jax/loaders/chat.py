@@ -26,6 +26,11 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add
     a template, and whatever goes wrong in the template itself.
     """
     _check_messages(messages)
+    if tokenizer.chat_template is None and tokenizer.other_templates:
+        raise RequestError(
+            f"this model has several chat templates, none is the default; they are "
+            f"{', '.join(tokenizer.other_templates)}; name the one to use 'default' in tokenizer_config.json"
+        )
     if tokenizer.chat_template is None:
         raise RequestError(
             "this model has no chat template, so messages cannot be rendered; give a plain prompt, or use an "

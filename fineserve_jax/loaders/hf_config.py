@@ -68,7 +68,6 @@ def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
         "query_pre_attn_scalar": (config.head_dim,),
         "rotary_dim": (config.head_dim,),
         "num_kv_heads": (config.num_kv_heads,),
-        "max_sequence_length": (config.max_position,),
         "rope_ratio": (1.0,),
     }
 

@@ -140,8 +140,9 @@ _HARMLESS = """
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label ignore_index
     initializer_range is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
-    max_length min_length mlp_dropout model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    max_length max_new_tokens max_sequence_length min_length mlp_dropout model_max_length model_type
+    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
     pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
     torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
@@ -164,7 +165,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "moe_layers": (0,),
     "num_experts": (0,),
     "num_local_experts": (0,),
-    "pretraining_tp": (0, 1),
     "qkv_bias": (False,),
     "residual_multiplier": (1.0,),
     "rope_interleaved": (False,),

@@ -47,11 +47,13 @@ def hf_tokenizer(directory: Path) -> Tokenizer:
     named = _checked(NamedTokenKeys, directory / "special_tokens_map.json").texts() | settings.texts()
     _add_tokens(backend, settings, directory)
     bos = named.get("bos_token")
+    template = _chat_template(directory, settings)
     return Tokenizer(
         backend=backend,
         eos_token_ids=_eos_token_ids(directory, backend, named.get("eos_token")),
         bos_token_id=backend.token_to_id(bos) if bos else None,
-        chat_template=_chat_template(directory, settings),
+        chat_template=template,
+        other_templates=tuple(sorted(_named_templates(settings))) if template is None else (),
         special_tokens=named,
         duplicates={_index(text): same for text, same in (settings.fineserve_duplicate_tokens or {}).items()},
     )
@@ -117,15 +119,12 @@ def _chat_template(directory: Path, settings: HFTokenizerKeys) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise ModelLoadError(f"cannot read {separate}: {error}") from error
     stated = settings.chat_template
-    if isinstance(stated, list):
-        templates = {entry.name: entry.template for entry in stated}
-        if templates and "default" not in templates:
-            log.warning(
-                "%s has several chat templates, none of which is the default (%s): chats cannot be rendered",
-                directory, ", ".join(sorted(templates)),
-            )  # fmt: skip
-        return templates.get("default")
-    return stated
+    return _named_templates(settings).get("default") if isinstance(stated, list) else stated
+
+
+def _named_templates(settings: HFTokenizerKeys) -> dict[str, str]:
+    stated = settings.chat_template
+    return {entry.name: entry.template for entry in stated} if isinstance(stated, list) else {}
 
 
 def _checked(schema: type[Schema], path: Path) -> Schema:

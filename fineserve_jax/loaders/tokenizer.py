@@ -28,6 +28,7 @@ class Tokenizer:
     bos_token_id: first token of a sequence where the model has one; whether `encode` adds it is the file's own rule.
     chat_template: Jinja source, or None for a model without one.
     special_tokens: named tokens a chat template may ask for, e.g. {"bos_token": "<s>"}.
+    other_templates: names of the chat templates of a model that has several but no default.
     duplicates: ids that `backend` does not know, each with the id of the same text that it does know.
     """
 
@@ -36,6 +37,7 @@ class Tokenizer:
     bos_token_id: int | None = None
     chat_template: str | None = None
     special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
+    other_templates: tuple[str, ...] = ()
     duplicates: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property

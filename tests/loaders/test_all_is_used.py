@@ -11,8 +11,8 @@ from gguf_files import add_tensor, finish, write_gguf
 from model_oracle import FIXTURES, case_config, case_expected, case_tensors, flax_logits, float64_logits
 from safetensors.numpy import save_file
 
-from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.loaders import load_model
+from fineserve_jax.errors import ModelLoadError, RequestError
+from fineserve_jax.loaders import load_model, render_chat
 from fineserve_jax.loaders.gguf_config import gguf_config
 from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_model import GGUFModel
@@ -312,6 +312,19 @@ def test_tokens_added_only_in_a_companion_file_are_known(tmp_path):
     assert tokenizer.decode([2, 4]) == "he"
     older = _companions(tmp_path, tokenizer_config={}, added_tokens={"<tool>": 4})
     assert older.encode("he<tool>") == [2, 4]
+
+
+def test_several_chat_templates_without_a_default_are_named(tmp_path):
+    templates = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
+    tokenizer = _companions(tmp_path, tokenizer_config={"chat_template": templates})
+    with pytest.raises(RequestError, match="several chat templates, none is the default; they are rag, tool_use"):
+        render_chat(tokenizer, [{"role": "user", "content": "a"}])
+
+
+def test_a_manifest_without_its_entries_is_refused(tmp_path):
+    (tmp_path / "fineserve.json").write_text(json.dumps({"format_version": 1, "weights": 8}))
+    with pytest.raises(ModelLoadError, match=r"fineserve\.json: weights is 8: .*config"):
+        load_model(tmp_path)
 
 
 def test_an_added_token_that_cannot_have_its_id_is_warned_of(tmp_path, caplog):
