@@ -9,7 +9,7 @@ from fineserve_jax.models.family import Family, HFConfig
 
 def _traits(config: HFConfig) -> dict[str, Any]:
     biased = bool(config.get("attention_bias", False))
-    return {"qkv_bias": biased, "o_bias": biased}
+    return {"qkv_bias": biased, "o_bias": biased, "mlp_bias": bool(config.get("mlp_bias", False))}
 
 
 FAMILY = Family(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from fineserve_jax.errors import ModelLoadError
@@ -46,6 +47,24 @@ class RopeScaling:
                 f"RoPE scaling {self.kind!r} needs the original context length, got "
                 f"{self.original_max_position}; set original_max_position_embeddings in config.json"
             )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        numbers = {"factor": self.factor, "attention_factor": self.attention_factor}
+        numbers |= {f"factors[{index}]": factor for index, factor in enumerate(self.factors)}
+        for name, value in numbers.items():
+            if value is not None and not 0.0 < value < math.inf:
+                raise ModelLoadError(f"RoPE scaling {self.kind!r}: {name} is {value}, must be a positive number")
+        if not 0.0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ModelLoadError(
+                f"RoPE scaling {self.kind!r}: low_freq_factor {self.low_freq_factor} must be positive and less than "
+                f"high_freq_factor {self.high_freq_factor}"
+            )
+        if not 0.0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ModelLoadError(
+                f"RoPE scaling {self.kind!r}: beta_slow {self.beta_slow} must be positive and less than "
+                f"beta_fast {self.beta_fast}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +74,7 @@ class ModelConfig:
     family: name in the registry (`llama`, `mistral`, `qwen2`, `qwen3`).
     head_dim: values per head; need not be hidden_size / num_heads.
     qkv_bias, o_bias: whether the attention projections carry biases.
+    mlp_bias: whether the projections of the MLP carry biases.
     qk_norm: RMSNorm over head_dim on q and k before RoPE (Qwen3).
     max_position: context length in tokens the checkpoint declares.
     sliding_window: attend only to that many newest tokens, in every layer; None attends to all.
@@ -74,14 +94,21 @@ class ModelConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     max_position: int = 2048
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "intermediate_size", "max_position"):
             if getattr(self, name) <= 0:
                 raise ModelLoadError(f"model config: {name} is {getattr(self, name)}, must be at least 1")
+        if not (0.0 < self.norm_eps < 1.0 and 1.0 < self.rope_theta < math.inf):
+            raise ModelLoadError(
+                f"model config: norm_eps is {self.norm_eps} and rope_theta {self.rope_theta}; "
+                "they must lie between 0 and 1, and above 1"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelLoadError(
                 f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"

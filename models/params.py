@@ -5,8 +5,8 @@
     layers_<i>/attn/qkv/{kernel, ..., bias?}                   [(heads + 2 kv_heads) * head_dim, hidden]
     layers_<i>/attn/o/{kernel, ..., bias?}                     [hidden, heads * head_dim]
     layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim], with qk_norm
-    layers_<i>/mlp/gate_up/{kernel, ...}                       [2 * intermediate, hidden]
-    layers_<i>/mlp/down/{kernel, ...}                          [hidden, intermediate]
+    layers_<i>/mlp/gate_up/{kernel, ..., bias?}                [2 * intermediate, hidden]
+    layers_<i>/mlp/down/{kernel, ..., bias?}                   [hidden, intermediate]
     norm/scale                                                 f32[hidden]
     lm_head/{kernel, ...}                                      [vocab, hidden], unless tied
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -42,6 +42,9 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray:
         """The values, f32. Called from several threads."""
 
+    def unused(self, used: Collection[str]) -> list[str]:
+        """Tensors beside `used` that would change the model's numbers, by the names they have in the file."""
+
 
 def abstract_params(config: ModelConfig, weights: str) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
@@ -56,8 +59,8 @@ def pack_params(config: ModelConfig, weights: str, source: TensorSource) -> Para
     """Check, fuse and encode a checkpoint's tensors; returns jax arrays in the tree of `abstract_params`.
 
     Layers are packed by a few threads, one layer's tensors in memory each: numpy's inner loops release the
-    GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing or has another shape
-    than `config` says, and for widths the weight format cannot store.
+    GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
+    than `config` says or is used by nothing, and for widths the weight format cannot store.
     """
     packer = _Packer(config, weights, source)
     packer.check()
@@ -88,6 +91,7 @@ def tensor_names(config: ModelConfig) -> list[str]:
     layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
     layer += [f"self_attn.{part}_proj.bias" for part in "qkv"] if config.qkv_bias else []
     layer += ["self_attn.o_proj.bias"] if config.o_bias else []
+    layer += [f"mlp.{part}_proj.bias" for part in ("gate", "up", "down")] if config.mlp_bias else []
     layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if config.qk_norm else []
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.tie_embeddings else ["lm_head.weight"]
@@ -137,6 +141,12 @@ class _Packer:
                     f"tensor {name} has shape {list(shape or ())}, the model's configuration implies "
                     f"{list(expected)}; the checkpoint and its configuration do not belong together"
                 )
+        if left := self.source.unused(found):
+            raise ModelLoadError(
+                f"the checkpoint has {len(left)} tensors that nothing here uses, among them "
+                f"{', '.join(ascii(name)[1:-1] for name in left[:4])}; without them the model would give other text, "
+                "so it is not supported"
+            )
         for inner in (self.config.hidden_size, self.config.qkv_sizes[0], self.config.intermediate_size):
             self.recipe.linear.declare(1, inner)
 
@@ -162,8 +172,8 @@ class _Packer:
             "attn": attn,
             "mlp_norm": self.norm(prefix + "post_attention_layernorm.weight"),
             "mlp": {
-                "gate_up": self.linear(fmt, [mlp + "gate_proj", mlp + "up_proj"], False),
-                "down": self.linear(fmt, [mlp + "down_proj"], False),
+                "gate_up": self.linear(fmt, [mlp + "gate_proj", mlp + "up_proj"], cfg.mlp_bias),
+                "down": self.linear(fmt, [mlp + "down_proj"], cfg.mlp_bias),
             },
         }
 
@@ -190,6 +200,9 @@ class _RandomSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tensor_shape(self.config, name)
+
+    def unused(self, used: Collection[str]) -> list[str]:
+        return []
 
     def read(self, name: str) -> np.ndarray:
         values = np.random.default_rng([self.seed, *name.encode()]).standard_normal(self.shape(name), np.float32)

@@ -20,4 +20,5 @@ FAMILY = Family(
     gguf_architectures=("qwen3",),
     hf_defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
     traits=_traits,
+    gguf_traits={"qk_norm": True},
 )

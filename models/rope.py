@@ -28,7 +28,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         freqs = _llama3(base, scaling)
     else:
         freqs = _yarn(base, config.rope_theta, config.head_dim, scaling)
-        attention_factor = scaling.attention_factor or _yarn_attention_factor(scaling.factor)
+        stated = scaling.attention_factor
+        attention_factor = yarn_attention_factor(scaling.factor) if stated is None else stated
     return freqs.astype(np.float32), attention_factor
 
 
@@ -74,5 +75,6 @@ def _yarn(base: np.ndarray, theta: float, head_dim: int, scaling: RopeScaling) -
     return base * (1.0 - ramp) + base / scaling.factor * ramp
 
 
-def _yarn_attention_factor(factor: float) -> float:
+def yarn_attention_factor(factor: float) -> float:
+    """arXiv 2309.00071, eq. 22: what cos and sin are multiplied by unless the checkpoint says."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0

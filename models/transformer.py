@@ -74,8 +74,8 @@ class GatedMLP(nn.Module):
 
     def setup(self) -> None:
         cfg, fmt = self.config, weight_recipe(self.weights).linear
-        self.gate_up = Linear(cfg.hidden_size, 2 * cfg.intermediate_size, fmt)
-        self.down = Linear(cfg.intermediate_size, cfg.hidden_size, fmt)
+        self.gate_up = Linear(cfg.hidden_size, 2 * cfg.intermediate_size, fmt, use_bias=cfg.mlp_bias)
+        self.down = Linear(cfg.intermediate_size, cfg.hidden_size, fmt, use_bias=cfg.mlp_bias)
 
     def __call__(self, x: Hidden) -> Hidden:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)

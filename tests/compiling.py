@@ -21,6 +21,7 @@ COMPILING = (
     "cli/test_real_batch.py",
     "cli/test_slabs.py",
     "engine",
+    "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
     "loaders/test_load_model.py",
     "loaders/test_smollm2.py",

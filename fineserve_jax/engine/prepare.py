@@ -116,9 +116,7 @@ def prepare_request(
         max_total_tokens = min(len(token_ids) + sampling.max_tokens, served.max_seq_len)
     precision = precision_of(served, kv, options.kv_precision, options.min_kv_precision, max_total_tokens)
     special_ids = served.tokenizer.special_ids
-    stop_ids = frozenset(
-        [*sampling.stop_token_ids, *(special_ids[stop] for stop in sampling.stop if stop in special_ids)]
-    )
+    stop_ids = frozenset(sampling.stop_token_ids).union(special_ids[s] for s in sampling.stop if s in special_ids)
     if not sampling.ignore_eos:
         stop_ids |= frozenset(served.tokenizer.eos_token_ids)
     check_tokens(served, token_ids, sampling, stop_ids)

@@ -101,7 +101,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages, options: ChatOptions =
 def _template(tokenizer: Tokenizer, options: ChatOptions) -> str:
     """Source of the template to use."""
     wanted, others = options.chat_template, tokenizer.chat_templates
-    names = ", ".join(others)
+    names = ", ".join(sorted(others))
     if wanted is not None:
         if wanted not in others and "{" not in wanted:
             known = f"one of {names}, or " if others else ""
@@ -113,8 +113,7 @@ def _template(tokenizer: Tokenizer, options: ChatOptions) -> str:
         return tokenizer.chat_template
     if others:
         raise RequestError(
-            f"this model has several chat templates, none of which is the default; they are {names}: name one as "
-            "chat_template"
+            f"this model has several chat templates, none is the default; they are {names}; name one as chat_template"
         )
     raise RequestError(
         "this model has no chat template, so messages cannot be rendered; give a plain prompt, or use an "

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging as absl_logging
@@ -20,6 +21,7 @@ from absl import logging as absl_logging
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
 from fineserve_jax.loaders.json_file import read_json
+from fineserve_jax.loaders.known_keys import CheckedKeys, check_keys
 from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.loaders.tokenizer import Tokenizer
 from fineserve_jax.models.model_config import ModelConfig
@@ -27,6 +29,13 @@ from fineserve_jax.models.params import Params, abstract_params
 
 MANIFEST = "fineserve.json"
 _FORMAT_VERSION = 1
+
+
+class _Manifest(CheckedKeys):
+    """What fineserve.json holds beside its version."""
+
+    weights: str
+    config: dict[str, Any]
 
 
 def check_target(directory: Path) -> None:
@@ -63,13 +72,14 @@ def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, 
             f"{directory} is in checkpoint format {manifest.get('format_version')!r}, this version reads "
             f"{_FORMAT_VERSION}; convert the model again"
         )
-    stored = manifest["weights"]
+    stated = check_keys(_Manifest, manifest, f"{directory / MANIFEST}: ")
+    stored = stated.weights
     if weights not in (None, stored):
         raise ModelLoadError(
             f"{directory} holds {stored} weights, {weights} was asked for; use weights={stored!r}, "
             f"or convert the original model again with {weights}"
         )
-    config = ModelConfig.from_dict(manifest["config"])
+    config = ModelConfig.from_dict(stated.config)
     tokenizer = hf_tokenizer(directory)
     params = _read_params(directory / "params", abstract_params(config, stored))
     return config, params, tokenizer, stored

@@ -12,8 +12,10 @@ before it checks; block formats and their dequantisation are the `gguf` package'
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.known_keys import shown
 
 SUPPORTED_TYPES = (
     "F32",
@@ -55,6 +58,10 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+_MAX_RANK = 4
+_MAX_ARRAY_VALUES = 1 << 22  # of all arrays together; a vocabulary of 2^18 tokens has 1.3 million
+_MAX_ALIGNMENT = 1 << 20
+_SMALLEST_KEY, _SMALLEST_TENSOR = 13, 24  # bytes of a header entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +114,10 @@ class _Cursor:
 
     def __init__(self, data: np.ndarray, path: Path) -> None:
         self.data, self.path, self.position = data, path, 0
+        self._values_left = _MAX_ARRAY_VALUES
 
-    def take(self, size: int) -> bytes:
+    def require(self, size: int) -> int:
+        """The position `size` bytes further on; raises ModelLoadError when the file ends before it."""
         end = self.position + size
         if end > len(self.data):
             raise ModelLoadError(
@@ -116,6 +125,10 @@ class _Cursor:
                 f"({len(self.data)} bytes); "
                 "download it again"
             )
+        return end
+
+    def take(self, size: int) -> bytes:
+        end = self.require(size)
         taken = self.data[self.position : end].tobytes()
         self.position = end
         return taken
@@ -137,18 +150,23 @@ class _Cursor:
 
     def array(self) -> list[Any]:
         kind, count = self.scalar("<I"), self.scalar("<Q")
+        layout = _SCALARS.get(kind, "<Q")  # a string takes at least its length
+        self.require(count * struct.calcsize(layout))
+        self._values_left -= count
+        if self._values_left < 0:
+            raise ModelLoadError(
+                f"{self.path} holds metadata arrays of more than {_MAX_ARRAY_VALUES} values together; "
+                "no vocabulary is that large, the file is damaged"
+            )
         if kind in _SCALARS:
-            layout = _SCALARS[kind]
             return np.frombuffer(self.take(count * struct.calcsize(layout)), layout).tolist()
         if kind == _STRING:
             return self.strings(count)
-        return [self.value(kind) for _ in range(count)]
+        what = "an array inside an array" if kind == _ARRAY else f"an array of unknown type {kind}"
+        raise ModelLoadError(f"{self.path} holds {what} in its metadata; the file is damaged")
 
     def strings(self, count: int) -> list[str]:
         """A vocabulary has 10^5 strings: walk a few large pieces instead of slicing the file for each."""
-        # Every string takes at least its length, so a count the file cannot hold is refused before the loop.
-        if count * 8 > len(self.data) - self.position:
-            self.take(count * 8)
         read_length = struct.Struct("<Q").unpack_from
         blob, at, found = b"", 0, []
         for _ in range(count):
@@ -181,20 +199,36 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         kind = "big-endian" if version >> 16 else f"version {version}"
         raise ModelLoadError(f"{path} is a {kind} GGUF file; little-endian versions 2 and 3 are supported")
     tensor_count, metadata_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+    cursor.require(metadata_count * _SMALLEST_KEY + tensor_count * _SMALLEST_TENSOR)
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
         key = cursor.string()
+        if key in metadata:
+            raise ModelLoadError(f"{path} has the metadata key {key!a} twice; the file is damaged")
         metadata[key] = cursor.value(cursor.scalar("<I"))
     tensors = [_tensor_info(cursor) for _ in range(tensor_count)]
-    alignment = int(metadata.get("general.alignment", 32))
+    alignment = _alignment(path, metadata)
     start = -(-cursor.position // alignment) * alignment
     placed = [dataclasses.replace(info, offset=start + info.offset) for info in tensors]
-    _check_extents(path, placed, len(cursor.data))
+    _check_places(path, placed, len(cursor.data))
     return metadata, {info.name: info for info in placed}
+
+
+def _alignment(path: Path, metadata: dict[str, Any]) -> int:
+    value = metadata.get("general.alignment", 32)
+    if type(value) is not int or not 0 < value <= _MAX_ALIGNMENT or value & (value - 1):
+        raise ModelLoadError(
+            f"{path}: general.alignment is {shown(value)}, must be a power of two up to {_MAX_ALIGNMENT}"
+        )
+    return value
 
 
 def _tensor_info(cursor: _Cursor) -> TensorInfo:
     name, rank = cursor.string(), cursor.scalar("<I")
+    if not 1 <= rank <= _MAX_RANK:
+        raise ModelLoadError(
+            f"{cursor.path}: tensor {name!a} has {rank} dimensions, the format allows 1 to {_MAX_RANK}"
+        )
     extents = [int(cursor.scalar("<Q")) for _ in range(rank)]
     type_id, offset = cursor.scalar("<I"), int(cursor.scalar("<Q"))
     known = {int(kind): kind for kind in GGMLQuantizationType}
@@ -211,9 +245,19 @@ def _tensor_info(cursor: _Cursor) -> TensorInfo:
     return TensorInfo(name, tuple(reversed(extents)), known[type_id], offset, size)
 
 
-def _check_extents(path: Path, tensors: list[TensorInfo], file_bytes: int) -> None:
+def _check_places(path: Path, tensors: list[TensorInfo], file_bytes: int) -> None:
+    """Every tensor has a name of its own, and bytes of its own inside the file."""
     needed = max((info.offset + info.size_bytes for info in tensors), default=0)
     if needed > file_bytes:
         raise ModelLoadError(
             f"{path} is truncated: its tensors need {needed} bytes, the file has {file_bytes}; download it again"
         )
+    names = Counter(info.name for info in tensors)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ModelLoadError(f"{path} has tensor {twice[0]!a} twice; the file is damaged")
+    ordered = sorted(tensors, key=lambda info: info.offset)
+    for before, after in itertools.pairwise(ordered):
+        if before.offset + before.size_bytes > after.offset:
+            raise ModelLoadError(
+                f"{path}: tensors {before.name!a} and {after.name!a} share bytes of the file; the file is damaged"
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,17 @@ from tokenizers.models import BPE
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.gguf_file import GGUFFile
-from fineserve_jax.loaders.tokenizer import Tokenizer, end_of_turn_ids
+from fineserve_jax.loaders.gguf_schema import GGUFTokenizerKeys
+from fineserve_jax.loaders.known_keys import check_keys, shown
+from fineserve_jax.loaders.tokenizer import END_OF_TURN_TOKENS, Tokenizer, end_of_turn_ids
+
+log = logging.getLogger(__name__)
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
+_LOOKS_SPECIAL = re.compile(r"<\|[^\s|<>]+\|>")
+
+_TEMPLATE = "tokenizer.chat_template"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
@@ -22,42 +31,93 @@ _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
-    """The tokenizer of a GGUF file; raises ModelLoadError when it has none or one of an unsupported kind."""
-    meta = file.metadata
-    kind = meta.get("tokenizer.ggml.model")
-    if kind is None or not meta.get("tokenizer.ggml.tokens"):
+    """The tokenizer of a GGUF file.
+
+    Raises ModelLoadError when the file has none or one of an unsupported kind, or when its metadata are damaged. Warns
+    of metadata that are absent and make a guess necessary.
+    """
+    meta = _checked_metadata(file)
+    kind = meta["tokenizer.ggml.model"]
+    backend = _build(_BUILDERS[kind], file, meta)
+    _add_special_tokens(backend, meta, file)
+    _add_sequence_ends(backend, meta, kind)
+    return Tokenizer(
+        backend=backend,
+        eos_token_ids=_eos_token_ids(backend, meta),
+        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        chat_template=meta.get(_TEMPLATE),
+        chat_templates=_named_templates(meta),
+        special_tokens=_named_tokens(meta),
+        duplicates=_duplicates(meta["tokenizer.ggml.tokens"]),
+    )
+
+
+def _named_templates(meta: dict[str, Any]) -> dict[str, str]:
+    """Templates besides the default, which stand under its key and their name."""
+    prefix = f"{_TEMPLATE}."
+    named = {key.removeprefix(prefix): value for key, value in meta.items() if key.startswith(prefix)}
+    return {name: source for name, source in named.items() if isinstance(source, str)}
+
+
+def _checked_metadata(file: GGUFFile) -> dict[str, Any]:
+    """The tokenizer's metadata, of the right types and lengths, its special ids inside the vocabulary."""
+    where = f"{file.path}: "
+    own = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+    meta = check_keys(GGUFTokenizerKeys, own, where).model_dump(by_alias=True, exclude_none=True)
+    kind, tokens = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.tokens")
+    if kind is None or not tokens:
         raise ModelLoadError(
             f"{file.path} holds no tokenizer (metadata tokenizer.ggml.model and tokenizer.ggml.tokens); "
             "use a GGUF file converted together with its tokenizer"
         )
     if kind not in _BUILDERS:
         raise ModelLoadError(
-            f"{file.path} has a tokenizer of kind {kind!r}, which is not supported; supported: {', '.join(_BUILDERS)}"
+            f"{file.path} has a tokenizer of kind {kind!a}, which is not supported; supported: {', '.join(_BUILDERS)}"
         )
-    backend = _BUILDERS[kind](file)
-    _add_special_tokens(backend, meta)
-    _add_sequence_ends(backend, meta, kind)
-    return Tokenizer(
-        backend=backend,
-        eos_token_ids=_eos_token_ids(backend, meta),
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-        chat_template=meta.get("tokenizer.chat_template"),
-        special_tokens=_named_tokens(meta),
-    )
+    for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+        if key in meta and len(meta[key]) != len(tokens):
+            raise ModelLoadError(f"{where}{key} has {len(meta[key])} entries for {len(tokens)} tokens")
+    for name in ("bos", "eos", "eot", "eom", "unknown"):
+        index = meta.get(key := f"tokenizer.ggml.{name}_token_id")
+        if index is not None and index >= len(tokens):
+            raise ModelLoadError(f"{where}{key} is {index}, but the vocabulary has only {len(tokens)} tokens")
+    return meta
 
 
-def _byte_level_bpe(file: GGUFFile) -> Backend:
-    meta = file.metadata
-    pre = meta.get("tokenizer.ggml.pre", "default")
+def _build(builder: Callable[[GGUFFile, dict[str, Any]], Backend], file: GGUFFile, meta: dict[str, Any]) -> Backend:
+    try:
+        return builder(file, meta)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # the package raises plain Exception
+        raise ModelLoadError(f"{file.path}: the vocabulary cannot be used: {error}") from error
+
+
+def _duplicates(tokens: list[str]) -> dict[int, int]:
+    """Ids whose text another token has, too: the last one is used in encoding, as in llama.cpp."""
+    last = {token: index for index, token in enumerate(tokens)}
+    return {index: last[token] for index, token in enumerate(tokens) if last[token] != index}
+
+
+def _byte_level_bpe(file: GGUFFile, meta: dict[str, Any]) -> Backend:
+    pre = meta.get("tokenizer.ggml.pre")
+    if pre is None:
+        log.warning(
+            "%s does not say how text is split before tokenization (metadata tokenizer.ggml.pre): GPT-2's rules are "
+            "used, and tokens may differ from those the model was trained on; convert the model again",
+            file.path,
+        )
+        pre = "default"
     if pre not in _PRE_TOKENIZERS:
         raise ModelLoadError(
-            f"{file.path} has the pre-tokenizer {pre!r}, which is not supported; "
+            f"{file.path} has the pre-tokenizer {pre!a}, which is not supported; "
             f"supported: {', '.join(_PRE_TOKENIZERS)}"
         )
     if "tokenizer.ggml.merges" not in meta:
         raise ModelLoadError(f"{file.path} holds no tokenizer merges (metadata tokenizer.ggml.merges)")
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-    model = BPE(vocab=_vocabulary(meta), merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
+    vocabulary = _vocabulary(meta)
+    merges = _merges(file, vocabulary, meta["tokenizer.ggml.merges"])
+    model = BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
     backend = Backend(model)
     if pre in _QWEN2_NAMES:
         backend.normalizer = normalizers.NFC()
@@ -66,8 +126,21 @@ def _byte_level_bpe(file: GGUFFile) -> Backend:
     return backend
 
 
-def _sentencepiece_bpe(file: GGUFFile) -> Backend:
-    meta = file.metadata
+def _merges(file: GGUFFile, vocabulary: dict[str, int], merges: list[str]) -> list[tuple[str, str]]:
+    """Pairs of tokens; raises ModelLoadError for a merge that is no pair, or of tokens that do not exist."""
+    pairs = []
+    for index, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if not right or not {left, right, left + right} <= vocabulary.keys():
+            raise ModelLoadError(
+                f"{file.path}: tokenizer.ggml.merges[{index}] is {shown(merge)}, must be two tokens of the vocabulary "
+                "with a space between, which together are a token, too"
+            )
+        pairs.append((left, right))
+    return pairs
+
+
+def _sentencepiece_bpe(file: GGUFFile, meta: dict[str, Any]) -> Backend:
     vocab = _vocabulary(meta)
     unknown = meta["tokenizer.ggml.tokens"][meta.get("tokenizer.ggml.unknown_token_id", 0)]
     scores = meta.get("tokenizer.ggml.scores")
@@ -135,14 +208,27 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 _BUILDERS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
 
 
-def _add_special_tokens(backend: Backend, meta: dict[str, Any]) -> None:
+def _add_special_tokens(backend: Backend, meta: dict[str, Any], file: GGUFFile) -> None:
     """Control tokens are matched in text and skipped in output; user-defined ones are only matched."""
-    types = meta.get("tokenizer.ggml.token_type") or []
+    types = meta.get("tokenizer.ggml.token_type")
     tokens = meta["tokenizer.ggml.tokens"]
-    control = [tokens[i] for i, kind in enumerate(types) if kind == _CONTROL]
+    if types is None:
+        log.warning(
+            "%s does not say which tokens are special (metadata tokenizer.ggml.token_type): those that look like "
+            "<|name|> are taken for it; convert the model again",
+            file.path,
+        )
+        types = [_CONTROL if _LOOKS_SPECIAL.fullmatch(token) else 1 for token in tokens]
+    ends = {meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    control = [
+        token
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        # As in llama.cpp: what ends a turn is a control token, whatever the file says.
+        if kind == _CONTROL or token in END_OF_TURN_TOKENS or (index in ends and _LOOKS_SPECIAL.fullmatch(token))
+    ]
     defined = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in defined])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control if t])
+    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in defined if t])
 
 
 def _add_sequence_ends(backend: Backend, meta: dict[str, Any], kind: str) -> None:

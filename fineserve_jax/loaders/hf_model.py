@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.hf_config import hf_config
+from fineserve_jax.loaders.hf_schema import HFIndex
 from fineserve_jax.loaders.json_file import read_json
-from fineserve_jax.models.family import Family
-from fineserve_jax.models.model_config import ModelConfig, RopeScaling
-from fineserve_jax.models.registry import family_of_hf_architecture
+from fineserve_jax.loaders.known_keys import check_keys
 
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS_AT_A_TIME = 1024
+# Tables of rotations, which older versions of transformers stored: they follow from the configuration.
+_HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 class HFModel:
@@ -32,6 +39,10 @@ class HFModel:
         self.config = hf_config(read_json(directory / "config.json"))
         self._files = {path: _open(path) for path in self._tensor_files()}
         self._where = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        self._refuse_duplicates()
+        if self.config.tie_embeddings and _HEAD in self._where and not self._head_is_the_embedding():
+            # The flag is often left at its default; a head that was stored and differs is meant.
+            self.config = dataclasses.replace(self.config, tie_embeddings=False)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor; None when no file has it. Raises ModelLoadError when its type is no float."""
@@ -49,10 +60,33 @@ class HFModel:
         """Tensor `name` as f32."""
         return self._where[name].get_tensor(name).astype(np.float32)
 
+    def unused(self, used: Collection[str]) -> list[str]:
+        """Tensors beside `used` that would change the model's numbers."""
+        known = {*used, _HEAD} if self.config.tie_embeddings else set(used)
+        return sorted(name for name in self._where if name not in known and not _HARMLESS.fullmatch(name))
+
+    def _refuse_duplicates(self) -> None:
+        counts = Counter(name for file in self._files.values() for name in file.keys())  # noqa: SIM118
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            raise ModelLoadError(
+                f"{self.directory}: tensor {twice[0]!a} is in more than one of {len(self._files)} files "
+                f"({', '.join(path.name for path in self._files)}); keep one set of weights"
+            )
+
+    def _head_is_the_embedding(self) -> bool:
+        """Compares a few rows at a time, so that two large tables are never in memory."""
+        if _EMBEDDING not in self._where or self.shape(_EMBEDDING) != self.shape(_HEAD):
+            return False
+        rows = (self.shape(_HEAD) or (0,))[0]
+        embedding, head = (self._where[name].get_slice(name) for name in (_EMBEDDING, _HEAD))
+        pieces = (slice(at, min(at + _ROWS_AT_A_TIME, rows)) for at in range(0, rows, _ROWS_AT_A_TIME))
+        return all(np.array_equal(embedding[piece], head[piece]) for piece in pieces)
+
     def _tensor_files(self) -> list[Path]:
         index = self.directory / _INDEX
         if index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(check_keys(HFIndex, read_json(index), f"{_INDEX}: ").weight_map.values()))
             files = [self.directory / name for name in names]
         else:
             files = sorted(self.directory.glob("model*.safetensors"))
@@ -62,96 +96,6 @@ class HFModel:
                 f"to safetensors first"
             )
         return files
-
-
-def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The configuration a parsed config.json describes; raises ModelLoadError."""
-    architectures = raw.get("architectures") or ["(none stated)"]
-    family = family_of_hf_architecture(architectures[0])
-    _refuse_unsupported(raw)
-    full = {**family.hf_defaults, **{key: value for key, value in raw.items() if value is not None}}
-    # A null is a statement about the window ("none"), elsewhere it means the default.
-    full |= {key: None for key in ("sliding_window",) if key in raw and raw[key] is None}
-    try:
-        return _model_config(family, full)
-    except KeyError as error:
-        raise ModelLoadError(f"config.json has no {error.args[0]!r}, which {architectures[0]} needs") from error
-
-
-def _model_config(family: Family, full: dict[str, Any]) -> ModelConfig:
-    heads, hidden = int(full["num_attention_heads"]), int(full["hidden_size"])
-    rope = _rope_parameters(full)
-    return ModelConfig(
-        family=family.name,
-        vocab_size=int(full["vocab_size"]),
-        hidden_size=hidden,
-        num_layers=int(full["num_hidden_layers"]),
-        num_heads=heads,
-        num_kv_heads=int(full.get("num_key_value_heads", heads)),
-        head_dim=int(full.get("head_dim", hidden // heads)),
-        intermediate_size=int(full["intermediate_size"]),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        rope_scaling=_rope_scaling(rope, int(full["max_position_embeddings"])),
-        norm_eps=float(full.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(full.get("tie_word_embeddings", False)),
-        max_position=int(full["max_position_embeddings"]),
-        **family.traits(full),
-    )
-
-
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    """Features that, ignored, would give wrong text instead of an error."""
-    activation = raw.get("hidden_act") or "silu"
-    if activation not in ("silu", "swish"):
-        raise ModelLoadError(f"config.json: hidden_act {activation!r} is not supported; supported: silu")
-    if raw.get("mlp_bias"):
-        raise ModelLoadError("config.json: mlp_bias is true, which is not supported")
-    if quantized := raw.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown")
-        raise ModelLoadError(
-            f"the checkpoint is quantised ({method}), which is not supported; "
-            "use the unquantised checkpoint and choose a precision with weights=..."
-        )
-
-
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """One dict from the newer form (`rope_parameters`) or the older (`rope_theta` and `rope_scaling`)."""
-    stated = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
-    rope = {**theta, **{key: value for key, value in stated.items() if value is not None}}
-    partial = float(rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)))
-    if partial != 1.0:
-        raise ModelLoadError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
-    return rope
-
-
-def _rope_scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "factors":  # a kind of GGUF files only
-        raise ModelLoadError("config.json: RoPE scaling 'factors' is not supported; use llama3")
-    original = int(rope.get("original_max_position_embeddings", max_position))
-    factor = float(rope.get("factor", max_position / original))
-    return RopeScaling(
-        kind=kind,
-        factor=factor,
-        original_max_position=original,
-        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        beta_fast=float(rope.get("beta_fast", 32.0)),
-        beta_slow=float(rope.get("beta_slow", 1.0)),
-        attention_factor=_attention_factor(rope),
-        truncate=bool(rope.get("truncate", True)),
-    )
-
-
-def _attention_factor(rope: Mapping[str, Any]) -> float | None:
-    if rope.get("mscale") and rope.get("mscale_all_dim") and rope["mscale"] != rope["mscale_all_dim"]:
-        raise ModelLoadError("config.json: yarn with mscale different from mscale_all_dim is not supported")
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return float(rope.get("attention_factor", 1.0))  # equal temperatures cancel
-    return float(rope["attention_factor"]) if "attention_factor" in rope else None
 
 
 def _open(path: Path) -> Any:

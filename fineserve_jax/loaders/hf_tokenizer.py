@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.hf_schema import (
+    AddedTokenKeys,
+    AddedTokensFile,
+    HFTokenIds,
+    HFTokenizerKeys,
+    NamedTokenKeys,
+)
 from fineserve_jax.loaders.json_file import read_json
+from fineserve_jax.loaders.known_keys import Schema, check_keys, shown
 from fineserve_jax.loaders.tokenizer import Tokenizer, end_of_turn_ids
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+log = logging.getLogger(__name__)
+
+DEFAULT = "default"
 
 
 def hf_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a directory; raises ModelLoadError when tokenizer.json is absent or malformed.
 
+    Named and added tokens come from tokenizer_config.json, special_tokens_map.json and added_tokens.json as well.
     End-of-sequence ids come from generation_config.json, config.json, tokenizer_config.json and the
     end-of-turn tokens of the vocabulary, together.
     """
@@ -33,16 +45,47 @@ def hf_tokenizer(directory: Path) -> Tokenizer:
         raise ModelLoadError(f"{path} cannot be read as a tokenizer: {error}") from error
     backend.no_truncation()  # the file may carry training-time settings
     backend.no_padding()
-    settings = _optional_json(directory / "tokenizer_config.json")
-    named = {name: text for name in _NAMED if (text := _token_text(settings.get(name)))}
+    settings = _checked(HFTokenizerKeys, directory / "tokenizer_config.json")
+    named = _checked(NamedTokenKeys, directory / "special_tokens_map.json").texts() | settings.texts()
+    _add_tokens(backend, settings, directory)
     bos = named.get("bos_token")
+    templates = _chat_templates(directory, settings)
     return Tokenizer(
         backend=backend,
         eos_token_ids=_eos_token_ids(directory, backend, named.get("eos_token")),
         bos_token_id=backend.token_to_id(bos) if bos else None,
-        chat_template=_chat_template(directory, settings),
+        chat_template=templates.pop(DEFAULT, None),
+        chat_templates=templates,
         special_tokens=named,
+        duplicates={_index(text): same for text, same in (settings.fineserve_duplicate_tokens or {}).items()},
     )
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, settings: HFTokenizerKeys, directory: Path) -> None:
+    """Tokens that only a companion of tokenizer.json names, in the order of their ids, as transformers adds them."""
+    path = directory / "added_tokens.json"
+    older = check_keys(AddedTokensFile, {"tokens": _optional_json(path)}, f"{path}: ").tokens
+    wanted = {index: AddedTokenKeys(content=text) for text, index in older.items() if text}
+    wanted |= {_index(text): token for text, token in (settings.added_tokens_decoder or {}).items() if token.content}
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for index, token in sorted(wanted.items()):
+        if token.content not in known:
+            rules = token.model_dump(include={"special", "normalized", "lstrip", "rstrip", "single_word"})
+            add = backend.add_special_tokens if token.special else backend.add_tokens
+            add([tokenizers.AddedToken(token.content, **rules)])
+        found = backend.token_to_id(token.content)
+        if found != index:
+            log.warning(
+                "%s: the added token %a should have the id %d, but tokenizer.json gives it %s; save it again",
+                directory, token.content, index, found,
+            )  # fmt: skip
+
+
+def _index(text: str) -> int:
+    """A token id that JSON holds as a key."""
+    if not (text.isascii() and text.isdigit() and len(text) < 11):
+        raise ModelLoadError(f"tokenizer_config.json has {shown(text)} for a token id, must be a number")
+    return int(text)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -53,6 +96,12 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         settings["bos_token"] = tokenizer.token_text(tokenizer.bos_token_id)
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
+    if tokenizer.chat_templates:
+        default = {} if tokenizer.chat_template is None else {DEFAULT: tokenizer.chat_template}
+        named = (default | tokenizer.chat_templates).items()
+        settings["chat_template"] = [{"name": name, "template": source} for name, source in named]
+    if tokenizer.duplicates:
+        settings["fineserve_duplicate_tokens"] = tokenizer.duplicates
     _write_json(directory / "tokenizer_config.json", settings)
     _write_json(directory / "generation_config.json", {"eos_token_id": list(tokenizer.eos_token_ids)})
 
@@ -60,27 +109,30 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def _eos_token_ids(directory: Path, backend: tokenizers.Tokenizer, eos_text: str | None) -> tuple[int, ...]:
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        stated = _optional_json(directory / name).get("eos_token_id")
+        stated = _checked(HFTokenIds, directory / name).eos_token_id
         found += stated if isinstance(stated, list) else [] if stated is None else [stated]
     if eos_text is not None and (index := backend.token_to_id(eos_text)) is not None:
         found.append(index)
     return tuple(dict.fromkeys([*found, *end_of_turn_ids(backend)]))
 
 
-def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """The default template: in a file of its own, or in tokenizer_config.json, there maybe among others."""
-    separate = directory / "chat_template.jinja"
-    if separate.exists():
-        return separate.read_text(encoding="utf-8")
-    stated = settings.get("chat_template")
-    if isinstance(stated, list):
-        return {entry["name"]: entry["template"] for entry in stated}.get("default")
-    return stated
+def _chat_templates(directory: Path, settings: HFTokenizerKeys) -> dict[str, str]:
+    """Name -> source: those in tokenizer_config.json, one alone being the default, and those in files of their own."""
+    stated = settings.chat_template
+    found = {DEFAULT: stated} if isinstance(stated, str) else {entry.name: entry.template for entry in stated or ()}
+    files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if (default := directory / "chat_template.jinja").exists():
+        files[DEFAULT] = default
+    for name, path in files.items():
+        try:
+            found[name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLoadError(f"cannot read {path}: {error}") from error
+    return found
 
 
-def _token_text(entry: Any) -> str | None:
-    """A token is stated as text, or as an object with its matching rules."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+def _checked(schema: type[Schema], path: Path) -> Schema:
+    return check_keys(schema, _optional_json(path), f"{path}: ")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelLoadError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ModelLoadError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ModelLoadError(f"{path} is not usable JSON: its lists or objects are nested too deeply") from None
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} holds a JSON {type(content).__name__}, expected an object")
     return content

@@ -35,6 +35,7 @@ class Tokenizer:
     chat_template: Jinja source of the default template, or None for a model without one.
     special_tokens: named tokens a chat template may ask for, e.g. {"bos_token": "<s>"}.
     chat_templates: Jinja sources of further templates by name, such as "tool_use".
+    duplicates: ids that `backend` does not know, each with the id of the same text that it does know.
     """
 
     backend: tokenizers.Tokenizer
@@ -43,11 +44,12 @@ class Tokenizer:
     chat_template: str | None = None
     special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
     chat_templates: dict[str, str] = dataclasses.field(default_factory=dict)
+    duplicates: dict[int, int] = dataclasses.field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        return self.backend.get_vocab_size(with_added_tokens=True) + len(self.duplicates)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in the text become their ids.
@@ -79,11 +81,12 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        known = [self.duplicates.get(i, i) for i in ids] if self.duplicates else list(ids)
+        return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str | None:
         """The vocabulary entry of an id, as stored; None when there is none."""
-        return self.backend.id_to_token(token_id)
+        return self.backend.id_to_token(self.duplicates.get(token_id, token_id))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, special ones included; tokens in a row may share a character."""

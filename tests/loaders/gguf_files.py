@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -9,8 +10,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from model_oracle import case_config, case_tensors
 
-from fineserve_jax.loaders.gguf_model import gguf_tensor_name
-from fineserve_jax.loaders.hf_model import hf_config
+from fineserve_jax.loaders.gguf_names import gguf_tensor_name
+from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.models.rope import rope_frequencies
 
 ARCHITECTURES = {"llama": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -28,9 +29,17 @@ def permuted(tensor: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, case: str, quant: Type = Type.F16, leave_out: tuple[str, ...] = (), tokenizer: bool = True
+    path: Path,
+    case: str,
+    quant: Type = Type.F16,
+    leave_out: tuple[str, ...] = (),
+    tokenizer: bool = True,
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """A GGUF file of a fixture case, its matrices stored as `quant`; keys and tensors can be left out."""
+    """A GGUF file of a fixture case, its matrices stored as `quant`; keys and tensors can be left out.
+
+    more: adds keys and tensors.
+    """
     config, architecture = hf_config(case_config(case)), ARCHITECTURES[case]
     writer = gguf.GGUFWriter(path, architecture)
     numbers = {
@@ -59,6 +68,7 @@ def write_gguf(
     if config.rope_scaling:
         factors = config.rope_theta ** (-np.arange(config.head_dim // 2) / (config.head_dim // 2))
         add_tensor(writer, "rope_freqs.weight", (factors / rope_frequencies(config)[0]).astype(np.float32))
+    more(writer)
     return finish(writer, path)
 
 

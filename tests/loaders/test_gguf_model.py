@@ -13,9 +13,10 @@ from model_oracle import case_config, case_expected, case_tensors, flax_logits, 
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders import load_model
+from fineserve_jax.loaders.gguf_config import gguf_config
 from fineserve_jax.loaders.gguf_file import GGUFFile
-from fineserve_jax.loaders.gguf_model import gguf_config, unpermute_heads
-from fineserve_jax.loaders.hf_model import hf_config
+from fineserve_jax.loaders.gguf_model import unpermute_heads
+from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.models import RopeScaling, build_model
 
 

@@ -1,5 +1,6 @@
 """Tokenizers from GGUF metadata and from tokenizer.json; streaming decoding."""
 
+import dataclasses
 import json
 
 import gguf
@@ -139,6 +140,15 @@ def test_chat_templates_are_found_wherever_they_are_kept(tmp_path, spm, form):
     if form == "file":
         (tmp_path / "chat_template.jinja").write_text("D")
     assert hf_tokenizer(tmp_path).chat_template == (None if form == "none" else "D")
+
+
+def test_several_chat_templates_keep_their_names(tmp_path, spm):
+    stored = dataclasses.replace(spm, chat_template="D", chat_templates={"rag": "R", "tool_use": "T"})
+    save_tokenizer(stored, tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R2")
+    loaded = hf_tokenizer(tmp_path)
+    assert (loaded.chat_template, loaded.chat_templates) == ("D", {"rag": "R2", "tool_use": "T"})
 
 
 def test_truncation_and_padding_of_training_do_not_reach_prompts(tmp_path, spm):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from fineserve_jax.models import Attend, CausalLM, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("llama", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn")
+CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn")
 
 Tensors = dict[str, np.ndarray]
 

@@ -15,7 +15,8 @@ from model_oracle import (
     float64_logits,
 )
 
-from fineserve_jax.loaders.hf_model import HFModel, hf_config
+from fineserve_jax.loaders.hf_config import hf_config
+from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.models import WEIGHT_RECIPES, abstract_params, build_model, pack_params, random_params
 
 

@@ -7,7 +7,7 @@ import pytest
 from model_oracle import CASES, case_config
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.loaders.hf_model import hf_config
+from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.models import CausalLM, ModelConfig, RopeScaling, build_model, get_family, register_family
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.registry import family_of_gguf_architecture, family_of_hf_architecture

@@ -1,0 +1,179 @@
+"""The model configuration that a GGUF file describes; every key of the architecture is used, harmless, or refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.gguf_file import GGUFFile
+from fineserve_jax.loaders.gguf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, GGUFGeneralKeys, GGUFModelKeys
+from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
+from fineserve_jax.models.family import Family
+from fineserve_jax.models.model_config import ModelConfig, RopeScaling
+from fineserve_jax.models.registry import family_of_gguf_architecture
+from fineserve_jax.models.rope import yarn_attention_factor
+
+ROPE_FACTORS = "rope_freqs.weight"
+# Architectures whose sliding window, where the file has one, is that of every layer: `llama` holds Mistral, too.
+_WINDOW_IN_EVERY_LAYER = ("llama",)
+
+
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """The model configuration a GGUF file describes.
+
+    Raises ModelLoadError for an architecture that is not supported, metadata that are missing, of another type or out
+    of range, and a key of the architecture that nothing here reads and that is not known to be harmless.
+    """
+    general = check_keys(GGUFGeneralKeys, file.metadata, f"{file.path}: ")
+    if (general.split_count or 1) > 1:
+        raise ModelLoadError(
+            f"{file.path} is one of {general.split_count} parts; merge them first (llama-gguf-split --merge)"
+        )
+    architecture = general.architecture
+    if architecture is None:
+        raise _missing(file, "general.architecture")
+    family = family_of_gguf_architecture(architecture)
+    prefix = f"{architecture}."
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    where = f"{file.path}: {prefix}"
+    checked = check_keys(GGUFModelKeys, own, where).model_dump(by_alias=True, exclude_none=True)
+    keys = KeyReader(checked, where)
+    try:
+        config = _model_config(file, family, architecture, keys)
+    except KeyError as error:
+        raise _missing(file, prefix + error.args[0]) from error
+    keys.refuse_unread(HARMLESS_KEYS, NEUTRAL_VALUES)
+    return config
+
+
+def _model_config(file: GGUFFile, family: Family, architecture: str, keys: KeyReader) -> ModelConfig:
+    _refuse_unsupported(file, keys)
+    hidden, heads = keys["embedding_length"], keys["attention.head_count"]
+    head_dim = keys.get("attention.key_length", hidden // heads)
+    context = keys["context_length"]
+    config = ModelConfig(
+        family=family.name,
+        vocab_size=_vocab_size(file, keys),
+        hidden_size=hidden,
+        num_layers=keys["block_count"],
+        num_heads=heads,
+        num_kv_heads=keys.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        intermediate_size=keys["feed_forward_length"],
+        rope_theta=keys.get("rope.freq_base", 10000.0),
+        rope_scaling=_rope_scaling(file, keys, context),
+        # Stored as f32: give back the decimal it was written from.
+        norm_eps=float(np.format_float_scientific(np.float32(keys["attention.layer_norm_rms_epsilon"]), unique=True)),
+        tie_embeddings="output.weight" not in file.tensors,
+        max_position=context,
+        sliding_window=_sliding_window(architecture, keys, context),
+        **{**_biases(file), **family.gguf_traits},
+    )
+    _refuse_other_heads(keys, config)
+    return config
+
+
+def _missing(file: GGUFFile, key: str) -> ModelLoadError:
+    return ModelLoadError(f"{file.path} has no metadata {key!r}; it is not a complete language model")
+
+
+def _vocab_size(file: GGUFFile, keys: KeyReader) -> int:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelLoadError(f"{file.path} has no tensor 'token_embd.weight'; the file is incomplete")
+    rows, stated = embedding.shape[0], keys.get("vocab_size")
+    if stated not in (None, rows):
+        raise ModelLoadError(
+            f"{file.path}: vocab_size is {stated}, but token_embd.weight has {rows} rows; the file is damaged"
+        )
+    return rows
+
+
+def _biases(file: GGUFFile) -> dict[str, bool]:
+    """Which groups of projections carry biases: those of which any layer has one."""
+    kinds = {name.split(".", 2)[2] for name in file.tensors if name.startswith("blk.") and name.count(".") >= 3}
+    return {
+        "qkv_bias": not kinds.isdisjoint({"attn_q.bias", "attn_k.bias", "attn_v.bias"}),
+        "o_bias": "attn_output.bias" in kinds,
+        "mlp_bias": not kinds.isdisjoint({"ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"}),
+    }
+
+
+def _refuse_unsupported(file: GGUFFile, keys: KeyReader) -> None:
+    """Features that have a clearer word than that their key is unknown."""
+    if keys.get("expert_count", 0) > 0:
+        raise ModelLoadError(f"{file.path} is a mixture of experts, which is not supported; use a dense model")
+
+
+def _refuse_other_heads(keys: KeyReader, config: ModelConfig) -> None:
+    rotated, values = keys.get("rope.dimension_count"), keys.get("attention.value_length")
+    if rotated not in (None, config.head_dim):
+        raise ModelLoadError(
+            f"the file rotates {rotated} of {config.head_dim} values of a head (partial RoPE), which is not supported"
+        )
+    if values not in (None, config.head_dim):
+        raise ModelLoadError(
+            f"the file has keys of {config.head_dim} and values of {values} numbers a head, which is not supported"
+        )
+    scale = keys.get("attention.scale", 0.0)
+    if scale and not math.isclose(scale, config.attention_scale, rel_tol=1e-6):
+        raise ModelLoadError(
+            f"the file's attention.scale is {scale}, which is not supported; only 1 / sqrt(head size) is, "
+            f"{config.attention_scale}"
+        )
+
+
+def _sliding_window(architecture: str, keys: KeyReader, context: int) -> int | None:
+    window = keys.get("attention.sliding_window", 0) or None  # 0 is written for none
+    if window is None or architecture in _WINDOW_IN_EVERY_LAYER:
+        return window
+    if window >= context:
+        return None
+    raise ModelLoadError(
+        f"{architecture}.attention.sliding_window is {window}, without saying which layers have the window; such files "
+        "are not supported"
+    )
+
+
+def _rope_scaling(file: GGUFFile, keys: KeyReader, context: int) -> RopeScaling | None:
+    stated = _stated_scaling(file, keys, context)
+    if ROPE_FACTORS not in file.tensors:
+        return stated
+    if stated is not None:
+        raise ModelLoadError(
+            f"{file.path} has {ROPE_FACTORS} and RoPE scaling {stated.kind!r} besides, which is not supported"
+        )
+    shape = file.tensors[ROPE_FACTORS].shape
+    if math.prod(shape) > 2**16:
+        raise ModelLoadError(f"{file.path}: {ROPE_FACTORS} has shape {list(shape)}, far more than a head's pairs")
+    return RopeScaling("factors", factors=tuple(float(f) for f in file.read(ROPE_FACTORS).ravel()))
+
+
+def _stated_scaling(file: GGUFFile, keys: KeyReader, context: int) -> RopeScaling | None:
+    """As llama.cpp reads it: the kind is linear unless stated, and a factor of 0 means none."""
+    get: dict[str, Any] = {key: keys.get(f"rope.scaling.{key}") for key in ("type", "factor", "attn_factor")}
+    old_factor = keys.get("rope.scale_linear")
+    original = keys.get("rope.scaling.original_context_length", context)
+    fast, slow = (keys.get(f"rope.scaling.yarn_beta_{end}") for end in ("fast", "slow"))
+    kind = "linear" if get["type"] is None else get["type"]
+    factor = (old_factor if get["factor"] is None else get["factor"]) or 1.0
+    multiplier = get["attn_factor"] or 1.0
+    if kind != "yarn" and multiplier != 1.0:
+        raise ModelLoadError(
+            f"{file.path}: rope.scaling.attn_factor is {multiplier} with RoPE scaling {shown(kind)}; it is supported "
+            "with yarn only"
+        )
+    if kind == "yarn" and (factor != 1.0 or multiplier != 1.0):
+        # The file's attn_factor multiplies yarn's own temperature.
+        attention = None if multiplier == 1.0 else multiplier * yarn_attention_factor(factor)
+        return RopeScaling(
+            "yarn", factor, original, beta_fast=fast or 32.0, beta_slow=slow or 1.0, attention_factor=attention
+        )
+    if kind == "none" or factor == 1.0:
+        return None
+    if kind != "linear":
+        raise ModelLoadError(f"{file.path}: RoPE scaling {kind!a} is not supported; supported: none, linear, yarn")
+    return RopeScaling("linear", factor, original)

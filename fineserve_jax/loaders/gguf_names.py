@@ -1,0 +1,35 @@
+"""GGUF names of tensors, from their Hugging Face names."""
+
+from __future__ import annotations
+
+import re
+
+_TOP_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER_PATTERN = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def gguf_tensor_name(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    match = _LAYER_PATTERN.fullmatch(name)
+    if match is None or match[2] not in _LAYER_NAMES:
+        raise KeyError(f"no GGUF name is known for tensor {name}")
+    return f"blk.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"

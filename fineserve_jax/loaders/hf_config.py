@@ -1,0 +1,159 @@
+"""The model configuration that a Hugging Face config.json describes; every key is used, known harmless, or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.hf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, HFConfigKeys, HFRopeKeys
+from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
+from fineserve_jax.models.family import Family
+from fineserve_jax.models.model_config import ModelConfig, RopeScaling
+from fineserve_jax.models.registry import family_of_hf_architecture
+
+_WHERE = "config.json: "
+
+
+def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """The configuration a parsed config.json describes.
+
+    Raises ModelLoadError for an architecture that is not supported, a key that is missing, of another type or out of
+    range, and a key that nothing here reads and that is not known to be harmless.
+    """
+    checked = check_keys(HFConfigKeys, raw, _WHERE).model_dump()
+    architecture = (checked.pop("architectures") or ["(none stated)"])[0]
+    family = family_of_hf_architecture(architecture)
+    stated = {key: value for key, value in checked.items() if value is not None}
+    # A null is a statement about the window ("none"), elsewhere it means the default.
+    windows = {key: None for key in ("sliding_window",) if key in raw and raw[key] is None}
+    reader = KeyReader({**family.hf_defaults, **stated, **windows}, _WHERE)
+    _refuse_unsupported(reader)
+    try:
+        config = _model_config(family, reader)
+    except KeyError as error:
+        raise ModelLoadError(f"config.json has no {error.args[0]!r}, which {architecture} needs") from error
+    reader.refuse_unread(HARMLESS_KEYS, _neutral_values(config))
+    return config
+
+
+def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
+    heads, hidden = keys["num_attention_heads"], keys["hidden_size"]
+    theta, scaling = _rope(keys)
+    return ModelConfig(
+        family=family.name,
+        vocab_size=keys["vocab_size"],
+        hidden_size=hidden,
+        num_layers=keys["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=keys.get("num_key_value_heads", heads),
+        head_dim=keys.get("head_dim", hidden // heads),
+        intermediate_size=keys["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=keys.get("rms_norm_eps", 1e-6),
+        tie_embeddings=keys.get("tie_word_embeddings", False),
+        max_position=keys["max_position_embeddings"],
+        **family.traits(keys),
+    )
+
+
+def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
+    """What else changes nothing beside what `config` holds already."""
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    return {
+        **NEUTRAL_VALUES,
+        "layer_types": ([kind] * config.num_layers,),
+        "query_pre_attn_scalar": (config.head_dim,),
+        "rotary_dim": (config.head_dim,),
+        "num_kv_heads": (config.num_kv_heads,),
+        "rope_ratio": (1.0,),
+    }
+
+
+def _refuse_unsupported(keys: KeyReader) -> None:
+    """Features that have a clearer word than that their key is unknown."""
+    activation = keys.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ModelLoadError(f"config.json: hidden_act {activation!a} is not supported; supported: silu")
+    if quantized := keys.get("quantization_config"):
+        method = shown(quantized.get("quant_method", "unknown")).strip("'")
+        raise ModelLoadError(
+            f"the checkpoint is quantised ({method}), which is not supported; "
+            "use the unquantised checkpoint and choose a precision with weights=..."
+        )
+
+
+def _rope(keys: KeyReader) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from the newer form (`rope_parameters`) or the older (`rope_theta` and `rope_scaling`)."""
+    newer, older = keys.get("rope_parameters"), keys.get("rope_scaling")
+    if newer and older and newer != older:
+        raise ModelLoadError(
+            "config.json has both rope_parameters and rope_scaling, and they differ; keep the one the model "
+            "was trained with"
+        )
+    where = f"{_WHERE}{'rope_parameters' if newer else 'rope_scaling'}."
+    checked = check_keys(HFRopeKeys, newer or older or {}, where).model_dump(exclude_none=True)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if (beside := keys.get(key)) is not None:
+            checked.setdefault(key, beside)
+    if (original := keys.get("original_max_position_embeddings")) is not None:
+        checked["original_max_position_embeddings"] = original  # stated beside the table it has precedence
+    rope = KeyReader(checked, where)
+    if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelLoadError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
+    theta = rope.get("rope_theta", 10000.0)
+    scaling = _rope_scaling(rope, keys["max_position_embeddings"])
+    rope.refuse_unread((), _ROPE_NEUTRAL)
+    return theta, scaling
+
+
+# Left over from another kind of scaling, or written by rule.
+_ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "factor": (1.0,),
+    "attention_factor": (1.0,),
+    "mrope_interleaved": (False,),
+    "finetuned": (True, False),
+}
+
+
+def _rope_scaling(rope: KeyReader, max_position: int) -> RopeScaling | None:
+    kind, older_kind = rope.get("rope_type"), rope.get("type")
+    kind = kind or older_kind or "default"
+    original = rope.get("original_max_position_embeddings", max_position)
+    try:
+        if kind == "default":
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", rope["factor"], original)
+        if kind == "llama3":
+            return RopeScaling("llama3", rope["factor"], original, rope["low_freq_factor"], rope["high_freq_factor"])
+        if kind == "yarn":
+            return _yarn(rope, original, max_position)
+    except KeyError as error:
+        raise ModelLoadError(f"config.json: RoPE scaling {kind!a} has no {error.args[0]!r}, which it needs") from error
+    raise ModelLoadError(f"config.json: RoPE scaling {kind!a} is not supported; supported: linear, llama3, yarn")
+
+
+def _yarn(rope: KeyReader, original: int, max_position: int) -> RopeScaling:
+    factor = rope.get("factor", max_position / original)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original,
+        beta_fast=rope.get("beta_fast", 32.0),
+        beta_slow=rope.get("beta_slow", 1.0),
+        attention_factor=_attention_factor(rope, factor),
+        truncate=rope.get("truncate", True),
+    )
+
+
+def _attention_factor(rope: KeyReader, factor: float) -> float | None:
+    """yarn's multiplier of cos and sin; None leaves the derived one. Two temperatures divide each other."""
+    stated, over, under = (rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if stated is not None or not (over and under):
+        return stated
+    if factor <= 1.0:
+        return 1.0
+    return (0.1 * over * math.log(factor) + 1.0) / (0.1 * under * math.log(factor) + 1.0)
