@@ -23,6 +23,7 @@ from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.operations import requantize
 from fineserve_jax.pallas_kernels.specs import WriteSpec
 from fineserve_jax.runner.arena import Arena
+from fineserve_jax.runner.programs import compile_counted
 
 COPIES = 64  # of a call, the rest being padding
 TRANSFERRED_PAGES = 16  # of a call that saves or loads
@@ -132,13 +133,11 @@ class PageOperations:
 
     def _program(self, key: Any, function: Callable[..., Any], donate: bool = True) -> Callable[..., Any]:
         if key not in self._programs:
-
-            def traced(*arguments: Any) -> Any:
-                self.num_compilations += 1  # runs while jax traces, so once for each program
-                return function(*arguments)
-
-            self._programs[key] = jax.jit(traced, donate_argnums=0 if donate else ())
+            self._programs[key] = compile_counted(function, self._count, (0,) if donate else ())
         return self._programs[key]
+
+    def _count(self) -> None:
+        self.num_compilations += 1
 
 
 def copy_pages(

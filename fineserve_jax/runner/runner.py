@@ -21,6 +21,7 @@ from fineserve_jax.request import Request, SchedulerOutput
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.sampler import Sampled, build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
 
@@ -184,15 +185,14 @@ class _Programs:
     def __init__(self, spec: StepSpec) -> None:
         self.num_compiled = 0
 
-        def jitted(stage: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-            def traced(*arguments: Any) -> Any:
-                self.num_compiled += 1  # runs while jax traces, so once for each program
-                return stage(spec, *arguments)
+        def compiled(stage: Callable[..., Any], donate_argnums: Sequence[int] = ()) -> Callable[..., Any]:
+            return compile_counted(functools.partial(stage, spec), self._count, donate_argnums)
 
-            return jax.jit(traced, **options)
+        self.embed, self.layer, self.head = compiled(stages.embed), compiled(stages.layer), compiled(stages.head)
+        self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
 
-        self.embed, self.layer, self.head = jitted(stages.embed), jitted(stages.layer), jitted(stages.head)
-        self.score, self.commit = jitted(stages.score), jitted(stages.commit, donate_argnums=0)
+    def _count(self) -> None:
+        self.num_compiled += 1
 
 
 def _collect(requests: Sequence[Request], sampled: Sampled) -> list[SampledToken]:
