@@ -5,7 +5,7 @@ import json
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from fineserve_jax.cli import main
 from fineserve_jax.errors import ConfigError
@@ -37,8 +37,21 @@ devices = st.lists(st.sampled_from([DEVICES["h100"], DEVICES["a100"]]), min_size
 problems = st.builds(Problem, st.lists(loads, min_size=1, max_size=3).map(tuple), devices)
 
 
+# Two models want both devices, and the one beside them must not have the faster.
+TARGETS = {"ttft_slo_s": 0.5, "tpot_slo_s": 0.03}
+EVERYWHERE_FIRST = Problem(
+    (
+        ModelLoad(model="llama-3.1-8b", rate=20.0, prompt_tokens=100, output_tokens=50, **TARGETS),
+        ModelLoad(model="llama-3.1-8b", rate=60.0, prompt_tokens=100, output_tokens=400, **TARGETS),
+        ModelLoad(model="llama-3.1-8b@awq", rate=4.0, prompt_tokens=1000, output_tokens=400, **TARGETS),
+    ),
+    (DEVICES["h100"], DEVICES["a100"]),
+)
+
+
 @settings(max_examples=40)
 @given(problems)
+@example(EVERYWHERE_FIRST)
 def test_greedy_search_comes_near_the_best_placement(problem):
     """Within a twentieth, or a request in a hundred where hardly any can be in time."""
     try:

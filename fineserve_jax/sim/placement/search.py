@@ -15,8 +15,8 @@ def greedy(problem: Problem) -> tuple[Placement, Estimate]:
     """Give each model its first replica, one model after another, then move, add and take away while that helps.
 
     Each change is the one with the best estimate among all, so that the result is a placement that no single change
-    improves. Models are placed in several orders, from the heaviest or the most urgent on and the other way round,
-    and the best result counts.
+    improves. Models are placed in several orders, from the heaviest or the most urgent on and the other way round, and
+    once all of them everywhere; the best result counts.
 
     Raises:
         ConfigError: the models do not all fit, however placed.
@@ -25,7 +25,9 @@ def greedy(problem: Problem) -> tuple[Placement, Estimate]:
     by_weight = sorted(numbers, key=lambda model: problem.models[model].variant(1).weight_bytes)
     by_urgency = sorted(numbers, key=lambda model: problem.models[model].urgency)
     orders = {tuple(order) for base in (by_weight, by_urgency) for order in (base, base[::-1])}
-    climbed = (_climb(problem, _first_replicas(problem, order)) for order in sorted(orders))
+    starts = [_first_replicas(problem, order) for order in sorted(orders)]
+    starts.append(tuple(itertools.chain.from_iterable(_everywhere(problem, model) for model in numbers)))
+    climbed = (_climb(problem, start) for start in starts)
     placement = max(climbed, key=lambda placement: _score(problem, placement))
     found = estimate(problem, placement)
     if found is None:
@@ -148,6 +150,12 @@ def _all_over(problem: Problem, model: int, tp: int) -> Placement:
             replicas.append(Replica(model, group))
             used.update(group)
     return tuple(replicas)
+
+
+def _everywhere(problem: Problem, model: int) -> Placement:
+    """Replicas of the least degree that has room, on all devices that they fill."""
+    placements = (_all_over(problem, model, tp) for tp in sorted(problem.models[model].tp))
+    return next((placement for placement in placements if placement), ())
 
 
 def _is_disjoint(placement: Placement) -> bool:
