@@ -65,7 +65,7 @@ class RequestOptions(Validated):
     @model_validator(mode="before")
     @classmethod
     def _none_is_unset(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if value is not None}
+        return {n: value for n, value in values.items() if value is not None or n not in cls.model_fields}
 
     @model_validator(mode="after")
     def _late_needs_a_target(self) -> Self:

@@ -71,3 +71,9 @@ def test_one_each_takes_objects_of_its_kind_only():
     assert one_each(greedy, SamplingParams, 2, "sampling_params") == [greedy, greedy]
     with pytest.raises(RequestError, match="sampling_params holds a str; give SamplingParams, one for all or one each"):
         one_each("greedy", SamplingParams, 1, "sampling_params")
+
+
+def test_none_unsets_what_there_is_and_nothing_else():
+    assert RequestOptions(kv_precision=None, priority=None) == RequestOptions()
+    with pytest.raises(RequestError, match="unknown setting 'kv_precison'"):
+        RequestOptions(kv_precison=None)  # type: ignore[call-arg]

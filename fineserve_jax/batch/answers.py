@@ -109,7 +109,7 @@ class AnswerFile:
         """Writes a row so that others can read it at once.
 
         Raises:
-            FineServeError: a full disk, or whatever else the system has against it.
+            FineServeError: the disk is full, or the system refuses for another reason.
         """
         try:
             line = json.dumps(row, ensure_ascii=False).encode() + b"\n"

@@ -57,8 +57,13 @@ def run_simulation(
     _write(report, results, title=f"{len(arrivals)} requests on {serving.tp} x {serving.device}")
 
 
+def _target(seconds: float | None) -> float | None:
+    """A latency target; None for 0 and infinity, which are none."""
+    return seconds if seconds and math.isfinite(seconds) else None
+
+
 def _arrivals(workload: WorkloadFlags, kinds: list[Kind]) -> list[Arrival]:
-    kinds = with_targets(kinds, workload.ttft_slo_s or None, workload.tpot_slo_s or None)
+    kinds = with_targets(kinds, _target(workload.ttft_slo_s), _target(workload.tpot_slo_s))
     if workload.trace is not None:
         arrivals = read_workload(workload.trace, kinds, workload.seed)
     else:

@@ -25,7 +25,7 @@ class WorkloadFlags:
         burstiness: coefficient of variation of their gaps; 1 is Poisson.
         rate_scale: factor on the rate, repeatable for curves.
         seed: of everything that is drawn.
-        ttft_slo_s: target for the first token; 0 for none.
+        ttft_slo_s: target for the first token; 0 or inf for none.
         tpot_slo_s: target for each further token; 0 for none.
     """
 

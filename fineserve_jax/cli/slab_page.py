@@ -8,14 +8,14 @@ from typing import Any
 
 from fineserve_jax.cli.slab_picture import colour, format_colours, needed, reserved
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.kv.recording import Entry, Header
+from fineserve_jax.kv.recording import Header, RecordEntry
 
 MOST_ENTRIES = 600
 """Entries that the page holds; of longer records evenly spread ones."""
 PLACE = "/*DATA*/null"
 
 
-def write_page(header: Header, entries: Sequence[Entry], path: Path) -> None:
+def write_page(header: Header, entries: Sequence[RecordEntry], path: Path) -> None:
     """Writes the page. Raises ConfigError if the file cannot be written."""
     template = resources.files("fineserve_jax.cli").joinpath("slab_page.html").read_text()
     data = json.dumps(page_data(header, entries), separators=(",", ":")).replace("<", "\\u003c")
@@ -25,7 +25,7 @@ def write_page(header: Header, entries: Sequence[Entry], path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error}") from None
 
 
-def page_data(header: Header, entries: Sequence[Entry]) -> dict[str, Any]:
+def page_data(header: Header, entries: Sequence[RecordEntry]) -> dict[str, Any]:
     """What the script draws."""
     stride = -(-len(entries) // MOST_ENTRIES)
     shown = entries[::-stride][::-1]  # the last one is always there

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.kv.recording import Entry, Header
+from fineserve_jax.kv.recording import Header, RecordEntry
 
 COLOURS = ("#e8e8e8", "#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
 """Of free slabs, and of pools in the order of their numbers, over and over."""
@@ -20,7 +20,7 @@ def colour(number: int) -> str:
     return COLOURS[0] if number == 0 else COLOURS[1 + (number - 1) % (len(COLOURS) - 1)]
 
 
-def format_colours(header: Header, entries: Sequence[Entry]) -> dict[str, str]:
+def format_colours(header: Header, entries: Sequence[RecordEntry]) -> dict[str, str]:
     """Colour of each KV format that holds anything in some entry: that of its first pool."""
     used = sorted({name for entry in entries for name in entry.formats})
     owners = [pool.rpartition("/")[2] for pool in header.pools]
@@ -28,22 +28,22 @@ def format_colours(header: Header, entries: Sequence[Entry]) -> dict[str, str]:
     return {name: colour(1 + numbers[name]) for name in sorted(used, key=numbers.__getitem__)}
 
 
-def busiest(entries: Sequence[Entry]) -> Entry:
+def busiest(entries: Sequence[RecordEntry]) -> RecordEntry:
     """The entry with the most slabs in use."""
     return max(entries, key=lambda entry: np.count_nonzero(entry.slab_map[:, 0]))
 
 
-def needed(entry: Entry) -> int:
+def needed(entry: RecordEntry) -> int:
     """Bytes of all cached tokens."""
     return sum(part[0] for part in entry.formats.values())
 
 
-def reserved(entry: Entry) -> int:
+def reserved(entry: RecordEntry) -> int:
     """Bytes set aside for them."""
     return sum(part[1] for part in entry.formats.values())
 
 
-def draw_picture(header: Header, entries: Sequence[Entry], path: Path) -> None:
+def draw_picture(header: Header, entries: Sequence[RecordEntry], path: Path) -> None:
     """Writes the PNG.
 
     Raises:
@@ -74,7 +74,7 @@ def draw_picture(header: Header, entries: Sequence[Entry], path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error}") from None
 
 
-def _occupancy(axes: Any, header: Header, entries: Sequence[Entry]) -> None:
+def _occupancy(axes: Any, header: Header, entries: Sequence[RecordEntry]) -> None:
     steps, colours = [entry.step for entry in entries], format_colours(header, entries)
     layers = [[entry.formats.get(name, (0, 0, 0))[1] / MIB for entry in entries] for name in colours]
     idle = [sum(part[2] for part in entry.formats.values()) / MIB for entry in entries]
@@ -87,7 +87,7 @@ def _occupancy(axes: Any, header: Header, entries: Sequence[Entry]) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=len(labels) + 1, loc="lower right", bbox_to_anchor=(1, 1))
 
 
-def _fragmentation(axes: Any, entries: Sequence[Entry]) -> None:
+def _fragmentation(axes: Any, entries: Sequence[RecordEntry]) -> None:
     shown = [entry for entry in entries if needed(entry)]
     axes.plot([e.step for e in shown], [reserved(e) / needed(e) for e in shown], color=colour(1), linewidth=1)
     axes.set(ylabel="reserved / needed", ylim=(1, None))
@@ -97,7 +97,7 @@ def _fragmentation(axes: Any, entries: Sequence[Entry]) -> None:
     requests.spines["top"].set_visible(False)
 
 
-def _counts(axes: Any, entries: Sequence[Entry]) -> None:
+def _counts(axes: Any, entries: Sequence[RecordEntry]) -> None:
     steps = [entry.step for entry in entries]
     names = [name for name in entries[-1].counts if not name.endswith("_tokens") and entries[-1].counts[name]]
     for index, name in enumerate(names):
@@ -109,7 +109,7 @@ def _counts(axes: Any, entries: Sequence[Entry]) -> None:
         axes.text(0.5, 0.5, "no page was moved, converted, narrowed or evicted", transform=axes.transAxes, ha="center")
 
 
-def _map(axes: Any, header: Header, entry: Entry) -> None:
+def _map(axes: Any, header: Header, entry: RecordEntry) -> None:
     """A square a slab, filled from below by the part of its pages that is in use."""
     slabs = entry.slab_map
     rows = -(-len(slabs) // MAP_COLUMNS)

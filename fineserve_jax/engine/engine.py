@@ -1,5 +1,6 @@
 """The engine: requests in, tokens out. A step is schedule -> execute -> commit."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,10 +118,9 @@ class Engine:
 
     def queue(self, prepared: PreparedRequest) -> list[Request]:
         """Lets all `n` samples of a prompt wait for their turn; all but the first may start from its pages."""
-        samples = [self._queue_sample(prepared)]
-        for index in range(1, prepared.sampling.n):
-            samples.append(self._queue_sample(prepared, None, index, samples[0]))
-        return samples
+        first = self._queue_sample(prepared)
+        further = range(1, prepared.sampling.n)
+        return [first, *(self._queue_sample(prepared, None, index, first) for index in further)]
 
     def add_request(
         self,
@@ -153,15 +153,20 @@ class Engine:
         fork_of: Request | None = None,
     ) -> Request:
         sequence = self._num_requests
-        own_id = f"request-{sequence}" if request_id is None else request_id
+        own_id = self._unused_id() if request_id is None else request_id
         request = prepared.request(own_id, sequence, self.clock(), self.config.seed, sample_index, fork_of)
+        use_precision(prepared.served, self.kv, prepared.precision)
         self.scheduler.add(request)
         self._num_requests += 1
-        use_precision(prepared.served, self.kv, prepared.precision)
         self.detokenizers[request] = IncrementalDetokenizer(
             prepared.served.tokenizer, prepared.sampling, prepared.token_ids
         )
         return request
+
+    def _unused_id(self) -> str:
+        """An id for the next request: its number, unless a caller has given that to one of their own."""
+        numbers = itertools.count(self._num_requests)
+        return next(name for number in numbers if (name := f"request-{number}") not in self.scheduler)
 
     def output(self, samples: Sequence[Request], prompt: str | None = None) -> RequestOutput:
         """What a prompt gave whose samples have all finished and are not released. `prompt`: its text, if any."""

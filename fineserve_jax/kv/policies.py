@@ -65,7 +65,7 @@ class Partitioned(Elastic):
         return page_class.kv_format
 
     def slab_limits(self, share_names: Collection[str], num_slabs: int) -> dict[str, int]:
-        shares = self.shares or dict.fromkeys(share_names, 1.0)
+        shares = self.shares or dict.fromkeys(sorted(share_names), 1.0)
         missing = sorted(set(share_names) - set(shares))
         if missing:
             raise ConfigError(

@@ -3,7 +3,7 @@
 A request counts against the quota of its tenant and against that of its KV precision, where there are such:
 
     "tenant:alice"      what requests of the tenant alice hold, whatever their precision
-    "precision:int8"    what requests that asked for int8 hold, whoever they are of
+    "precision:int8"    what requests that asked for int8 hold, of whatever tenant
 
 with all pages that it holds, its residual page and pages that it shares with others included. Fractions are of the
 memory that any mix of pages can fill: the ends of slabs that no whole page fits, and one slab a page length that may be

@@ -1,6 +1,6 @@
 """A record of a run: how the memory was divided and used, step by step, for `fineserve-jax slabs`.
 
-A file of JSON lines. The first says how the arena is divided; each further one is an `Entry`.
+A file of JSON lines. The first says how the arena is divided; each further one is an `RecordEntry`.
 """
 
 import base64
@@ -40,7 +40,7 @@ class Header:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class RecordEntry:
     """The memory after a step.
 
     Attributes:
@@ -100,7 +100,7 @@ class Recorder:
         if step % self._every:
             return
         usage = measure_usage(self._kv)
-        entry = Entry(
+        entry = RecordEntry(
             step=step,
             time_s=round(time_s, 4),
             running=running,
@@ -117,7 +117,7 @@ class Recorder:
             file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
 
 
-def read_record(path: Path) -> tuple[Header, list[Entry]]:
+def read_record(path: Path) -> tuple[Header, list[RecordEntry]]:
     """A record; a last line that was cut off is left out.
 
     Raises:
@@ -132,7 +132,9 @@ def read_record(path: Path) -> tuple[Header, list[Entry]]:
     header: dict[str, Any] = json.loads(lines[0])
     if header["version"] != VERSION:
         raise ConfigError(f"{path} is a record of version {header['version']}; this program reads version {VERSION}")
-    entries = [Entry(**json.loads(line)) for line in lines[1:-1]]  # behind the last newline is nothing, or a piece
+    entries = [
+        RecordEntry(**json.loads(line)) for line in lines[1:-1]
+    ]  # behind the last newline is nothing, or a piece
     if not entries:
         raise ConfigError(f"{path} holds no step; record a run of at least one")
     return Header(**header), entries

@@ -100,6 +100,6 @@ def _parsed_call(call: Message) -> dict[str, Any]:
 def _parsed(arguments: Any) -> Any:
     try:
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments

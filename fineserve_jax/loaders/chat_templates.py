@@ -39,7 +39,7 @@ class TemplateRenderer:
         """
         try:
             asked = json.dumps({"template": template, "values": values})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"messages and what goes with them must be JSON values: {error}") from None
         with self._lock:
             answer = self._ask(asked)
@@ -74,7 +74,7 @@ class TemplateRenderer:
         except BaseException:  # an interrupt: what the worker answers is of no use to the next who asks
             self.close()
             raise
-        if not answer:
+        if not answer.endswith("\n"):  # ended, perhaps in the middle of its answer
             self.close()
             return {"failed": "the process that renders it has ended, most likely for want of memory"}
         return dict(json.loads(answer))

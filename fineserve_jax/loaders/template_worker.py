@@ -11,6 +11,7 @@ operating system and its time by whoever waits for the answer (see `chat_templat
 import datetime
 import functools
 import json
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -22,6 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_BYTES = 2**30
 """Memory of the process, where the operating system can limit it."""
+
+MAX_SECONDS = 30.0
+"""Longest time that the process works on one template."""
 
 MAX_CHARACTERS = 2**24
 """Longest text that a template may make."""
@@ -93,13 +97,23 @@ def _limit_memory() -> None:
         import resource
     except ImportError:  # not on Windows
         return
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = MAX_BYTES if hard == resource.RLIM_INFINITY else min(MAX_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def main() -> None:
     _limit_memory()
     for line in sys.stdin:
+        _limit_time(MAX_SECONDS)
         print(json.dumps(answer(line)), flush=True)
+        _limit_time(0)
+
+
+def _limit_time(seconds: float) -> None:
+    """End the process after so long, if nobody else does: whoever asked may be gone. 0: never."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 if __name__ == "__main__":

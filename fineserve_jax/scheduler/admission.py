@@ -82,7 +82,7 @@ class Admission:
         self.left_guaranteed = False
         # Each open group, and the priority number from which on it is closed.
         open_groups = dict.fromkeys(self._queue.groups(), math.inf)
-        # Slots that requests leave which give way to one for its memory are for the next pass.
+        # Batch slots of requests that are preempted here for memory are filled in the next pass.
         num_free_slots = self._config.max_batch_size - len(self._running)
         admitted: list[RunningRequest] = []
         while open_groups and (entry := self._first(open_groups, now)):

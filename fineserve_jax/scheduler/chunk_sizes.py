@@ -25,7 +25,7 @@ class ChunkSizes:
         config: page size, most tokens, and whether prompts are divided.
         profile: predicts the step's time.
         decodes: what else the step computes.
-        target_s: seconds that the step may take; inf: as long as it likes.
+        target_s: seconds that the step may take; inf: no limit.
     """
 
     def __init__(

@@ -106,7 +106,7 @@ def _by_model(
         tpot_slo_s = request.tpot_slo_s
         if tpot_slo_s is not None:
             due = due_s(request, tpot_slo_s, now)
-            # One that is far behind has missed its target: it goes along, but hurries nobody.
+            # One that is far behind has missed its target: it is computed, but makes no step urgent.
             if load.due_s > due > now - FAR_BEHIND * tpot_slo_s:
                 load.due_s = due
     return loads

@@ -98,6 +98,10 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether an unfinished request has that id."""
+        return request_id in self._requests
+
     @property
     def num_waiting(self) -> int:
         return len(self._queue)
@@ -124,10 +128,10 @@ class Scheduler:
         return self._admission.num_reclaimed
 
     def add(self, request: Request) -> None:
-        """Let a request wait. The engine has made sure that it fits alone at `max_total_tokens`.
+        """Let a request wait. The engine has made sure that it fits alone at `max_total_tokens`, its quotas respected.
 
         Raises:
-            RequestError: an id that is in use, or more tokens than a quota allows.
+            RequestError: an id that is in use.
             ConfigError: a model or KV format that is not served.
         """
         if request.request_id in self._requests:
@@ -135,7 +139,6 @@ class Scheduler:
         if request.kv_precision not in self._profile(request.model).model.formats:
             known = ", ".join(self._profile(request.model).model.formats)
             raise ConfigError(f"kv_precision={request.kv_precision!r} is not served by {request.model}; use {known}")
-        self.quotas.check(request.model, request.kv_precision, request.tenant, request.max_total_tokens)
         self._requests[request.request_id] = request
         self._queue.push(request)
         self._admission_may_help = True
@@ -189,6 +192,7 @@ class Scheduler:
         self._narrowing.begin_step()
         preempted = self._growth.grow_all()
         self._admission_may_help |= preempted
+        self._defer_missed(now)
         if self._admission_may_help and not (preempted and self._running):
             self._admit(now)
             self._admission_may_help |= self._kv.is_compacting or self._admission.left_guaranteed
@@ -240,11 +244,14 @@ class Scheduler:
         """The measured rate of copies between device and host memory; None: none was timed yet."""
         self._swapping.note_rate(bytes_per_s)
 
-    def _admit(self, now: float) -> None:
+    def _defer_missed(self, now: float) -> None:
+        """Put requests that missed their deadline behind the others, or end them if they ask for it."""
         for request in self._queue.defer_missed(now):
             if request.drop_when_late:
                 self.finish(request, FinishReason.LATE, now)
                 self._dropped.append(request)
+
+    def _admit(self, now: float) -> None:
         self._admission_may_help = False
         is_full = len(self._running) >= self.config.max_batch_size
         if not self._queue or (is_full and not self.config.quotas):

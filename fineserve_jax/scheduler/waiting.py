@@ -10,7 +10,7 @@ Requests are ordered by
     key         the policy's; ties go to the earlier arrival
 
 There is a last resort: a request that has waited for `overtaking_limit_s` is *aged*, and comes before all that are not,
-whatever its priority and however late it is.
+whatever its priority and however late it is; only those that quotas guarantee memory to come before it (see `quotas`).
 """
 
 import heapq
@@ -126,8 +126,13 @@ class WaitingQueue:
         missed, starts = [], self._by_latest_start
         while starts and starts[0][0] < now:
             _, sequence, request = heapq.heappop(starts)
-            # Asked again: it may have been admitted since, got its first token, and lost its memory.
-            if self._ranks.get(request) == ON_TIME and self._latest_start_of(request) < now:
+            if self._ranks.get(request) != ON_TIME:
+                continue
+            # Asked again: it may have got its first token and lost its memory since, or steps have become faster.
+            latest_start = self._latest_start_of(request)
+            if now <= latest_start < math.inf:
+                heapq.heappush(starts, (latest_start, sequence, request))
+            elif latest_start < now:
                 self._ranks[request] = DEADLINE_MISSED
                 entry = Entry(request.priority, DEADLINE_MISSED, request.times.arrival_s, sequence, request)
                 heapq.heappush(self._heaps[self.group_of(request)].missed, entry)

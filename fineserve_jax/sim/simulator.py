@@ -102,6 +102,8 @@ class Simulator:
             request = self._request(self._next, arrivals[self._next])
             fits = self._kv.fits_alone(request.model, request.kv_precision, request.max_total_tokens)
             if fits:
+                tenant, most = request.tenant, request.max_total_tokens
+                self._scheduler.quotas.check(request.model, request.kv_precision, tenant, most)
                 self._scheduler.add(request)
             self._requests.append(request if fits else None)
             self._next += 1

@@ -105,6 +105,16 @@ def test_each_check_of_a_prompt_runs_once(llm, monkeypatch, name):
     assert len(calls) == 3
 
 
+def test_ids_that_a_caller_gives_out_are_in_nobodys_way(llm):
+    engine = llm.engine
+    taken = engine.add_request([5], TWENTY, request_id=f"request-{engine._num_requests + 2}")
+    (output,) = llm.generate("a", SamplingParams(max_tokens=2, ignore_eos=True, n=4))
+    assert len(output.outputs) == 4
+    engine.abort(taken)
+    engine.release(taken)
+    assert engine.detokenizers == {}
+
+
 def test_pieces_of_a_stream_make_up_the_text(llm):
     (whole,) = llm.generate("hello", TWENTY)
     assert "".join(llm.stream("hello", TWENTY)) == whole.outputs[0].text

@@ -1,7 +1,11 @@
 """Chat templates: rendered as transformers renders them, in a sandbox, with clear refusals."""
 
 import dataclasses
+import json
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -9,7 +13,7 @@ from tokenizers.models import BPE
 
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer, render_chat
-from fineserve_jax.loaders.chat_templates import TemplateRenderer
+from fineserve_jax.loaders.chat_templates import WORKER, TemplateRenderer
 
 PLAIN = Tokenizer(Backend(BPE()), (0,), special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
 HELLO = [{"role": "user", "content": "Hello <b> é"}]
@@ -234,6 +238,28 @@ def test_a_template_that_takes_for_ever_is_refused():
         renderer.render(endless, {})
     assert renderer.render("{{ a }}", {"a": "é"}) == "é"
     renderer.close()
+
+
+def test_nesting_without_end_is_an_error_of_the_request():
+    deep = "[" * 100_000
+    call = {"type": "function", "function": {"name": "f", "arguments": deep}}
+    messages = [HELLO[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert render("{{ messages[1].tool_calls[0].function.arguments | length }}", messages) == "100000"
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(RequestError, match="must be JSON values"):
+        render("x", chat_template_kwargs={"a": value})
+
+
+def test_the_process_that_renders_ends_by_itself_when_nobody_waits_for_it():
+    """Whoever asked may have been killed."""
+    script = f"import runpy; main = runpy.run_path({str(WORKER)!r})['main']; "
+    script += "main.__globals__['MAX_SECONDS'] = 0.3; main()"
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    asked = json.dumps({"template": endless, "values": {}}) + "\n"
+    done = subprocess.run([sys.executable, "-c", script], input=asked, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGALRM, "")
 
 
 def test_values_that_json_does_not_have_are_refused():

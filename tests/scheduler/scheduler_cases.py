@@ -80,6 +80,7 @@ class FakeEngine:
 
     def add(self, request: Request) -> Request:
         assert self.kv.fits_alone(request.model, request.kv_precision, request.max_total_tokens)
+        self.scheduler.quotas.check(request.model, request.kv_precision, request.tenant, request.max_total_tokens)
         self.requests.append(request)
         self.scheduler.add(request)
         return request

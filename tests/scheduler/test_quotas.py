@@ -189,10 +189,9 @@ class QuotaMachine(RuleBasedStateMachine):
         request = make_request(len(self.engine.requests), prompt, output, kv, self.engine.now, tenant=tenant)
         if self.engine.kv.fits_alone(MODEL, kv, prompt + output):
             try:
-                self.engine.scheduler.add(request)
+                self.engine.add(request)
             except RequestError:
                 return
-            self.engine.requests.append(request)
 
     @rule(steps=st.integers(1, 12))
     def step(self, steps):

@@ -75,6 +75,27 @@ def test_a_request_that_has_its_first_token_is_never_late():
     assert {r.finish_reason for r in engine.requests} == {FinishReason.LENGTH}
 
 
+def test_a_request_is_dropped_in_time_while_nobody_can_be_admitted():
+    engine = FakeEngine(make_kv(40), max_batch_size=1)
+    engine.add(make_request(0, 8, 100))
+    engine.step()
+    waiting = engine.add(make_request(1, 8, 2, ttft_slo_s=5.0, drop_when_late=True))
+    for _ in range(6):
+        engine.step()
+    assert waiting.finish_reason is FinishReason.LATE
+
+
+def test_a_deadline_counts_even_if_steps_have_become_faster_since_it_was_first_missed():
+    request = make_request(0, 8, 2)
+    latest_start = 10.0
+    queue = WaitingQueue(lambda r: r.sequence, lambda r: latest_start)
+    queue.push(request)
+    latest_start = 14.0
+    assert queue.defer_missed(11.0) == []
+    assert queue.defer_missed(13.0) == []
+    assert queue.defer_missed(15.0) == [request]
+
+
 def test_a_request_is_late_when_its_prefill_would_not_end_in_time():
     """The roofline takes 21 ms and more for a step."""
     long, short = (make_request(i, 8, 2, ttft_slo_s=slo) for i, slo in enumerate([0.5, 0.51]))
