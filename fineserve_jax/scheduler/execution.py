@@ -5,8 +5,8 @@ many tokens as the profile says fit under the tightest time-per-token target amo
 without a target as many as `max_chunk_tokens`, which gives the most tokens a second; see `chunk_sizes`.
 
 A target is for a request's tokens on average, so what counts is when the next one is *due*: as long after the first as
-the target allows to the tokens between. The time of a request that is ahead is used for prefill; one that is behind needs
-steps that are shorter than its target until it has caught up.
+the target allows to the tokens between. The time of a request that is ahead is used for prefill; one that is behind
+needs steps that are shorter than its target until it has caught up.
 """
 
 import math
