@@ -1,7 +1,7 @@
 """The synchronous front door: prompts in, answers out, in order."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 from fineserve_jax.engine.engine_config import EngineConfig
@@ -9,6 +9,7 @@ from fineserve_jax.engine.load import load_engine
 from fineserve_jax.engine.model_settings import model_sources
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prepare import PreparedRequest
+from fineserve_jax.engine.prompts import conversation_list, encode_prompt, is_conversation, prompt_list
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
@@ -16,9 +17,9 @@ from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.request_options import OptionKeywords, RequestOptions, one_each, options_of_each
 from fineserve_jax.sampling_params import SamplingParams
 
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
-Encode = Callable[[Tokenizer, Any], tuple[str | None, list[int]]]
+Encode = Callable[..., tuple[str | None, list[int]]]
 
 
 class LLM:
@@ -58,7 +59,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         options: RequestOptions | Sequence[RequestOptions] | None = None,
         *,
@@ -68,7 +69,8 @@ class LLM:
         """Answers prompts, all in one batch as far as memory allows.
 
         Args:
-            prompts: texts or lists of token ids; or a single one.
+            prompts: texts, lists or arrays of token ids, or tables {"prompt": text} or {"prompt_token_ids": ids}; in a
+                list or a generator; or a single one.
             sampling_params: one for all, or one for each prompt; greedy if None.
             options: who answers, in which KV precision, how soon: one for all, or one for each prompt.
             on_step: called after every step, to show progress.
@@ -80,11 +82,11 @@ class LLM:
         Raises:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
         """
-        return self._answer(_prompt_list(prompts), _encode, sampling_params, options, fields, on_step)
+        return self._answer(prompt_list(prompts), encode_prompt, sampling_params, options, fields, on_step)
 
     def chat(
         self,
-        conversations: Conversation | Sequence[Conversation],
+        conversations: Conversation | Iterable[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         options: RequestOptions | Sequence[RequestOptions] | None = None,
         *,
@@ -99,10 +101,8 @@ class LLM:
         Args:
             chat_options: how they are rendered: tools, documents, which template, and so on.
         """
-        single = conversations and isinstance(conversations[0], Mapping)
-        listed: list[Any] = [conversations] if single else list(conversations)
         encode = functools.partial(encode_chat, options=chat_options or ChatOptions())
-        return self._answer(listed, encode, sampling_params, options, fields, on_step)
+        return self._answer(conversation_list(conversations), encode, sampling_params, options, fields, on_step)
 
     def stream(
         self,
@@ -124,12 +124,11 @@ class LLM:
         if sampling.n != 1:
             raise RequestError(f"n={sampling.n}: one answer at a time can be streamed; use n=1, or generate()")
         (own,) = options_of_each(1, options, fields)
-        is_chat = not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping)
+        is_chat = is_conversation(prompt)
         if chat_options is not None and not is_chat:
-            raise RequestError(
-                "chat_options are given with a prompt that is no conversation; give messages, or no options"
-            )
-        encode = functools.partial(encode_chat, options=chat_options or ChatOptions()) if is_chat else _encode
+            raise RequestError("chat_options with a prompt that is no conversation: give messages, or leave them out")
+        chat: Encode = functools.partial(encode_chat, options=chat_options or ChatOptions())
+        encode: Encode = chat if is_chat else encode_prompt
         _, prepared = self._prepare(prompt, encode, sampling, own)
         return self._pieces(prepared)
 
@@ -164,7 +163,8 @@ class LLM:
         self, prompt: Any, encode: Encode, sampling: SamplingParams, options: RequestOptions
     ) -> tuple[str | None, PreparedRequest]:
         """The prompt's text, if it has one, and what the engine can queue."""
-        text, token_ids = encode(self.engine.served(options.model).tokenizer, prompt)
+        served = self.engine.served(options.model)
+        text, token_ids = encode(served.tokenizer, prompt, max_tokens=served.max_seq_len - 1)
         return text, self.engine.prepare(token_ids, sampling, options)
 
     def _answer(
@@ -209,16 +209,3 @@ class LLM:
             for request in (request for group in groups for request in group):
                 self.engine.abort(request)
                 self.engine.release(request)
-
-
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _encode(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
-    """The prompt's text, None if it came as tokens, and its tokens."""
-    if isinstance(prompt, str):
-        return prompt, tokenizer.encode_prompt(prompt)
-    return None, list(prompt)

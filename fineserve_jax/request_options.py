@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Self, TypedDict, TypeVar
 from pydantic import Field, InstanceOf, Strict, WrapValidator, model_validator
 
 from fineserve_jax.errors import FineServeError, RequestError
-from fineserve_jax.validation import Validated, refused_as
+from fineserve_jax.validation import Validated, given_values, refused_as
 
 MAX_PRIORITY = 2**31 - 1
 
@@ -65,7 +65,7 @@ class RequestOptions(Validated):
     @model_validator(mode="before")
     @classmethod
     def _none_is_unset(cls, values: Any) -> Any:
-        return {n: value for n, value in values.items() if value is not None or n not in cls.model_fields}
+        return given_values(values, cls.model_fields)
 
     @model_validator(mode="after")
     def _late_needs_a_target(self) -> Self:

@@ -1,34 +1,44 @@
 """What a request asks of the sampler."""
 
 import math
-from typing import Annotated, ClassVar, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fineserve_jax.errors import FineServeError, RequestError
-from fineserve_jax.validation import Validated
+from fineserve_jax.validation import Validated, given_values, token_id
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 256
 MAX_SEED = 2**32 - 1
 MAX_BIAS = 1e4
-MIN_TEMPERATURE = 1e-3
+MIN_TEMPERATURE = 1e-6
+OTHER_NAMES = ("max_completion_tokens", "top_logprobs")
+"""OpenAI's, for `max_tokens`, and for the number in `logprobs` where that is true; see `own_fields`."""
 
-TokenId = Annotated[int, Field(ge=0)]
+
+def _token_id(value: Any) -> Any:
+    return value if isinstance(value, str) else token_id(value)  # keys of JSON objects are text
+
+
+TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 
 class SamplingParams(Validated):
     """How the tokens of one request are chosen, and when it ends.
 
-    Every field is checked on construction; a bad one raises `RequestError`. The order of application is the usual
-    one: penalties and `logit_bias` on the raw logits, then `temperature`, then `top_k`, `top_p` and `min_p`.
+    Every field is checked on construction; a bad one raises `RequestError`. None stands for a field's default. The
+    order of application is the usual one: penalties and `logit_bias` on the raw logits, then `temperature`, then
+    `top_k`, `top_p` and `min_p`. OpenAI's `max_completion_tokens` is taken for `max_tokens`, and `logprobs=True` with
+    `top_logprobs=k` for `logprobs=k`.
 
     Attributes:
         max_tokens: most tokens to generate; None means up to the engine's `max_seq_len`.
         min_tokens: end-of-sequence and `stop_token_ids` cannot be sampled before this many tokens, and `stop` counts
             only where it ends behind them.
         temperature: 0 is greedy (argmax); otherwise logits are divided by it.
-        top_k: keep the k most likely tokens; 0 keeps all. Tokens tied with the k-th are kept.
+        top_k: keep the k most likely tokens; 0 or -1 keeps all. Tokens tied with the k-th are kept.
         top_p: keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
         min_p: drop tokens less likely than this fraction of the most likely one; 0 drops none.
         repetition_penalty: divide positive and multiply negative logits of tokens already in prompt or output
@@ -52,7 +62,7 @@ class SamplingParams(Validated):
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
-    top_k: int = Field(default=0, ge=0, le=2**31 - 1)
+    top_k: int = Field(default=0, ge=-1, le=2**31 - 1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
@@ -68,6 +78,16 @@ class SamplingParams(Validated):
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_given(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        return given_values(own_fields(values), cls.model_fields)
+
+    @field_validator("top_k")
+    @classmethod
+    def _all_is_0(cls, value: int) -> int:
+        return max(value, 0)
+
     @field_validator("logit_bias")
     @classmethod
     def _bias_in_range(cls, value: dict[int, float]) -> dict[int, float]:
@@ -82,7 +102,7 @@ class SamplingParams(Validated):
     @classmethod
     def _not_all_but_zero(cls, value: float) -> float:
         if 0 < value < MIN_TEMPERATURE:
-            raise ValueError(f"a temperature under {MIN_TEMPERATURE} is as good as 0; use 0, which is greedy")
+            raise ValueError(f"a temperature under {MIN_TEMPERATURE:g} is as good as 0; use 0, which is greedy")
         return value
 
     @field_validator("stop", mode="before")
@@ -108,3 +128,33 @@ class SamplingParams(Validated):
     @property
     def uses_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def own_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `SamplingParams` under their own names and in their own forms; values are not checked.
+
+    Args:
+        given: fields, with `OTHER_NAMES` among them, and `logprobs` perhaps true or false.
+
+    Raises:
+        RequestError: a field that is given twice, differently.
+    """
+    fields = dict(given)
+    if "max_completion_tokens" in fields:
+        other, own = fields.pop("max_completion_tokens"), fields.get("max_tokens")
+        if own is not None and other is not None and own != other:
+            raise RequestError(f"max_completion_tokens={other!r} is not max_tokens={own!r}; give one of them")
+        fields["max_tokens"] = other if own is None else own
+    top, logprobs = fields.pop("top_logprobs", None), fields.get("logprobs")
+    if isinstance(logprobs, bool):
+        fields["logprobs"] = 0 if logprobs else None
+    if top is not None:
+        if type(top) is not int or not 0 <= top <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"top_logprobs={top!r} is no whole number from 0 to {MAX_TOP_LOGPROBS}; give one")
+        if logprobs is True:
+            fields["logprobs"] = top
+        elif top and not logprobs:
+            raise RequestError(f"top_logprobs={top} without logprobs gives none; set logprobs to true")
+        elif logprobs and logprobs != top:
+            raise RequestError(f"top_logprobs={top} is not logprobs={logprobs!r}; give one number, or logprobs as true")
+    return fields

@@ -4,14 +4,18 @@ Pydantic does the checking; this turns its report into the project's own errors,
 `temperature=-1: input should be greater than or equal to 0`. A field whose type carries `refused_as` words its own.
 """
 
+import operator
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from fineserve_jax.errors import ConfigError, FineServeError
 
 REFUSED = "refused"
+MAX_SHOWN = 200  # characters of a value in a message
 JSON_KINDS = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
 
 
@@ -41,7 +45,7 @@ def describe(error: ValidationError, settings: type[BaseModel]) -> str:
             clauses.append(f"unknown setting {field!r}; the settings are: {known}")
             continue
         message = item["msg"].removeprefix("Value error, ")
-        clauses.append(f"{field}={item['input']!r}: {message[:1].lower()}{message[1:]}" if field else message)
+        clauses.append(f"{field}={shown(item['input'])}: {message[:1].lower()}{message[1:]}" if field else message)
     return "; ".join(clauses)
 
 
@@ -58,8 +62,8 @@ def refused_as(clause: str) -> WrapValidator:
             return handler(value)
         except ValidationError:
             kind = json_kind(value)
-            shown = repr(value) if kind == JSON_KINDS[float] else f"a JSON {kind}"
-            text = clause.format(field=info.field_name, value=repr(value), kind=kind, shown=shown)
+            or_kind = shown(value) if kind == JSON_KINDS[float] else f"a JSON {kind}"
+            text = clause.format(field=info.field_name, value=shown(value), kind=kind, shown=or_kind)
             raise PydanticCustomError(REFUSED, "{text}", {"text": text}) from None
 
     return WrapValidator(validate)
@@ -72,3 +76,41 @@ def json_kind(value: Any) -> str:
     if isinstance(value, list) and value:
         return "list of whole numbers" if {type(item) for item in value} == {int} else "list of more than whole numbers"
     return JSON_KINDS.get(type(value), type(value).__name__)
+
+
+def shown(value: Any) -> str:
+    """A value as a message names it: cut where it is long, its type where Python cannot write it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
+        return f"a {type(value).__name__} too large to show"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """A text as a message quotes it."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def given_values(values: Mapping[str, Any], fields: Container[str]) -> dict[str, Any]:
+    """The fields that are given, those that are not None, and whatever is no field, to be refused. Numpy's numbers and
+    arrays become Python's."""
+    return {
+        name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+        for name, value in values.items()
+        if value is not None or name not in fields
+    }
+
+
+def token_id(value: Any) -> int:
+    """A token id as an int: any type of whole number, numpy's included.
+
+    Raises:
+        ValueError: a boolean, a number with a fraction, or anything else.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"a token id is a whole number, not a {type(value).__name__}")

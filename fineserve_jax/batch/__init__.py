@@ -4,7 +4,7 @@ A row of the input is a JSON object on a line of its own, with `prompt` (text, o
 `messages` (a list of {"role": ..., "content": ...}, rendered by the model's chat template), and, if wanted,
 with
 
-    id                 text or a whole number, its own; else the line's number
+    id                 its own, any JSON value, which its answer bears; else the line's number
     model              the name of its model, where there are several
     kv_precision       the KV format of this row, or "auto"
     min_kv_precision   the KV format to which its older tokens may be narrowed when memory is short
@@ -15,7 +15,10 @@ with
     drop_when_late     true: no answer when the first token cannot be in time; `finish_reason` is then "late"
     ...                every field of `SamplingParams`
 
-that is, every field of `RequestOptions` and of `SamplingParams`. A field of the former that is null is unset.
+that is, every field of `RequestOptions` and of `SamplingParams`, and the names that OpenAI's API has for some of the
+latter: `max_completion_tokens` for `max_tokens`, and `logprobs` true or false with `top_logprobs`. Null stands for a
+field's default, also where the job has another one. No two rows may have equal ids: numbers are equal by value, objects
+whatever the order of their members, and values of different types never.
 
 An answer is
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fineserve_jax.batch.rows import RowId
+from fineserve_jax.batch.row_ids import RowId
 from fineserve_jax.engine.outputs import CompletionOutput, RequestOutput
 from fineserve_jax.loaders import Tokenizer
 from fineserve_jax.runner.runner import TokenLogprobs

@@ -4,10 +4,11 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from fineserve_jax.batch.rows import RowId
+from fineserve_jax.batch.row_ids import id_key
 from fineserve_jax.errors import ConfigError, FineServeError
 
 STDOUT = "-"
@@ -29,13 +30,13 @@ class AnswerFile:
             to be resumed, one that is no file of answers.
 
     Attributes:
-        answered: with `resume`, ids of the rows that the file has answers to.
+        answered: with `resume`, the `id_key` of each row that the file has an answer to.
         failed: with `resume`, (line, error) of its error rows.
     """
 
     def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False) -> None:
         self.path, self.overwrite = str(path), overwrite
-        self.answered: set[RowId] = set()
+        self.answered: set[Hashable] = set()
         self.failed: set[tuple[int, str]] = set()
         self._keep_bytes, self._created, self._begun = 0, False, False
         if resume and overwrite:
@@ -47,6 +48,8 @@ class AnswerFile:
     def _open_stdout(self, resume: bool) -> BinaryIO:
         if resume:
             raise ConfigError("stdout cannot be resumed; give an output file with -o")
+        if sys.stdout is None:
+            raise ConfigError("stdout is closed; give an output file with -o, or open it")
         return sys.stdout.buffer
 
     def _open(self, path: Path, resume: bool, overwrite: bool) -> BinaryIO:
@@ -90,8 +93,8 @@ class AnswerFile:
             if "error" in row:
                 self.failed.add((row["line"], row["error"]))
             else:
-                self.answered.add(row["id"])
-        except (ValueError, KeyError, TypeError):
+                self.answered.add(id_key(row["id"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
                 f"line {number} of {path} is no answer, so it cannot be resumed; name another output, or mend the line"
             ) from None

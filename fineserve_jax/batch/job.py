@@ -1,7 +1,7 @@
 """The job itself: keeps the engine supplied with rows and writes each answer as soon as it is complete."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,14 @@ import numpy as np
 
 from fineserve_jax.batch.answer_rows import answer_row
 from fineserve_jax.batch.answers import AnswerFile
-from fineserve_jax.batch.rows import BadRow, BatchRow, RowId, prompt_tokens, row_sampling
+from fineserve_jax.batch.row_ids import RowId, id_key
+from fineserve_jax.batch.rows import BadRow, BatchRow, prompt_tokens, row_sampling, unforeseen
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.errors import RequestError
 from fineserve_jax.request import FinishReason, Request, RequestStatus
+from fineserve_jax.validation import shown
 
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
@@ -47,7 +50,7 @@ class BatchJob:
     ) -> None:
         self.engine, self.answers, self.sampling, self.on_step = engine, answers, sampling or {}, on_step
         self.summary = BatchSummary()
-        self._lines: dict[RowId, int] = {}
+        self._lines: dict[Hashable, int] = {}
         self._pending: dict[Request, PendingRow] = {}
         self._stats = engine.stats()  # after the last step
 
@@ -85,29 +88,37 @@ class BatchJob:
         if isinstance(row, BadRow):  # its id, perhaps only its line, stays free for a good row
             self._fail(row.line, row.id, row.error)
             return
-        first = self._lines.setdefault(row.id, row.line)
+        key = id_key(row.id)
+        first = self._lines.setdefault(key, row.line)
         if first != row.line:
             self._fail(
                 row.line,
                 row.id,
-                f"id {row.id!r} is that of line {first}; give every row an id of its own, or none",
+                f"id {shown(row.id)} is that of line {first}; give every row an id of its own, or none",
             )
-        elif row.id in self.answers.answered:
+        elif key in self.answers.answered:
             self.summary.skipped += 1
         else:
             try:
-                self._add(row)
+                prepared = self._prepare(row)
             except RequestError as error:
                 self._fail(row.line, row.id, str(error))
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+                self._fail(row.line, row.id, unforeseen(error))
+            else:
+                samples = self.engine.queue(prepared)
+                self._pending |= dict.fromkeys(samples, PendingRow(row, samples))
 
-    def _add(self, row: BatchRow) -> None:
-        tokenizer = self.engine.served(row.options.model).tokenizer
-        tokens, sampling = prompt_tokens(row, tokenizer), row_sampling(row, self.sampling)
+    def _prepare(self, row: BatchRow) -> PreparedRequest:
+        served = self.engine.served(row.options.model)
+        tokens = prompt_tokens(row, served.tokenizer, served.max_seq_len - 1)
+        sampling = row_sampling(row, self.sampling)
         if sampling.seed is None:
             seed = int(np.random.SeedSequence((self.engine.config.seed, row.line)).generate_state(1)[0])
             sampling = sampling.model_copy(update={"seed": seed})
-        samples = self.engine.queue(self.engine.prepare(tokens, sampling, row.options))
-        self._pending |= dict.fromkeys(samples, PendingRow(row, samples))
+        return self.engine.prepare(tokens, sampling, row.options)
 
     # -- answers out -------------------------------------------------------------------------------------
 

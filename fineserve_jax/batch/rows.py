@@ -1,22 +1,20 @@
 """Rows of a file of prompts: read one by one, checked, and turned into what the engine takes."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import InstanceOf, StrictInt, model_validator
+from pydantic import AfterValidator, InstanceOf, StrictInt, model_validator
 
+from fineserve_jax.batch.row_ids import RowId, check_id
 from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
-from fineserve_jax.validation import Validated, json_kind, refused_as
+from fineserve_jax.sampling_params import OTHER_NAMES, SamplingParams, own_fields
+from fineserve_jax.validation import Validated, json_kind, refused_as, shortened
 
 # InstanceOf: pydantic's own str refuses one with half of a surrogate pair, which is for the tokenizer to refuse.
-RowId = Annotated[
-    InstanceOf[str] | StrictInt, refused_as("{field} is a JSON {kind}; give text or a whole number, or none")
-]
 PromptField = Annotated[
     InstanceOf[str] | list[StrictInt] | None,
     refused_as("{field} is a JSON {kind}; give text, or a list of token ids"),
@@ -37,7 +35,7 @@ class RowName(Validated):
     error_class: ClassVar[type[FineServeError]] = RequestError
 
     line: int
-    id: RowId
+    id: Annotated[RowId, AfterValidator(check_id)]
 
 
 class BatchRow(RowName):
@@ -63,7 +61,7 @@ class BatchRow(RowName):
         return self
 
 
-ROW_FIELDS = ("id", "prompt", "messages", *RequestOptions.model_fields, *SamplingParams.model_fields)
+ROW_FIELDS = ("id", "prompt", "messages", *RequestOptions.model_fields, *SamplingParams.model_fields, *OTHER_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +98,31 @@ def parse_row(line: bytes, number: int) -> BatchRow | BadRow:
         return _row(number, row_id, content)
     except RequestError as error:
         return BadRow(number, row_id, str(error))
+    except Exception as error:
+        return BadRow(number, row_id, unforeseen(error))
 
 
-def prompt_tokens(row: BatchRow, tokenizer: Tokenizer) -> list[int]:
-    """The row's prompt as token ids. Raises `RequestError`."""
+def unforeseen(error: BaseException) -> str:
+    """What is said of a row that fails for no reason that was foreseen; the other rows are not to suffer from it."""
+    return (
+        f"the row cannot be prepared: {type(error).__name__}: {shortened(str(error))}; "
+        "this is a fault of fineserve-jax, please report it with the row"
+    )
+
+
+def prompt_tokens(row: BatchRow, tokenizer: Tokenizer, max_tokens: int | None = None) -> list[int]:
+    """The row's prompt as token ids. Raises `RequestError`. `max_tokens`: see `Tokenizer.encode`."""
     if row.messages is not None:
-        _, token_ids = encode_chat(tokenizer, row.messages)
+        _, token_ids = encode_chat(tokenizer, row.messages, max_tokens=max_tokens)
         return token_ids
     if isinstance(row.prompt, str):
-        return tokenizer.encode_prompt(row.prompt)
+        return tokenizer.encode_prompt(row.prompt, max_tokens)
     return list(row.prompt or ())
 
 
 def row_sampling(row: BatchRow, defaults: Mapping[str, Any]) -> SamplingParams:
-    """How to sample the row: its own fields over `defaults`. Raises `RequestError`."""
-    return SamplingParams(**{**defaults, **row.sampling})
+    """How to sample the row: its own fields over `defaults`, null for a field's own default. Raises `RequestError`."""
+    return SamplingParams(**{**own_fields(defaults), **own_fields(row.sampling)})
 
 
 def _row(number: int, row_id: RowId, content: Mapping[str, Any]) -> BatchRow:
@@ -126,13 +134,13 @@ def _row(number: int, row_id: RowId, content: Mapping[str, Any]) -> BatchRow:
         id=row_id,
         prompt=content.get("prompt"),
         messages=content.get("messages"),
-        options=RequestOptions(**_fields_of(RequestOptions, content)),
-        sampling=_fields_of(SamplingParams, content),
+        options=RequestOptions(**_fields(content, RequestOptions.model_fields)),
+        sampling=_fields(content, (*SamplingParams.model_fields, *OTHER_NAMES)),
     )
 
 
-def _fields_of(settings: type[Validated], content: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name in settings.model_fields}
+def _fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name in names}
 
 
 def _refuse_constant(name: str) -> None:

@@ -53,6 +53,8 @@ def run_batch(
         model_sources(model)
     SamplingParams(**sampling)
     with PromptFile(source) as prompts:
+        if prompts.is_empty:
+            Console(stderr=True).print(f"the input {prompts.path} has no rows; a row is an object on a line of its own")
         if prompts.is_same_file(target):
             raise ConfigError(f"{target} is the input, too; name another output")
         with AnswerFile(target, resume, overwrite) as answers:

@@ -1,9 +1,9 @@
 """The command line: `fineserve-jax batch | generate | perplexity | slabs | simulate | place | convert | fetch`."""
 
-import os
 import sys
 from collections.abc import Sequence
 
+from fineserve_jax.cli.streams import drop_stdout, mend_streams
 from fineserve_jax.errors import FineServeError
 
 # As shells report a program that was interrupted, and one whose reader went away.
@@ -24,19 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: for `--help`, and for flags that cannot be parsed (status 2).
     """
+    mend_streams()
     try:
         from fineserve_jax.cli.commands import run_command  # here, so that Ctrl-C is quiet while this is imported, too
 
         run_command(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except FineServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered has nowhere to go; without this the interpreter would complain about it as it
-        # exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return EXIT_BROKEN_PIPE
     return 0

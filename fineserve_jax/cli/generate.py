@@ -8,7 +8,8 @@ import tyro
 
 from fineserve_jax.cli.flag_types import Switch
 from fineserve_jax.cli.options import NOT_STREAMED, ConfigFlag, EngineFlags, GenerateFlags, ModelFlag, settle
-from fineserve_jax.errors import RequestError
+from fineserve_jax.cli.streams import read_stdin, write_stdout
+from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -36,7 +37,9 @@ def generate(
         raw: continue the prompt as it stands, without the chat template.
     """
     settings = settle(config, model, engine, sampling)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if sys.stdout is None:
+        raise ConfigError("stdout is closed, so that the answer would be lost; open it, e.g. > answer.txt")
+    text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise RequestError("the prompt is empty; give some text, or - to read it from stdin")
     llm = LLM(settings.model, **{"max_batch_size": 1, **settings.engine})
@@ -50,9 +53,9 @@ def generate(
     try:
         for piece in pieces:
             first = first or time.perf_counter()
-            print(piece, end="", flush=True)
+            write_stdout(piece)
     finally:
-        print(flush=True)
+        write_stdout("\n")
         _report(llm, start, first or time.perf_counter())
 
 

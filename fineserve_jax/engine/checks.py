@@ -1,12 +1,37 @@
 """What can be wrong with a request before it waits: each error names the value, the limit and the remedy."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import numpy as np
 
 from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.validation import shown, token_id
+
+
+def token_list(token_ids: Iterable[Any]) -> list[int]:
+    """A prompt's token ids as ints, out of a list, a generator, or an array of numpy, JAX or PyTorch.
+
+    Raises:
+        RequestError: anything else, or an id that is no whole number, naming its position.
+    """
+    if hasattr(token_ids, "__array__"):
+        token_ids = np.asarray(token_ids).tolist()
+    if isinstance(token_ids, str | bytes | bytearray | set | frozenset | dict) or not isinstance(token_ids, Iterable):
+        raise RequestError(f"the prompt is a {type(token_ids).__name__}; give a list of token ids")
+    tokens = list(token_ids)
+    if all(type(token) is int for token in tokens):
+        return tokens
+    for place, token in enumerate(tokens):
+        try:
+            tokens[place] = token_id(token)
+        except ValueError as error:
+            raise RequestError(f"token {place} of the prompt is {shown(token)}: {error}; give a list of ids") from None
+    return tokens
 
 
 def check_tokens(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fineserve_jax.engine.build import ServedModel
-from fineserve_jax.engine.checks import check_memory, check_tokens
+from fineserve_jax.engine.checks import check_memory, check_tokens, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.errors import RequestError
@@ -111,6 +111,7 @@ def prepare_request(
     Raises:
         RequestError: a request that can never be served, saying what is wrong and what to do.
     """
+    token_ids = token_list(token_ids)
     max_total_tokens = served.max_seq_len
     if sampling.max_tokens is not None:
         max_total_tokens = min(len(token_ids) + sampling.max_tokens, served.max_seq_len)
@@ -122,7 +123,7 @@ def prepare_request(
     check_tokens(served, token_ids, sampling, stop_ids)
     check_memory(kv, served.name, precision.start, max_total_tokens)
     quotas.check(served.name, precision.start, options.tenant, max_total_tokens)
-    return PreparedRequest(served, list(token_ids), sampling, options, precision, max_total_tokens, stop_ids)
+    return PreparedRequest(served, token_ids, sampling, options, precision, max_total_tokens, stop_ids)
 
 
 def precision_of(

@@ -89,10 +89,15 @@ def render_chat(tokenizer: Tokenizer, messages: Messages, options: ChatOptions =
     return cut_after(text, given[-1]) if options.continue_final_message else text
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Messages, options: ChatOptions = PLAIN) -> tuple[str, list[int]]:
-    """Messages as the text that `render_chat` makes of them, and its token ids. Raises RequestError as that does."""
+def encode_chat(
+    tokenizer: Tokenizer, messages: Messages, options: ChatOptions = PLAIN, max_tokens: int | None = None
+) -> tuple[str, list[int]]:
+    """Messages as the text that `render_chat` makes of them, and its token ids. Raises RequestError as that does.
+
+    max_tokens: see `Tokenizer.encode`.
+    """
     text = render_chat(tokenizer, messages, options)
-    return text, tokenizer.encode(text, add_special_tokens=False)
+    return text, tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
 
 
 # -- templates ---------------------------------------------------------------------------------------------------

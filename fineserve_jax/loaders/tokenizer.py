@@ -8,6 +8,7 @@ import tokenizers
 
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
+from fineserve_jax.loaders.token_bound import TokenBound, token_bound
 from fineserve_jax.loaders.token_bytes import ByteRule, byte_rule
 
 # Tokens by which chat models end a turn; generation stops at them although only some files list them.
@@ -51,14 +52,20 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True) + len(self.duplicates)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of `text`. Special tokens written out in the text become their ids.
 
         add_special_tokens: also add what the model expects around a text (mostly a leading BOS); leave it off for
             rendered chats, whose template writes these itself.
+        max_tokens: a text that is so long that it is certain to have more is refused before any work; None: none is.
 
-        Raises RequestError for a text that is not valid Unicode.
+        Raises RequestError for a text that is not valid Unicode, or longer than that.
         """
+        if max_tokens is not None and self._bound and (least := self._bound.least_tokens(text)) > max_tokens:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, which are at least {least} tokens; it may have {max_tokens}, "
+                "one less than max_seq_len, being left to generate; shorten it or raise max_seq_len"
+            )
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError):  # how the backend refuses what UTF-8 cannot hold
@@ -70,14 +77,14 @@ class Tokenizer:
                 "decode the text from the encoding it is in, or replace that character"
             ) from None
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, max_tokens: int | None = None) -> list[int]:
         """Token ids of a plain prompt, special tokens added.
 
         Raises RequestError for an empty text, which a BOS alone would not make a prompt, and as `encode` does.
         """
         if not text:
             raise RequestError("the prompt is empty; give at least one token")
-        return self.encode(text)
+        return self.encode(text, max_tokens=max_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -132,6 +139,10 @@ class Tokenizer:
     def special_ids(self) -> dict[str, int]:
         """Text -> id of the special tokens."""
         return special_ids(self.backend)
+
+    @functools.cached_property
+    def _bound(self) -> TokenBound | None:
+        return token_bound(self.backend)
 
     @functools.cached_property
     def _known_bytes(self) -> dict[int, bytes]:

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
 
 from fineserve_jax import RequestError, SamplingParams
+from fineserve_jax.batch import rows
+from fineserve_jax.batch.row_ids import id_key
 from fineserve_jax.batch.rows import ROW_FIELDS, BadRow, BatchRow, parse_row, prompt_tokens, read_rows, row_sampling
 from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.sampling_params import OTHER_NAMES
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -25,6 +28,8 @@ def test_a_row_has_the_line_as_id_unless_it_brings_one():
     assert row(prompt="a", id=None).id == 7
     assert row(prompt="a", id="x").id == "x"
     assert row(prompt="a", id=0).id == 0
+    for own in (1.5, -0.0, True, False, [], [1, "a", None], {}, {"b": [0.1], "a": {"c": None}}):
+        assert json.dumps(row(prompt="a", id=own).id) == json.dumps(own)
 
 
 def test_sampling_fields_beat_the_defaults_and_null_unsets_them():
@@ -36,6 +41,88 @@ def test_sampling_fields_beat_the_defaults_and_null_unsets_them():
 def test_every_sampling_field_may_stand_in_a_row():
     fields = SamplingParams().model_dump()
     assert row_sampling(row(prompt="a", **fields), {"temperature": 1.0}) == SamplingParams()
+
+
+def test_null_stands_for_the_default_of_any_field():
+    nulls = dict.fromkeys((*SamplingParams.model_fields, *OTHER_NAMES, *RequestOptions.model_fields, "id", "messages"))
+    found = row(prompt="a", **nulls)
+    assert found.id == 7
+    assert row_sampling(found, {}) == SamplingParams()
+    assert SamplingParams(**dict.fromkeys(SamplingParams.model_fields)) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"max_completion_tokens": 5}, {"max_tokens": 5, "logprobs": 2}),
+        ({"max_completion_tokens": 5, "max_tokens": 5}, {"max_tokens": 5, "logprobs": 2}),
+        ({"max_completion_tokens": 5, "max_tokens": None}, {"max_tokens": 5, "logprobs": 2}),
+        ({"max_completion_tokens": None, "max_tokens": 5}, {"max_tokens": 5, "logprobs": 2}),
+        ({"max_completion_tokens": None}, {"logprobs": 2}),
+        ({"logprobs": False}, {"max_tokens": 9}),
+        ({"logprobs": True}, {"max_tokens": 9, "logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 3}, {"max_tokens": 9, "logprobs": 3}),
+        ({"logprobs": True, "top_logprobs": None}, {"max_tokens": 9, "logprobs": 0}),
+        ({"logprobs": False, "top_logprobs": 0}, {"max_tokens": 9}),
+        ({"logprobs": 3, "top_logprobs": 3}, {"max_tokens": 9, "logprobs": 3}),
+        ({"top_logprobs": None}, {"max_tokens": 9, "logprobs": 2}),
+    ],
+)
+def test_openais_names_and_forms_are_taken_and_beat_the_defaults(fields, expected):
+    assert row_sampling(row(prompt="a", **fields), {"max_tokens": 9, "logprobs": 2}) == SamplingParams(**expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens=5 is not max_tokens=6; give one"),
+        ({"top_logprobs": 3}, "top_logprobs=3 without logprobs gives none; set logprobs to true"),
+        ({"top_logprobs": 3, "logprobs": False}, "top_logprobs=3 without logprobs gives none"),
+        ({"top_logprobs": 3, "logprobs": 2}, "top_logprobs=3 is not logprobs=2; give one number"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs=21 is no whole number from 0 to 20"),
+        ({"top_logprobs": True, "logprobs": True}, "top_logprobs=True is no whole number from 0 to 20"),
+        ({"logprobs": 21}, "logprobs=21: .*less than or equal to 20"),
+        ({"max_completion_tokens": 0}, "max_tokens=0: .*greater than or equal to 1"),
+        ({"stop_token_ids": [5, True]}, "stop_token_ids.1=True: a token id is a whole number, not a bool"),
+        ({"stop_token_ids": [1.0]}, "stop_token_ids.0=1.0: a token id is a whole number, not a float"),
+        ({"stop_token_ids": [None]}, "stop_token_ids.0=None: a token id is a whole number, not a NoneType"),
+        ({"temperature": ["x" * 10_000]}, r"temperature=\['x{198}\.\.\.: "),
+    ],
+)
+def test_sampling_fields_that_are_refused(fields, error):
+    with pytest.raises(RequestError, match=f"^{error}"):
+        row_sampling(row(prompt="a", **fields), {})
+    with pytest.raises(RequestError, match=f"^{error}"):
+        SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 1.0),
+        (0, -0.0),
+        (10**20, 1e20),
+        ([1, {"a": 2}], [1.0, {"a": 2.0}]),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+    ],
+)
+def test_ids_that_are_equal(one, other):
+    assert id_key(one) == id_key(other)
+    assert hash(id_key(one)) == hash(id_key(other))
+
+
+def test_ids_that_differ():
+    ids = [1, True, False, 0, "1", "", 0.5, "0.5", [], {}, [1], ["1"], [True], [[1]], [None], {"a": 1}, {"a": True}]
+    ids += [["a", 1], [["a", 1]], {"a": None}, "true", [False], 2**53 + 1, 2**53]
+    assert len({id_key(one) for one in ids}) == len(ids)
+
+
+def test_a_fault_in_checking_a_row_is_that_rows(monkeypatch):
+    monkeypatch.setattr(rows, "RequestOptions", None)
+    bad = row(id="x", prompt="a")
+    assert (bad.line, bad.id) == (7, "x")
+    assert bad.error.startswith("the row cannot be prepared: AttributeError: ")
+    assert bad.error.endswith("this is a fault of fineserve-jax, please report it with the row")
 
 
 @pytest.mark.parametrize(
@@ -63,9 +150,9 @@ def test_every_sampling_field_may_stand_in_a_row():
         (b'{"prompt": "a", "tpot_slo_s": true}', r"tpot_slo_s=a JSON boolean is no latency target; .*"),
         (b'{"prompt": "a", "ttft_slo_s": "1"}', r"ttft_slo_s=a JSON string is no latency target; .*"),
         (b'{"prompt": "a", "drop_when_late": 1}', r"drop_when_late=1 is neither true nor false; .*"),
-        (b'{"prompt": "a", "id": 1.5}', r"id is a JSON number; give text or a whole number, or none"),
-        (b'{"prompt": "a", "id": true}', r"id is a JSON boolean; give text or a whole number, or none"),
-        (b'{"prompt": "a", "id": [1]}', r"id is a JSON list of .*; give text or a whole number, or none"),
+        (b'{"prompt": "a", "id": 1e400}', r"id=inf: a number of the id is greater than a double can hold; .*"),
+        (b'{"prompt": "a", "id": [[-1e400]]}', r"id=.*: a number of the id is greater than .*"),
+        (b'{"prompt": "a", "id": ' + b"[" * 66 + b"]" * 66 + b"}", r"id=.*: the id has .* in more than 64 levels; .*"),
         (b'{"prompt": "a", "heat": 1}', r"unknown field 'heat'; a row may have: id, prompt, .*temperature.*"),
     ],
 )
@@ -84,7 +171,8 @@ def assert_matches(text, pattern):
 def test_a_bad_row_keeps_its_id():
     assert row(id="mine").id == "mine"
     assert row(id="mine", prompt="a", heat=1).id == "mine"
-    assert row(id=True, prompt="a").id == 7
+    assert row(id=True).id is True
+    assert parse_row(b'{"id": 1e400}', 7).id == 7
 
 
 @given(st.binary())

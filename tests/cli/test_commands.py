@@ -133,7 +133,7 @@ def test_generate_prints_the_answer_and_nothing_else_on_stdout(run, tiny_model):
 
 
 def test_generate_reads_the_prompt_from_stdin(run, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("abcd"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abcd")))
     _, _, err = run("generate", "-", "MODEL", "--max-tokens", 1, "--raw")
     assert "[4 prompt and 1 output tokens;" in err
 

@@ -1,0 +1,83 @@
+"""The forms in which callers give prompts: texts, token ids, tables of either; one, or several."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fineserve_jax.engine.checks import token_list
+from fineserve_jax.errors import RequestError
+from fineserve_jax.loaders import Tokenizer
+from fineserve_jax.validation import shown
+
+TABLE_KEYS = ("prompt", "prompt_token_ids")
+
+
+def prompt_list(prompts: Any) -> list[Any]:
+    """The prompts, of which each may be of any form that `encode_prompt` takes.
+
+    Args:
+        prompts: a single one, or several in a list, a generator, or an array with a row for each.
+
+    Raises:
+        RequestError: neither of these.
+    """
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts is a {type(prompts).__name__}; give text, a list of token ids, or a list of these")
+    listed = list(_plain(prompts))
+    # Whatever its numbers are, a list of numbers is one prompt: it is refused for its numbers, if at all.
+    return [listed] if listed and _is_number(listed[0]) else listed
+
+
+def conversation_list(conversations: Iterable[Any]) -> list[Any]:
+    """The conversations: a single one, that is messages, or several."""
+    if isinstance(conversations, str | Mapping) or not isinstance(conversations, Iterable):
+        return [conversations]
+    listed = list(conversations)
+    return [listed] if listed and isinstance(listed[0], Mapping) else listed
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return (
+        isinstance(prompt, Sequence) and not isinstance(prompt, str) and isinstance(next(iter(prompt), None), Mapping)
+    )
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Any, max_tokens: int | None = None) -> tuple[str | None, list[int]]:
+    """The prompt's text, None if it has none, and its token ids.
+
+    Args:
+        prompt: text; token ids in a list, a generator, or an array; or a table as vLLM takes it, of text as
+            {"prompt": ...}, or of token ids as {"prompt_token_ids": ...}, perhaps with the text they came from.
+        max_tokens: see `Tokenizer.encode`.
+
+    Raises:
+        RequestError: anything else, an empty text, or one that is certain to have more tokens.
+    """
+    text, token_ids = _of_table(prompt) if isinstance(prompt, Mapping) else (None, prompt)
+    if isinstance(token_ids, str):
+        return token_ids, tokenizer.encode_prompt(token_ids, max_tokens)
+    return text, token_list(token_ids)
+
+
+def _of_table(table: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """The text of a table, if token ids are there, too; and what is to be encoded."""
+    given = {name: value for name, value in table.items() if value is not None}
+    if not given or (unknown := [name for name in given if name not in TABLE_KEYS]):
+        wrong = f"the key {shown(unknown[0])}" if given else "neither text nor token ids"
+        raise RequestError(f"the prompt is a table with {wrong}; give {' or '.join(TABLE_KEYS)}")
+    text = given.get("prompt")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"prompt in the prompt's table is a {type(text).__name__}; give text, or prompt_token_ids")
+    return (text, given["prompt_token_ids"]) if "prompt_token_ids" in given else (None, text)
+
+
+def _plain(prompts: Any) -> Any:
+    return np.asarray(prompts).tolist() if hasattr(prompts, "__array__") else prompts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float | complex | np.generic) and not isinstance(value, str)
