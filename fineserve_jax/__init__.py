@@ -6,7 +6,7 @@ package costs nothing and the scheduler, the KV books and the simulator are usab
 
 from typing import TYPE_CHECKING, Any
 
-from fineserve_jax.errors import ConfigError, FineServeError, ModelLoadError, RequestError
+from fineserve_jax.errors import ConfigError, FineServeError, ModelLoadError, NonFiniteError, RequestError
 
 if TYPE_CHECKING:
     from fineserve_jax.engine.engine import Engine
@@ -51,6 +51,7 @@ __all__ = [
     "LoadedModel",
     "ModelFamily",
     "ModelLoadError",
+    "NonFiniteError",
     "PackedLanes",
     "PageVectors",
     "PageWords",
