@@ -13,5 +13,9 @@ class ModelLoadError(FineServeError):
     """A model, tokenizer or checkpoint that cannot be found, read or used."""
 
 
+class NonFiniteError(FineServeError):
+    """NaN or infinity where a model should have computed a number."""
+
+
 class RequestError(FineServeError, ValueError):
     """A request that can never be served: bad sampling values, an empty or too long prompt."""

@@ -11,7 +11,7 @@ from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, is_conversation, prompt_list
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.request_options import OptionKeywords, RequestOptions, one_each, options_of_each
@@ -77,7 +77,8 @@ class LLM:
             fields: of `RequestOptions`, those that `options` leaves unset: each one for all, or one for each prompt.
 
         Returns:
-            an output for each prompt, in the order of the prompts.
+            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, the sample's
+            `finish_reason` is "error", and its `error` says more; the others go on.
 
         Raises:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
@@ -115,7 +116,8 @@ class LLM:
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
-        Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece.
+        Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece, and
+        `NonFiniteError` behind the last piece if the model computes NaN or infinity.
 
         Args:
             chat_options: how a conversation is rendered; not for a prompt, which is taken as it is.
@@ -152,6 +154,8 @@ class LLM:
                 # Steps of other calls may have moved this request on, even to its end.
                 if piece := self.engine.detokenizers[request].take():
                     yield piece
+                if request.error is not None:
+                    raise NonFiniteError(request.error)
                 if request.status is RequestStatus.FINISHED:
                     return
                 self.engine.step()

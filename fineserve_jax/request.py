@@ -1,7 +1,7 @@
 """A request, its life, and what a step computes of it: the nouns that the engine, the scheduler and kv/ share.
 
     WAITING --admitted (level 1: it holds the pages of its known tokens)--> READY
-    READY   --picked for a step (level 2)--> RUNNING --stop, length, abort--> FINISHED
+    READY   --picked for a step (level 2)--> RUNNING --stop, length, abort, error--> FINISHED
     READY or RUNNING --preempted (its pages are freed, its tokens kept)--> WAITING
 
 READY and RUNNING both hold memory; RUNNING has had at least one step since it was admitted.
@@ -26,6 +26,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     LATE = "late"
+    ERROR = "error"
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class Request:
         min_kv_precision: name of the narrowest KV format its older pages may be narrowed to when memory is short;
             None: they stay as they are.
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
+        error: what went wrong with it, if it has ended with the reason ERROR.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
@@ -89,6 +91,7 @@ class Request:
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
+    error: str | None = None
     logprobs: list[Any] = field(default_factory=list)
     kv_tokens: dict[str, int] = field(default_factory=dict)
 

@@ -44,7 +44,10 @@ def attend_within(
 
 
 def _exact(k: jax.Array, v: jax.Array) -> PageVectors:
-    return PageVectors((k,), (v,))
+    """Keys and values as they are. A token whose values are not finite has 0 for values and NaN for keys instead: the
+    queries that see it get NaN either way, while 0 * NaN would spread it to those that do not, other requests' too."""
+    finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
+    return PageVectors((jnp.where(finite, k, jnp.nan),), (jnp.where(finite, v, 0.0),))
 
 
 def _ungroup(q: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The answer to a row, as it is written; see the package's docstring for its fields."""
 
+import math
 from typing import Any
 
 from fineserve_jax.batch.row_ids import RowId
@@ -44,7 +45,7 @@ def _logprobs(tokenizer: Tokenizer, token: int, entry: TokenLogprobs) -> dict[st
         return {
             "token": token,
             "text": tokenizer.decode([token], skip_special_tokens=False),
-            "logprob": logprob,
+            "logprob": logprob if math.isfinite(logprob) else None,
         }
 
     top = [named(other, logprob) for other, logprob in entry.top.items()]

@@ -109,15 +109,15 @@ class AnswerFile:
         self._file.truncate(0 if self.overwrite else self._keep_bytes)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes a row so that others can read it at once.
+        """Writes a row so that others can read it at once. It must hold neither NaN nor infinity, which JSON lacks.
 
         Raises:
             FineServeError: the disk is full, or the system refuses for another reason.
         """
         try:
-            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         except UnicodeEncodeError:  # an id with half a surrogate pair
-            line = json.dumps(row).encode() + b"\n"
+            line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             self._write_all(line)
         except BrokenPipeError:

@@ -140,12 +140,15 @@ class BatchJob:
                 self._finish(pending)
 
     def _finish(self, pending: PendingRow) -> None:
-        output = self.engine.output(pending.samples)
+        row, output = pending.row, self.engine.output(pending.samples)
         for request in pending.samples:
             del self._pending[request]
             self.engine.release(request)
+        if errors := [sample.error for sample in output.outputs if sample.error is not None]:
+            self._fail(row.line, row.id, errors[0])
+            return
         tokenizer = self.engine.models[output.model].tokenizer
-        answer = answer_row(pending.row.id, output, tokenizer, names_model=len(self.engine.models) > 1)
+        answer = answer_row(row.id, output, tokenizer, names_model=len(self.engine.models) > 1)
         self.answers.write(answer)
         self.summary.note_row(output.kv_precision, answer["prompt_tokens"], answer["output_tokens"])
         self.summary.late += any(sample.finish_reason == FinishReason.LATE for sample in output.outputs)

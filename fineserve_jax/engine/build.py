@@ -174,6 +174,7 @@ def _runner(
         max_chunk_tokens=config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens),
         max_seq_len=max_seq_len,
         implementation=implementation,
+        check_finite=config.check_finite,
     )
 
 

@@ -10,6 +10,7 @@ from fineserve_jax.engine.build import ServedModel, build_engine
 from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import ModelSettings
+from fineserve_jax.engine.nonfinite import nonfinite_message
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest, prepare_request, use_precision
@@ -206,7 +207,7 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
-        ended because they were late."""
+        ended because they were late or because numbers were not finite."""
         start, compiled_before = time.perf_counter(), self._num_compilations
         output = self.scheduler.schedule(self.clock())
         dropped = self.scheduler.take_dropped()
@@ -246,6 +247,10 @@ class Engine:
             max(0, min(chunk.start + chunk.count, chunk.request.num_prompt_tokens) - chunk.start)
             for chunk in output.chunks
         )
+        # Before their tokens count as computed: no page with NaN in it is ever shared.
+        for request, stage in result.nonfinite.items():
+            request.error = nonfinite_message(request.model, request.num_output_tokens, stage)
+            self._finish(request, FinishReason.ERROR)
         sampled = {token.request: token for token in result.tokens}
         tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self.scheduler.commit(output, tokens, self.clock())
@@ -253,7 +258,7 @@ class Engine:
             self._append_text(request, sampled[request])
         self._totals.prompt_tokens += prompt_tokens
         self._totals.output_tokens += len(advanced)
-        return advanced
+        return [*advanced, *result.nonfinite]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:
         """Adds a sampled token to the request's text, and ends the request if that is its end."""

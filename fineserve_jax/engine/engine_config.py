@@ -45,6 +45,8 @@ class EngineConfig(SchedulerConfig):
         seed: of requests that name none.
         record: file to record to how the memory is used, for `fineserve-jax slabs`; None: not recorded.
         record_every: steps from one entry of the record to the next.
+        check_finite: find the layer whose output is the first to hold NaN or infinity, when a request ends because of
+            such; costs a little time in every step.
         check_every: audit the books of the KV memory after every so many steps; 0: only when nothing is left to do.
     """
 
@@ -64,6 +66,7 @@ class EngineConfig(SchedulerConfig):
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     record: Path | None = None
     record_every: int = Field(default=10, ge=1)
+    check_finite: bool = False
     check_every: int = Field(default=0, ge=0)
 
     @field_validator("kv_precision")

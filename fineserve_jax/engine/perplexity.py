@@ -11,9 +11,10 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.checks import check_memory, check_vocabulary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
+from fineserve_jax.engine.nonfinite import where_from
 from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.engine.prepare import use_precision
-from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
@@ -92,6 +93,7 @@ def measure_perplexity(
 
     Raises:
         RequestError: too short a text, or windows that the engine cannot hold.
+        NonFiniteError: a score that is NaN or infinite.
     """
     served = engine.served(model)
     kv_precision = kv_precision or served.config.kv_precision
@@ -113,6 +115,7 @@ def measure_perplexity(
     for i in range(windows):
         part = list(token_ids[i * window : (i + 1) * window])
         logprobs = _score_window(engine, served, part, kv_precision, narrow_half_to)
+        _check_finite(logprobs, served.name, i)
         total, tokens = total + float(logprobs.sum(dtype=np.float64)), tokens + logprobs.size
         if on_window is not None:
             on_window(i + 1, math.exp(-total / tokens))
@@ -175,7 +178,11 @@ def _score_window(
             if narrow_to is not None and request.num_computed_tokens < half:
                 count = min(count, half - request.num_computed_tokens)
             chunk = ScheduledChunk(request, request.num_computed_tokens, count)
-            scores = engine.execute(SchedulerOutput((), (chunk,)), scores=True).scores
+            result = engine.execute(SchedulerOutput((), (chunk,)), scores=True)
+            scores = result.scores
+            for stage in result.nonfinite.values():
+                where = f"at or behind token {chunk.start} of a window"
+                raise NonFiniteError(f"model {served.name!r} computes NaN or infinity {where}; {where_from(stage)}")
             if scores is None:
                 raise RuntimeError("the runner returned no scores although they were asked for")
             parts.append(scores[:count])
@@ -185,6 +192,17 @@ def _score_window(
     finally:
         kv.release(request)
     return np.concatenate(parts)[0 if narrow_to is None else half : len(token_ids) - 1]
+
+
+def _check_finite(logprobs: np.ndarray, model: str, window: int) -> None:
+    """Raises `NonFiniteError` unless all scores of a window, and the perplexity that they give, are finite."""
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(-logprobs.mean(dtype=np.float64))
+    if not np.isfinite(perplexity):
+        raise NonFiniteError(
+            f"the perplexity of model {model!r} over window {window} is {perplexity}, its least log-probability being "
+            f"{logprobs.min()}; the model's weights or its configuration are not right for the text"
+        )
 
 
 def _narrow_all(kv: KVManager, request: Request) -> None:

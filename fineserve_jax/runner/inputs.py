@@ -97,6 +97,16 @@ def build_inputs(spec: StepSpec, plan: SchedulerOutput, kv: KVManager) -> tuple[
     return builder.finish(), builder.sampled
 
 
+def chunk_slots(spec: StepSpec, plan: SchedulerOutput) -> list[slice]:
+    """The slots of the tokens of each of the plan's chunks: decode rows first, then chunks, each from a page on."""
+    slots = [slice(row, row + 1) for row in range(len(plan.decodes))]
+    first, page_size = spec.shape.rows, spec.geometry.page_size
+    for scheduled in plan.prefills:
+        slots.append(slice(first, first + scheduled.count))
+        first += -(-scheduled.count // page_size) * page_size
+    return slots
+
+
 class _Builder:
     """Fills the arrays of one step, one scheduled chunk after another."""
 

@@ -21,6 +21,7 @@ from fineserve_jax.request import Request, SchedulerOutput
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.nonfinite import find_nonfinite
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.sampler import Sampled, build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
@@ -56,10 +57,13 @@ class StepResult:
 
     Attributes:
         tokens: the sampled tokens.
+        nonfinite: the requests for which the step computed NaN or infinity, be it for one token of a chunk; nothing is
+            sampled for them. Each with the stage whose output was the first such, or None without `check_finite`.
         scores: f32, the log-probability of each chunk token's successor, chunk slots in order; None if not asked for.
     """
 
     tokens: list[SampledToken]
+    nonfinite: dict[Request, str | None]
     scores: np.ndarray | None
 
 
@@ -75,6 +79,7 @@ class ModelRunner:
         max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
         max_seq_len: most tokens of a request.
         implementation: of the kernels.
+        check_finite: whether to find the stage (embedding, layer or head) that first gives NaN or infinity.
     """
 
     def __init__(
@@ -89,11 +94,12 @@ class ModelRunner:
         max_chunk_tokens: int,
         max_seq_len: int,
         implementation: Implementation = "xla",
+        check_finite: bool = False,
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
-        self.max_seq_len, self.implementation = max_seq_len, implementation
+        self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.row_buckets = row_buckets(max_rows)
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
         self.format_names: tuple[str, ...] = ()
@@ -153,20 +159,26 @@ class ModelRunner:
         inputs, sampling = jax.device_put((host_inputs, build_sampling(requests, spec.shape.rows, self.max_seq_len)))
         start = time.perf_counter()
         stream = programs.embed(self.params, inputs)
-        words = []
+        words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
         for index, params in enumerate(self.layer_params):
             stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
             words.append(encoded)
+            if self.check_finite:
+                checks.append(programs.finite_slots(stream))
         outputs = programs.head(self.params, stream, inputs, sampling)
         scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
         self.arena.units = programs.commit(self.arena.units, words, inputs)
-        sampled, scored = jax.device_get((outputs, scored))
+        (sampled, finite), scored, checked = jax.device_get((outputs, scored, checks))
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
         if compilations:
             seconds = time.perf_counter() - start
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
-        return StepResult(_collect(requests, sampled), scored)
+        tokens = _collect(requests, sampled)
+        finite_logits = dict(zip(requests, sampled.finite.tolist(), strict=False))  # padding rows follow
+        if not (nonfinite := find_nonfinite(spec, plan, finite_logits, finite, checked)):
+            return StepResult(tokens, nonfinite, scored)
+        return StepResult([token for token in tokens if token.request not in nonfinite], nonfinite, scored)
 
 
 @functools.cache
@@ -190,6 +202,7 @@ class _Programs:
 
         self.embed, self.layer, self.head = compiled(stages.embed), compiled(stages.layer), compiled(stages.head)
         self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
+        self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
 
     def _count(self) -> None:
         self.num_compiled += 1

@@ -20,6 +20,7 @@ from fineserve_jax.sampling_params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
 Array = Any  # numpy on the host, jax.Array in the step
 Logits = Float32[jax.Array, "rows vocab"]  # or what they have become: shaped logits, probabilities
 Tokens = Int32[jax.Array, " rows"]
+Finite = Bool[jax.Array, " rows"]
 MAX_STOP_IDS = 64  # tokens that `min_tokens` can hold back, besides those of `logit_bias`
 
 
@@ -63,11 +64,14 @@ class Sampled(NamedTuple):
 
     Attributes:
         tokens: i32[S].
+        finite: bool[S], whether the logits that the token was chosen by are finite, but for minus infinities of tokens
+            that are excluded; where not, the rest means nothing.
         logprobs: f32[S], the model's log-probability of each token; 0 where none were asked for.
         top_ids, top_logprobs: i32 and f32[S, MAX_TOP_LOGPROBS], the most likely tokens, likeliest first.
     """
 
     tokens: Array
+    finite: Array
     logprobs: Array
     top_ids: Array
     top_logprobs: Array
@@ -135,19 +139,25 @@ def sample(logits: Logits, inputs: SamplingInputs) -> Sampled:
     """Chooses a token for each row of f32[S, vocab] logits."""
     # One branch for the common case: each one taken apart would copy the logits.
     asks = inputs.any_penalty | inputs.any_bias | inputs.any_random | inputs.any_logprobs
-    return lax.cond(asks, lambda: _sample_as_asked(logits, inputs), lambda: _without_logprobs(logits, _greedy(logits)))
+    return lax.cond(asks, lambda: _sample_as_asked(logits, inputs), lambda: _without_logprobs(logits, *_greedy(logits)))
 
 
-def _greedy(logits: Logits) -> Tokens:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def _greedy(logits: Logits) -> tuple[Tokens, Finite]:
+    """The likeliest tokens, and whether each row's logits are finite, see `Sampled`.
+
+    A row's largest logit tells, so that nothing is read again: `argmax` takes NaN for larger than all numbers, infinity
+    is larger than all others, and minus infinity is the largest only where there is nothing else.
+    """
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return tokens, jnp.isfinite(jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
 
 
 def _sample_as_asked(logits: Logits, inputs: SamplingInputs) -> Sampled:
     shaped = _when(inputs.any_penalty, lambda x: _penalise(x, inputs), logits)
     shaped = _when(inputs.any_bias, lambda x: _add_bias(x, inputs), shaped)
-    greedy = _greedy(shaped)
+    greedy, finite = _greedy(shaped)  # what is not finite of the logits has stayed so
     tokens = lax.cond(inputs.any_random, lambda: _draw(shaped, greedy, inputs), lambda: greedy)
-    return lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, tokens)
+    return lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, tokens, finite)
 
 
 def _when(condition: Bool[jax.Array, ""], change: Callable[[Logits], Logits], x: Logits) -> Logits:
@@ -213,14 +223,14 @@ def _keep_until(probabilities: Logits, weights: Logits, target: Float32[jax.Arra
     return jnp.where(bits >= threshold[:, None], probabilities, 0.0)
 
 
-def _with_logprobs(logits: Logits, tokens: Tokens) -> Sampled:
+def _with_logprobs(logits: Logits, tokens: Tokens, finite: Finite) -> Sampled:
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     top_logprobs, top_ids = lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
-    return Sampled(tokens, chosen, top_ids.astype(jnp.int32), top_logprobs)
+    return Sampled(tokens, finite, chosen, top_ids.astype(jnp.int32), top_logprobs)
 
 
-def _without_logprobs(logits: Logits, tokens: Tokens) -> Sampled:
+def _without_logprobs(logits: Logits, tokens: Tokens, finite: Finite) -> Sampled:
     rows, width = logits.shape[0], min(MAX_TOP_LOGPROBS, logits.shape[-1])
     none = jnp.zeros((rows, width), jnp.float32)
-    return Sampled(tokens, none[:, 0], jnp.zeros((rows, width), jnp.int32), none)
+    return Sampled(tokens, finite, none[:, 0], jnp.zeros((rows, width), jnp.int32), none)

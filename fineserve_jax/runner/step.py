@@ -50,10 +50,21 @@ def layer(
     return stream._replace(x=x), attention.words
 
 
-def head(spec: StepSpec, params: Params, stream: Stream, inputs: StepInputs, sampling: SamplingInputs) -> Sampled:
-    """The sampled tokens."""
+def finite_slots(spec: StepSpec, stream: Stream) -> jax.Array:
+    """bool[N], whether what a stage gave for each token is finite.
+
+    What is not stays so in all layers that follow, since each adds to the residual stream, and a token sees itself: so
+    the last layer's output tells of all of them, and of the token's keys and values.
+    """
+    return jnp.isfinite(stream.x).all(axis=-1)
+
+
+def head(
+    spec: StepSpec, params: Params, stream: Stream, inputs: StepInputs, sampling: SamplingInputs
+) -> tuple[Sampled, jax.Array]:
+    """The sampled tokens, and `finite_slots` of the last layer."""
     logits = _apply(spec.model, params, stream.x[inputs.sample_slots], method="head")
-    return sample(logits, sampling)
+    return sample(logits, sampling), finite_slots(spec, stream)
 
 
 def score(spec: StepSpec, params: Params, stream: Stream, targets: jax.Array) -> jax.Array:

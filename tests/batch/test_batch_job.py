@@ -1,13 +1,16 @@
 """The batch job on a real engine with a tiny model."""
 
 import json
+import math
 
 import pytest
 from job_cases import GREEDY, alone, by_id
-from tiny_model import tiny_tokenizer
+from tiny_model import tiny_tokenizer, with_nan
 
-from fineserve_jax import RequestError
+from fineserve_jax import CompletionOutput, Engine, RequestError, RequestMetrics, RequestOutput
 from fineserve_jax.batch import AnswerFile, BatchJob, read_rows
+from fineserve_jax.batch.answer_rows import answer_row
+from fineserve_jax.runner.runner import TokenLogprobs
 
 
 @pytest.fixture
@@ -93,6 +96,42 @@ def test_bad_rows_become_error_rows_and_the_others_are_answered(answer):
     for key, pattern in expected.items():
         with pytest.raises(RequestError, match=pattern):
             raise RequestError(errors[key]["error"])
+
+
+def test_a_row_whose_numbers_are_not_finite_is_an_error_row_and_the_others_are_answered(engine, tmp_path):
+    (bad,) = engine.tokenizer.encode("{")
+    spoilt = Engine(with_nan(engine.model, bad), engine.config)
+    rows = [
+        {"id": "nan", "prompt": "a{b", "logprobs": 2, "max_tokens": 2},
+        {"id": "good", "prompt": "abc", "logprobs": 2, "logit_bias": {bad: -100.0}},
+        {"id": "samples", "prompt": "{", "n": 2, "temperature": 1.0},
+    ]
+    with AnswerFile(tmp_path / "answers.jsonl") as answers:
+        answers.begin()
+        summary = BatchJob(spoilt, answers, GREEDY).run(read_rows(json.dumps(row).encode() for row in rows))
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    written = by_id([json.loads(line, parse_constant=pytest.fail) for line in lines])
+    for name, line in (("nan", 1), ("samples", 3)):
+        assert written[name].keys() == {"id", "line", "error"}
+        assert written[name]["line"] == line
+        assert "the logits of model 'tiny' are not finite" in written[name]["error"]
+    assert written["good"]["text"] == alone(engine, "abc", None)
+    assert (summary.answered, summary.errors) == (1, 2)
+    assert not spoilt.has_unfinished
+    assert not spoilt.detokenizers
+
+
+def test_a_log_probability_of_minus_infinity_is_null(engine, tmp_path):
+    """A model may exclude a token; JSON has no infinity."""
+    sample = CompletionOutput(0, "a", [5], [TokenLogprobs(-0.5, {5: -0.5, 6: -math.inf})], "length")
+    output = RequestOutput("r", None, [4], "tiny", "int4", {}, [sample], RequestMetrics(0.0, 0.0, 0.0, 0))
+    with AnswerFile(tmp_path / "answers.jsonl") as answers:
+        answers.begin()
+        answers.write(answer_row("r", output, engine.tokenizer, names_model=False))
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            answers.write({"id": "r", "logprob": math.nan})
+    (entry,) = json.loads((tmp_path / "answers.jsonl").read_text(), parse_constant=pytest.fail)["logprobs"]
+    assert [other["logprob"] for other in entry["top"]] == [-0.5, None]
 
 
 def test_ids_must_differ(answer):

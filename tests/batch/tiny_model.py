@@ -1,16 +1,18 @@
 """A model small enough to compile in seconds: a fixture's weights, with a tokenizer of single characters."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from fineserve_jax.loaders import Tokenizer
+from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.loaders.hf_tokenizer import save_tokenizer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "smollm2"
@@ -43,6 +45,13 @@ def write_tiny_model(directory: Path, chat_template: str | None = CHAT) -> Path:
     shutil.copytree(FIXTURE, directory, ignore=shutil.ignore_patterns("expected.npz"))
     save_tokenizer(tiny_tokenizer(chat_template), directory)
     return directory
+
+
+def with_nan(model: LoadedModel, token: int) -> LoadedModel:
+    """The model with NaN in its embedding of a token, but not in its head."""
+    config, embed = dataclasses.replace(model.config, tie_embeddings=False), model.params["embed"]
+    spoilt = {**embed, "kernel": embed["kernel"].at[token, 0].set(np.nan)}
+    return dataclasses.replace(model, config=config, params={**model.params, "embed": spoilt, "lm_head": embed})
 
 
 @contextlib.contextmanager

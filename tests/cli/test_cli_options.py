@@ -83,7 +83,10 @@ def test_a_floor_is_a_flag_and_is_refused_where_it_frees_nothing():
 
 @pytest.mark.parametrize(
     ("settings", "values", "switches"),
-    [(EngineConfig, ENGINE, ["chunked_prefill", "slo_aware"]), (SamplingParams, SAMPLING, ["ignore_eos"])],
+    [
+        (EngineConfig, ENGINE, ["chunked_prefill", "slo_aware", "check_finite"]),
+        (SamplingParams, SAMPLING, ["ignore_eos"]),
+    ],
 )
 def test_every_setting_is_a_flag_of_the_same_name(settings, values, switches):
     # Quotas are a table of tables, for YAML files; a floor does not go with a partitioned memory.

@@ -1,14 +1,15 @@
 """Perplexity against the whole model evaluated at once, without a cache."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
 from model_oracle import flax_logits
-from tiny_model import OPTIONS
+from tiny_model import OPTIONS, with_nan
 
-from fineserve_jax import ConfigError, Engine, EngineConfig, RequestError
+from fineserve_jax import ConfigError, Engine, EngineConfig, NonFiniteError, RequestError
 from fineserve_jax.engine.perplexity import measure_perplexity, read_text
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.usage import measure_usage
@@ -86,6 +87,27 @@ def test_nothing_stays_in_the_cache(engine):
 def test_impossible_wishes_are_refused(engine, options, error):
     with pytest.raises(RequestError, match=error):
         measure_perplexity(engine, TOKENS, **options)
+
+
+@pytest.mark.parametrize("check_finite", [False, True])
+def test_scores_that_are_not_finite_are_an_error(engine, check_finite):
+    config = engine.config.model_copy(update={"check_finite": check_finite})
+    first_in_second_window = next(token for token in TOKENS[32:64] if token not in TOKENS[:32])
+    spoilt = Engine(with_nan(engine.model, first_in_second_window), config)
+    measure_perplexity(spoilt, TOKENS, 32, 1)
+    remedy = "the output of the embedding is the first such" if check_finite else "set check_finite"
+    with pytest.raises(NonFiniteError, match=f"computes NaN or infinity at or behind token .* of a window; {remedy}"):
+        measure_perplexity(spoilt, TOKENS, 64, 1)
+    assert not spoilt.kv.requests
+
+
+def test_a_target_that_cannot_be_is_an_error(engine):
+    """Infinitely unlikely, though all hidden states are finite."""
+    params = engine.model.params
+    norm = {"scale": params["norm"]["scale"] * 1e30}
+    spoilt = Engine(dataclasses.replace(engine.model, params={**params, "norm": norm}), engine.config)
+    with pytest.raises(NonFiniteError, match="the perplexity of model 'tiny' over window 0 is inf"):
+        measure_perplexity(spoilt, TOKENS, 32, 1)
 
 
 def test_a_window_longer_than_the_engine_holds_is_refused(engine):

@@ -145,3 +145,21 @@ def test_a_single_page_of_slots_has_no_earlier_pages():
     output = np.asarray(attend_within(q, (k, v), tuple(nothing), np.zeros(1, np.int32)).output())
     exact = functools.partial(exact_attention, k=k[:, 0], v=v[:, 0], visible=np.tri(SIZE, dtype=bool))
     assert relative_error(output.swapaxes(0, 1), exact(q.swapaxes(0, 1)).output) < TOLERANCE
+
+
+@given(case=chunk_batches(), value=st.sampled_from([np.nan, np.inf, -np.inf]), part=st.integers(0, 1))
+@settings(max_examples=20)
+def test_what_is_not_finite_reaches_just_the_queries_that_see_it(case, value, part):
+    """One slot's key or value, of a chunk or of a slot that no chunk uses."""
+    chunks, seed = case
+    batch = Batch(chunks, seed)
+    clean = batch.within().output()
+    bad = int(batch.rng.integers(SLOTS))
+    for kept in (batch.own, batch.earlier):
+        kept[part][:, bad // SIZE, bad % SIZE, 0] = value if part else np.nan
+    found = batch.within().output()
+    slots, pages = np.arange(SLOTS), np.arange(SLOTS) // SIZE
+    sees = (pages == bad // SIZE) & (slots >= bad)
+    sees |= (pages > bad // SIZE) & (batch.chunk_of_page[pages] == batch.chunk_of_page[bad // SIZE])
+    assert not np.isfinite(found[sees]).all(axis=-1).any()
+    np.testing.assert_array_equal(found[~sees], clean[~sees])

@@ -30,6 +30,37 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
     return float(((counts - expected) ** 2 / expected).sum())
 
 
+# -- what is not finite --------------------------------------------------------------------------------------
+
+WAYS = [{}, {"logprobs": 2}, {"temperature": 1.0}, {"temperature": 0.5, "top_p": 0.5}, {"repetition_penalty": 1.5}]
+
+
+@settings(max_examples=40)
+@given(
+    seed=SEEDS,
+    fault=st.sampled_from([None, "nan", "inf", "-inf", "all -inf", "all nan"]),
+    ways=st.lists(st.sampled_from(WAYS), min_size=3, max_size=3),
+)
+def test_just_the_rows_whose_logits_are_not_finite_are_told(seed, fault, ways):
+    """A single minus infinity excludes a token and is none of that."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((3, VOCAB)).astype(np.float32)
+    place = slice(None) if fault is not None and fault.startswith("all") else int(rng.integers(VOCAB))
+    clean = draw(logits, [make_request(i, output=(1, 2), **way) for i, way in enumerate(ways)])
+    if fault is not None:
+        logits[1, place] = float(fault.removeprefix("all "))
+    sampled = draw(logits, [make_request(i, output=(1, 2), **way) for i, way in enumerate(ways)])
+    assert sampled.finite.tolist() == [True, fault in (None, "-inf"), True]
+    for row in (0, 2):
+        assert sampled.tokens[row] == clean.tokens[row]
+        np.testing.assert_array_equal(sampled.top_logprobs[row], clean.top_logprobs[row])
+
+
+def test_a_row_all_of_whose_tokens_are_banned_is_told():
+    banned = make_request(min_tokens=5, stop_ids=frozenset(range(VOCAB)))
+    assert draw(np.zeros(VOCAB), [banned, make_request()]).finite.tolist() == [False, True]
+
+
 # -- greedy, and log-probabilities -------------------------------------------------------------------------
 
 

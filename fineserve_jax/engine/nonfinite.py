@@ -1,0 +1,20 @@
+"""What is told of numbers that are not finite."""
+
+
+def nonfinite_message(model: str, num_output_tokens: int, stage: str | None) -> str:
+    """What went wrong, where and what to do.
+
+    Args:
+        model: name of the model.
+        num_output_tokens: of the request before.
+        stage: whose output is the first that is not finite; None if nobody looked.
+    """
+    what = f"the logits of model {model!r} are not finite (NaN or infinity) after {num_output_tokens} output tokens"
+    return f"{what}; {where_from(stage)}"
+
+
+def where_from(stage: str | None) -> str:
+    """Where to look for the fault, or how to find that out."""
+    if stage is None:
+        return "set check_finite to be told which layer's output is the first such, and check the model's weights"
+    return f"the output of {stage} is the first such: check its weights and the model's configuration"
