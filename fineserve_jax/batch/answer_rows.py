@@ -45,6 +45,7 @@ def _logprobs(tokenizer: Tokenizer, token: int, entry: TokenLogprobs) -> dict[st
         return {
             "token": token,
             "text": tokenizer.decode([token], skip_special_tokens=False),
+            "bytes": list(tokenizer.token_bytes(token)),
             "logprob": logprob if math.isfinite(logprob) else None,
         }
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, InstanceOf, StrictInt, model_validator
 
 from fineserve_jax.batch.row_ids import RowId, check_id
 from fineserve_jax.errors import FineServeError, RequestError
-from fineserve_jax.loaders import Tokenizer, encode_chat
+from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import OTHER_NAMES, SamplingParams, own_fields
 from fineserve_jax.validation import Validated, json_kind, refused_as, shortened
@@ -44,12 +44,14 @@ class BatchRow(RowName):
     Attributes:
         prompt: text or token ids; None if there are messages.
         messages: a conversation; None if there is a prompt.
+        chat: how its messages are rendered.
         options: what it asks of the engine.
         sampling: the sampling fields it sets, unchecked; see `row_sampling`.
     """
 
     prompt: PromptField = None
     messages: MessagesField = None
+    chat: InstanceOf[ChatOptions] = ChatOptions()
     options: InstanceOf[RequestOptions]
     sampling: dict[str, Any]
 
@@ -58,10 +60,18 @@ class BatchRow(RowName):
         if (self.prompt is None) == (self.messages is None):
             have = "neither prompt nor messages" if self.prompt is None else "both prompt and messages"
             raise ValueError(f"the row has {have}; give one of them")
+        if self.messages is None and self.chat.model_fields_set:
+            raise ValueError(f"{min(self.chat.model_fields_set)} is for messages, the row has a prompt; leave it out")
         return self
 
 
-ROW_FIELDS = ("id", "prompt", "messages", *RequestOptions.model_fields, *SamplingParams.model_fields, *OTHER_NAMES)
+ROW_FIELDS = (
+    *("id", "prompt", "messages"),
+    *ChatOptions.model_fields,
+    *RequestOptions.model_fields,
+    *SamplingParams.model_fields,
+    *OTHER_NAMES,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +123,7 @@ def unforeseen(error: BaseException) -> str:
 def prompt_tokens(row: BatchRow, tokenizer: Tokenizer, max_tokens: int | None = None) -> list[int]:
     """The row's prompt as token ids. Raises `RequestError`. `max_tokens`: see `Tokenizer.encode`."""
     if row.messages is not None:
-        _, token_ids = encode_chat(tokenizer, row.messages, max_tokens=max_tokens)
+        _, token_ids = encode_chat(tokenizer, row.messages, row.chat, max_tokens=max_tokens)
         return token_ids
     if isinstance(row.prompt, str):
         return tokenizer.encode_prompt(row.prompt, max_tokens)
@@ -134,6 +144,7 @@ def _row(number: int, row_id: RowId, content: Mapping[str, Any]) -> BatchRow:
         id=row_id,
         prompt=content.get("prompt"),
         messages=content.get("messages"),
+        chat=ChatOptions(**_fields(content, ChatOptions.model_fields)),
         options=RequestOptions(**_fields(content, RequestOptions.model_fields)),
         sampling=_fields(content, (*SamplingParams.model_fields, *OTHER_NAMES)),
     )

@@ -10,7 +10,7 @@ from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.loaders.chat_messages import check_messages, cut_after, with_parsed_arguments, with_text
 from fineserve_jax.loaders.chat_templates import RENDERER
 from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.validation import Validated
+from fineserve_jax.validation import Validated, given_values
 
 Messages = Sequence[Mapping[str, Any]]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -38,6 +38,11 @@ class ChatOptions(Validated):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_unset(cls, values: Any) -> Any:
+        return given_values(values, cls.model_fields)
 
     @field_validator("chat_template_kwargs")
     @classmethod

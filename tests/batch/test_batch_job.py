@@ -218,7 +218,7 @@ def test_log_probabilities_come_with_the_tokens_they_are_of(answer):
         assert entry["text"] == tokenizer.decode([entry["token"]], skip_special_tokens=False)
         assert entry["top"][1]["logprob"] <= entry["logprob"] < 0
     (row,), _ = answer([{"prompt": "abc", "logprobs": 0}])
-    assert all(set(entry) == {"token", "text", "logprob"} for entry in row["logprobs"])
+    assert all(set(entry) == {"token", "text", "bytes", "logprob"} for entry in row["logprobs"])
 
 
 def test_sampled_answers_depend_on_line_and_seed_but_not_on_what_was_resumed(answer, tmp_path):

@@ -260,3 +260,17 @@ def test_prompts_that_cannot_become_tokens_are_refused(fields, error):
 def test_messages_need_a_template():
     with pytest.raises(RequestError, match="no chat template"):
         prompt_tokens(row(messages=CHAT), tiny_tokenizer(chat_template=None))
+
+
+def test_what_is_said_of_rendering_is_for_messages():
+    messages = [{"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = parse_row(json.dumps({"messages": messages, "tools": tools, "chat_template": None}).encode(), 1)
+    assert isinstance(row, BatchRow)
+    assert (row.chat.tools, row.chat.chat_template) == (tools, None)
+    bad = parse_row(json.dumps({"prompt": "hi", "tools": tools}).encode(), 1)
+    assert isinstance(bad, BadRow)
+    assert bad.error == "tools is for messages, the row has a prompt; leave it out"
+    wrong = parse_row(json.dumps({"messages": messages, "tools": "f"}).encode(), 1)
+    assert isinstance(wrong, BadRow)
+    assert wrong.error.startswith("tools='f': ")
