@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
+import numpy as np
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fineserve_jax.errors import FineServeError, RequestError
@@ -101,7 +102,7 @@ class SamplingParams(Validated):
     @field_validator("temperature")
     @classmethod
     def _not_all_but_zero(cls, value: float) -> float:
-        if 0 < value < MIN_TEMPERATURE:
+        if value > 0 and np.float32(value) < np.float32(MIN_TEMPERATURE):  # the sampler's precision
             raise ValueError(f"a temperature under {MIN_TEMPERATURE:g} is as good as 0; use 0, which is greedy")
         return value
 

@@ -1,5 +1,6 @@
 """How far a batch job has come: a bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Protocol, Self, TextIO
@@ -71,11 +72,12 @@ class Lines:
         self._last_s, self._told = self._clock(), self._latest
         rows, tokens = self._latest
         rate = self._rate.after(tokens)
-        print(
-            f"{rows}{self._of} rows, {tokens} output tokens, {rate:.0f} tokens/s",
-            file=self._stream,
-            flush=True,
-        )
+        with contextlib.suppress(OSError):  # whoever read it has gone: no reason to end the job
+            print(
+                f"{rows}{self._of} rows, {tokens} output tokens, {rate:.0f} tokens/s",
+                file=self._stream,
+                flush=True,
+            )
 
     def __enter__(self) -> Self:
         return self

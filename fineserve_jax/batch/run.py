@@ -1,11 +1,13 @@
 """From file to file: everything that can be refused is refused before the model is loaded."""
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from fineserve_jax.batch.answers import STDOUT, AnswerFile
 from fineserve_jax.batch.job import BatchJob
@@ -54,15 +56,21 @@ def run_batch(
     SamplingParams(**sampling)
     with PromptFile(source) as prompts:
         if prompts.is_empty:
-            Console(stderr=True).print(f"the input {prompts.path} has no rows; a row is an object on a line of its own")
+            _tell(f"the input {prompts.path} has no rows; a row is a JSON object on a line of its own")
         if prompts.is_same_file(target):
             raise ConfigError(f"{target} is the input, too; name another output")
         with AnswerFile(target, resume, overwrite) as answers:
             engine = load_engine(model, config)
             answers.begin()
             summary = _answer(engine, prompts, answers, sampling)
-    Console(stderr=True).print(summary.table())
+    _tell(summary.table())
     return summary
+
+
+def _tell(what: str | Table) -> None:
+    """Prints to stderr. That nobody reads it is no reason to fail; rich would end the process."""
+    with contextlib.suppress(OSError, SystemExit):
+        Console(stderr=True, soft_wrap=isinstance(what, str)).print(what)
 
 
 def _answer(engine: Engine, prompts: PromptFile, answers: AnswerFile, sampling: Mapping[str, Any]) -> BatchSummary:

@@ -13,7 +13,7 @@ from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.validation import shown, token_id
 
 
-def token_list(token_ids: Iterable[Any]) -> list[int]:
+def token_list(token_ids: Any) -> list[int]:
     """A prompt's token ids as ints, out of a list, a generator, or an array of numpy, JAX or PyTorch.
 
     Raises:

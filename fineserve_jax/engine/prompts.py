@@ -57,14 +57,17 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Any, max_tokens: int | None = No
     Raises:
         RequestError: anything else, an empty text, or one that is certain to have more tokens.
     """
-    text, token_ids = _of_table(prompt) if isinstance(prompt, Mapping) else (None, prompt)
-    if isinstance(token_ids, str):
-        return token_ids, tokenizer.encode_prompt(token_ids, max_tokens)
+    if isinstance(prompt, Mapping):
+        text, token_ids = _of_table(prompt)
+    else:
+        text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+    if text is not None and token_ids is None:
+        return text, tokenizer.encode_prompt(text, max_tokens)
     return text, token_list(token_ids)
 
 
 def _of_table(table: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """The text of a table, if token ids are there, too; and what is to be encoded."""
+    """The text and the token ids of a table, which has at least one of them."""
     given = {name: value for name, value in table.items() if value is not None}
     if not given or (unknown := [name for name in given if name not in TABLE_KEYS]):
         wrong = f"the key {shown(unknown[0])}" if given else "neither text nor token ids"
@@ -72,7 +75,7 @@ def _of_table(table: Mapping[str, Any]) -> tuple[str | None, Any]:
     text = given.get("prompt")
     if text is not None and not isinstance(text, str):
         raise RequestError(f"prompt in the prompt's table is a {type(text).__name__}; give text, or prompt_token_ids")
-    return (text, given["prompt_token_ids"]) if "prompt_token_ids" in given else (None, text)
+    return text, given.get("prompt_token_ids")
 
 
 def _plain(prompts: Any) -> Any:

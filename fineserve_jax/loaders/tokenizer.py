@@ -61,11 +61,13 @@ class Tokenizer:
 
         Raises RequestError for a text that is not valid Unicode, or longer than that.
         """
-        if max_tokens is not None and self._bound and (least := self._bound.least_tokens(text)) > max_tokens:
-            raise RequestError(
-                f"the prompt has {len(text)} characters, which are at least {least} tokens; it may have {max_tokens}, "
-                "one less than max_seq_len, being left to generate; shorten it or raise max_seq_len"
-            )
+        if max_tokens is not None and len(text) > max_tokens:  # else the bound, too, is under it
+            least = self._bound.least_tokens(text) if self._bound else 0
+            if least > max_tokens:
+                raise RequestError(
+                    f"the prompt has {len(text)} characters, which are at least {least} tokens; it may have "
+                    f"{max_tokens}, one less than max_seq_len, being left to generate; shorten it or raise max_seq_len"
+                )
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError):  # how the backend refuses what UTF-8 cannot hold

@@ -145,6 +145,88 @@ def test_ids_must_differ(answer):
     assert {row["id"] for row in answers if "error" not in row} == {"a", 4}
 
 
+def test_ids_of_any_type_are_carried_through_and_told_apart_on_resuming(answer):
+    ids = ["1", 1.5, True, [1, {"a": None}], {"b": [], "a": 0.1}, 10**20]
+    rows = [{"id": own, "prompt": "x"} for own in ids]
+    answers, _ = answer(rows)
+    assert sorted(json.dumps(row["id"]) for row in answers) == sorted(map(json.dumps, ids))
+    again = [{"id": {"a": 0.1, "b": []}, "prompt": "x"}, {"id": 1e20, "prompt": "x"}, {"id": [1], "prompt": "x"}]
+    answers, summary = answer(rows + again, resume=True)
+    assert (summary.answered, summary.skipped, summary.errors) == (1, 6, 2)
+    assert {row["line"]: row["error"] for row in answers if "error" in row} == {
+        7: "id {'a': 0.1, 'b': []} is that of line 5; give every row an id of its own, or none",
+        8: "id 1e+20 is that of line 6; give every row an id of its own, or none",
+    }
+
+
+def test_null_fields_and_openais_names_are_answered_as_the_defaults(answer):
+    fields = [{name: None} for name in ("stop", "logit_bias", "temperature", "top_p", "n", "seed", "logprobs")]
+    fields += [{"logprobs": False}, {"top_k": -1}, {"max_completion_tokens": 6, "max_tokens": None}]
+    answers, summary = answer([{"prompt": "abc", **own} for own in ({}, *fields)])
+    assert (summary.answered, summary.errors) == (len(fields) + 1, 0)
+    assert len({row["text"] for row in answers}) == 1
+    assert all("logprobs" not in row for row in answers)
+    (row,), _ = answer([{"prompt": "abc", "logprobs": True, "top_logprobs": 3}])
+    assert [len(entry["top"]) for entry in row["logprobs"]] == [3] * 6
+
+
+class Panic(BaseException):
+    """As a panic of Rust code reaches Python: no `Exception`."""
+
+
+@pytest.mark.parametrize("error", [TypeError, OverflowError, MemoryError, RecursionError, Panic])
+def test_a_row_that_fails_unforeseen_is_an_error_row_and_the_others_are_answered(engine, answer, monkeypatch, error):
+    prepare = engine.prepare
+
+    def fail(tokens, sampling, options):
+        if len(tokens) == 3:
+            raise error("its reason")
+        return prepare(tokens, sampling, options)
+
+    monkeypatch.setattr(engine, "prepare", fail)
+    answers, summary = answer([{"prompt": "a"}, {"id": "bad", "prompt": "abc"}, {"prompt": "b"}])
+    assert (summary.answered, summary.errors) == (2, 1)
+    [row] = [row for row in answers if "error" in row]
+    assert row == {
+        "id": "bad",
+        "line": 2,
+        "error": f"the row cannot be prepared: {error.__name__}: its reason; "
+        "this is a fault of fineserve-jax, please report it with the row",
+    }
+
+
+class Counted:
+    """A backend that notes what it encodes."""
+
+    def __init__(self, backend):
+        self.backend, self.encoded = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def encode(self, text, **options):
+        self.encoded.append(text)
+        return self.backend.encode(text, **options)
+
+
+def test_a_prompt_of_far_too_many_characters_is_never_tokenized(engine, answer):
+    kept = engine.tokenizer.backend
+    counted = Counted(kept)
+    object.__setattr__(engine.tokenizer, "backend", counted)
+    try:
+        long = "x" * 10**6
+        chat = [{"role": "user", "content": long}]
+        answers, summary = answer([{"prompt": long}, {"messages": chat}, {"prompt": "abc"}])
+    finally:
+        object.__setattr__(engine.tokenizer, "backend", kept)
+    assert (summary.answered, summary.errors) == (1, 2)
+    assert counted.encoded == ["abc"]
+    errors = [row["error"] for row in answers if "error" in row]
+    assert errors[0].startswith(
+        "the prompt has 1000000 characters, which are at least 200000 tokens; it may have 127, "
+    )
+
+
 def test_a_bad_row_leaves_its_id_to_a_good_one(answer):
     rows = [b"{", {"id": 1, "prompt": "x"}, {"id": "a"}, {"id": "a", "prompt": "y"}]
     answers, summary = answer(rows)

@@ -91,3 +91,12 @@ def test_the_table_fits_eighty_columns_and_names_every_format():
     assert "…" not in text
     for part in ("int4", "bf16", "123456789", "1000.0 GiB"):
         assert part in text
+
+
+def test_a_reader_that_has_gone_ends_no_job():
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with Lines(Gone(), 5) as lines:
+        lines.update(5, 20)

@@ -17,7 +17,8 @@ from sampler_cases import (
     softmax,
 )
 
-from fineserve_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from fineserve_jax.errors import RequestError
+from fineserve_jax.sampling_params import MAX_TOP_LOGPROBS, MIN_TEMPERATURE, SamplingParams
 
 VOCAB = 16
 SEEDS = st.integers(0, 2**32 - 1)
@@ -93,6 +94,32 @@ def test_a_small_vocabulary_has_fewer_top_log_probabilities():
     sampled = draw(normal_logits(0, 5), [make_request(logprobs=20)])
     np.testing.assert_allclose(np.exp(sampled.top_logprobs).sum(), 1.0, rtol=1e-5)
     assert sampled.top_ids.shape == (1, 5)
+
+
+# -- the lowest temperature --------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(seed=SEEDS, scale=st.floats(0.01, 100))
+def test_the_lowest_temperature_takes_the_likeliest_token_where_the_margin_is_clear(seed, scale):
+    logits = np.random.default_rng(seed).standard_normal((8, 50)).astype(np.float32) * np.float32(scale)
+    logits[4, 0] = logits[4].min()  # banned there
+    ranked = np.sort(logits, axis=-1)
+    # 60 times the temperature, and all rounding: a token so much less likely is drawn with probability e^-60.
+    assume((ranked[:, -1] - ranked[:, -2] > 60 * MIN_TEMPERATURE + 1e-6 * np.abs(ranked[:, -1])).all())
+    params = [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"logit_bias": {0: -math.inf}}] * 2
+    requests = [make_request(i, temperature=MIN_TEMPERATURE, **own) for i, own in enumerate(params[:8])]
+    np.testing.assert_array_equal(draw(logits, requests).tokens, logits.argmax(-1))
+
+
+def test_the_lowest_temperature_draws_near_ties_by_their_probabilities():
+    logits = (normal_logits(5, 8) * MIN_TEMPERATURE).astype(np.float32)
+    drawn = frequencies(logits, 4096, temperature=MIN_TEMPERATURE)
+    probabilities = softmax(logits.astype(np.float64) / MIN_TEMPERATURE)
+    assert chi_square(drawn, probabilities.ravel()) < CHI_SQUARE_7
+    assert SamplingParams(temperature=np.float32(MIN_TEMPERATURE)).temperature > 0
+    with pytest.raises(RequestError, match="a temperature under 1e-06 is as good as 0"):
+        SamplingParams(temperature=0.9 * MIN_TEMPERATURE)
 
 
 # -- which tokens may be drawn -----------------------------------------------------------------------------
