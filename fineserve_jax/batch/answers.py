@@ -92,6 +92,8 @@ class AnswerFile:
             row = json.loads(line)
             if "error" in row:
                 self.failed.add((row["line"], row["error"]))
+            elif row["id"] is None:
+                raise ValueError("an answer bears its row's id")
             else:
                 self.answered.add(id_key(row["id"]))
         except (ValueError, KeyError, TypeError, RecursionError):

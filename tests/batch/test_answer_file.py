@@ -104,7 +104,7 @@ def test_resuming_where_there_is_nothing_begins_anew(path):
         assert answers.answered == set()
 
 
-@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"text": "a"}\n', b'{"id": [1]}\n', b"\n", b"\xff\n"])
+@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"text": "a"}\n', b'{"id": null}\n', b"\n", b"\xff\n"])
 def test_a_file_that_holds_no_answers_is_not_resumed(path, line):
     content = lines(FIRST) + line + lines(SECOND)
     path.write_bytes(content)
@@ -146,7 +146,7 @@ def test_an_input_that_cannot_be_read_is_refused(tmp_path, name, error):
         PromptFile(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"a", b"a\n", b"a\n\nb", b"a\nb\n"])
+@pytest.mark.parametrize("content", [b"", b"\n", b"{}", b"{}\n", b"{}\n\n{", b"{}\nb\n"])
 def test_lines_are_counted_beforehand(tmp_path, content):
     (tmp_path / "in").write_bytes(content)
     with PromptFile(tmp_path / "in") as prompts:
