@@ -29,8 +29,8 @@ where `kv_tokens` says how many of its tokens were kept in each KV format when i
 models, `model`; where the row asked for them, `logprobs`: for each output token {"token", "text", "bytes",
 "logprob"}, with "top", a list of such, for the most likely tokens. A row with `n` above 1 has `samples` instead of
 `text`, `finish_reason` and `logprobs`: a list of objects with those and `output_tokens`. A log-probability of minus
-infinity (a token that the model excludes) is null, as JSON has no infinities. A row that cannot be answered, or for which the
-model computes NaN or infinity, gives {"id", "line", "error"}.
+infinity (a token that the model excludes) is null, as JSON has no infinities. A row that cannot be answered, or for
+which the model computes NaN or infinity, gives {"id", "line", "error"}.
 
 Answers are written as they are complete, in no order; the ids tie them to their rows.
 """
