@@ -1,4 +1,4 @@
-"""What a step is given: numpy arrays built from the scheduler's plan, of shapes that the step's spec fixes."""
+"""What a step is given: numpy arrays built from the scheduler's output, of shapes that the step's spec fixes."""
 
 from typing import Any, NamedTuple
 
@@ -83,25 +83,25 @@ class StepInputs(NamedTuple):
     sample_slots: Array
 
 
-def build_inputs(spec: StepSpec, plan: SchedulerOutput, kv: KVManager) -> tuple[StepInputs, list[Request]]:
-    """Lays a plan out for the device.
+def build_inputs(spec: StepSpec, output: SchedulerOutput, kv: KVManager) -> tuple[StepInputs, list[Request]]:
+    """Lays what is scheduled out for the device.
 
     Returns:
         the inputs, and the requests whose next tokens are sampled, in the order of `sample_slots`.
     """
     builder = _Builder(spec, kv)
-    for scheduled in plan.decodes:
+    for scheduled in output.decodes:
         builder.add_decode(scheduled)
-    for scheduled in plan.prefills:
+    for scheduled in output.prefills:
         builder.add_chunk(scheduled)
     return builder.finish(), builder.sampled
 
 
-def chunk_slots(spec: StepSpec, plan: SchedulerOutput) -> list[slice]:
-    """The slots of the tokens of each of the plan's chunks: decode rows first, then chunks, each from a page on."""
-    slots = [slice(row, row + 1) for row in range(len(plan.decodes))]
+def chunk_slots(spec: StepSpec, output: SchedulerOutput) -> list[slice]:
+    """The slots of the tokens of each scheduled chunk: decode rows first, then chunks, each from a page on."""
+    slots = [slice(row, row + 1) for row in range(len(output.decodes))]
     first, page_size = spec.shape.rows, spec.geometry.page_size
-    for scheduled in plan.prefills:
+    for scheduled in output.prefills:
         slots.append(slice(first, first + scheduled.count))
         first += -(-scheduled.count // page_size) * page_size
     return slots

@@ -11,7 +11,7 @@ from fineserve_jax.runner.shapes import StepSpec
 
 def find_nonfinite(
     spec: StepSpec,
-    plan: SchedulerOutput,
+    output: SchedulerOutput,
     finite_logits: dict[Request, bool],
     finite_slots: np.ndarray,
     finite_stages: Sequence[np.ndarray],
@@ -29,7 +29,7 @@ def find_nonfinite(
     if finite_slots.all() and all(finite_logits.values()):
         return {}
     found = {}
-    for scheduled, slots in zip(plan.chunks, chunk_slots(spec, plan), strict=True):
+    for scheduled, slots in zip(output.chunks, chunk_slots(spec, output), strict=True):
         if not (finite_slots[slots].all() and finite_logits.get(scheduled.request, True)):
             found[scheduled.request] = _first_stage([stage[slots] for stage in finite_stages])
     return found

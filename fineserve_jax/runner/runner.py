@@ -1,4 +1,4 @@
-"""Runs plans on the device: the only holder of compiled programs."""
+"""Runs steps on the device: the only holder of compiled programs."""
 
 import functools
 import logging
@@ -129,7 +129,7 @@ class ModelRunner:
             self._run(self._spec(shape), empty)
         return self.num_compilations - before
 
-    def execute(self, plan: SchedulerOutput, scores: bool = False) -> StepResult:
+    def execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
         """Computes a step; its keys and values are in the arena when this returns.
 
         What the KV manager has queued for the device must have been done.
@@ -137,13 +137,13 @@ class ModelRunner:
         Args:
             scores: also give the log-probability of each chunk token's successor, as perplexity needs it.
         """
-        return self._run(self._spec(self._shape(plan)), plan, scores)
+        return self._run(self._spec(self._shape(output)), output, scores)
 
-    def _shape(self, plan: SchedulerOutput) -> StepShape:
+    def _shape(self, output: SchedulerOutput) -> StepShape:
         page_size = self.geometry.page_size
-        slots = sum(-(-scheduled.count // page_size) * page_size for scheduled in plan.prefills)
+        slots = sum(-(-scheduled.count // page_size) * page_size for scheduled in output.prefills)
         if not slots:
-            return StepShape(pick(self.row_buckets, len(plan.decodes)), 0)
+            return StepShape(pick(self.row_buckets, len(output.decodes)), 0)
         return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots))
 
     def _spec(self, shape: StepShape) -> StepSpec:
@@ -152,8 +152,8 @@ class ModelRunner:
             self.model, self.geometry, self.format_names, shape, max_pages, self.max_runs, self.implementation
         )
 
-    def _run(self, spec: StepSpec, plan: SchedulerOutput, scores: bool = False) -> StepResult:
-        host_inputs, requests = build_inputs(spec, plan, self.kv)
+    def _run(self, spec: StepSpec, output: SchedulerOutput, scores: bool = False) -> StepResult:
+        host_inputs, requests = build_inputs(spec, output, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
         inputs, sampling = jax.device_put((host_inputs, build_sampling(requests, spec.shape.rows, self.max_seq_len)))
@@ -176,7 +176,7 @@ class ModelRunner:
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
         tokens = _collect(requests, sampled)
         finite_logits = dict(zip(requests, sampled.finite.tolist(), strict=False))  # padding rows follow
-        if not (nonfinite := find_nonfinite(spec, plan, finite_logits, finite, checked)):
+        if not (nonfinite := find_nonfinite(spec, output, finite_logits, finite, checked)):
             return StepResult(tokens, nonfinite, scored)
         return StepResult([token for token in tokens if token.request not in nonfinite], nonfinite, scored)
 
