@@ -125,6 +125,10 @@ class AnswerFile:
         except BrokenPipeError:
             raise
         except OSError as error:
+            if self.path == STDOUT:
+                raise FineServeError(
+                    f"cannot write to stdout: {error.strerror}; give an output file, which can be resumed"
+                ) from None
             raise FineServeError(
                 f"cannot write to {self.path}: {error.strerror}; what it holds so far is sound, "
                 "so make room and run the same command with --resume"

@@ -1,5 +1,6 @@
 """The command line: `fineserve-jax batch | generate | perplexity | slabs | simulate | place | convert | fetch`."""
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from fineserve_jax.errors import FineServeError
 
 # As shells report a program that was interrupted, and one whose reader went away.
 EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,4 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         drop_stdout()
         return EXIT_BROKEN_PIPE
+    except OSError as error:  # of a write; an error of opening a file names it
+        if error.errno not in CANNOT_WRITE or error.filename is not None:
+            raise
+        drop_stdout()
+        print(
+            f"error: the output cannot be written: {error.strerror}; make room, or send it elsewhere", file=sys.stderr
+        )
+        return EXIT_USAGE
     return 0

@@ -8,7 +8,7 @@ import tyro
 
 from fineserve_jax.cli.flag_types import Switch
 from fineserve_jax.cli.options import NOT_STREAMED, ConfigFlag, EngineFlags, GenerateFlags, ModelFlag, settle
-from fineserve_jax.cli.streams import read_stdin, write_stdout
+from fineserve_jax.cli.streams import read_stdin
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.sampling_params import SamplingParams
@@ -53,9 +53,9 @@ def generate(
     try:
         for piece in pieces:
             first = first or time.perf_counter()
-            write_stdout(piece)
+            print(piece, end="", flush=True)
     finally:
-        write_stdout("\n")
+        print(flush=True)
         _report(llm, start, first or time.perf_counter())
 
 

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-from fineserve_jax.errors import ConfigError, FineServeError, RequestError
+from fineserve_jax.errors import ConfigError, RequestError
 
 
 def mend_streams() -> None:
@@ -20,6 +20,8 @@ def mend_streams() -> None:
 
 def drop_stdout() -> None:
     """What is still buffered has nowhere to go; without this the interpreter would complain about it as it exits."""
+    if sys.stdout is None:
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -38,19 +40,3 @@ def read_stdin() -> str:
         raise RequestError(
             f"stdin is not UTF-8: {error.reason} at byte {error.start}; convert it, e.g. by iconv -f LATIN1 -t UTF-8"
         ) from None
-
-
-def write_stdout(text: str) -> None:
-    """Shows a piece of text at once.
-
-    Raises:
-        FineServeError: a full disk, or whatever else the system has against it.
-        BrokenPipeError: whoever read stdout stopped.
-    """
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        drop_stdout()
-        raise FineServeError(f"cannot write to stdout: {error.strerror}; send it elsewhere") from None
