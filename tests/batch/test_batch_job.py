@@ -296,7 +296,8 @@ def test_log_probabilities_come_with_the_tokens_they_are_of(answer):
     assert len(row["logprobs"]) == row["output_tokens"] == 6
     assert tokenizer.decode([entry["token"] for entry in row["logprobs"]]) == row["text"]
     for entry in row["logprobs"]:
-        assert entry["top"][0] == {key: entry[key] for key in ("token", "text", "logprob")}  # greedy
+        assert entry["top"][0] == {key: entry[key] for key in ("token", "text", "bytes", "logprob")}  # greedy
+        assert entry["bytes"] == list(tokenizer.token_bytes(entry["token"]))
         assert entry["text"] == tokenizer.decode([entry["token"]], skip_special_tokens=False)
         assert entry["top"][1]["logprob"] <= entry["logprob"] < 0
     (row,), _ = answer([{"prompt": "abc", "logprobs": 0}])

@@ -37,7 +37,7 @@ def test_a_request_that_asked_for_it_ends_as_late(make_engine):
     ("targets", "error"),
     [
         ({"ttft_slo_s": 0.0}, r"ttft_slo_s=0\.0 is no latency target; give seconds, more than 0"),
-        ({"ttft_slo_s": 10**400}, r"ttft_slo_s=10+ is no latency target"),
+        ({"ttft_slo_s": 10**400}, r"ttft_slo_s=10+(\.\.\.)?0* is no latency target"),
         ({"tpot_slo_s": math.nan}, r"tpot_slo_s=nan is no latency target"),
         ({"drop_when_late": True}, r"drop_when_late without a ttft_slo_s drops nothing"),
     ],
