@@ -162,3 +162,18 @@ def check_output(output: SchedulerOutput, kv: KVManager, config: SchedulerConfig
         assert chunk.samples or config.chunked_prefill
     rounded = sum(-(-chunk.count // page_size) * page_size for chunk in output.prefills)
     assert rounded <= config.max_chunk_tokens or (not config.chunked_prefill and len(output.prefills) == 1)
+
+
+def one_by_one(**settings):
+    """An engine that holds one request at a time, held by one that has not ended yet."""
+    engine = FakeEngine(make_kv(40), **{"max_batch_size": 1, "policy": "fcfs"} | settings)
+    engine.add(make_request(0, 8, 3))
+    engine.step()
+    return engine
+
+
+def order_of_admission(engine):
+    """Sequence numbers of the requests that were admitted at all, once nothing is left to do."""
+    engine.drain()
+    admitted = [r for r in engine.requests if r.times.admitted_s is not None]
+    return [r.sequence for r in sorted(admitted, key=lambda r: r.times.admitted_s)]

@@ -6,7 +6,16 @@ import math
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from scheduler_cases import MODEL, PAGE_UNITS, FakeEngine, check_tokens, make_kv, make_request
+from scheduler_cases import (
+    MODEL,
+    PAGE_UNITS,
+    FakeEngine,
+    check_tokens,
+    make_kv,
+    make_request,
+    one_by_one,
+    order_of_admission,
+)
 from test_admission import arrivals, assert_overtaking_ends, held
 
 from fineserve_jax.errors import RequestError
@@ -14,19 +23,6 @@ from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
 
 priorities = st.sampled_from([-7, 0, 0, 3, 10**6])
-
-
-def one_by_one(**settings):
-    """An engine that holds one request at a time, held by one that has not ended yet."""
-    engine = FakeEngine(make_kv(40), **{"max_batch_size": 1, "policy": "fcfs"} | settings)
-    engine.add(make_request(0, 8, 3))
-    engine.step()
-    return engine
-
-
-def order_of_admission(engine):
-    engine.drain()
-    return [r.sequence for r in sorted(engine.requests, key=lambda r: r.times.admitted_s)]
 
 
 # -- who is admitted first ---------------------------------------------------------------------------------------

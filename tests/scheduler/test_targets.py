@@ -5,26 +5,12 @@ import math
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from scheduler_cases import COST, MODEL, PAGE_SIZE, FakeEngine, make_kv, make_request
+from scheduler_cases import COST, MODEL, PAGE_SIZE, FakeEngine, make_kv, make_request, one_by_one, order_of_admission
 from test_admission import arrivals, assert_overtaking_ends
 
 from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
 from fineserve_jax.scheduler.waiting import DEADLINE_MISSED, WaitingQueue, model_and_format
-
-
-def one_by_one(**settings):
-    """An engine that holds one request at a time, held by one that has not ended yet."""
-    engine = FakeEngine(make_kv(40), **{"max_batch_size": 1, "policy": "fcfs"} | settings)
-    engine.add(make_request(0, 8, 3))
-    engine.step()
-    return engine
-
-
-def order_of_admission(engine):
-    engine.drain()
-    admitted = [r for r in engine.requests if r.times.admitted_s is not None]
-    return [r.sequence for r in sorted(admitted, key=lambda r: r.times.admitted_s)]
 
 
 def test_a_request_that_cannot_make_its_target_goes_behind_those_that_can():
