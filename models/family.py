@@ -22,6 +22,7 @@ class Family:
     hf_defaults: what this family's config.json means by a key it leaves out.
     traits: fields of `ModelConfig` that follow from config.json in this family's own way.
     gguf_traits: fields of `ModelConfig` that hold for every GGUF file of this family; its tensors are then required.
+    gguf_defaults: what this family's GGUF files mean by a key of the architecture that they leave out.
     gguf_permuted_qk: whether its GGUF files reorder q and k rows for interleaved RoPE.
     module: the Flax module, built as `module(config, weights)`.
     """
@@ -32,5 +33,6 @@ class Family:
     hf_defaults: Mapping[str, Any]
     traits: Callable[[HFConfig], dict[str, Any]]
     gguf_traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gguf_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf_permuted_qk: bool = False
     module: type[CausalLM] = CausalLM

@@ -68,6 +68,18 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose attention is alike.
+
+    layers: their numbers, ascending.
+    window: how many newest tokens they attend to, a token itself included; None: all.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of one decoder-only transformer.
 
@@ -77,7 +89,10 @@ class ModelConfig:
     mlp_bias: whether the projections of the MLP carry biases.
     qk_norm: RMSNorm over head_dim on q and k before RoPE (Qwen3).
     max_position: context length in tokens the checkpoint declares.
-    sliding_window: attend only to that many newest tokens, in every layer; None attends to all.
+    sliding_window: attend only to that many newest tokens, a token itself included; None attends to all.
+    full_attention_layers: numbers of the layers that attend to all although there is a sliding window, ascending.
+    attention_soft_cap: logits of attention are capped to cap * tanh(logit / cap); None: not.
+    attention_sinks: whether each head has a learnt logit that takes part in the softmax and has no value (gpt-oss).
     """
 
     family: str
@@ -98,6 +113,9 @@ class ModelConfig:
     qk_norm: bool = False
     max_position: int = 2048
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -115,6 +133,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelLoadError(f"model config: head_dim is {self.head_dim}, RoPE needs an even number")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ModelLoadError(f"model config: sliding_window is {self.sliding_window}, must be at least 1")
+        full = self.full_attention_layers
+        if full and (list(full) != sorted({*full}) or full[0] < 0 or full[-1] >= self.num_layers):
+            raise ModelLoadError(
+                f"model config: full_attention_layers are {list(full)}; they must be ascending numbers of "
+                f"{self.num_layers} layers"
+            )
+        if self.attention_soft_cap is not None and not 0.0 < self.attention_soft_cap < math.inf:
+            raise ModelLoadError(f"model config: attention_soft_cap is {self.attention_soft_cap}, must be positive")
         factors = self.rope_scaling.factors if self.rope_scaling else ()
         if factors and len(factors) != self.head_dim // 2:
             raise ModelLoadError(
@@ -125,6 +153,17 @@ class ModelConfig:
     def attention_scale(self) -> float:
         """What the logits of attention are multiplied by: 1 / sqrt(head_dim)."""
         return float(self.head_dim) ** -0.5
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers by how far back they attend: first those that attend to all, and then those with a window."""
+        everything = range(self.num_layers)
+        full = everything if self.sliding_window is None else self.full_attention_layers
+        groups = (
+            LayerGroup(tuple(full), None),
+            LayerGroup(tuple(layer for layer in everything if layer not in full), self.sliding_window),
+        )
+        return tuple(group for group in groups if group.layers)
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -143,6 +182,7 @@ class ModelConfig:
             if scaling := values.get("rope_scaling"):
                 scaling = {**scaling, "factors": tuple(scaling.get("factors", ()))}
                 values["rope_scaling"] = RopeScaling(**scaling)
+            values["full_attention_layers"] = tuple(values.get("full_attention_layers", ()))
             return cls(**values)
         except TypeError as error:
             raise ModelLoadError(f"stored model config does not fit this version: {error}") from error

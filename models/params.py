@@ -5,6 +5,7 @@
     layers_<i>/attn/qkv/{kernel, ..., bias?}                   [(heads + 2 kv_heads) * head_dim, hidden]
     layers_<i>/attn/o/{kernel, ..., bias?}                     [hidden, heads * head_dim]
     layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim], with qk_norm
+    layers_<i>/attn/sinks                                      f32[heads], with attention_sinks
     layers_<i>/mlp/gate_up/{kernel, ..., bias?}                [2 * intermediate, hidden]
     layers_<i>/mlp/down/{kernel, ..., bias?}                   [hidden, intermediate]
     norm/scale                                                 f32[hidden]
@@ -93,6 +94,7 @@ def tensor_names(config: ModelConfig) -> list[str]:
     layer += ["self_attn.o_proj.bias"] if config.o_bias else []
     layer += [f"mlp.{part}_proj.bias" for part in ("gate", "up", "down")] if config.mlp_bias else []
     layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if config.qk_norm else []
+    layer += ["self_attn.sinks"] if config.attention_sinks else []
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.tie_embeddings else ["lm_head.weight"]
     return names + [f"model.layers.{index}.{name}" for index in range(config.num_layers) for name in layer]
@@ -116,6 +118,8 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
         "down_proj": (hidden, mlp),
     }
     part, kind = name.split(".")[-2:]
+    if kind == "sinks":
+        return (config.num_heads,)
     shape = table.get(part, (hidden,))  # every other tensor is a norm over the hidden size
     return shape[:1] if kind == "bias" else shape
 
@@ -167,6 +171,8 @@ class _Packer:
         if cfg.qk_norm:
             attn["q_norm"] = self.norm(attention + "q_norm.weight")
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
+        if cfg.attention_sinks:
+            attn["sinks"] = jnp.asarray(self.source.read(attention + "sinks"))
         return {
             "attn_norm": self.norm(prefix + "input_layernorm.weight"),
             "attn": attn,

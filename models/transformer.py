@@ -27,14 +27,14 @@ from fineserve_jax.models.weight_formats import weight_recipe
 class Attend(Protocol):
     """What the caller supplies: attention of layer `layer`, scale and mask included.
 
-    q f32[N, num_heads, head_dim], k and v f32[N, num_kv_heads, head_dim], q and k after RoPE;
-    returns f32[N, num_heads, head_dim].
+    q f32[N, num_heads, head_dim], k and v f32[N, num_kv_heads, head_dim], q and k after RoPE; with
+    `attention_sinks` their logits f32[num_heads] besides. Returns f32[N, num_heads, head_dim].
     """
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, /) -> jax.Array: ...
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, /, *sinks: jax.Array) -> jax.Array: ...
 
 
-AttendLayer = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `Attend` of one layer
+AttendLayer = Callable[..., jax.Array]  # `Attend` of one layer
 Tokens = Int32[jax.Array, " N"]
 Hidden = Float32[jax.Array, "N {self.config.hidden_size}"]
 Logits = Float32[jax.Array, "N {self.config.vocab_size}"]
@@ -54,6 +54,8 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+        if cfg.attention_sinks:
+            self.sinks = self.param("sinks", nn.initializers.zeros, (cfg.num_heads,), jnp.float32)
 
     def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
         cfg = self.config
@@ -62,7 +64,8 @@ class Attention(nn.Module):
         q, k, v = (part.reshape(x.shape[0], -1, cfg.head_dim) for part in parts)
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        sinks = (self.sinks,) if cfg.attention_sinks else ()
+        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, *sinks)
         return self.o(mixed.reshape(x.shape[0], q_size))
 
 
@@ -146,4 +149,4 @@ class CausalLM(nn.Module):
 
     def declare(self, tokens: Tokens, positions: Tokens) -> Logits:
         """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""
-        return self.logits(self(tokens, positions, lambda layer, q, k, v: q))
+        return self.logits(self(tokens, positions, lambda layer, q, k, v, *sinks: q))

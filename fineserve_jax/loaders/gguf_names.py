@@ -23,12 +23,15 @@ _LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 _LAYER_PATTERN = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_SINKS_PATTERN = re.compile(r"model\.layers\.(\d+)\.self_attn\.sinks")
 
 
 def gguf_tensor_name(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
+    if sinks := _SINKS_PATTERN.fullmatch(name):
+        return f"blk.{sinks[1]}.attn_sinks.weight"
     match = _LAYER_PATTERN.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
         raise KeyError(f"no GGUF name is known for tensor {name}")
