@@ -2,6 +2,7 @@
 
     embed/{kernel, ...}                                        [vocab, hidden]
     layers_<i>/attn_norm/scale, mlp_norm/scale                 f32[hidden]
+    layers_<i>/{attn_post_norm, mlp_post_norm}/scale           f32[hidden], with post_norms
     layers_<i>/attn/qkv/{kernel, ..., bias?}                   [(heads + 2 kv_heads) * head_dim, hidden]
     layers_<i>/attn/o/{kernel, ..., bias?}                     [hidden, heads * head_dim]
     layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim], with qk_norm
@@ -88,6 +89,7 @@ def random_params(config: ModelConfig, weights: str, seed: int = 0, scale: float
 def tensor_names(config: ModelConfig) -> list[str]:
     """The Hugging Face names of all tensors a checkpoint of `config` must have."""
     layer = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    layer += ["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"] if config.post_norms else []
     layer += [f"self_attn.{part}_proj.weight" for part in "qkvo"]
     layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
     layer += [f"self_attn.{part}_proj.bias" for part in "qkv"] if config.qkv_bias else []
@@ -173,10 +175,14 @@ class _Packer:
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
         if cfg.attention_sinks:
             attn["sinks"] = jnp.asarray(self.source.read(attention + "sinks"))
+        # Llama calls what is ahead of the MLP as others do what follows attention.
+        before_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
+        norms = {"attn_norm": "input_layernorm", "mlp_norm": before_mlp}
+        if cfg.post_norms:
+            norms |= {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
         return {
-            "attn_norm": self.norm(prefix + "input_layernorm.weight"),
+            **{name: self.norm(f"{prefix}{stored}.weight") for name, stored in norms.items()},
             "attn": attn,
-            "mlp_norm": self.norm(prefix + "post_attention_layernorm.weight"),
             "mlp": {
                 "gate_up": self.linear(fmt, [mlp + "gate_proj", mlp + "up_proj"], cfg.mlp_bias),
                 "down": self.linear(fmt, [mlp + "down_proj"], cfg.mlp_bias),

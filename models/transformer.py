@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float32, Int32
 
-from fineserve_jax.models.layers import Linear, Matrix, RMSNorm
+from fineserve_jax.models.layers import ACTIVATIONS, Linear, Matrix, RMSNorm, soft_cap
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.rope import RopeTables, apply_rope, rope_tables
 from fineserve_jax.models.weight_formats import weight_recipe
@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one fused product."""
+    """down(activation(gate(x)) * up(x)), gate and up in one fused product."""
 
     config: ModelConfig
     weights: str
@@ -82,11 +82,11 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(ACTIVATIONS[self.config.activation](gate) * up)
 
 
 class Block(nn.Module):
-    """One layer: pre-norm attention and pre-norm MLP on a f32 residual stream."""
+    """One layer on a f32 residual stream: attention, then MLP, with norms before them and perhaps after them."""
 
     config: ModelConfig
     weights: str
@@ -97,10 +97,15 @@ class Block(nn.Module):
         self.attn = Attention(cfg, self.weights)
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.mlp = GatedMLP(cfg, self.weights)
+        if cfg.post_norms:
+            self.attn_post_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+            self.mlp_post_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
 
     def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
-        x = x + self.attn(self.attn_norm(x), rope, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attn(self.attn_norm(x), rope, attend)
+        x = x + (self.attn_post_norm(attended) if self.config.post_norms else attended)
+        widened = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(widened) if self.config.post_norms else widened)
 
 
 class CausalLM(nn.Module):
@@ -124,14 +129,19 @@ class CausalLM(nn.Module):
 
     def __call__(self, tokens: Tokens, positions: Tokens, attend: Attend) -> Hidden:
         """tokens i32[N] at positions i32[N] -> hidden f32[N, hidden_size], after the final norm."""
-        x, rope = self.embed_tokens(tokens, positions)
+        x, ropes = self.embed_tokens(tokens, positions)
+        groups = self.config.layer_groups
+        rope_of = {layer: rope for group, rope in zip(groups, ropes, strict=True) for layer in group.layers}
         for index, block in enumerate(self.layers):
-            x = block(x, rope, functools.partial(attend, index))
+            x = block(x, rope_of[index], functools.partial(attend, index))
         return self.norm(x)
 
-    def embed_tokens(self, tokens: Tokens, positions: Tokens) -> tuple[Hidden, RopeTables]:
-        """The residual stream f32[N, hidden_size] before the first layer, and the rotations of the positions."""
-        return self.embed.rows(tokens), rope_tables(self.config, positions)
+    def embed_tokens(self, tokens: Tokens, positions: Tokens) -> tuple[Hidden, tuple[RopeTables, ...]]:
+        """The residual stream f32[N, hidden_size] before the first layer, and for each of the configuration's
+        `layer_groups` the rotations of the positions."""
+        configs = [self.config.with_rope_of(group) for group in self.config.layer_groups]
+        ropes = tuple(rope_tables(config, positions) for config in configs)
+        return self.embed.rows(tokens) * self.config.embedding_multiplier, ropes
 
     @property
     def block(self) -> Block:
@@ -145,7 +155,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """hidden f32[M, hidden_size] -> f32[M, vocab_size]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        return head.dot(hidden)
+        return soft_cap(head.dot(hidden), self.config.logit_soft_cap)
 
     def declare(self, tokens: Tokens, positions: Tokens) -> Logits:
         """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""

@@ -68,7 +68,12 @@ def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfi
         norm_eps=float(np.format_float_scientific(np.float32(keys["attention.layer_norm_rms_epsilon"]), unique=True)),
         tie_embeddings="output.weight" not in file.tensors,
         max_position=context,
-        **{**_biases(file), **_windows(keys, keys["block_count"], context), **family.gguf_traits},
+        **{
+            **_biases(file),
+            **_windows(keys, keys["block_count"], context),
+            **family.gguf_keys(keys),
+            **family.gguf_traits,
+        },
     )
     _refuse_other_heads(keys, config)
     return config

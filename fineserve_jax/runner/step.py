@@ -27,10 +27,11 @@ Params = dict[str, Any]
 
 
 class Stream(NamedTuple):
-    """What flows from layer to layer: the residual f32[N, hidden] and the rotations of the N positions."""
+    """What flows from layer to layer: the residual f32[N, hidden], and for each of the model's layer groups the
+    rotations of the N positions."""
 
     x: jax.Array
-    rope: RopeTables
+    ropes: tuple[RopeTables, ...]
 
 
 def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
@@ -53,7 +54,7 @@ def layer(
 ) -> tuple[Stream, LayerWords]:
     """One layer. `group`: number of its group, static; `params`: of that layer alone; `index`: i32[], its number."""
     attention = LayerAttention(spec, spec.groups[group], index, arena, inputs)
-    x = _apply(spec.model.block, params, stream.x, stream.rope, attention)
+    x = _apply(spec.model.block, params, stream.x, stream.ropes[group], attention)
     return stream._replace(x=x), attention.words
 
 

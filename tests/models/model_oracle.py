@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from fineserve_jax.models import Attend, CausalLM, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn")
+CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn", "gemma2", "gemma3")
 
 Tensors = dict[str, np.ndarray]
 
@@ -53,7 +53,10 @@ def causal_attend(
         window = window_of[layer]
         hidden = jnp.where(seen if window is None else seen & (distance < window), 0.0, -1e30)
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale + hidden
+        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale
+        if (cap := config.attention_soft_cap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores += hidden
         return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v, precision=exact)
 
     return attend
