@@ -10,7 +10,7 @@ import jax
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.memory import format_bytes, host_capacity_bytes, host_memory_bytes, kv_memory_bytes
 from fineserve_jax.engine.model_settings import ModelSettings
-from fineserve_jax.engine.page_shapes import WORD_BYTES, page_classes, page_geometries
+from fineserve_jax.engine.page_shapes import WORD_BYTES, group_geometry, page_classes, page_geometries
 from fineserve_jax.engine.precision import resolve_precision
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.allocator import SlabAllocator
@@ -90,7 +90,8 @@ def build_engine(
     geometries = page_geometries(models, config.page_size, tpu=get_backend(implementation).tile_units)
     classes: dict[tuple[str, str], PageClass] = {}
     for name, geometry in geometries.items():
-        classes |= page_classes(name, geometry, config.served_formats)
+        groups, step_tokens = models[name].config.layer_groups, _max_chunk_tokens(config, limits[name])
+        classes |= page_classes(name, geometry, config.served_formats, groups, step_tokens)
     size = kv_memory_bytes(config.kv_memory, device)
     unit_words = next(iter(geometries.values())).unit_words
     allocator = _allocator(config, unit_words, classes, size)
@@ -100,7 +101,12 @@ def build_engine(
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
     scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind))
     arena = Arena(next(iter(geometries.values())), allocator.num_units)
-    operations = PageOperations(arena, geometries, allocator.slab_units, implementation)
+    shapes = {
+        (name, number): group_geometry(geometries[name], group)
+        for name, model in models.items()
+        for number, group in enumerate(model.config.layer_groups)
+    }
+    operations = PageOperations(arena, shapes, allocator.slab_units, implementation)
     served = {}
     for name, model in models.items():
         runner = _runner(model, geometries[name], arena, kv, config, limits[name], implementation)
@@ -163,7 +169,6 @@ def _runner(
     max_seq_len: int,
     implementation: Implementation,
 ) -> ModelRunner:
-    longest = -(-max_seq_len // config.page_size) * config.page_size
     return ModelRunner(
         build_model(model.config, model.weights),
         model.params,
@@ -171,11 +176,17 @@ def _runner(
         arena,
         kv,
         max_rows=config.max_batch_size,
-        max_chunk_tokens=config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens),
+        max_chunk_tokens=_max_chunk_tokens(config, max_seq_len),
         max_seq_len=max_seq_len,
         implementation=implementation,
         check_finite=config.check_finite,
     )
+
+
+def _max_chunk_tokens(config: EngineConfig, max_seq_len: int) -> int:
+    """Most prefill tokens of a step: without chunks a whole prompt's."""
+    longest = -(-max_seq_len // config.page_size) * config.page_size
+    return config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens)
 
 
 def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:

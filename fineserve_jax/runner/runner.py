@@ -98,9 +98,12 @@ class ModelRunner:
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
-        self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
-        groups = enumerate(model.config.layer_groups)
-        self.group_of_layer = {layer: number for number, group in groups for layer in group.layers}
+        # Of each layer the number of its group, and its number in that.
+        self.place_of_layer = {
+            layer: (number, jnp.int32(index))
+            for number, group in enumerate(model.config.layer_groups)
+            for index, layer in enumerate(group.layers)
+        }
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.row_buckets = row_buckets(max_rows)
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
@@ -163,8 +166,8 @@ class ModelRunner:
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
         for index, params in enumerate(self.layer_params):
-            layer = programs.layers[self.group_of_layer[index]]
-            stream, encoded = layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
+            group, number = self.place_of_layer[index]
+            stream, encoded = programs.layers[group](params, stream, number, self.arena.units, inputs)
             words.append(encoded)
             if self.check_finite:
                 checks.append(programs.finite_slots(stream))

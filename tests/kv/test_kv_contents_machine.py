@@ -317,9 +317,9 @@ class ContentsMachine(RuleBasedStateMachine):
         """Where the request writes; it must be alone in writing there, and nobody may rely on what is there."""
         held, kv = self.kv.held[request], self.kv
         if in_residual:
-            assert kv.pool.table.ref_counts[held.residual] == 1
+            assert kv.pool.table.ref_counts[held.groups[0].residual] == 1
             return kv.residual_unit(request)
-        page_class, handle = held.page(page)
+        page_class, handle = held.groups[0].page(page)
         assert page_class is self.class_of(request)
         block = kv.pool.prefix_cache.by_handle.get(handle)
         if block is None:
@@ -373,7 +373,7 @@ class ContentsMachine(RuleBasedStateMachine):
         assert all(holding[i] == 1 for i in changed)
         assert not any(width[before[i]] > width[old] for i in alone)
         assert not any(i < first and before[i] == old for i in alone)
-        assert len(self.kv.held[request].runs) <= MAX_RUNS
+        assert len(self.kv.held[request].groups[0].runs) <= MAX_RUNS
         assert self.kv.pool.allocator.free_units > free_units or self.kv.pool.allocator.policy != "elastic"
         cells = self.rows[request]
         for position in range(first * own.page_size, stop * own.page_size):

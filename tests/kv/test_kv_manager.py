@@ -95,11 +95,11 @@ def test_the_integrity_check_finds_pages_that_are_held_wrongly_lost_or_made_up()
     assert kv.grow(first, 9)
     assert kv.grow(second, 9)
     check_integrity(kv)
-    own = kv.holds(first).runs[0].handles
+    own = kv.holds(first).groups[0].runs[0].handles
     lost = own.pop()
     with pytest.raises(IntegrityError, match=f"reference count of page {lost}: 1 in the books, 0 counted"):
         check_integrity(kv)
-    own.append(other := kv.holds(second).runs[0].handles[0])
+    own.append(other := kv.holds(second).groups[0].runs[0].handles[0])
     with pytest.raises(IntegrityError, match=rf"reference count of page ({lost}|{other})"):
         check_integrity(kv)
     own[-1] = lost
@@ -142,7 +142,7 @@ def test_who_takes_over_a_page_that_is_not_ready_writes_to_none_that_is():
     assert kv.can_advance(other)
     assert other.num_computed_tokens == 0
     for page in range(3):
-        block = kv.pool.prefix_cache.by_handle.get(kv.held[other].page(page)[1])
+        block = kv.pool.prefix_cache.by_handle.get(kv.held[other].groups[0].page(page)[1])
         assert block is None or not block.ready
 
 
