@@ -206,13 +206,14 @@ def _allocator(
 ) -> SlabAllocator:
     unit_bytes = unit_words * WORD_BYTES
     num_units = min(size // unit_bytes, NOWHERE)
-    longest = max(page_class.page_units for page_class in classes.values())
+    lengths = [group.page_units for page_class in classes.values() for group in page_class.groups]
+    longest = max(lengths)
     if num_units < 2 * longest:
         raise ConfigError(
             f"kv_memory={format_bytes(size)} is too small for one request: a page alone takes up to "
             f"{format_bytes(longest * unit_bytes)}; give at least {format_bytes(64 * longest * unit_bytes)}"
         )
-    slab_units = choose_slab_units([page_class.page_units for page_class in classes.values()], num_units)
+    slab_units = choose_slab_units(lengths, num_units)
     return SlabAllocator(
         num_units, slab_units, config.slab_policy, classes.values(), config.slab_shares, unit_bytes=unit_bytes
     )

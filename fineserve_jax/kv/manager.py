@@ -51,7 +51,7 @@ class KVManager:
         self.classes = PageClasses()
         self.pool = PagePool(allocator, reserve_slabs, compacts)
         self.held: dict[Request, RequestPages] = {}
-        self.sharing = Sharing(self.pool, self.classes, prefix_cache)
+        self.sharing = Sharing(self.pool, self.classes, self.held, prefix_cache)
         self.host = HostMemory(self.pool, host_bytes)
         self.num_narrowed_pages = 0
         for page_class in classes.values():

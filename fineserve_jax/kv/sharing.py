@@ -20,6 +20,7 @@ all that tokens behind it attend to is cached: of a group with a window the bloc
 
 import itertools
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -48,22 +49,6 @@ class Prefix:
     rows: list[Row]
     num_ready: int
 
-    @staticmethod
-    def longest(rows: list[Row], page_class: PageClass) -> "Prefix":
-        """As much of the rows as can be shared: what is ready as far as it goes, and then blocks that one request is to
-        compute. Whoever takes over one of these computes what follows, too: nothing ready may be among it."""
-        num_ready, adjacent = 0, [0] * len(page_class.groups)
-        for index, row in enumerate(rows, 1):
-            # How many adjacent blocks up to this one are ready, in each group.
-            adjacent = [count + 1 if block and block.ready else 0 for count, block in zip(adjacent, row, strict=True)]
-            firsts = (own.first_page(index * page_class.page_size) for own in page_class.groups)
-            if all(index - count <= first for count, first in zip(adjacent, firsts, strict=True)):
-                num_ready = index
-        stop = num_ready
-        while stop < len(rows) and _is_to_come(rows[stop]):
-            stop += 1
-        return Prefix(page_class, rows[:stop], num_ready)
-
     @property
     def num_tokens(self) -> int:
         """Tokens of the shared blocks."""
@@ -86,6 +71,18 @@ class Prefix:
         return [block for row in self.rows[first:] if (block := row[group]) is not None]
 
 
+def _num_ready(rows: list[Row], page_class: PageClass) -> int:
+    """How many leading blocks can be shared as they are: of those that tokens behind them attend to, all are ready."""
+    num_ready, adjacent = 0, [0] * len(page_class.groups)
+    for index, row in enumerate(rows, 1):
+        # How many adjacent blocks up to this one are ready, in each group.
+        adjacent = [count + 1 if block and block.ready else 0 for count, block in zip(adjacent, row, strict=True)]
+        firsts = (own.first_page(index * page_class.page_size) for own in page_class.groups)
+        if all(index - count <= first for count, first in zip(adjacent, firsts, strict=True)):
+            num_ready = index
+    return num_ready
+
+
 def _is_to_come(row: Row) -> bool:
     """Whether a block is cached in all groups and yet to be computed, by one request, or by whoever needs it next."""
     blocks = [block for block in row if block is not None and not block.ready]
@@ -98,6 +95,7 @@ class Sharing:
     Args:
         pool: where pages are.
         classes: page class of each model and KV format; the manager's, read only here.
+        held: what requests hold; the manager's, read only here.
         prefix_cache: "exact" shares full pages between requests that begin alike, in one format; "convert" also
             serves a request from a prefix in a wider format, requantizing it, so that its tokens depend on what
             was cached; "off" shares nothing but what a sample finds computed of another one of its prompt.
@@ -106,10 +104,12 @@ class Sharing:
         ConfigError: another `prefix_cache`.
     """
 
-    def __init__(self, pool: PagePool, classes: PageClasses, prefix_cache: str) -> None:
+    def __init__(
+        self, pool: PagePool, classes: PageClasses, held: Mapping[Request, RequestPages], prefix_cache: str
+    ) -> None:
         if prefix_cache not in PREFIX_CACHES:
             raise ConfigError(f"prefix_cache={prefix_cache!r}: choose one of {', '.join(PREFIX_CACHES)}")
-        self._pool, self._classes = pool, classes
+        self._pool, self._classes, self._held = pool, classes, held
         self._cache = pool.prefix_cache
         self.prefix_cache = prefix_cache
 
@@ -139,10 +139,10 @@ class Sharing:
     ) -> RequestPages | None:
         """Pages of a request that starts with what is cached of its prefix; None if they cannot be had."""
         rows = self._find(request, page_class, num_tokens)
-        prefix = Prefix.longest(rows, page_class)
+        prefix = self._longest(rows, page_class)
         pages = self._take_beside(prefix, num_tokens, leaving)
         if pages is None and prefix.num_own < len(prefix.rows):  # the wider pages take room, too: start without them
-            prefix = Prefix.longest(rows[: prefix.num_own], page_class)
+            prefix = self._longest(rows[: prefix.num_own], page_class)
             pages = self._take_beside(prefix, num_tokens, leaving)
         if pages is None:
             return None
@@ -253,6 +253,25 @@ class Sharing:
                 break
             rows.append(row)
         return rows
+
+    def _longest(self, rows: list[Row], page_class: PageClass) -> Prefix:
+        """As much of the rows as can be shared: what is ready as far as it goes, and then blocks that are yet to be
+        computed, one after the other. Whoever takes over one of these computes what follows, too: nothing ready may be
+        among it, and nothing that another computes without waiting for it."""
+        num_ready = stop = _num_ready(rows, page_class)
+        while stop < len(rows) and _is_to_come(rows[stop]) and (stop == num_ready or self._follows(rows, stop)):
+            stop += 1
+        return Prefix(page_class, rows[:stop], num_ready)
+
+    def _follows(self, rows: list[Row], index: int) -> bool:
+        """Whether a block is computed after the one ahead of it: by the same request, by one that waits for that, or by
+        whoever needs it next."""
+        writers = [block.writer for row in rows[index - 1 : index + 1] for block in row[:1] if block is not None]
+        held = None if writers[1] is None else self._held.get(writers[1])
+        if held is None or writers[0] is writers[1]:
+            return True
+        pages = zip(held.groups, rows[index - 1], strict=True)
+        return all(list(group.handles(index - 1, index)) == [block and block.handle] for group, block in pages)
 
     def _find_block(self, own: PageClass, block_hash: bytes, tokens: bytes) -> CachedBlock | None:
         block = self._cache.find(own, block_hash, tokens)

@@ -108,7 +108,7 @@ def _cached_tokens(kv: KVManager) -> dict[PageClass, int]:
     """Tokens in the cache that later ones attend to, by the class of page that each lies in; those in shared pages
     once."""
     tokens: defaultdict[PageClass, int] = defaultdict(int)
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
     for request, held in kv.held.items():
         for group in held.groups:
             _count_tokens(kv, group, request.num_computed_tokens, seen, tokens)
@@ -116,9 +116,9 @@ def _cached_tokens(kv: KVManager) -> dict[PageClass, int]:
 
 
 def _count_tokens(
-    kv: KVManager, group: GroupPages, cached: int, seen: set[int], tokens: defaultdict[PageClass, int]
+    kv: KVManager, group: GroupPages, cached: int, seen: dict[int, int], tokens: defaultdict[PageClass, int]
 ) -> None:
-    """Adds the tokens of a group. `seen`: shared pages that are counted."""
+    """Adds the tokens of a group. `seen`: from which position on a shared page is counted already."""
     own, ref_counts = group.page_class, kv.pool.table.ref_counts
     size, first = own.page_size, own.first_token(cached)
     page = max(group.num_dropped, first // size)
@@ -129,9 +129,9 @@ def _count_tokens(
         tokens[run.page_class] += end - begin
         for index, handle in enumerate(run.handles, page):
             if ref_counts[handle] > 1:
-                if handle in seen:
-                    tokens[run.page_class] -= min(end, (index + 1) * size) - max(begin, index * size)
-                seen.add(handle)
+                first_here, end_here = max(begin, index * size), min(end, (index + 1) * size)
+                tokens[run.page_class] -= end_here - max(first_here, min(seen.get(handle, end_here), end_here))
+                seen[handle] = min(first_here, seen.get(handle, end_here))
         page, begin = page + len(run.handles), end
     if own.residual is not None:
         tokens[own.residual] += cached - max(first, stop * size)
