@@ -27,9 +27,7 @@ def engine() -> Engine:
 
 
 def test_greedy_tokens_equal_those_of_transformers(engine):
-    window = engine.model.config.sliding_window
-    assert any(len(row["prompt_token_ids"]) < window < len(row["prompt_token_ids"]) + 48 for row in FIXTURE["prompts"])
-    assert any(len(row["prompt_token_ids"]) > window for row in FIXTURE["prompts"])
+    assert sum(len(row["prompt_token_ids"]) > engine.model.config.sliding_window for row in FIXTURE["prompts"]) == 2
     sampling = SamplingParams(max_tokens=FIXTURE["new_tokens"], ignore_eos=True)
     requests = [engine.add_request(row["prompt_token_ids"], sampling) for row in FIXTURE["prompts"]]
     while engine.has_unfinished:
