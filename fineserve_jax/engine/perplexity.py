@@ -95,6 +95,7 @@ def measure_perplexity(
         RequestError: too short a text, or windows that the engine cannot hold.
         NonFiniteError: a score that is NaN or infinite.
     """
+    engine.recover()
     served = engine.served(model)
     kv_precision = kv_precision or served.config.kv_precision
     if kv_precision == AUTO:

@@ -57,6 +57,17 @@ class KVManager:
         for page_class in classes.values():
             self.register(page_class)
 
+    def start_over(self) -> None:
+        """Forget all pages: nobody holds any, none is cached or saved, and nothing is left for the device to do.
+
+        For when an operation was cut short and the books cannot be trusted: only what no operation changes is read.
+        """
+        pool = self.pool.emptied()
+        self.sharing = Sharing(pool, self.classes, self.sharing.prefix_cache)
+        self.host = HostMemory(pool, self.host.max_bytes, self.host.num_saved)
+        self.held = {}
+        self.pool = pool
+
     # -- classes of pages ----------------------------------------------------------------------------------
 
     def register(self, page_class: PageClass) -> None:

@@ -132,7 +132,7 @@ def test_streams_that_overlap_lose_nothing(llm):
 
 def test_a_stream_that_is_left_early_or_never_read_holds_nothing(llm):
     unread = llm.stream("one", TWENTY)
-    stream = llm.stream("two", TWENTY)
+    stream = llm.stream("two", SamplingParams(max_tokens=120, ignore_eos=True))
     next(stream)
     assert llm.stats().num_running == 1
     stream.close()
