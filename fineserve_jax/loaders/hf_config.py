@@ -8,7 +8,8 @@ from typing import Any
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, HFConfigKeys, HFRopeKeys
-from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
+from fineserve_jax.loaders.known_keys import KeyReader, check_keys
+from fineserve_jax.loaders.quantization import quantization_method
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_hf_architecture
@@ -77,12 +78,8 @@ def _refuse_unsupported(keys: KeyReader) -> None:
     activation = keys.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelLoadError(f"config.json: hidden_act {activation!a} is not supported; supported: silu")
-    if quantized := keys.get("quantization_config"):
-        method = shown(quantized.get("quant_method", "unknown")).strip("'")
-        raise ModelLoadError(
-            f"the checkpoint is quantised ({method}), which is not supported; "
-            "use the unquantised checkpoint and choose a precision with weights=..."
-        )
+    for stated in ("quantization_config", "compression_config"):
+        quantization_method(keys.get(stated))
 
 
 def _rope(keys: KeyReader) -> tuple[float, RopeScaling | None]:
