@@ -114,8 +114,8 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _TEKKEN = f"{_cased_words(_UPPER, _LOWER, '')}|\\p{{N}}|{_PATH_MARKS}"
 _GPT4O = f"{_cased_words(_UPPER, _LOWER, _CONTRACTIONS + '?')}|\\p{{N}}{{1,3}}|{_PATH_MARKS}"
 _NOT_HAN = r"&&[^\p{Han}]]"
-_NO_HAN_WORDS = _cased_words(_UPPER[:-1] + _NOT_HAN, _LOWER[:-1] + _NOT_HAN, _CONTRACTIONS + "?")
-_KIMI = f"\\p{{Han}}+|{_NO_HAN_WORDS}|\\p{{N}}{{1,3}}|{_MARKS}"
+_KIMI_WORDS = _cased_words(_UPPER[:-1] + _NOT_HAN, _LOWER[:-1] + _NOT_HAN, _CONTRACTIONS + "?")
+_KIMI = f"\\p{{Han}}+|{_KIMI_WORDS}|\\p{{N}}{{1,3}}|{_MARKS}"
 _YOUTU = f"{_cased_words(_UPPER, _LOWER, _CONTRACTIONS + '?')}|\\p{{N}}|{_PATH_MARKS}"
 _YOUTU_SCRIPTS = (
     f"[{_ranges('ac00-d7a3 3131-318e')}]+|"

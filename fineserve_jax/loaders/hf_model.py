@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from fineserve_jax.loaders.hf_config import hf_config
+from fineserve_jax.loaders.hf_multimodal import has_text_part, text_part, text_tensor_name
 from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.quantization import PlainTensors, quantization_method
 from fineserve_jax.loaders.safetensors_files import SafetensorsFiles
+from fineserve_jax.models.registry import get_family
 
+log = logging.getLogger(__name__)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_A_TIME = 1024
 # Tables of rotations, which older versions of transformers stored: they follow from the configuration.
@@ -31,8 +35,12 @@ class HFModel:
         self.directory = directory
         raw = read_json(directory / "config.json")
         self.config = hf_config(raw)
-        method = quantization_method(raw.get("quantization_config") or raw.get("compression_config"))
+        self._norm_offset = np.float32(get_family(self.config.family).hf_norm_offset)
         self._files = SafetensorsFiles(directory)
+        if has_text_part(raw):
+            self._leave_out_images()
+        text = text_part(raw)
+        method = quantization_method(text.get("quantization_config") or text.get("compression_config"))
         self._tensors = PlainTensors(self._files, method)
         if self.config.tie_embeddings and self._tensors.shape(_HEAD) is not None and not self._head_is_the_embedding():
             # The flag is often left at its default; a head that was stored and differs is meant.
@@ -44,12 +52,21 @@ class HFModel:
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Tensor `name` as f32, or these rows of it."""
-        return self._tensors.read(name, rows=rows)
+        tensor = self._tensors.read(name, rows=rows)
+        return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used` that would change the model's numbers."""
         known = self._tensors.stored_names([*used, _HEAD] if self.config.tie_embeddings else used)
         return sorted(name for name in self._files.tensors if name not in known and not _HARMLESS.fullmatch(name))
+
+    def _leave_out_images(self) -> None:
+        """Tensors get the names that they have in a model of the text part alone."""
+        names = {stored: text_tensor_name(stored) for stored in self._files.tensors}
+        kept = {name: self._files.tensors[stored] for stored, name in names.items() if name is not None}
+        if left_out := len(names) - len(kept):
+            log.warning("%s: %d tensors are for images, and left out: prompts are text", self.directory, left_out)
+        self._files.tensors = kept
 
     def _head_is_the_embedding(self) -> bool:
         """Compares a few rows at a time, so that two large tables are never in memory."""

@@ -86,5 +86,5 @@ def settings_error(method: str, problem: str) -> ModelLoadError:
     """What is said of settings that are not supported."""
     return ModelLoadError(
         f"the checkpoint is quantised ({method}), and in its quantization_config {problem}, which is not supported; "
-        "use one that is quantised in the usual way, or the unquantised checkpoint and choose a precision with weights=..."
+        "use one that is quantised in the usual way, or the unquantised checkpoint with a precision by weights=..."
     )
