@@ -30,6 +30,7 @@ import numpy as np
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.registry import build_model
+from fineserve_jax.models.row_packing import LatestOfThread, pack_rows, to_device
 from fineserve_jax.models.weight_formats import WeightFormat, weight_recipe
 
 Params = dict[str, Any]
@@ -41,8 +42,8 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, read from a header; None when there is no such tensor."""
 
-    def read(self, name: str) -> np.ndarray:
-        """The values, f32. Called from several threads."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The values, f32, or those of these rows: neighbours, of q and k whole heads. Called from several threads."""
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used` that would change the model's numbers, by the names they have in the file."""
@@ -60,8 +61,8 @@ def abstract_params(config: ModelConfig, weights: str) -> Params:
 def pack_params(config: ModelConfig, weights: str, source: TensorSource) -> Params:
     """Check, fuse and encode a checkpoint's tensors; returns jax arrays in the tree of `abstract_params`.
 
-    Layers are packed by a few threads, one layer's tensors in memory each: numpy's inner loops release the
-    GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
+    Layers are packed by a few threads, a few rows of a matrix in memory as float32 each: numpy's inner loops release
+    the GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
     than `config` says or is used by nothing, and for widths the weight format cannot store.
     """
     packer = _Packer(config, weights, source)
@@ -196,9 +197,9 @@ class _Packer:
         return stored
 
     def matrix(self, fmt: WeightFormat, *names: str) -> Params:
-        parts = [self.source.read(name) for name in names]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return {name: jnp.asarray(array) for name, array in fmt.pack(whole).items()}
+        shapes = [(name, tensor_shape(self.config, name)) for name in names]
+        packed = pack_rows(fmt, self.source, shapes, unit=self.config.head_dim)
+        return {name: to_device(array) for name, array in packed.items()}
 
     def norm(self, name: str) -> Params:
         return {"scale": jnp.asarray(self.source.read(name))}
@@ -209,6 +210,7 @@ class _RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int, scale: float) -> None:
         self.config, self.seed, self.scale = config, seed, scale
+        self._latest = LatestOfThread()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tensor_shape(self.config, name)
@@ -216,6 +218,10 @@ class _RandomSource:
     def unused(self, used: Collection[str]) -> list[str]:
         return []
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        values = self._latest.get(name, lambda: self._values(name))
+        return values if rows is None else values[rows]
+
+    def _values(self, name: str) -> np.ndarray:
         values = np.random.default_rng([self.seed, *name.encode()]).standard_normal(self.shape(name), np.float32)
         return 1.0 + 0.1 * values if "norm" in name else self.scale * values

@@ -25,6 +25,7 @@ COMPILING = (
     "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
     "loaders/test_load_model.py",
+    "loaders/test_quantized_checkpoints.py",
     "loaders/test_smollm2.py",
     "models",
     "pallas_kernels",

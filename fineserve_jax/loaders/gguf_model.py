@@ -40,15 +40,13 @@ class GGUFModel:
             return tensor_shape(self.config, name)
         return info.shape if info else None
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor of that Hugging Face name, f32."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The tensor of that Hugging Face name, f32, or these rows of it; of q and k whole heads."""
         if self._is_zero(name):
             return np.zeros(tensor_shape(self.config, name), np.float32)
-        tensor = self.file.read(self._stored_name(name))
-        if self._unpermute and ".q_proj." in name:
-            return unpermute_heads(tensor, self.config.num_heads)
-        if self._unpermute and ".k_proj." in name:
-            return unpermute_heads(tensor, self.config.num_kv_heads)
+        tensor = self.file.read(self._stored_name(name), rows=rows)
+        if self._unpermute and (".q_proj." in name or ".k_proj." in name):
+            return unpermute_heads(tensor, len(tensor) // self.config.head_dim)
         return tensor
 
     def unused(self, used: Collection[str]) -> list[str]:

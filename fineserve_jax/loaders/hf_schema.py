@@ -52,6 +52,7 @@ class HFConfigKeys(CheckedKeys):
     max_window_layers: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     layer_types: Annotated[list[str], Field(max_length=4096)] | None = None
     quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
 
 
 class HFRopeKeys(CheckedKeys):
