@@ -11,7 +11,7 @@ from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, is_conversation, prompt_list
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
+from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
 from fineserve_jax.request import Request, RequestStatus
 from fineserve_jax.request_options import OptionKeywords, RequestOptions, one_each, options_of_each
@@ -77,8 +77,9 @@ class LLM:
             fields: of `RequestOptions`, those that `options` leaves unset: each one for all, or one for each prompt.
 
         Returns:
-            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, the sample's
-            `finish_reason` is "error", and its `error` says more; the others go on.
+            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, or an answer
+            cannot go on as its `structured_outputs` ask, the sample's `finish_reason` is "error", and its `error` says
+            more; the others go on.
 
         Raises:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
@@ -116,8 +117,9 @@ class LLM:
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
-        Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece, and
-        `NonFiniteError` behind the last piece if the model computes NaN or infinity.
+        Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece, and behind the
+        last piece `NonFiniteError` if the model computes NaN or infinity, or `DeadEndError` if the answer cannot go on
+        as its `structured_outputs` ask.
 
         Args:
             chat_options: how a conversation is rendered; not for a prompt, which is taken as it is.
@@ -134,13 +136,16 @@ class LLM:
         _, prepared = self._prepare(prompt, encode, sampling, own)
         return self._pieces(prepared)
 
-    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
-        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
-
-        Returns:
-            how many programs that took. Serving those formats compiles nothing from then on.
-        """
-        return self.engine.warm_up(kv_precisions, min_kv_precision)
+    def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
+        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
+        `Engine.warm_up`."""
+        return self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
@@ -155,7 +160,7 @@ class LLM:
                 if piece := self.engine.detokenizers[request].take():
                     yield piece
                 if request.error is not None:
-                    raise NonFiniteError(request.error)
+                    raise request.error
                 if request.status is RequestStatus.FINISHED:
                     return
                 self.engine.step()

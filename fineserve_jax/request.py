@@ -11,7 +11,9 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from fineserve_jax.errors import FineServeError
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.structured.matcher import TokenMatcher
 
 
 class RequestStatus(enum.Enum):
@@ -58,9 +60,10 @@ class Request:
         min_kv_precision: name of the narrowest KV format its older pages may be narrowed to when memory is short;
             None: they stay as they are.
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
-        error: what went wrong with it, if it has ended with the reason ERROR.
+        error: what a caller may raise, if it has ended with the reason ERROR.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
+        matcher: how far its output has come in what `structured_outputs` ask for; None: any token may follow.
         ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
         drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
             it then waits behind those that still can.
@@ -82,6 +85,7 @@ class Request:
     min_kv_precision: str | None = None
     shares_prefix: bool = True
     fork_of: "Request | None" = None
+    matcher: TokenMatcher | None = None
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     drop_when_late: bool = False
@@ -91,7 +95,7 @@ class Request:
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: FineServeError | None = None
     logprobs: list[Any] = field(default_factory=list)
     kv_tokens: dict[str, int] = field(default_factory=dict)
 
