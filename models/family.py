@@ -6,10 +6,18 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fineserve_jax.models.tensor_layout import AS_LLAMA, TensorLayout
 from fineserve_jax.models.transformer import CausalLM
 
 HFConfig = Mapping[str, Any]
 """A parsed Hugging Face `config.json`."""
+GGUFKeys = Mapping[str, Any]
+"""A GGUF file's metadata under the architecture's name, without that prefix."""
+
+
+def no_keys(keys: GGUFKeys) -> dict[str, Any]:
+    """Nothing follows in a family's own way."""
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +30,9 @@ class Family:
     hf_defaults: what this family's config.json means by a key it leaves out.
     traits: fields of `ModelConfig` that follow from config.json in this family's own way.
     gguf_traits: fields of `ModelConfig` that hold for every GGUF file of this family; its tensors are then required.
-    gguf_permuted_qk: whether its GGUF files reorder q and k rows for interleaved RoPE.
+    gguf_keys: fields of `ModelConfig` that follow from GGUF metadata in this family's own way.
+    partial_rotary: whether its configurations may have RoPE turn a part of each head only.
+    hf_layout, gguf_layout: how its files name and join its tensors.
     module: the Flax module, built as `module(config, weights)`.
     """
 
@@ -32,5 +42,8 @@ class Family:
     hf_defaults: Mapping[str, Any]
     traits: Callable[[HFConfig], dict[str, Any]]
     gguf_traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    gguf_permuted_qk: bool = False
+    gguf_keys: Callable[[GGUFKeys], dict[str, Any]] = no_keys
+    partial_rotary: bool = False
+    hf_layout: TensorLayout = AS_LLAMA
+    gguf_layout: TensorLayout = AS_LLAMA
     module: type[CausalLM] = CausalLM

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from fineserve_jax.errors import ModelLoadError
 
-RopeKind = Literal["linear", "llama3", "yarn", "factors"]
-ROPE_KINDS: tuple[str, ...] = ("linear", "llama3", "yarn", "factors")
+NormKind = Literal["rms", "layer"]
+RopeKind = Literal["linear", "llama3", "yarn", "longrope", "factors"]
+ROPE_KINDS: tuple[str, ...] = ("linear", "llama3", "yarn", "longrope", "factors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +19,16 @@ class RopeScaling:
 
     kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones and blends between
         (Llama 3.1, section "long context"); `yarn` is arXiv 2309.00071; `factors` divides frequency i by
-        `factors[i]`, which is how GGUF files spell out `llama3`.
+        `factors[i]`, which is how GGUF files spell out `llama3`; `longrope` is arXiv 2402.13753: sequences of up to
+        `original_max_position` tokens divide by `factors`, longer ones by `long_factors`.
     factor: the stretch, >= 1.
-    original_max_position: context length in tokens before stretching (llama3, yarn).
+    original_max_position: context length in tokens before stretching (llama3, yarn, longrope).
     low_freq_factor, high_freq_factor: llama3's band, in turns per original context.
     beta_fast, beta_slow: yarn's band, in turns per original context.
-    attention_factor: yarn's multiplier of cos and sin; None derives 0.1 ln(factor) + 1.
+    attention_factor: yarn's and longrope's multiplier of cos and sin; None derives yarn's, 0.1 ln(factor) + 1, or
+        longrope's, sqrt(1 + ln(factor) / ln(original_max_position)).
     truncate: whether yarn rounds its band to whole dimensions.
-    factors: one divisor per frequency, `head_dim / 2` of them.
+    factors, long_factors: one divisor per frequency, half as many as there are rotated values of a head.
     """
 
     kind: RopeKind
@@ -38,11 +41,12 @@ class RopeScaling:
     attention_factor: float | None = None
     truncate: bool = True
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ModelLoadError(f"RoPE scaling {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-        if self.kind in ("llama3", "yarn") and self.original_max_position <= 0:
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_max_position <= 0:
             raise ModelLoadError(
                 f"RoPE scaling {self.kind!r} needs the original context length, got "
                 f"{self.original_max_position}; set original_max_position_embeddings in config.json"
@@ -51,7 +55,8 @@ class RopeScaling:
 
     def _check_numbers(self) -> None:
         numbers = {"factor": self.factor, "attention_factor": self.attention_factor}
-        numbers |= {f"factors[{index}]": factor for index, factor in enumerate(self.factors)}
+        for name in ("factors", "long_factors"):
+            numbers |= {f"{name}[{index}]": factor for index, factor in enumerate(getattr(self, name))}
         for name, value in numbers.items():
             if value is not None and not 0.0 < value < math.inf:
                 raise ModelLoadError(f"RoPE scaling {self.kind!r}: {name} is {value}, must be a positive number")
@@ -68,14 +73,55 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in the place of the MLP.
+
+    count: experts of a layer.
+    used: how many of them a token goes through, those that the router gives the largest logits.
+    intermediate_size: of one expert.
+    normalised: whether a token's experts are weighted by a softmax over their logits; else by one over all experts'.
+    router_bias: whether the router's logits have a bias.
+    dense_layers: numbers of the layers that have an MLP all the same, ascending.
+    """
+
+    count: int
+    used: int
+    intermediate_size: int
+    normalised: bool = True
+    router_bias: bool = False
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("count", "used", "intermediate_size"):
+            if getattr(self, name) <= 0:
+                raise ModelLoadError(f"model config: {name} of experts is {getattr(self, name)}, must be at least 1")
+        if self.used > self.count:
+            raise ModelLoadError(f"model config: a token cannot use {self.used} of {self.count} experts")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of one decoder-only transformer.
 
-    family: name in the registry (`llama`, `mistral`, `qwen2`, `qwen3`).
+    family: name in the registry, such as `llama`.
     head_dim: values per head; need not be hidden_size / num_heads.
+    rotary_dim: how many values of a head RoPE turns, the first ones; None: all.
+    norm: of the residual stream: RMSNorm, or LayerNorm without bias (Cohere).
+    pre_norms, post_norms: whether what attention and MLP take, and what they give, is normalised. Olmo 2 has only the
+        latter.
+    parallel: attention and MLP take the same normalised input, and both are added at once (Cohere).
     qkv_bias, o_bias: whether the attention projections carry biases.
-    mlp_bias: whether the projections of the MLP carry biases.
+    mlp_bias: whether the projections of the MLP, or of the experts, carry biases.
+    experts: the mixture of experts that most layers have; None: all have an MLP.
+    gate_limit: gates are clamped to at most this and what they gate to its amount, and they are joined in gpt-oss's
+        way (see `gated`); None: silu(gate) * up.
+    gate_slope: of the sigmoid in that.
     qk_norm: RMSNorm over head_dim on q and k before RoPE (Qwen3).
+    qk_norm_across_heads: that norm is over all heads together (Olmo 2).
+    embedding_multiplier: of the embedded tokens.
+    attention_multiplier: of the logits of attention; None: 1 / sqrt(head_dim).
+    residual_multiplier: of what attention and MLP add to the residual stream.
+    logit_multiplier: of the output head's logits.
     max_position: context length in tokens the checkpoint declares.
     sliding_window: attend only to that many newest tokens, in every layer; None attends to all.
     """
@@ -88,14 +134,27 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    rotary_dim: int | None = None
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
+    norm: NormKind = "rms"
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel: bool = False
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    experts: ExpertsConfig | None = None
+    gate_limit: float | None = None
+    gate_slope: float = 1.702
     qk_norm: bool = False
+    qk_norm_across_heads: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     max_position: int = 2048
     sliding_window: int | None = None
 
@@ -113,23 +172,60 @@ class ModelConfig:
             raise ModelLoadError(
                 f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"
             )
-        if self.head_dim % 2:
-            raise ModelLoadError(f"model config: head_dim is {self.head_dim}, RoPE needs an even number")
-        factors = self.rope_scaling.factors if self.rope_scaling else ()
-        if factors and len(factors) != self.head_dim // 2:
+        self._check_rope()
+        self._check_multipliers()
+
+    def _check_rope(self) -> None:
+        rotated = self.rotated
+        if rotated % 2 or not 0 < rotated <= self.head_dim:
             raise ModelLoadError(
-                f"model config: {len(factors)} RoPE factors for head_dim {self.head_dim}, expected {self.head_dim // 2}"
+                f"model config: head_dim is {self.head_dim}, of which RoPE turns {rotated} values; it needs an even "
+                f"number up to {self.head_dim}"
             )
+        scaling = self.rope_scaling
+        for factors in (scaling.factors, scaling.long_factors) if scaling else ():
+            needed = scaling.kind == "longrope" if scaling else False
+            if (factors or needed) and len(factors) != rotated // 2:
+                raise ModelLoadError(
+                    f"model config: {len(factors)} RoPE factors for {rotated} rotated values of head_dim "
+                    f"{self.head_dim}, expected {rotated // 2}"
+                )
+
+    def _check_multipliers(self) -> None:
+        names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logit_multiplier")
+        for name in (*names, "gate_limit", "gate_slope"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ModelLoadError(f"model config: {name} is {value}, must be a positive number")
+
+    @property
+    def rotated(self) -> int:
+        """How many values of a head RoPE turns."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether that layer has a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def has_long_factors(self) -> bool:
+        """Whether RoPE turns sequences beyond the original context by other factors than shorter ones (longrope)."""
+        return self.rope_scaling is not None and self.rope_scaling.kind == "longrope"
 
     @property
     def attention_scale(self) -> float:
-        """What the logits of attention are multiplied by: 1 / sqrt(head_dim)."""
-        return float(self.head_dim) ** -0.5
+        """What the logits of attention are multiplied by."""
+        return float(self.head_dim) ** -0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Output widths of q, k and v in the fused projection."""
         return (self.num_heads * self.head_dim, *(2 * (self.num_kv_heads * self.head_dim,)))
+
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """Over how many values q and k are normalised."""
+        return self.qkv_sizes[:2] if self.qk_norm_across_heads else (self.head_dim, self.head_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, inverse of `from_dict`."""
@@ -141,8 +237,10 @@ class ModelConfig:
         values = dict(values)
         try:
             if scaling := values.get("rope_scaling"):
-                scaling = {**scaling, "factors": tuple(scaling.get("factors", ()))}
-                values["rope_scaling"] = RopeScaling(**scaling)
+                lists = {name: tuple(scaling.get(name, ())) for name in ("factors", "long_factors")}
+                values["rope_scaling"] = RopeScaling(**{**scaling, **lists})
+            if experts := values.get("experts"):
+                values["experts"] = ExpertsConfig(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
             return cls(**values)
         except TypeError as error:
             raise ModelLoadError(f"stored model config does not fit this version: {error}") from error

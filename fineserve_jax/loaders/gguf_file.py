@@ -92,21 +92,26 @@ class GGUFFile:
             raise ModelLoadError(f"cannot read {path}: {error.strerror}") from error
         self.metadata, self.tensors = _parse(_Cursor(self._data, path))
 
-    def read(self, name: str) -> np.ndarray:
-        """Tensor `name` dequantised to f32 in its shape; raises ModelLoadError when there is none."""
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """Tensor `name` dequantised to f32 in its shape, or what lies at `index` of its first axis; raises
+        ModelLoadError when there is none."""
         if name not in self.tensors:
             raise ModelLoadError(f"{self.path} has no tensor {name!r}; the file is incomplete")
         info = self.tensors[name]
-        raw = self._data[info.offset : info.offset + info.size_bytes]
+        first, size, shape = info.offset, info.size_bytes, info.shape
+        if index is not None:
+            size, shape = size // shape[0], shape[1:]
+            first += index * size
+        raw = self._data[first : first + size]
         if info.type == GGMLQuantizationType.F32:
-            return raw.view("<f4").reshape(info.shape).copy()
-        out = np.empty(math.prod(info.shape), np.float32)
+            return raw.view("<f4").reshape(shape).copy()
+        out = np.empty(math.prod(shape), np.float32)
         block, block_bytes = GGML_QUANT_SIZES[info.type]
         step = max(1, _CHUNK_VALUES // block)
         for first in range(0, len(out) // block, step):
             piece = raw[first * block_bytes : (first + step) * block_bytes]
             out[first * block : (first + step) * block] = gguf.dequantize(piece, info.type)
-        return out.reshape(info.shape)
+        return out.reshape(shape)
 
 
 class _Cursor:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fineserve_jax.loaders.hf_schema import Count, Layers, NormEpsilon, Positions, PositiveNumber, RopeBase
+from fineserve_jax.loaders.hf_schema import Count, ExpertCount, Layers, NormEpsilon, Positions, PositiveNumber, RopeBase
 from fineserve_jax.loaders.known_keys import CheckedKeys
 
 Heads = Annotated[int, Field(ge=1, le=2**16)]
@@ -38,7 +38,12 @@ class GGUFModelKeys(CheckedKeys):
     attn_factor: PositiveNumber | None = Field(None, alias="rope.scaling.attn_factor")
     beta_fast: PositiveNumber | None = Field(None, alias="rope.scaling.yarn_beta_fast")
     beta_slow: PositiveNumber | None = Field(None, alias="rope.scaling.yarn_beta_slow")
-    expert_count: Annotated[int, Field(ge=0, le=2**16)] | None = None
+    embedding_scale: Factor | None = None
+    residual_scale: Factor | None = None
+    logit_scale: Factor | None = None
+    expert_count: ExpertCount | None = None
+    expert_used_count: ExpertCount | None = None
+    expert_feed_forward_length: Count | None = None
 
 
 class GGUFGeneralKeys(CheckedKeys):
@@ -60,7 +65,11 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention.temperature_scale": (0,),
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
+    "expert_gating_func": (0, 1),  # a softmax
+    "expert_shared_count": (0,),
     "expert_used_count": (0,),
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "leading_dense_block_count": (0,),
     "logit_scale": (0, 1),

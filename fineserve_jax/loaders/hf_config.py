@@ -40,7 +40,8 @@ def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
     heads, hidden = keys["num_attention_heads"], keys["hidden_size"]
-    theta, scaling = _rope(keys)
+    head_dim = keys.get("head_dim", hidden // heads)
+    theta, scaling, partial = _rope(keys, family)
     return ModelConfig(
         family=family.name,
         vocab_size=keys["vocab_size"],
@@ -48,7 +49,8 @@ def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
         num_layers=keys["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=keys.get("num_key_value_heads", heads),
-        head_dim=keys.get("head_dim", hidden // heads),
+        head_dim=head_dim,
+        rotary_dim=None if partial == 1.0 else int(head_dim * partial),
         intermediate_size=keys["intermediate_size"],
         rope_theta=theta,
         rope_scaling=scaling,
@@ -66,7 +68,7 @@ def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
         **NEUTRAL_VALUES,
         "layer_types": ([kind] * config.num_layers,),
         "query_pre_attn_scalar": (config.head_dim,),
-        "rotary_dim": (config.head_dim,),
+        "rotary_dim": (config.rotated,),
         "num_kv_heads": (config.num_kv_heads,),
         "rope_ratio": (1.0,),
     }
@@ -85,8 +87,9 @@ def _refuse_unsupported(keys: KeyReader) -> None:
         )
 
 
-def _rope(keys: KeyReader) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from the newer form (`rope_parameters`) or the older (`rope_theta` and `rope_scaling`)."""
+def _rope(keys: KeyReader, family: Family) -> tuple[float, RopeScaling | None, float]:
+    """Base, scaling and the part of a head that is turned, from the newer form (`rope_parameters`) or the older
+    (`rope_theta` and `rope_scaling`)."""
     newer, older = keys.get("rope_parameters"), keys.get("rope_scaling")
     if newer and older and newer != older:
         raise ModelLoadError(
@@ -101,12 +104,14 @@ def _rope(keys: KeyReader) -> tuple[float, RopeScaling | None]:
     if (original := keys.get("original_max_position_embeddings")) is not None:
         checked["original_max_position_embeddings"] = original  # stated beside the table it has precedence
     rope = KeyReader(checked, where)
-    if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelLoadError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if not (partial == 1.0 or (family.partial_rotary and partial < 1.0)):
+        allowed = "at most 1" if family.partial_rotary else f"only 1 in models of the family {family.name}"
+        raise ModelLoadError(f"config.json: partial_rotary_factor {partial} is not supported, {allowed}")
     theta = rope.get("rope_theta", 10000.0)
     scaling = _rope_scaling(rope, keys["max_position_embeddings"])
     rope.refuse_unread((), _ROPE_NEUTRAL)
-    return theta, scaling
+    return theta, scaling, partial
 
 
 # Left over from another kind of scaling, or written by rule.
@@ -129,11 +134,27 @@ def _rope_scaling(rope: KeyReader, max_position: int) -> RopeScaling | None:
             return RopeScaling("linear", rope["factor"], original)
         if kind == "llama3":
             return RopeScaling("llama3", rope["factor"], original, rope["low_freq_factor"], rope["high_freq_factor"])
+        if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in rope):  # names of older files
+            return _longrope(rope, original, max_position)
         if kind == "yarn":
             return _yarn(rope, original, max_position)
     except KeyError as error:
         raise ModelLoadError(f"config.json: RoPE scaling {kind!a} has no {error.args[0]!r}, which it needs") from error
-    raise ModelLoadError(f"config.json: RoPE scaling {kind!a} is not supported; supported: linear, llama3, yarn")
+    raise ModelLoadError(
+        f"config.json: RoPE scaling {kind!a} is not supported; supported: linear, llama3, yarn, longrope"
+    )
+
+
+def _longrope(rope: KeyReader, original: int, max_position: int) -> RopeScaling:
+    short, long = rope["short_factor"], rope["long_factor"]
+    return RopeScaling(
+        "longrope",
+        rope.get("factor", max_position / original),
+        original,
+        attention_factor=rope.get("attention_factor"),
+        factors=tuple(short),
+        long_factors=tuple(long),
+    )
 
 
 def _yarn(rope: KeyReader, original: int, max_position: int) -> RopeScaling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_schema import HFIndex
 from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.known_keys import check_keys
+from fineserve_jax.loaders.laid_out_tensors import LaidOutTensors
+from fineserve_jax.models.registry import get_family
 
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
@@ -39,30 +41,25 @@ class HFModel:
         self.config = hf_config(read_json(directory / "config.json"))
         self._files = {path: _open(path) for path in self._tensor_files()}
         self._where = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        self._stored = _Stored(directory, self._where)
         self._refuse_duplicates()
         if self.config.tie_embeddings and _HEAD in self._where and not self._head_is_the_embedding():
             # The flag is often left at its default; a head that was stored and differs is meant.
             self.config = dataclasses.replace(self.config, tie_embeddings=False)
+        layout = get_family(self.config.family).hf_layout
+        self._tensors = LaidOutTensors(self.config, layout, self._stored, _stored_name)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor; None when no file has it. Raises ModelLoadError when its type is no float."""
-        if name not in self._where:
-            return None
-        part = self._where[name].get_slice(name)
-        if part.get_dtype() not in _FLOAT_TYPES:
-            raise ModelLoadError(
-                f"{self.directory}: tensor {name} is of type {part.get_dtype()}, which is not supported; "
-                f"supported: {', '.join(_FLOAT_TYPES)}"
-            )
-        return tuple(part.get_shape())
+        return self._tensors.shape(name)
 
     def read(self, name: str) -> np.ndarray:
-        """Tensor `name` as f32."""
-        return self._where[name].get_tensor(name).astype(np.float32)
+        """The tensor, f32."""
+        return self._tensors.read(name)
 
     def unused(self, used: Collection[str]) -> list[str]:
-        """Tensors beside `used` that would change the model's numbers."""
-        known = {*used, _HEAD} if self.config.tie_embeddings else set(used)
+        """Tensors beside `used` that would change the model's numbers, by the names that the files have for them."""
+        known = self._tensors.stored_names(used) | ({_HEAD} if self.config.tie_embeddings else set())
         return sorted(name for name in self._where if name not in known and not _HARMLESS.fullmatch(name))
 
     def _refuse_duplicates(self) -> None:
@@ -76,9 +73,9 @@ class HFModel:
 
     def _head_is_the_embedding(self) -> bool:
         """Compares a few rows at a time, so that two large tables are never in memory."""
-        if _EMBEDDING not in self._where or self.shape(_EMBEDDING) != self.shape(_HEAD):
+        if _EMBEDDING not in self._where or self._stored.shape(_EMBEDDING) != self._stored.shape(_HEAD):
             return False
-        rows = (self.shape(_HEAD) or (0,))[0]
+        rows = (self._stored.shape(_HEAD) or (0,))[0]
         embedding, head = (self._where[name].get_slice(name) for name in (_EMBEDDING, _HEAD))
         pieces = (slice(at, min(at + _ROWS_AT_A_TIME, rows)) for at in range(0, rows, _ROWS_AT_A_TIME))
         return all(np.array_equal(embedding[piece], head[piece]) for piece in pieces)
@@ -96,6 +93,36 @@ class HFModel:
                 f"to safetensors first"
             )
         return files
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """See `StoredTensors`. where: the open file of each tensor."""
+
+    directory: Path
+    where: Mapping[str, Any]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        if name not in self.where:
+            return None
+        part = self.where[name].get_slice(name)
+        if part.get_dtype() not in _FLOAT_TYPES:
+            raise ModelLoadError(
+                f"{self.directory}: tensor {name} is of type {part.get_dtype()}, which is not supported; "
+                f"supported: {', '.join(_FLOAT_TYPES)}"
+            )
+        return tuple(part.get_shape())
+
+    def read(self, name: str, index: int | None, rows: slice | None) -> np.ndarray:
+        tensor, rows = self.where[name].get_slice(name), slice(None) if rows is None else rows
+        return np.asarray(tensor[rows] if index is None else tensor[index][rows]).astype(np.float32)
+
+
+def _stored_name(prefix: str, part: str, kind: str, stacked: bool) -> str:
+    """Stacks of experts are parameters of one module: their names end in the part's, those of biases in `_bias`."""
+    if stacked:
+        return f"{prefix}{part}{'_bias' if kind == 'bias' else ''}"
+    return f"{prefix}{part}.{kind}" if kind else f"{prefix}{part}"
 
 
 def _open(path: Path) -> Any:

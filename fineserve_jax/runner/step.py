@@ -46,7 +46,7 @@ def layer(
 ) -> tuple[Stream, LayerWords]:
     """One layer. `params`: of that layer alone; `index`: i32[], its number."""
     attention = LayerAttention(spec, index, arena, inputs)
-    x = _apply(spec.model.block, params, stream.x, stream.rope, attention)
+    x = _apply(spec.model.block(params), params, stream.x, stream.rope, attention)
     return stream._replace(x=x), attention.words
 
 

@@ -15,7 +15,9 @@ from safetensors.numpy import load_file
 from fineserve_jax.models import Attend, CausalLM, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn")
+DENSE = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn", "granite", "phi3", "olmo2")
+EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_dense")
+CASES = (*DENSE, "phi3_short", "phi3_long", *EXPERTS)
 
 Tensors = dict[str, np.ndarray]
 
@@ -66,13 +68,19 @@ def flax_logits(
     positions: np.ndarray | None = None,
     attend: Attend | None = None,
 ) -> np.ndarray:
-    """Logits of every token; of one sequence unless positions and attention say otherwise."""
+    """Logits of every token; of one sequence unless positions and attention say otherwise.
+
+    With longrope, all tokens are taken to be of sequences as long as the longest.
+    """
     positions = np.arange(len(tokens), dtype=np.int32) if positions is None else positions
     attend = attend or causal_attend(model.config, positions)
 
+    scaling = model.config.rope_scaling
+    long = jnp.full(len(tokens), scaling is not None and max(positions) >= scaling.original_max_position)
+
     @jax.jit
     def step(params: dict[str, Any], tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        hidden = model.apply({"params": params}, tokens, positions, attend)
+        hidden = model.apply({"params": params}, tokens, positions, attend, long)
         return model.apply({"params": params}, hidden, method="logits")
 
     return np.asarray(step(params, jnp.asarray(tokens), jnp.asarray(positions)))
