@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
+from fineserve_jax.models.layer_types import window_of_all
 from fineserve_jax.models.model_config import ExpertsConfig
 from fineserve_jax.models.tensor_layout import STACKED_EXPERTS, TensorLayout
 
@@ -12,7 +13,7 @@ from fineserve_jax.models.tensor_layout import STACKED_EXPERTS, TensorLayout
 def _traits(config: HFConfig) -> dict[str, Any]:
     count, beside = config.get("num_local_experts"), config.get("num_experts")
     experts = ExpertsConfig(count or beside or 8, config["num_experts_per_tok"], config["intermediate_size"])
-    return {"experts": experts, "sliding_window": config.get("sliding_window")}
+    return {"experts": experts, **window_of_all(config)}
 
 
 FAMILY = Family(

@@ -100,6 +100,18 @@ class ExpertsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose attention is alike.
+
+    layers: their numbers, ascending.
+    window: how many newest tokens they attend to, a token itself included; None: all.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of one decoder-only transformer.
 
@@ -123,7 +135,10 @@ class ModelConfig:
     residual_multiplier: of what attention and MLP add to the residual stream.
     logit_multiplier: of the output head's logits.
     max_position: context length in tokens the checkpoint declares.
-    sliding_window: attend only to that many newest tokens, in every layer; None attends to all.
+    sliding_window: attend only to that many newest tokens, a token itself included; None attends to all.
+    full_attention_layers: numbers of the layers that attend to all although there is a sliding window, ascending.
+    attention_soft_cap: logits of attention are capped to cap * tanh(logit / cap); None: not.
+    attention_sinks: whether each head has a learnt logit that takes part in the softmax and has no value (gpt-oss).
     """
 
     family: str
@@ -157,6 +172,9 @@ class ModelConfig:
     logit_multiplier: float = 1.0
     max_position: int = 2048
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -172,8 +190,21 @@ class ModelConfig:
             raise ModelLoadError(
                 f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"
             )
+        self._check_attention()
         self._check_rope()
         self._check_multipliers()
+
+    def _check_attention(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ModelLoadError(f"model config: sliding_window is {self.sliding_window}, must be at least 1")
+        full = self.full_attention_layers
+        if full and (list(full) != sorted({*full}) or full[0] < 0 or full[-1] >= self.num_layers):
+            raise ModelLoadError(
+                f"model config: full_attention_layers are {list(full)}; they must be ascending numbers of "
+                f"{self.num_layers} layers"
+            )
+        if self.attention_soft_cap is not None and not 0.0 < self.attention_soft_cap < math.inf:
+            raise ModelLoadError(f"model config: attention_soft_cap is {self.attention_soft_cap}, must be positive")
 
     def _check_rope(self) -> None:
         rotated = self.rotated
@@ -208,14 +239,26 @@ class ModelConfig:
         return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
-    def has_long_factors(self) -> bool:
-        """Whether RoPE turns sequences beyond the original context by other factors than shorter ones (longrope)."""
-        return self.rope_scaling is not None and self.rope_scaling.kind == "longrope"
+    def long_after(self) -> int | None:
+        """Most tokens of a sequence that RoPE turns by its factors for short sequences (longrope); None: it has none."""
+        scaling = self.rope_scaling
+        return scaling.original_max_position if scaling is not None and scaling.kind == "longrope" else None
 
     @property
     def attention_scale(self) -> float:
         """What the logits of attention are multiplied by."""
         return float(self.head_dim) ** -0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers by how far back they attend: first those that attend to all, and then those with a window."""
+        everything = range(self.num_layers)
+        full = everything if self.sliding_window is None else self.full_attention_layers
+        groups = (
+            LayerGroup(tuple(full), None),
+            LayerGroup(tuple(layer for layer in everything if layer not in full), self.sliding_window),
+        )
+        return tuple(group for group in groups if group.layers)
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -241,6 +284,7 @@ class ModelConfig:
                 values["rope_scaling"] = RopeScaling(**{**scaling, **lists})
             if experts := values.get("experts"):
                 values["experts"] = ExpertsConfig(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
+            values["full_attention_layers"] = tuple(values.get("full_attention_layers", ()))
             return cls(**values)
         except TypeError as error:
             raise ModelLoadError(f"stored model config does not fit this version: {error}") from error

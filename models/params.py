@@ -6,6 +6,7 @@
     layers_<i>/attn/qkv/{kernel, ..., bias?}                   [(heads + 2 kv_heads) * head_dim, hidden]
     layers_<i>/attn/o/{kernel, ..., bias?}                     [hidden, heads * head_dim]
     layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim] or f32[heads * head_dim], with qk_norm
+    layers_<i>/attn/sinks                                      f32[heads], with attention_sinks
     layers_<i>/mlp/gate_up/{kernel, ..., bias?}                [2 * intermediate, hidden]
     layers_<i>/mlp/down/{kernel, ..., bias?}                   [hidden, intermediate]
     layers_<i>/mlp/router/{kernel, bias?}                      f32[experts, hidden], in layers with experts, whose
@@ -111,6 +112,7 @@ def _attention_names(config: ModelConfig) -> list[str]:
     names = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
     names += [f"self_attn.{part}_proj.bias" for part in "qkv"] if config.qkv_bias else []
     names += ["self_attn.o_proj.bias"] if config.o_bias else []
+    names += ["self_attn.sinks"] if config.attention_sinks else []
     return names + (["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if config.qk_norm else [])
 
 
@@ -145,6 +147,8 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
         "down_proj": (hidden, mlp),
     }
     part, kind = name.split(".")[-2:]
+    if kind == "sinks":
+        return (config.num_heads,)
     shape = table.get(part, (hidden,))  # every other tensor is a norm over the hidden size
     return shape[:1] if kind == "bias" else shape
 
@@ -202,6 +206,8 @@ class _Packer:
         if cfg.qk_norm:
             attn["q_norm"] = self.norm(attention + "q_norm.weight")
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
+        if cfg.attention_sinks:
+            attn["sinks"] = jnp.asarray(self.source.read(attention + "sinks"))
         mlp = self.experts(prefix + "mlp.") if cfg.has_experts(index) else self.mlp(prefix + "mlp.")
         return {"attn": attn, "mlp": mlp, **self.residual_norms(prefix)}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
+from fineserve_jax.models.layer_types import window_of_all
 from fineserve_jax.models.tensor_layout import FUSED_GATE_UP, FUSED_QKV, Joined, TensorLayout
 
 
 def _traits(config: HFConfig) -> dict[str, Any]:
-    return {"sliding_window": config.get("sliding_window")}
+    return window_of_all(config)
 
 
 FAMILY = Family(
@@ -22,6 +23,7 @@ FAMILY = Family(
         "rms_norm_eps": 1e-5,
     },
     traits=_traits,
+    gguf_defaults={"attention.sliding_window_pattern": 0},  # a window is that of every layer
     partial_rotary=True,
     hf_layout=TensorLayout(joined=(FUSED_QKV, FUSED_GATE_UP)),
     gguf_layout=TensorLayout(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
+from fineserve_jax.models.layer_types import window_of_all
 from fineserve_jax.models.model_config import ExpertsConfig
 from fineserve_jax.models.tensor_layout import STACKED_EXPERTS, TensorLayout
 
@@ -22,15 +23,23 @@ def _experts(config: HFConfig) -> ExpertsConfig | None:
     )
 
 
+def _windows(config: HFConfig) -> dict[str, Any]:
+    """All layers have the window if it is used; if not, what else is said of windows means nothing."""
+    if config.get("use_sliding_window", False):
+        return window_of_all(config)
+    for key in ("sliding_window", "max_window_layers"):
+        config.get(key)
+    return {"sliding_window": None}
+
+
 def _traits(config: HFConfig) -> dict[str, Any]:
     biased = bool(config.get("attention_bias", False))
-    window, used = config.get("sliding_window", 4096), config.get("use_sliding_window", False)
     return {
         "qk_norm": True,
         "qkv_bias": biased,
         "o_bias": biased,
         "experts": _experts(config),
-        "sliding_window": window if used else None,
+        **_windows(config),
     }
 
 
@@ -40,6 +49,7 @@ FAMILY = Family(
     gguf_architectures=("qwen3moe",),
     hf_defaults={
         "num_key_value_heads": 4,
+        "sliding_window": 4096,
         "max_position_embeddings": 32768,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,

@@ -51,7 +51,7 @@ def rope_tables(
     """
     freqs, factor = rope_frequencies(config)
     chosen: jax.Array | np.ndarray = freqs
-    if long is not None and config.has_long_factors:
+    if long is not None and config.long_after is not None:
         chosen = jnp.where(long[:, None, None], rope_frequencies(config, long=True)[0], freqs)
     angles = positions.astype(jnp.float32)[:, None, None] * chosen
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor

@@ -30,14 +30,14 @@ from fineserve_jax.models.weight_formats import weight_recipe
 class Attend(Protocol):
     """What the caller supplies: attention of layer `layer`, scale and mask included.
 
-    q f32[N, num_heads, head_dim], k and v f32[N, num_kv_heads, head_dim], q and k after RoPE;
-    returns f32[N, num_heads, head_dim].
+    q f32[N, num_heads, head_dim], k and v f32[N, num_kv_heads, head_dim], q and k after RoPE; with
+    `attention_sinks` their logits f32[num_heads] besides. Returns f32[N, num_heads, head_dim].
     """
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, /) -> jax.Array: ...
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, /, *sinks: jax.Array) -> jax.Array: ...
 
 
-AttendLayer = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `Attend` of one layer
+AttendLayer = Callable[..., jax.Array]  # `Attend` of one layer
 Tokens = Int32[jax.Array, " N"]
 Flags = Bool[jax.Array, " N"]
 Hidden = Float32[jax.Array, "N {self.config.hidden_size}"]
@@ -59,6 +59,8 @@ class Attention(nn.Module):
             q_width, k_width = cfg.qk_norm_sizes
             self.q_norm = RMSNorm(q_width, cfg.norm_eps)
             self.k_norm = RMSNorm(k_width, cfg.norm_eps)
+        if cfg.attention_sinks:
+            self.sinks = self.param("sinks", nn.initializers.zeros, (cfg.num_heads,), jnp.float32)
 
     def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
         cfg = self.config
@@ -69,7 +71,8 @@ class Attention(nn.Module):
         q, k, v = (part.reshape(x.shape[0], -1, cfg.head_dim) for part in (q, k, v))
         if cfg.qk_norm and not cfg.qk_norm_across_heads:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        sinks = (self.sinks,) if cfg.attention_sinks else ()
+        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, *sinks)
         return self.o(mixed.reshape(x.shape[0], q_size))
 
 
@@ -167,10 +170,6 @@ class CausalLM(nn.Module):
         x = self.embed.rows(tokens) * self.config.embedding_multiplier
         return x, rope_tables(self.config, positions, long)
 
-    def block(self, params: Mapping[str, Any]) -> Block:
-        """One layer by itself, for callers that run them one by one, told from its params, `params["layers_<i>"]`."""
-        return Block(self.config, self.weights, has_experts="router" in params["mlp"])
-
     def head(self, x: Hidden) -> Logits:
         """The residual stream after the last layer, f32[M, hidden_size] -> logits f32[M, vocab_size]."""
         return self.logits(self.norm(x))
@@ -182,4 +181,9 @@ class CausalLM(nn.Module):
 
     def declare(self, tokens: Tokens, positions: Tokens) -> Logits:
         """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""
-        return self.logits(self(tokens, positions, lambda layer, q, k, v: q))
+        return self.logits(self(tokens, positions, lambda layer, q, k, v, *sinks: q))
+
+
+def block_of(model: CausalLM, params: Mapping[str, Any]) -> Block:
+    """A layer by itself, for callers that run them one by one, told from its params, `params["layers_<i>"]`."""
+    return Block(model.config, model.weights, has_experts="router" in params["mlp"])

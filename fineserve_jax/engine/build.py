@@ -180,8 +180,6 @@ def _runner(
 
 def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:
     limit = model.config.max_position
-    if model.config.sliding_window is not None:
-        limit = min(limit, model.config.sliding_window)  # up to here the window hides nothing
     if config.max_seq_len is None:
         return min(DEFAULT_MAX_SEQ_LEN, limit)
     if config.max_seq_len > limit:

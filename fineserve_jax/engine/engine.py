@@ -261,7 +261,10 @@ class Engine:
         return [*advanced, *result.nonfinite]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:
-        """Adds a sampled token to the request's text, and ends the request if that is its end."""
+        """Adds a sampled token to the request's text, and ends the request if that is its end.
+
+        One that has just become long is computed again: all its tokens are turned by other factors from now on.
+        """
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
         detokenizer = self.detokenizers[request]
@@ -272,6 +275,8 @@ class Engine:
             self._finish(request, FinishReason.STOP)
         elif request.num_tokens >= request.max_total_tokens:
             self._finish(request, FinishReason.LENGTH)
+        elif request.is_long and request.num_tokens - 1 == request.long_after:
+            self.scheduler.restart(request)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.detokenizers[request].finish()

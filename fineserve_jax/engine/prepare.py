@@ -83,6 +83,7 @@ class PreparedRequest:
             times=RequestTimes(arrival_s),
             seed=_seed(self.sampling.seed, engine_seed, sequence, sample_index),
             stop_ids=self.stop_ids,
+            long_after=self.served.model.config.long_after,
             fork_of=fork_of,
             tenant=options.tenant,
             priority=options.priority,

@@ -52,7 +52,7 @@ class GGUFModel:
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used`, by their GGUF names, that would change the model's numbers."""
         known = {ROPE_FACTORS, *self._tensors.stored_names(used)}
-        if self.config.has_long_factors:
+        if self.config.long_after is not None:
             known |= {SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS}
         return sorted(name for name in self.file.tensors if name not in known and not _HARMLESS.fullmatch(name))
 

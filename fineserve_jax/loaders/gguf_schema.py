@@ -29,6 +29,9 @@ class GGUFModelKeys(CheckedKeys):
     norm_eps: NormEpsilon | None = Field(None, alias="attention.layer_norm_rms_epsilon")
     scale: Factor | None = Field(None, alias="attention.scale")
     window: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, alias="attention.sliding_window")
+    window_pattern: Annotated[int, Field(ge=0, le=4096)] | Annotated[list[bool], Field(max_length=4096)] | None = Field(
+        None, alias="attention.sliding_window_pattern"
+    )
     rotated: HeadSize | None = Field(None, alias="rope.dimension_count")
     freq_base: RopeBase | None = Field(None, alias="rope.freq_base")
     scale_linear: Factor | None = Field(None, alias="rope.scale_linear")

@@ -10,6 +10,7 @@ from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, HFConfigKeys, HFRopeKeys
 from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.models.family import Family
+from fineserve_jax.models.layer_types import FULL
 from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_hf_architecture
 
@@ -63,10 +64,9 @@ def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
 
 def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     """What else changes nothing beside what `config` holds already."""
-    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
     return {
         **NEUTRAL_VALUES,
-        "layer_types": ([kind] * config.num_layers,),
+        "layer_types": ([FULL] * config.num_layers,),
         "query_pre_attn_scalar": (config.head_dim,),
         "rotary_dim": (config.rotated,),
         "num_kv_heads": (config.num_kv_heads,),

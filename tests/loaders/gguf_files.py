@@ -92,7 +92,7 @@ def numbers(case: str) -> dict[str, int | float]:
         found |= {"expert_count": config.experts.count, "expert_used_count": config.experts.used}
     if "moe_intermediate_size" in raw:
         found["expert_feed_forward_length"] = raw["moe_intermediate_size"]
-    if config.has_long_factors:
+    if config.long_after is not None:
         original = raw["original_max_position_embeddings"]
         found["rope.scaling.original_context_length"] = original
         stretch = math.log(config.max_position / original) / math.log(original)

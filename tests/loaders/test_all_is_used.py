@@ -20,7 +20,7 @@ from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
-from fineserve_jax.models import RopeScaling, build_model, pack_params
+from fineserve_jax.models import LayerGroup, RopeScaling, build_model, pack_params
 
 
 def _directory(tmp_path, case, tensors, **config):
@@ -105,19 +105,27 @@ def test_the_original_context_may_stand_beside_the_rope_table():
     assert config.rope_scaling == RopeScaling("yarn", 4.0, 32)
 
 
-@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize(
-    ("types", "expected"), [("ss", 32), ("ff", None), ("sf", "layers 0 to 0 only"), ("s", "1 entries for 2 layers")]
+    ("types", "expected"),
+    [
+        ("ss", (LayerGroup((0, 1), 32),)),
+        ("ff", (LayerGroup((0, 1), None),)),
+        ("sf", (LayerGroup((1,), None), LayerGroup((0,), 32))),
+        ("s", "1 entries for 2 layers"),
+        ("sx", "among them 'x'"),
+    ],
 )
-def test_layer_types_of_qwen_decide_over_the_number_of_layers(case, types, expected):
+def test_layer_types_say_which_layers_have_the_window(case, types, expected):
     names = {"s": "sliding_attention", "f": "full_attention"}
-    window = {"use_sliding_window": True, "sliding_window": 32, "layer_types": [names[t] for t in types]}
+    used = {} if case == "mistral" else {"use_sliding_window": True}
+    window = {**used, "sliding_window": 32, "layer_types": [names.get(t, t) for t in types]}
     raw = {**case_config(case), **window}
     if isinstance(expected, str):
         with pytest.raises(ModelLoadError, match=expected):
             hf_config(raw)
     else:
-        assert hf_config(raw).sliding_window == expected
+        assert hf_config(raw).layer_groups == expected
 
 
 def test_stored_rotary_tables_are_harmless_and_other_tensors_are_not(tmp_path):

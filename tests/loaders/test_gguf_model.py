@@ -17,7 +17,7 @@ from fineserve_jax.loaders.gguf_config import gguf_config
 from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.laid_out_tensors import unpermute_heads
-from fineserve_jax.models import RopeScaling, build_model
+from fineserve_jax.models import LayerGroup, RopeScaling, build_model
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
@@ -57,7 +57,7 @@ def test_the_configuration_equals_that_of_config_json(tmp_path, case):
     assert dataclasses.replace(found, **stated) == dataclasses.replace(expected, rope_scaling=None)
     assert (found.rope_scaling is None) == (expected.rope_scaling is None)
     if expected.rope_scaling is not None:
-        assert found.rope_scaling.kind == ("longrope" if expected.has_long_factors else "factors")
+        assert found.rope_scaling.kind == ("longrope" if expected.long_after is not None else "factors")
 
 
 def _bare(path, **extra):
@@ -75,7 +75,8 @@ def _bare(path, **extra):
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     for key, value in extra.items():
         name = "llama." + key.replace("__", ".")
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add[type(value)](name, value)
     add_byte_tokenizer(writer)
     add_tensor(writer, "token_embd.weight", np.zeros((96, 64), np.float32))
     return GGUFFile(finish(writer, path))
@@ -102,11 +103,28 @@ def test_rope_scaling_metadata_are_read(tmp_path):
     assert gguf_config(yarn).rope_scaling == RopeScaling("yarn", 8.0, 32)
 
 
-def test_a_sliding_window_of_every_layer_is_read(tmp_path):
-    for window, expected in ((96, 96), (0, None)):
-        file = _bare(tmp_path / f"{window}.gguf", attention__sliding_window=window)
-        assert gguf_config(file).sliding_window == expected
-    assert gguf_config(_bare(tmp_path / "none.gguf")).sliding_window is None
+def test_sliding_windows_are_read(tmp_path):
+    """In a file called llama every layer has the window, unless the file says which do."""
+    for window, pattern, expected in (
+        (96, None, (LayerGroup((0, 1), 96),)),
+        (0, None, (LayerGroup((0, 1), None),)),
+        (None, None, (LayerGroup((0, 1), None),)),
+        (96, 2, (LayerGroup((1,), None), LayerGroup((0,), 96))),
+        (96, [False, True], (LayerGroup((0,), None), LayerGroup((1,), 96))),
+        (96, 1, (LayerGroup((0, 1), None),)),
+    ):
+        keys = {"attention__sliding_window": window, "attention__sliding_window_pattern": pattern}
+        file = _bare(tmp_path / "m.gguf", **{key: value for key, value in keys.items() if value is not None})
+        assert gguf_config(file).layer_groups == expected
+    file = _bare(tmp_path / "m.gguf", attention__sliding_window=96, attention__sliding_window_pattern=[True])
+    with pytest.raises(ModelLoadError, match=r"sliding_window_pattern has 1 entries for 2 layers"):
+        gguf_config(file)
+
+
+def test_a_window_without_a_word_on_which_layers_have_it_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", more=lambda w: w.add_uint32("qwen2.attention.sliding_window", 8))
+    with pytest.raises(ModelLoadError, match=r"sliding_window is 8, without attention\.sliding_window_pattern"):
+        load_model(path)
 
 
 @pytest.mark.parametrize(
