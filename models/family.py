@@ -30,6 +30,8 @@ class Family:
     hf_defaults: what this family's config.json means by a key it leaves out.
     traits: fields of `ModelConfig` that follow from config.json in this family's own way.
     gguf_traits: fields of `ModelConfig` that hold for every GGUF file of this family; its tensors are then required.
+    hf_norm_offset: what Hugging Face checkpoints leave out of the weights of norms; GGUF files have it in them.
+    local_rope: whether config.json may give layers with a window a RoPE of their own, beside `full_attention`'s.
     gguf_defaults: what this family's GGUF files mean by a key of the architecture that they leave out.
     gguf_keys: fields of `ModelConfig` that follow from GGUF metadata in this family's own way.
     partial_rotary: whether its configurations may have RoPE turn a part of each head only.
@@ -43,6 +45,8 @@ class Family:
     hf_defaults: Mapping[str, Any]
     traits: Callable[[HFConfig], dict[str, Any]]
     gguf_traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hf_norm_offset: float = 0.0
+    local_rope: bool = False
     gguf_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf_keys: Callable[[GGUFKeys], dict[str, Any]] = no_keys
     partial_rotary: bool = False

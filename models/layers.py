@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -73,6 +76,15 @@ class LayerNorm(nn.Module):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): about x where that is small, and never beyond the cap. None caps nothing."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def declared(_: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -81,8 +93,8 @@ def declared(_: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def gated(config: ModelConfig, gate: Float32[jax.Array, "N inner"], up: Float32[jax.Array, "N inner"]) -> jax.Array:
-    """What an MLP makes of its gates and what they gate, f32[N, inner]: silu(gate) * up, or gpt-oss's form of it."""
+    """What an MLP makes of its gates and what they gate, f32[N, inner]: activation(gate) * up, or gpt-oss's form."""
     if config.gate_limit is None:
-        return jax.nn.silu(gate) * up
+        return ACTIVATIONS[config.activation](gate) * up
     gate, up = jnp.minimum(gate, config.gate_limit), jnp.clip(up, -config.gate_limit, config.gate_limit)
     return gate * jax.nn.sigmoid(config.gate_slope * gate) * (up + 1.0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fineserve_jax.errors import ModelLoadError
 
 NormKind = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["linear", "llama3", "yarn", "longrope", "factors"]
 ROPE_KINDS: tuple[str, ...] = ("linear", "llama3", "yarn", "longrope", "factors")
 
@@ -125,8 +126,9 @@ class ModelConfig:
     qkv_bias, o_bias: whether the attention projections carry biases.
     mlp_bias: whether the projections of the MLP, or of the experts, carry biases.
     experts: the mixture of experts that most layers have; None: all have an MLP.
+    activation: of the MLP's gates; `gelu_tanh` is GELU's approximation by tanh (Gemma).
     gate_limit: gates are clamped to at most this and what they gate to its amount, and they are joined in gpt-oss's
-        way (see `gated`); None: silu(gate) * up.
+        way (see `gated`); None: activation(gate) * up.
     gate_slope: of the sigmoid in that.
     qk_norm: RMSNorm over head_dim on q and k before RoPE (Qwen3).
     qk_norm_across_heads: that norm is over all heads together (Olmo 2).
@@ -134,6 +136,9 @@ class ModelConfig:
     attention_multiplier: of the logits of attention; None: 1 / sqrt(head_dim).
     residual_multiplier: of what attention and MLP add to the residual stream.
     logit_multiplier: of the output head's logits.
+    logit_soft_cap: the output head's logits are capped to cap * tanh(logit / cap); None: not.
+    no_rope_layers: numbers of the layers without RoPE, ascending.
+    local_rope_theta: base of RoPE, without scaling, in the layers with a window; None: theirs is that of all.
     max_position: context length in tokens the checkpoint declares.
     sliding_window: attend only to that many newest tokens, a token itself included; None attends to all.
     full_attention_layers: numbers of the layers that attend to all although there is a sliding window, ascending.
@@ -162,6 +167,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     experts: ExpertsConfig | None = None
+    activation: Activation = "silu"
     gate_limit: float | None = None
     gate_slope: float = 1.702
     qk_norm: bool = False
@@ -170,6 +176,9 @@ class ModelConfig:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    logit_soft_cap: float | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
     max_position: int = 2048
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
@@ -181,9 +190,10 @@ class ModelConfig:
         for name in (*sizes, "intermediate_size", "max_position"):
             if getattr(self, name) <= 0:
                 raise ModelLoadError(f"model config: {name} is {getattr(self, name)}, must be at least 1")
-        if not (0.0 < self.norm_eps < 1.0 and 1.0 < self.rope_theta < math.inf):
+        bases = (self.rope_theta, self.local_rope_theta or self.rope_theta)
+        if not (0.0 < self.norm_eps < 1.0 and all(1.0 < base < math.inf for base in bases)):
             raise ModelLoadError(
-                f"model config: norm_eps is {self.norm_eps} and rope_theta {self.rope_theta}; "
+                f"model config: norm_eps is {self.norm_eps} and bases of RoPE are {bases}; "
                 "they must lie between 0 and 1, and above 1"
             )
         if self.num_heads % self.num_kv_heads:
@@ -197,14 +207,15 @@ class ModelConfig:
     def _check_attention(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ModelLoadError(f"model config: sliding_window is {self.sliding_window}, must be at least 1")
-        full = self.full_attention_layers
-        if full and (list(full) != sorted({*full}) or full[0] < 0 or full[-1] >= self.num_layers):
-            raise ModelLoadError(
-                f"model config: full_attention_layers are {list(full)}; they must be ascending numbers of "
-                f"{self.num_layers} layers"
-            )
-        if self.attention_soft_cap is not None and not 0.0 < self.attention_soft_cap < math.inf:
-            raise ModelLoadError(f"model config: attention_soft_cap is {self.attention_soft_cap}, must be positive")
+        some = {"full_attention_layers": self.full_attention_layers, "no_rope_layers": self.no_rope_layers}
+        if self.experts is not None:
+            some["dense_layers"] = self.experts.dense_layers
+        for name, layers in some.items():
+            if layers and (list(layers) != sorted({*layers}) or layers[0] < 0 or layers[-1] >= self.num_layers):
+                raise ModelLoadError(
+                    f"model config: {name} are {list(layers)}; they must be ascending numbers of {self.num_layers} "
+                    "layers"
+                )
 
     def _check_rope(self) -> None:
         rotated = self.rotated
@@ -224,7 +235,7 @@ class ModelConfig:
 
     def _check_multipliers(self) -> None:
         names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logit_multiplier")
-        for name in (*names, "gate_limit", "gate_slope"):
+        for name in (*names, "gate_limit", "gate_slope", "attention_soft_cap", "logit_soft_cap"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ModelLoadError(f"model config: {name} is {value}, must be a positive number")
@@ -240,7 +251,7 @@ class ModelConfig:
 
     @property
     def long_after(self) -> int | None:
-        """Most tokens of a sequence that RoPE turns by its factors for short sequences (longrope); None: it has none."""
+        """Most tokens of a sequence that RoPE turns by factors for short ones (longrope); None: there are no others."""
         scaling = self.rope_scaling
         return scaling.original_max_position if scaling is not None and scaling.kind == "longrope" else None
 
@@ -259,6 +270,12 @@ class ModelConfig:
             LayerGroup(tuple(layer for layer in everything if layer not in full), self.sliding_window),
         )
         return tuple(group for group in groups if group.layers)
+
+    def with_rope_of(self, group: LayerGroup) -> ModelConfig:
+        """The same with the RoPE of the group's layers as that of all."""
+        if group.window is None or self.local_rope_theta is None:
+            return self
+        return dataclasses.replace(self, rope_theta=self.local_rope_theta, rope_scaling=None, local_rope_theta=None)
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -284,7 +301,8 @@ class ModelConfig:
                 values["rope_scaling"] = RopeScaling(**{**scaling, **lists})
             if experts := values.get("experts"):
                 values["experts"] = ExpertsConfig(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
-            values["full_attention_layers"] = tuple(values.get("full_attention_layers", ()))
+            for name in ("full_attention_layers", "no_rope_layers"):
+                values[name] = tuple(values.get(name, ()))
             return cls(**values)
         except TypeError as error:
             raise ModelLoadError(f"stored model config does not fit this version: {error}") from error

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
-from fineserve_jax.models.tensor_layout import TensorLayout
+from fineserve_jax.models.tensor_layout import GGUF_WITH_POST_NORMS
 
 SHAPE = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_across_heads": True}
-GGUF_LAYOUT = TensorLayout(
-    names={
-        "post_attention_layernorm": "post_attention_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    }
-)
 
 
 def _traits(config: HFConfig) -> dict[str, Any]:
@@ -28,5 +22,5 @@ FAMILY = Family(
     hf_defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
     traits=_traits,
     gguf_traits=SHAPE,
-    gguf_layout=GGUF_LAYOUT,
+    gguf_layout=GGUF_WITH_POST_NORMS,
 )

@@ -9,7 +9,19 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.models import granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from fineserve_jax.models import (
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.transformer import CausalLM
@@ -74,5 +86,5 @@ def _register_offered() -> None:
             register_family(family)
 
 
-for _module in (llama, mistral, qwen2, qwen3, granite, phi3, olmo2, mixtral, qwen3_moe):
+for _module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, granite, phi3, olmo2, mixtral, qwen3_moe):
     register_family(_module.FAMILY)

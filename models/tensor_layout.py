@@ -43,6 +43,8 @@ class TensorLayout:
 
 
 AS_LLAMA = TensorLayout()
+# Llama's checkpoints call what is ahead of the MLP as those of families with norms after attention call these.
+GGUF_WITH_POST_NORMS = TensorLayout(names={"post_attention_layernorm": "post_attention_norm"})
 FUSED_GATE_UP = Joined("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"))
 FUSED_QKV = Joined("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 STACKED_EXPERTS = (

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int32
 
 from fineserve_jax.models.experts import Experts
-from fineserve_jax.models.layers import NORMS, Linear, Matrix, RMSNorm, gated
+from fineserve_jax.models.layers import NORMS, Linear, Matrix, RMSNorm, gated, soft_cap
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.rope import RopeTables, apply_rope, rope_tables
 from fineserve_jax.models.weight_formats import weight_recipe
@@ -62,7 +62,8 @@ class Attention(nn.Module):
         if cfg.attention_sinks:
             self.sinks = self.param("sinks", nn.initializers.zeros, (cfg.num_heads,), jnp.float32)
 
-    def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
+    def __call__(self, x: Hidden, rope: RopeTables | None, attend: AttendLayer) -> Hidden:
+        """rope: the rotations of the tokens' positions; None: q and k are not turned."""
         cfg = self.config
         q_size, k_size, _ = cfg.qkv_sizes
         q, k, v = jnp.split(self.qkv(x), (q_size, q_size + k_size), axis=-1)
@@ -72,7 +73,9 @@ class Attention(nn.Module):
         if cfg.qk_norm and not cfg.qk_norm_across_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         sinks = (self.sinks,) if cfg.attention_sinks else ()
-        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, *sinks)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        mixed = attend(q, k, v, *sinks)
         return self.o(mixed.reshape(x.shape[0], q_size))
 
 
@@ -115,7 +118,7 @@ class Block(nn.Module):
         if cfg.post_norms:
             self.mlp_post_norm = residual_norm(cfg)
 
-    def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
+    def __call__(self, x: Hidden, rope: RopeTables | None, attend: AttendLayer) -> Hidden:
         cfg = self.config
         taken = self.attn_norm(x) if cfg.pre_norms else x
         attended = self.attn(taken, rope, attend)
@@ -157,18 +160,25 @@ class CausalLM(nn.Module):
 
         long: see `embed_tokens`.
         """
-        x, rope = self.embed_tokens(tokens, positions, long)
+        x, ropes = self.embed_tokens(tokens, positions, long)
+        groups = self.config.layer_groups
+        rope_of = {layer: rope for group, rope in zip(groups, ropes, strict=True) for layer in group.layers}
         for index, block in enumerate(self.layers):
+            rope = None if index in self.config.no_rope_layers else rope_of[index]
             x = block(x, rope, functools.partial(attend, index))
         return self.norm(x)
 
-    def embed_tokens(self, tokens: Tokens, positions: Tokens, long: Flags | None = None) -> tuple[Hidden, RopeTables]:
-        """The residual stream f32[N, hidden_size] before the first layer, and the rotations of the positions.
+    def embed_tokens(
+        self, tokens: Tokens, positions: Tokens, long: Flags | None = None
+    ) -> tuple[Hidden, tuple[RopeTables, ...]]:
+        """The residual stream f32[N, hidden_size] before the first layer, and for each of the configuration's
+        `layer_groups` the rotations of the positions.
 
         long: bool[N], whether a token's sequence outgrows the original context of longrope; None: none does.
         """
-        x = self.embed.rows(tokens) * self.config.embedding_multiplier
-        return x, rope_tables(self.config, positions, long)
+        configs = [self.config.with_rope_of(group) for group in self.config.layer_groups]
+        ropes = tuple(rope_tables(config, positions, long) for config in configs)
+        return self.embed.rows(tokens) * self.config.embedding_multiplier, ropes
 
     def head(self, x: Hidden) -> Logits:
         """The residual stream after the last layer, f32[M, hidden_size] -> logits f32[M, vocab_size]."""
@@ -177,7 +187,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """hidden f32[M, hidden_size] -> f32[M, vocab_size]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        return head.dot(hidden) * self.config.logit_multiplier
+        return soft_cap(head.dot(hidden) * self.config.logit_multiplier, self.config.logit_soft_cap)
 
     def declare(self, tokens: Tokens, positions: Tokens) -> Logits:
         """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""

@@ -127,7 +127,7 @@ class Sharing:
             self._pool.copy(origin_pages.page(full)[1], own.page(full)[1], page_class, page_class)
         if self._caches(request, own):
             own.num_cached_blocks = full
-            for own.block_hash, _ in hash_blocks(request.token_ids, page_class.page_size, own.block_hash, 0, full):
+            for own.block_hash, _ in hash_blocks(request.token_ids, page_class.page_size, request.prefix_root, 0, full):
                 pass
         request.num_computed_tokens = known
         return own

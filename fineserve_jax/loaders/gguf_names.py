@@ -17,6 +17,8 @@ NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -36,10 +38,3 @@ def gguf_name(prefix: str, part: str, kind: str, stacked: bool = False) -> str:
     """("model.layers.3.", "ffn_up", "weight") -> "blk.3.ffn_up.weight". Whether it is a stack of experts shows in the
     part's name already."""
     return f"{prefix.replace('model.layers', 'blk')}{part}.{kind or 'weight'}"
-
-
-def gguf_tensor_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`, in a family without names of its own."""
-    part, _, kind = name.rpartition(".")
-    prefix = ".".join(part.split(".")[:3]) + "." if part.startswith("model.layers.") else ""
-    return gguf_name(prefix, NAMES[part.removeprefix(prefix)], kind)

@@ -28,10 +28,11 @@ Params = dict[str, Any]
 
 
 class Stream(NamedTuple):
-    """What flows from layer to layer: the residual f32[N, hidden] and the rotations of the N positions."""
+    """What flows from layer to layer: the residual f32[N, hidden], and for each of the model's layer groups the
+    rotations of the N positions."""
 
     x: jax.Array
-    rope: RopeTables
+    ropes: tuple[RopeTables, ...]
 
 
 def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
@@ -46,15 +47,18 @@ def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
 def layer(
     spec: StepSpec,
     group: int,
+    has_rope: bool,
     params: Params,
     stream: Stream,
     index: jax.Array,
     arena: jax.Array,
     inputs: StepInputs,
 ) -> tuple[Stream, LayerWords]:
-    """One layer. `group`: number of its group, static; `params`: of that layer alone; `index`: i32[], its number."""
+    """One layer. `group`: number of its group, and `has_rope`, static; `params`: of that layer alone; `index`: i32[],
+    its number."""
     attention = LayerAttention(spec, spec.groups[group], index, arena, inputs)
-    x = _apply(block_of(spec.model, params), params, stream.x, stream.rope, attention)
+    rope = stream.ropes[group] if has_rope else None
+    x = _apply(block_of(spec.model, params), params, stream.x, rope, attention)
     return stream._replace(x=x), attention.words
 
 

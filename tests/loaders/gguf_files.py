@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "smollm2": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "gemma3": "gemma3",
     "granite": "granite",
     "phi3": "phi3",
     "phi3_short": "phi3",
@@ -55,6 +56,8 @@ def converted(case: str) -> Tensors:
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
         if architecture in PERMUTED and heads:
             tensor = permuted(tensor, heads)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor.astype(np.float32) + 1.0
         # Experts are in the order of their numbers, of which there are fewer than ten.
         stacked = _EXPERT.sub(r"\1.\2", name).replace("block_sparse_moe.experts", "feed_forward.experts")
         found = names.get_name(
@@ -103,7 +106,7 @@ def numbers(case: str) -> dict[str, int | float]:
 def rope_tensors(config: ModelConfig) -> Tensors:
     """Factors of rotations, where the converter spells them out."""
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.kind == "linear":
         return {}
     if scaling.kind == "longrope":
         lists = {"rope_factors_short.weight": scaling.factors, "rope_factors_long.weight": scaling.long_factors}
@@ -132,7 +135,16 @@ def write_gguf(
             add(f"{architecture}.{key}", number)
     if tokenizer:
         add_byte_tokenizer(writer, hf_config(case_config(case)).vocab_size)
-    for name, tensor in (converted(case) | rope_tensors(hf_config(case_config(case)))).items():
+    config = hf_config(case_config(case))
+    if config.sliding_window is not None:
+        writer.add_uint32(f"{architecture}.attention.sliding_window", config.sliding_window)
+        full = [layer in config.full_attention_layers for layer in range(config.num_layers)]
+        writer.add_array(f"{architecture}.attention.sliding_window_pattern", [not attends for attends in full])
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        writer.add_string(f"{architecture}.rope.scaling.type", "linear")
+        writer.add_float32(f"{architecture}.rope.scaling.factor", scaling.factor)
+    for name, tensor in (converted(case) | rope_tensors(config)).items():
         if name not in leave_out:
             add_tensor(writer, name, tensor.astype(np.float32), quant)
     more(writer)

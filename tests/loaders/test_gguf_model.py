@@ -56,13 +56,13 @@ def test_the_configuration_equals_that_of_config_json(tmp_path, case):
     stated = {"rope_scaling": None, "family": "mixtral" if case == "mixtral" else found.family}
     assert dataclasses.replace(found, **stated) == dataclasses.replace(expected, rope_scaling=None)
     assert (found.rope_scaling is None) == (expected.rope_scaling is None)
-    if expected.rope_scaling is not None:
+    if expected.rope_scaling is not None and found.rope_scaling != expected.rope_scaling:
         assert found.rope_scaling.kind == ("longrope" if expected.long_after is not None else "factors")
 
 
-def _bare(path, **extra):
-    """A file with metadata of a llama and only an embedding."""
-    writer = gguf.GGUFWriter(path, "llama")
+def _bare(path, architecture="llama", **extra):
+    """A file with metadata of a llama, or of another architecture, and only an embedding."""
+    writer = gguf.GGUFWriter(path, architecture)
     numbers = {
         "context_length": 128,
         "embedding_length": 64,
@@ -71,10 +71,10 @@ def _bare(path, **extra):
         "attention.head_count": 4,
     }
     for key, number in numbers.items():
-        writer.add_uint32(f"llama.{key}", number)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_uint32(f"{architecture}.{key}", extra.pop(key, number))
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     for key, value in extra.items():
-        name = "llama." + key.replace("__", ".")
+        name = f"{architecture}.{key.replace('__', '.')}"
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
         add[type(value)](name, value)
     add_byte_tokenizer(writer)
@@ -121,6 +121,22 @@ def test_sliding_windows_are_read(tmp_path):
         gguf_config(file)
 
 
+def test_a_gemma_2_file_leaves_out_what_all_have(tmp_path):
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    config = gguf_config(_bare(tmp_path / "a.gguf", "gemma2", block_count=4, **caps))
+    assert config.layer_groups == (LayerGroup((1, 3), None), LayerGroup((0, 2), 4096))
+    assert (config.attention_soft_cap, config.logit_soft_cap, config.activation) == (50.0, 30.0, "gelu_tanh")
+    assert (config.embedding_multiplier, config.attention_scale) == (8.0, 0.25)
+    largest = _bare(tmp_path / "b.gguf", "gemma2", block_count=46, attention__key_length=32, **caps)
+    assert gguf_config(largest).attention_scale == 0.25
+
+
+def test_a_gemma_3_file_leaves_out_which_layers_have_the_window(tmp_path):
+    config = gguf_config(_bare(tmp_path / "a.gguf", "gemma3", block_count=7, attention__sliding_window=8))
+    assert config.layer_groups == (LayerGroup((5,), None), LayerGroup((0, 1, 2, 3, 4, 6), 8))
+    assert (config.local_rope_theta, config.qk_norm, config.post_norms) == (10000.0, True, True)
+
+
 def test_a_window_without_a_word_on_which_layers_have_it_is_refused(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "qwen2", more=lambda w: w.add_uint32("qwen2.attention.sliding_window", 8))
     with pytest.raises(ModelLoadError, match=r"sliding_window is 8, without attention\.sliding_window_pattern"):
@@ -149,7 +165,7 @@ def test_parts_of_a_split_file_are_refused_with_the_remedy(tmp_path):
 
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
-    with pytest.raises(ModelLoadError, match=r"'mamba' is not supported; supported: llama, olmo2, phi3, qwen2, qwen3"):
+    with pytest.raises(ModelLoadError, match=r"'mamba' is not supported; supported: gemma2, gemma3, granite, llama, o"):
         load_model(finish(writer, tmp_path / "m.gguf"))
 
 

@@ -17,7 +17,7 @@ from fineserve_jax.models import Attend, CausalLM, ModelConfig
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DENSE = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn", "granite", "phi3", "olmo2")
 EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_dense")
-CASES = (*DENSE, "phi3_short", "phi3_long", *EXPERTS)
+CASES = (*DENSE, "gemma2", "gemma3", "phi3_short", "phi3_long", *EXPERTS)
 
 Tensors = dict[str, np.ndarray]
 
@@ -55,7 +55,10 @@ def causal_attend(
         window = window_of[layer]
         hidden = jnp.where(seen if window is None else seen & (distance < window), 0.0, -1e30)
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale + hidden
+        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale
+        if (cap := config.attention_soft_cap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores += hidden
         return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v, precision=exact)
 
     return attend
