@@ -34,6 +34,18 @@ def window_of_all(config: Mapping[str, Any]) -> dict[str, Any]:
     return window_traits(types or [SLIDING] * layers, layers, config.get("sliding_window"))
 
 
+def pattern_types(num_layers: int, pattern: int | Sequence[bool]) -> list[str]:
+    """What GGUF's `sliding_window_pattern` says: a period, or of each layer whether it has the window."""
+    if isinstance(pattern, int):
+        return periodic_types(num_layers, pattern)
+    if len(pattern) != num_layers:
+        raise ModelLoadError(
+            f"the file's attention.sliding_window_pattern has {len(pattern)} entries for {num_layers} layers; "
+            "the file is damaged"
+        )
+    return [SLIDING if has_window else FULL for has_window in pattern]
+
+
 def periodic_types(num_layers: int, period: int) -> list[str]:
     """Every `period`-th layer attends to all, the others have the window; with 0, all have it."""
     return [FULL if period and layer % period == period - 1 else SLIDING for layer in range(num_layers)]

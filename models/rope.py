@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from fineserve_jax.models.model_config import ModelConfig, RopeScaling
+from fineserve_jax.models.model_config import ModelConfig
+from fineserve_jax.models.rope_scaling import RopeScaling
 
 
 def rope_frequencies(config: ModelConfig, long: bool = False) -> tuple[np.ndarray, float]:

@@ -129,14 +129,15 @@ def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str
     """What a step of this model costs, for the scheduler's predictions."""
     leaves = jax.tree.leaves(model.params)
     shape = model.config
-    per_layer = shape.hidden_size * (sum(shape.qkv_sizes) + shape.qkv_sizes[0] + 3 * shape.intermediate_size)
+    per_layer = shape.hidden_size * (sum(shape.qkv_sizes) + shape.qkv_sizes[0])
+    widths = sum(shape.mlp_width(layer) for layer in range(shape.num_layers))
     costs = {}
     for name in formats:
         kv_format = get_format(name)
         token_bytes = geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES / geometry.page_size
         costs[name] = FormatCost(kv_format.bits_per_value(geometry), token_bytes)
     return ModelCost(
-        flops_per_token=2 * (shape.num_layers * per_layer + shape.vocab_size * shape.hidden_size),
+        flops_per_token=2 * (shape.num_layers * per_layer + shape.hidden_size * (3 * widths + shape.vocab_size)),
         flops_per_pair=4 * shape.num_layers * shape.num_heads * shape.head_dim,
         weight_bytes=sum(leaf.nbytes for leaf in leaves),
         formats=costs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,11 +13,13 @@ from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, GGUFGeneralKeys, GGUFModelKeys
 from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.models.family import Family
-from fineserve_jax.models.layer_types import FULL, SLIDING, periodic_types, window_traits
-from fineserve_jax.models.model_config import ExpertsConfig, ModelConfig, RopeScaling
+from fineserve_jax.models.layer_types import pattern_types, window_traits
+from fineserve_jax.models.model_config import ExpertsConfig, ModelConfig
 from fineserve_jax.models.registry import family_of_gguf_architecture
 from fineserve_jax.models.rope import yarn_attention_factor
+from fineserve_jax.models.rope_scaling import RopeScaling
 
+_NORM_EPSILON = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 ROPE_FACTORS = "rope_freqs.weight"
 SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
@@ -54,7 +57,7 @@ def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfi
     hidden, heads = keys["embedding_length"], keys["attention.head_count"]
     head_dim = keys.get("attention.key_length", hidden // heads)
     context = keys["context_length"]
-    config = ModelConfig(
+    fields: dict[str, Any] = dict(
         family=family.name,
         vocab_size=_vocab_size(file, keys),
         hidden_size=hidden,
@@ -65,18 +68,15 @@ def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfi
         rotary_dim=_rotary_dim(keys, family, head_dim),
         intermediate_size=keys["feed_forward_length"],
         rope_theta=keys.get("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file, keys, context),
-        norm_eps=keys["attention.layer_norm_rms_epsilon"],
+        rope_scaling=_rope_scaling(file, family, keys, context),
+        norm_eps=keys[_NORM_EPSILON[family.gguf_traits.get("norm", "rms")]],
         tie_embeddings="output.weight" not in file.tensors,
         max_position=context,
         experts=_experts(file, keys),
-        **{
-            **_biases(file),
-            **_windows(keys, keys["block_count"], context),
-            **family.gguf_keys(keys),
-            **family.gguf_traits,
-        },
+        **_biases(file),
+        **_windows(keys, keys["block_count"], context),
     )
+    config = ModelConfig(**{**fields, **family.gguf_keys(keys), **family.gguf_traits})
     _refuse_other_heads(keys, config)
     return config
 
@@ -168,20 +168,15 @@ def _windows(keys: KeyReader, num_layers: int, context: int) -> dict[str, Any]:
             f"the file's attention.sliding_window is {window}, without attention.sliding_window_pattern, which says "
             "what layers have the window; such files are not supported"
         )
-    if isinstance(pattern, int):
-        return window_traits(periodic_types(num_layers, pattern), num_layers, window)
-    if len(pattern) != num_layers:
-        raise ModelLoadError(
-            f"the file's attention.sliding_window_pattern has {len(pattern)} entries for {num_layers} layers; "
-            "the file is damaged"
-        )
-    return window_traits([SLIDING if has_window else FULL for has_window in pattern], num_layers, window)
+    return window_traits(pattern_types(num_layers, pattern), num_layers, window)
 
 
-def _rope_scaling(file: GGUFFile, keys: KeyReader, context: int) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, family: Family, keys: KeyReader, context: int) -> RopeScaling | None:
     if LONG_ROPE_FACTORS in file.tensors and SHORT_ROPE_FACTORS in file.tensors:
         return _longrope(file, keys, context)
     stated = _stated_scaling(file, keys, context)
+    if stated is not None and stated.kind == "yarn":
+        stated = dataclasses.replace(stated, truncate=family.yarn_truncates)
     if ROPE_FACTORS not in file.tensors:
         return stated
     if stated is not None:

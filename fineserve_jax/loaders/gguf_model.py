@@ -72,4 +72,5 @@ class _Stored:
         return info.shape if info else None
 
     def read(self, name: str, index: int | None, rows: slice | None) -> np.ndarray:
-        return self.file.read(name, index)[slice(None) if rows is None else rows]
+        tensor = self.file.read(name, index)
+        return tensor if rows is None else tensor[rows]

@@ -27,6 +27,7 @@ class GGUFModelKeys(CheckedKeys):
     key_length: HeadSize | None = Field(None, alias="attention.key_length")
     value_length: HeadSize | None = Field(None, alias="attention.value_length")
     norm_eps: NormEpsilon | None = Field(None, alias="attention.layer_norm_rms_epsilon")
+    layer_norm_eps: Factor | None = Field(None, alias="attention.layer_norm_epsilon")
     scale: Factor | None = Field(None, alias="attention.scale")
     window: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, alias="attention.sliding_window")
     window_pattern: Annotated[int, Field(ge=0, le=4096)] | Annotated[list[bool], Field(max_length=4096)] | None = Field(
@@ -71,7 +72,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention.temperature_scale": (0,),
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
-    "expert_gating_func": (0, 1),  # a softmax
+    "expert_gating_func": (0, 1, 3),  # a softmax, over all experts' logits or those of the chosen
     "expert_shared_count": (0,),
     "expert_used_count": (0,),
     "expert_weights_norm": (True,),

@@ -18,8 +18,9 @@ from fineserve_jax.loaders.hf_schema import (
 from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.layer_types import FULL, SLIDING
-from fineserve_jax.models.model_config import Activation, ModelConfig, RopeScaling
+from fineserve_jax.models.model_config import Activation, ModelConfig
 from fineserve_jax.models.registry import family_of_hf_architecture
+from fineserve_jax.models.rope_scaling import RopeScaling
 
 _WHERE = "config.json: "
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -41,13 +42,14 @@ def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
     if family.local_rope:
         stated = _with_plain_rope(stated)
     nulls = {key: None for key in _NULL_MEANS_NONE if key in raw and raw[key] is None}
-    reader = KeyReader({**family.hf_defaults, **stated, **nulls}, _WHERE)
+    defaults = {k: v for k, v in family.hf_defaults.items() if k != "rope_parameters" or "rope_scaling" not in stated}
+    reader = KeyReader({**defaults, **stated, **nulls}, _WHERE)
     _refuse_unsupported(reader)
     try:
         config = _model_config(family, reader)
     except KeyError as error:
         raise ModelLoadError(f"config.json has no {error.args[0]!r}, which {architecture} needs") from error
-    reader.refuse_unread(HARMLESS_KEYS, _neutral_values(config))
+    reader.refuse_unread(HARMLESS_KEYS, _neutral_values(config) | dict(family.hf_neutral))
     return config
 
 
@@ -55,24 +57,24 @@ def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
     heads, hidden = keys["num_attention_heads"], keys["hidden_size"]
     head_dim = keys.get("head_dim", hidden // heads)
     theta, scaling, partial = _rope(keys, family)
-    return ModelConfig(
-        family=family.name,
-        vocab_size=keys["vocab_size"],
-        hidden_size=hidden,
-        num_layers=keys["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=keys.get("num_key_value_heads", heads),
-        head_dim=head_dim,
-        rotary_dim=None if partial == 1.0 else int(head_dim * partial),
-        intermediate_size=keys["intermediate_size"],
-        activation=_activation(keys),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=keys.get("rms_norm_eps", 1e-6),
-        tie_embeddings=keys.get("tie_word_embeddings", False),
-        max_position=keys["max_position_embeddings"],
-        **family.traits(keys),
-    )
+    fields: dict[str, Any] = {
+        "family": family.name,
+        "vocab_size": keys["vocab_size"],
+        "hidden_size": hidden,
+        "num_layers": keys["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": keys.get("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "rotary_dim": None if partial == 1.0 else int(head_dim * partial),
+        "intermediate_size": keys["intermediate_size"],
+        "activation": _activation(keys),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": keys.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": keys.get("tie_word_embeddings", False),
+        "max_position": keys["max_position_embeddings"],
+    }
+    return ModelConfig(**{**fields, **family.traits(keys)})
 
 
 def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
@@ -84,6 +86,8 @@ def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
         "rotary_dim": (config.rotated,),
         "num_kv_heads": (config.num_kv_heads,),
         "rope_ratio": (1.0,),
+        "experts_per_token": (config.experts.used,) if config.experts else (),
+        "initial_context_length": (config.rope_scaling.original_max_position,) if config.rope_scaling else (),
     }
 
 

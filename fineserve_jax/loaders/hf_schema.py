@@ -64,6 +64,13 @@ class HFConfigKeys(CheckedKeys):
     moe_intermediate_size: Count | None = None
     norm_topk_prob: bool | None = None
     decoder_sparse_step: Layers | None = None
+    no_rope_layers: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(max_length=4096)] | None = None
+    no_rope_layer_interval: Layers | None = None
+    layer_norm_eps: NormEpsilon | None = None
+    logit_scale: PositiveNumber | None = None
+    layer_switch: Layers | None = None
+    swiglu_limit: PositiveNumber | None = None
+    swiglu_alpha: PositiveNumber | None = None
     mlp_only_layers: Annotated[list[Annotated[int, Field(ge=0, lt=4096)]], Field(max_length=4096)] | None = None
 
 

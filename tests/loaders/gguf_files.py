@@ -28,10 +28,14 @@ ARCHITECTURES = {
     "phi3_short": "phi3",
     "phi3_long": "phi3",
     "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "smollm3": "smollm3",
+    "cohere2": "cohere2",
+    "gpt_oss": "gpt-oss",
     "mixtral": "llama",
     "qwen3_moe": "qwen3moe",
 }
-PERMUTED = ("llama", "granite")
+PERMUTED = ("llama", "granite", "smollm3")
 _EXPERT = re.compile(r"(model\.layers\.\d+\..*experts)\.\d+\.(.*)")
 
 
@@ -52,7 +56,7 @@ def converted(case: str) -> Tensors:
     kind = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(kind, config.num_layers)
     stacks: dict[str, list[np.ndarray]] = {}
-    for name, tensor in case_tensors(case).items():
+    for name, tensor in (_apart(case_tensors(case)) if case == "gpt_oss" else case_tensors(case)).items():
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
         if architecture in PERMUTED and heads:
             tensor = permuted(tensor, heads)
@@ -64,8 +68,26 @@ def converted(case: str) -> Tensors:
             stacked.removeprefix("model.") if "feed_forward" in stacked else stacked, (".weight", ".bias")
         )
         assert found is not None, f"llama.cpp has no name for {name}"
-        stacks.setdefault(found, []).append(tensor)
-    return {name: tensors[0] if "_exps" not in name else np.stack(tensors) for name, tensors in stacks.items()}
+        stacks.setdefault(found + (".weight" if name.endswith("sinks") else ""), []).append(tensor)
+    return {name: tensors[0] if len(tensors) == 1 else np.stack(tensors) for name, tensors in stacks.items()}
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """gpt-oss's gates and what they gate, whose columns alternate, apart and `[out, in]`."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        bias, part = name.endswith("_bias"), name.removesuffix("_bias")
+        if not part.endswith("experts.gate_up_proj") and not part.endswith("experts.down_proj"):
+            found[name] = tensor
+            continue
+        end = ".bias" if bias else ".weight"
+        rows = tensor if bias else tensor.swapaxes(1, 2)
+        if part.endswith("down_proj"):
+            found[part + end] = rows
+        else:
+            gate, up = part.replace("gate_up", "gate") + end, part.replace("gate_up", "up") + end
+            found |= {gate: rows[:, 0::2], up: rows[:, 1::2]}
+    return found
 
 
 def numbers(case: str) -> dict[str, int | float]:
@@ -81,16 +103,18 @@ def numbers(case: str) -> dict[str, int | float]:
         "attention.head_count_kv": config.num_kv_heads,
         "attention.key_length": config.head_dim,
         "rope.dimension_count": config.rotated,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        f"attention.layer_norm_{'rms_' if config.norm == 'rms' else ''}epsilon": config.norm_eps,
         "rope.freq_base": config.rope_theta,
     }
     keys = {
         "embedding_scale": "embedding_multiplier",
         "attention.scale": "attention_multiplier",
         "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
+        "logit_scale": "logit_scale" if "logit_scale" in raw else "logits_scaling",
     }
     found |= {key: float(raw[name]) for key, name in keys.items() if name in raw}
+    if config.local_rope_theta is not None:
+        found["rope.freq_base_swa"] = config.local_rope_theta
     if config.experts is not None:
         found |= {"expert_count": config.experts.count, "expert_used_count": config.experts.used}
     if "moe_intermediate_size" in raw:
@@ -106,7 +130,7 @@ def numbers(case: str) -> dict[str, int | float]:
 def rope_tensors(config: ModelConfig) -> Tensors:
     """Factors of rotations, where the converter spells them out."""
     scaling = config.rope_scaling
-    if scaling is None or scaling.kind == "linear":
+    if scaling is None or scaling.kind in ("linear", "yarn"):
         return {}
     if scaling.kind == "longrope":
         lists = {"rope_factors_short.weight": scaling.factors, "rope_factors_long.weight": scaling.long_factors}
@@ -141,9 +165,12 @@ def write_gguf(
         full = [layer in config.full_attention_layers for layer in range(config.num_layers)]
         writer.add_array(f"{architecture}.attention.sliding_window_pattern", [not attends for attends in full])
     scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        writer.add_string(f"{architecture}.rope.scaling.type", "linear")
+    if scaling is not None and scaling.kind in ("linear", "yarn"):
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling.kind)
         writer.add_float32(f"{architecture}.rope.scaling.factor", scaling.factor)
+        writer.add_uint32(f"{architecture}.rope.scaling.original_context_length", scaling.original_max_position)
+        writer.add_float32(f"{architecture}.rope.scaling.yarn_beta_fast", scaling.beta_fast)
+        writer.add_float32(f"{architecture}.rope.scaling.yarn_beta_slow", scaling.beta_slow)
     for name, tensor in (converted(case) | rope_tensors(config)).items():
         if name not in leave_out:
             add_tensor(writer, name, tensor.astype(np.float32), quant)

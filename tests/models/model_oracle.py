@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 from fineserve_jax.models import Attend, CausalLM, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-DENSE = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn", "granite", "phi3", "olmo2")
-EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_dense")
-CASES = (*DENSE, "gemma2", "gemma3", "phi3_short", "phi3_long", *EXPERTS)
+CASES = tuple(sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz")))
+EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe", "qwen3_moe_dense")
 
 Tensors = dict[str, np.ndarray]
 
@@ -51,7 +50,7 @@ def causal_attend(
     group = config.num_heads // config.num_kv_heads
     exact = jax.lax.Precision.HIGHEST
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         window = window_of[layer]
         hidden = jnp.where(seen if window is None else seen & (distance < window), 0.0, -1e30)
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
@@ -59,7 +58,10 @@ def causal_attend(
         if (cap := config.attention_soft_cap) is not None:
             scores = cap * jnp.tanh(scores / cap)
         scores += hidden
-        return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v, precision=exact)
+        if sinks is not None:  # a further logit, of no value
+            scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], axis=2)
+        weights = jax.nn.softmax(scores, axis=-1)[:, :, : len(k)]
+        return jnp.einsum("hqk,khd->qhd", weights, v, precision=exact)
 
     return attend
 
