@@ -62,6 +62,8 @@ FAMILY = Family(
     hf_layout=TensorLayout(
         names={"mlp.gate": "mlp.router"},
         joined=(
+            Joined("mlp.experts.gate_up_proj_blocks", _PARTS, alternating=True),  # in MXFP4
+            Joined("mlp.experts.down_proj_blocks", _DOWN),
             Joined("mlp.experts.gate_up_proj", _PARTS, alternating=True, transposed=True),
             Joined("mlp.experts.down_proj", _DOWN, transposed=True),
         ),

@@ -32,6 +32,7 @@ import numpy as np
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.registry import build_model
+from fineserve_jax.models.row_packing import LatestOfThread, aligned_empty, pack_rows, to_device
 from fineserve_jax.models.weight_formats import Float32Weights, WeightFormat, weight_recipe
 
 Params = dict[str, Any]
@@ -43,8 +44,8 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, read from a header; None when there is no such tensor."""
 
-    def read(self, name: str) -> np.ndarray:
-        """The values, f32. Called from several threads."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The values, f32, or those of these rows: neighbours, of q and k whole heads. Called from several threads."""
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used` that would change the model's numbers, by the names they have in the file."""
@@ -62,8 +63,8 @@ def abstract_params(config: ModelConfig, weights: str) -> Params:
 def pack_params(config: ModelConfig, weights: str, source: TensorSource) -> Params:
     """Check, fuse and encode a checkpoint's tensors; returns jax arrays in the tree of `abstract_params`.
 
-    Layers are packed by a few threads, one layer's tensors in memory each: numpy's inner loops release the
-    GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
+    Layers are packed by a few threads, a few rows of a matrix in memory as float32 each: numpy's inner loops release
+    the GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
     than `config` says or is used by nothing, and for widths the weight format cannot store.
     """
     packer = _Packer(config, weights, source)
@@ -237,29 +238,29 @@ class _Packer:
         }
 
     def stack(self, prefix: str, parts: list[str]) -> Params:
-        """A matrix of every expert. One at a time is in memory as float32."""
+        """A matrix of every expert, encoded expert by expert, and their biases."""
         assert self.config.experts is not None, "only models with experts have such layers"
-        count, stacked = self.config.experts.count, dict[str, np.ndarray]()
+        count, fmt, stacked = self.config.experts.count, self.recipe.linear, dict[str, np.ndarray]()
         for expert in range(count):
             names = [f"{prefix}experts.{expert}.{part}" for part in parts]
-            for key, array in self.encode(self.recipe.linear, names, self.config.mlp_bias).items():
-                stacked.setdefault(key, np.empty((count, *array.shape), array.dtype))[expert] = array
-        return {key: jnp.asarray(array) for key, array in stacked.items()}
+            for key, array in self.encode(fmt, names, self.config.mlp_bias).items():
+                if expert == 0:
+                    stacked[key] = aligned_empty((count, *array.shape), array.dtype)
+                stacked[key][expert] = array
+        return {key: to_device(array) for key, array in stacked.items()}
 
     def linear(self, fmt: WeightFormat, names: list[str], bias: bool) -> Params:
-        return {key: jnp.asarray(array) for key, array in self.encode(fmt, names, bias).items()}
+        return {key: to_device(array) for key, array in self.encode(fmt, names, bias).items()}
 
     def encode(self, fmt: WeightFormat, names: list[str], bias: bool) -> dict[str, np.ndarray]:
         """The matrices of these names as one, encoded, and their biases."""
-        stored = fmt.pack(self.joined([name + ".weight" for name in names]))
-        return {**stored, "bias": self.joined([name + ".bias" for name in names])} if bias else stored
+        shapes = [(name, tensor_shape(self.config, name)) for name in (f"{name}.weight" for name in names)]
+        stored = pack_rows(fmt, self.source, shapes, unit=self.config.head_dim)
+        return {**stored, "bias": np.concatenate([self.source.read(n + ".bias") for n in names])} if bias else stored
 
     def matrix(self, fmt: WeightFormat, name: str) -> Params:
-        return {key: jnp.asarray(array) for key, array in fmt.pack(self.source.read(name)).items()}
-
-    def joined(self, names: list[str]) -> np.ndarray:
-        parts = [self.source.read(name) for name in names]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        packed = pack_rows(fmt, self.source, [(name, tensor_shape(self.config, name))])
+        return {key: to_device(array) for key, array in packed.items()}
 
     def norm(self, name: str) -> Params:
         return {"scale": jnp.asarray(self.source.read(name))}
@@ -270,6 +271,7 @@ class _RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int, scale: float) -> None:
         self.config, self.seed, self.scale = config, seed, scale
+        self._latest = LatestOfThread()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tensor_shape(self.config, name)
@@ -277,6 +279,10 @@ class _RandomSource:
     def unused(self, used: Collection[str]) -> list[str]:
         return []
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        values = self._latest.get(name, lambda: self._values(name))
+        return values if rows is None else values[rows]
+
+    def _values(self, name: str) -> np.ndarray:
         values = np.random.default_rng([self.seed, *name.encode()]).standard_normal(self.shape(name), np.float32)
         return 1.0 + 0.1 * values if "norm" in name else self.scale * values

@@ -31,10 +31,6 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     of range, and a key of the architecture that nothing here reads and that is not known to be harmless.
     """
     general = check_keys(GGUFGeneralKeys, file.metadata, f"{file.path}: ")
-    if (general.split_count or 1) > 1:
-        raise ModelLoadError(
-            f"{file.path} is one of {general.split_count} parts; merge them first (llama-gguf-split --merge)"
-        )
     architecture = general.architecture
     if architecture is None:
         raise _missing(file, "general.architecture")

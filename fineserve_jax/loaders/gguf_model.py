@@ -43,11 +43,11 @@ class GGUFModel:
         shape = self._tensors.shape(name)
         return tensor_shape(self.config, name) if shape is None and self._may_be_zero(name) else shape
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, f32."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The tensor, f32, or these rows of it; of q and k whole heads."""
         if self._may_be_zero(name) and self._tensors.shape(name) is None:
             return np.zeros(tensor_shape(self.config, name), np.float32)
-        return self._tensors.read(name)
+        return self._tensors.read(name, rows)
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used`, by their GGUF names, that would change the model's numbers."""
@@ -72,5 +72,4 @@ class _Stored:
         return info.shape if info else None
 
     def read(self, name: str, index: int | None, rows: slice | None) -> np.ndarray:
-        tensor = self.file.read(name, index)
-        return tensor if rows is None else tensor[rows]
+        return self.file.read(name, index, rows)

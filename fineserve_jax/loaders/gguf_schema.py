@@ -57,7 +57,14 @@ class GGUFGeneralKeys(CheckedKeys):
     """Keys that every architecture shares."""
 
     architecture: str | None = Field(None, alias="general.architecture")
-    split_count: Annotated[int, Field(ge=0, le=2**16 - 1)] | None = Field(None, alias="split.count")
+
+
+class GGUFSplitKeys(CheckedKeys):
+    """Of a model in several files: which part this is, from 0; how many there are; how many tensors all have."""
+
+    number: Annotated[int, Field(ge=0, le=2**16 - 1)] | None = Field(None, alias="split.no")
+    count: Annotated[int, Field(ge=0, le=2**16 - 1)] | None = Field(None, alias="split.count")
+    tensors: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, alias="split.tensors.count")
 
 
 HARMLESS_KEYS = frozenset(("rope.scaling.finetuned", "tensor_data_layout"))

@@ -16,6 +16,7 @@ from fineserve_jax.loaders.hf_schema import (
     HFRopeKeys,
 )
 from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
+from fineserve_jax.loaders.quantization import quantization_method
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.layer_types import FULL, SLIDING
 from fineserve_jax.models.model_config import Activation, ModelConfig
@@ -93,12 +94,8 @@ def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
 
 def _refuse_unsupported(keys: KeyReader) -> None:
     """Features that have a clearer word than that their key is unknown."""
-    if quantized := keys.get("quantization_config"):
-        method = shown(quantized.get("quant_method", "unknown")).strip("'")
-        raise ModelLoadError(
-            f"the checkpoint is quantised ({method}), which is not supported; "
-            "use the unquantised checkpoint and choose a precision with weights=..."
-        )
+    for stated in ("quantization_config", "compression_config"):
+        quantization_method(keys.get(stated))
 
 
 def _activation(keys: KeyReader) -> Activation:

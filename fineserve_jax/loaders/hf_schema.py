@@ -54,6 +54,7 @@ class HFConfigKeys(CheckedKeys):
     max_window_layers: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     layer_types: Annotated[list[str], Field(max_length=4096)] | None = None
     quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
     embedding_multiplier: PositiveNumber | None = None
     attention_multiplier: PositiveNumber | None = None
     residual_multiplier: PositiveNumber | None = None

@@ -11,6 +11,7 @@ import numpy as np
 
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.params import shape_mismatch, tensor_shape
+from fineserve_jax.models.row_packing import LatestOfThread
 from fineserve_jax.models.tensor_layout import Joined, TensorLayout
 
 _NAME = re.compile(r"(model\.layers\.\d+\.)?(.+?)(?:\.(weight|bias))?")
@@ -51,6 +52,7 @@ class LaidOutTensors:
 
     def __init__(self, config: ModelConfig, layout: TensorLayout, stored: StoredTensors, name_of: NameOf) -> None:
         self.config, self.layout, self.stored, self.name_of = config, layout, stored, name_of
+        self._latest = LatestOfThread()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, None when the files lack it; raises ModelLoadError for a joined one of a wrong shape."""
@@ -60,16 +62,21 @@ class LaidOutTensors:
         stored = self.stored.shape(place.name)
         return stored if place == _Place(place.name) else tensor_shape(self.config, name)
 
-    def read(self, name: str) -> np.ndarray:
-        """The values, f32."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The values, f32, or those of these rows: neighbours, of q and k whole heads."""
         place = self._place(name)
         assert place is not None, "only tensors that have a shape are read"
+        taken = place.rows if rows is None else _within(place.rows, rows)
         if place.transposed:
-            tensor = np.ascontiguousarray(self.stored.read(place.name, place.index, None).T[place.rows])
+            whole = self._latest.get(
+                f"{place.name} {place.index}", lambda: self.stored.read(place.name, place.index, None).T
+            )
+            tensor = np.ascontiguousarray(whole[taken])
         else:
-            tensor = self.stored.read(place.name, place.index, place.rows)
-        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
-        return unpermute_heads(tensor, heads) if heads and self.layout.interleaved_rope else tensor
+            tensor = self.stored.read(place.name, place.index, taken)
+        if self.layout.interleaved_rope and name.split(".")[-2] in ("q_proj", "k_proj"):
+            return unpermute_heads(tensor, len(tensor) // self.config.head_dim)
+        return tensor
 
     def stored_names(self, names: Collection[str]) -> set[str]:
         """What the files call those of these tensors that they have."""
@@ -115,6 +122,14 @@ class LaidOutTensors:
             first = sum(shape[0] for shape in shapes[:at])
             rows = slice(first, first + shapes[at][0])
         return _Place(stored, expert, rows, transposed)
+
+
+def _within(part: slice | None, rows: slice) -> slice:
+    """These rows of a part, as rows of the tensor that it is a part of."""
+    if part is None:
+        return rows
+    first, step = part.start, part.step or 1
+    return slice(first + rows.start * step, first + rows.stop * step, step)
 
 
 def unpermute_heads(tensor: np.ndarray, heads: int) -> np.ndarray:

@@ -156,13 +156,6 @@ def test_features_that_would_change_results_silently_are_refused(tmp_path, extra
         gguf_config(_bare(tmp_path / "m.gguf", **extra))
 
 
-def test_parts_of_a_split_file_are_refused_with_the_remedy(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_uint16("split.count", 3)
-    with pytest.raises(ModelLoadError, match=r"one of 3 parts; merge them"):
-        gguf_config(GGUFFile(finish(writer, tmp_path / "m.gguf")))
-
-
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
     with pytest.raises(ModelLoadError, match=r"'mamba' is not supported; supported: gemma2, gemma3, granite, llama, o"):

@@ -60,6 +60,41 @@ def test_experts_may_be_stacked(tmp_path, case):
     _assert_same(_written(tmp_path, case, _stacked(case)), case)
 
 
+def _in_mxfp4(matrices, rng):
+    """Stacks [experts, in, out] as random MXFP4 blocks and scales, and what these stand for, in the same layout."""
+    experts, inner, out = matrices.shape
+    blocks = rng.integers(0, 256, (experts, out, inner // 32, 16), np.uint8)
+    scales = rng.integers(120, 126, (experts, out, inner // 32), np.uint8)
+    magnitude = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes = np.empty((experts, out, inner // 32, 32), np.uint8)
+    codes[..., 0::2], codes[..., 1::2] = blocks % 16, blocks // 16
+    values = np.where(codes < 8, 1.0, -1.0) * magnitude[codes % 8] * 2.0 ** (scales[..., None].astype(float) - 127)
+    return blocks, scales, values.reshape(experts, out, inner).swapaxes(1, 2).astype(np.float32)
+
+
+def test_mxfp4_experts_are_what_their_blocks_and_scales_stand_for(tmp_path):
+    """gpt-oss has the rows of gates and of what they gate in turns."""
+    rng, quantized, plain = np.random.default_rng(0), {}, {}
+    for name, tensor in case_tensors("gpt_oss").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            blocks, scales, plain[name] = _in_mxfp4(tensor, rng)
+            quantized |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        else:
+            quantized[name] = plain[name] = tensor
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    source = _written(tmp_path, "gpt_oss", quantized, quantization_config=settings)
+    usual = _written(tmp_path, "gpt_oss", plain)
+    for name in tensor_names(usual.config):
+        np.testing.assert_array_equal(source.read(name), usual.read(name), err_msg=name)
+    part = "model.layers.1.mlp.experts.2.up_proj.weight"
+    np.testing.assert_array_equal(source.read(part, slice(3, 70)), usual.read(part)[3:70])
+    assert source.unused(tensor_names(usual.config)) == []
+    del quantized["model.layers.0.mlp.experts.down_proj_scales"]
+    damaged = _written(tmp_path, "gpt_oss", quantized, quantization_config=settings)
+    with pytest.raises(ModelLoadError, match=r"down_proj_blocks is U8\[3, 64, 4, 16\], and its scales are none"):
+        damaged.shape("model.layers.0.mlp.experts.0.down_proj.weight")
+
+
 def test_a_stack_of_another_number_of_experts_is_refused(tmp_path):
     source = _written(tmp_path, "qwen3_moe", _stacked("qwen3_moe"), num_experts=2, num_local_experts=2)
     with pytest.raises(ModelLoadError, match=r"gate_up_proj has shape \[3, 256, 64\].*implies \[2, 256, 64\]"):
