@@ -63,6 +63,8 @@ class Request:
         min_kv_precision: name of the narrowest KV format its older pages may be narrowed to when memory is short;
             None: they stay as they are.
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
+        long_after: most tokens of a sequence that RoPE turns by its factors for short sequences, where the model has
+            others for longer ones (longrope): a request that outgrows it is computed again. None: it makes none.
         error: what a caller may raise, if it has ended with the reason ERROR.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
@@ -84,6 +86,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     min_kv_precision: str | None = None
     shares_prefix: bool = True
+    long_after: int | None = None
     fork_of: "Request | None" = None
     options: RequestOptions = NO_OPTIONS
     matcher: TokenMatcher | None = None
@@ -110,6 +113,16 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its tokens are turned by the factors for long sequences, see `long_after`."""
+        return self.long_after is not None and len(self.token_ids) > self.long_after
+
+    @property
+    def prefix_root(self) -> bytes:
+        """What the hashes of its blocks begin with: prefixes of different roots are never shared."""
+        return b"long" if self.is_long else b""
 
     @property
     def num_uncomputed_tokens(self) -> int:

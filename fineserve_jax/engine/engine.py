@@ -336,7 +336,10 @@ class Engine:
         return [*advanced, *result.nonfinite, *result.stuck]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:
-        """Adds a sampled token to the request's text, and ends the request if that is its end."""
+        """Adds a sampled token to the request's text, and ends the request if that is its end.
+
+        One that has just become long is computed again: all its tokens are turned by other factors from now on.
+        """
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
         text = self.detokenizers[request]
@@ -348,6 +351,8 @@ class Engine:
             self._finish(request, FinishReason.LENGTH)
         else:
             text.accept()
+            if request.is_long and request.num_tokens - 1 == request.long_after:
+                self.scheduler.restart(request)
 
     def _ends_grammar(self, request: Request, matcher: TokenMatcher, token: int) -> bool:
         """Goes on by a token in what `structured_outputs` ask for; whether that ends the request."""

@@ -85,6 +85,7 @@ class PreparedRequest:
             times=RequestTimes(arrival_s),
             seed=_seed(self.sampling.seed, engine_seed, sequence, sample_index),
             stop_ids=self.stop_ids,
+            long_after=self.served.model.config.long_after,
             fork_of=fork_of,
             options=self.options,
             matcher=None if self.matcher is None else self.matcher.copy(),

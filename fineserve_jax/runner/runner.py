@@ -1,6 +1,7 @@
 """Runs steps on the device: the only holder of compiled programs."""
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -104,8 +105,8 @@ class ModelRunner:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
-        groups = enumerate(model.config.layer_groups)
-        self.group_of_layer = {layer: number for number, group in groups for layer in group.layers}
+        groups, without = enumerate(model.config.layer_groups), model.config.no_rope_layers
+        self.layer_kinds = {layer: (number, layer not in without) for number, group in groups for layer in group.layers}
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.eos_ids = tuple(eos_ids)
         self.row_buckets = row_buckets(max_rows)
@@ -176,7 +177,7 @@ class ModelRunner:
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
         for index, params in enumerate(self.layer_params):
-            layer = programs.layers[self.group_of_layer[index]]
+            layer = programs.layers[self.layer_kinds[index]]
             stream, encoded = layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
             words.append(encoded)
             if self.check_finite:
@@ -213,7 +214,7 @@ class _Programs:
 
     Attributes:
         num_compiled: how many programs were compiled, or loaded from JAX's compilation cache.
-        layers: a layer of each group.
+        layers: a layer of each group, with RoPE and without.
     """
 
     def __init__(self, spec: StepSpec) -> None:
@@ -223,7 +224,8 @@ class _Programs:
             return compile_counted(functools.partial(stage, spec, *static), self._count, donate_argnums)
 
         self.embed, self.head = compiled(stages.embed), compiled(stages.head)
-        self.layers = [compiled(stages.layer, group) for group in range(len(spec.groups))]
+        kinds = itertools.product(range(len(spec.groups)), (True, False))
+        self.layers = {kind: compiled(stages.layer, *kind) for kind in kinds}
         self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
         self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
 
