@@ -8,7 +8,14 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import ConfigError, FineServeError, ModelLoadError, NonFiniteError, RequestError
+from fineserve_jax.errors import (
+    ConfigError,
+    EngineError,
+    FineServeError,
+    ModelLoadError,
+    NonFiniteError,
+    RequestError,
+)
 from fineserve_jax.kv.quotas import Quota
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders.chat import ChatOptions
@@ -36,6 +43,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "EngineConfig",
+    "EngineError",
     "EngineStats",
     "FineServeError",
     "Granularity",

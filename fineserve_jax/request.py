@@ -11,7 +11,10 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
+
+NO_OPTIONS = RequestOptions()
 
 
 class RequestStatus(enum.Enum):
@@ -61,11 +64,8 @@ class Request:
         error: what went wrong with it, if it has ended with the reason ERROR.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
-        ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
-        drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
-            it then waits behind those that still can.
-        priority: requests with smaller numbers are admitted first.
-        tenant: whose it is: lengths are learnt, memory is shared and quotas are kept by it; "": nobody's in particular.
+        options: what was asked for: tenant, priority and targets count; the model and the KV formats that this came to
+            are those above.
     """
 
     request_id: str
@@ -82,11 +82,7 @@ class Request:
     min_kv_precision: str | None = None
     shares_prefix: bool = True
     fork_of: "Request | None" = None
-    ttft_slo_s: float | None = None
-    tpot_slo_s: float | None = None
-    drop_when_late: bool = False
-    tenant: str = ""
-    priority: int = 0
+    options: RequestOptions = NO_OPTIONS
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0

@@ -2,9 +2,11 @@
 
     embed/{kernel, ...}                                        [vocab, hidden]
     layers_<i>/attn_norm/scale, mlp_norm/scale                 f32[hidden]
+    layers_<i>/{attn_post_norm, mlp_post_norm}/scale           f32[hidden], with post_norms
     layers_<i>/attn/qkv/{kernel, ..., bias?}                   [(heads + 2 kv_heads) * head_dim, hidden]
     layers_<i>/attn/o/{kernel, ..., bias?}                     [hidden, heads * head_dim]
     layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim], with qk_norm
+    layers_<i>/attn/sinks                                      f32[heads], with attention_sinks
     layers_<i>/mlp/gate_up/{kernel, ..., bias?}                [2 * intermediate, hidden]
     layers_<i>/mlp/down/{kernel, ..., bias?}                   [hidden, intermediate]
     norm/scale                                                 f32[hidden]
@@ -28,6 +30,7 @@ import numpy as np
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.registry import build_model
+from fineserve_jax.models.row_packing import LatestOfThread, pack_rows, to_device
 from fineserve_jax.models.weight_formats import WeightFormat, weight_recipe
 
 Params = dict[str, Any]
@@ -39,8 +42,8 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, read from a header; None when there is no such tensor."""
 
-    def read(self, name: str) -> np.ndarray:
-        """The values, f32. Called from several threads."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The values, f32, or those of these rows: neighbours, of q and k whole heads. Called from several threads."""
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used` that would change the model's numbers, by the names they have in the file."""
@@ -58,8 +61,8 @@ def abstract_params(config: ModelConfig, weights: str) -> Params:
 def pack_params(config: ModelConfig, weights: str, source: TensorSource) -> Params:
     """Check, fuse and encode a checkpoint's tensors; returns jax arrays in the tree of `abstract_params`.
 
-    Layers are packed by a few threads, one layer's tensors in memory each: numpy's inner loops release the
-    GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
+    Layers are packed by a few threads, a few rows of a matrix in memory as float32 each: numpy's inner loops release
+    the GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
     than `config` says or is used by nothing, and for widths the weight format cannot store.
     """
     packer = _Packer(config, weights, source)
@@ -87,12 +90,14 @@ def random_params(config: ModelConfig, weights: str, seed: int = 0, scale: float
 def tensor_names(config: ModelConfig) -> list[str]:
     """The Hugging Face names of all tensors a checkpoint of `config` must have."""
     layer = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    layer += ["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"] if config.post_norms else []
     layer += [f"self_attn.{part}_proj.weight" for part in "qkvo"]
     layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
     layer += [f"self_attn.{part}_proj.bias" for part in "qkv"] if config.qkv_bias else []
     layer += ["self_attn.o_proj.bias"] if config.o_bias else []
     layer += [f"mlp.{part}_proj.bias" for part in ("gate", "up", "down")] if config.mlp_bias else []
     layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if config.qk_norm else []
+    layer += ["self_attn.sinks"] if config.attention_sinks else []
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.tie_embeddings else ["lm_head.weight"]
     return names + [f"model.layers.{index}.{name}" for index in range(config.num_layers) for name in layer]
@@ -116,6 +121,8 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
         "down_proj": (hidden, mlp),
     }
     part, kind = name.split(".")[-2:]
+    if kind == "sinks":
+        return (config.num_heads,)
     shape = table.get(part, (hidden,))  # every other tensor is a norm over the hidden size
     return shape[:1] if kind == "bias" else shape
 
@@ -167,10 +174,16 @@ class _Packer:
         if cfg.qk_norm:
             attn["q_norm"] = self.norm(attention + "q_norm.weight")
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
+        if cfg.attention_sinks:
+            attn["sinks"] = jnp.asarray(self.source.read(attention + "sinks"))
+        # Llama calls what is ahead of the MLP as others do what follows attention.
+        before_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
+        norms = {"attn_norm": "input_layernorm", "mlp_norm": before_mlp}
+        if cfg.post_norms:
+            norms |= {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
         return {
-            "attn_norm": self.norm(prefix + "input_layernorm.weight"),
+            **{name: self.norm(f"{prefix}{stored}.weight") for name, stored in norms.items()},
             "attn": attn,
-            "mlp_norm": self.norm(prefix + "post_attention_layernorm.weight"),
             "mlp": {
                 "gate_up": self.linear(fmt, [mlp + "gate_proj", mlp + "up_proj"], cfg.mlp_bias),
                 "down": self.linear(fmt, [mlp + "down_proj"], cfg.mlp_bias),
@@ -184,9 +197,9 @@ class _Packer:
         return stored
 
     def matrix(self, fmt: WeightFormat, *names: str) -> Params:
-        parts = [self.source.read(name) for name in names]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return {name: jnp.asarray(array) for name, array in fmt.pack(whole).items()}
+        shapes = [(name, tensor_shape(self.config, name)) for name in names]
+        packed = pack_rows(fmt, self.source, shapes, unit=self.config.head_dim)
+        return {name: to_device(array) for name, array in packed.items()}
 
     def norm(self, name: str) -> Params:
         return {"scale": jnp.asarray(self.source.read(name))}
@@ -197,6 +210,7 @@ class _RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int, scale: float) -> None:
         self.config, self.seed, self.scale = config, seed, scale
+        self._latest = LatestOfThread()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tensor_shape(self.config, name)
@@ -204,6 +218,10 @@ class _RandomSource:
     def unused(self, used: Collection[str]) -> list[str]:
         return []
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        values = self._latest.get(name, lambda: self._values(name))
+        return values if rows is None else values[rows]
+
+    def _values(self, name: str) -> np.ndarray:
         values = np.random.default_rng([self.seed, *name.encode()]).standard_normal(self.shape(name), np.float32)
         return 1.0 + 0.1 * values if "norm" in name else self.scale * values

@@ -69,7 +69,6 @@ class PreparedRequest:
             raise RequestError(
                 f"fork_of={fork_of.request_id!r} is of another prompt or model; fork a sample of the same prompt"
             )
-        options = self.options
         return Request(
             request_id=request_id,
             model=self.served.name,
@@ -84,11 +83,7 @@ class PreparedRequest:
             seed=_seed(self.sampling.seed, engine_seed, sequence, sample_index),
             stop_ids=self.stop_ids,
             fork_of=fork_of,
-            tenant=options.tenant,
-            priority=options.priority,
-            ttft_slo_s=options.ttft_slo_s,
-            tpot_slo_s=options.tpot_slo_s,
-            drop_when_late=options.drop_when_late,
+            options=self.options,
         )
 
 
