@@ -15,6 +15,7 @@ import numpy as np
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import MAX_RUNS
 from fineserve_jax.models import CausalLM
+from fineserve_jax.models.product_choice import compiled_products
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
@@ -109,7 +110,7 @@ class ModelRunner:
         self.layer_kinds = {layer: (number, layer not in without) for number, group in groups for layer in group.layers}
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.eos_ids = tuple(eos_ids)
-        self.row_buckets = row_buckets(max_rows)
+        self.row_buckets = row_buckets(max_rows, single=model.weights != "fp32" and compiled_products())
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
         self.format_names: tuple[str, ...] = ()
         self.max_runs = 1
