@@ -11,6 +11,7 @@ from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import (
     ConfigError,
     DeadEndError,
+    EngineError,
     FineServeError,
     ModelLoadError,
     NonFiniteError,
@@ -45,6 +46,7 @@ __all__ = [
     "DeadEndError",
     "Engine",
     "EngineConfig",
+    "EngineError",
     "EngineStats",
     "FineServeError",
     "Granularity",

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fineserve_jax.errors import FineServeError
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.structured.matcher import TokenMatcher
+
+NO_OPTIONS = RequestOptions()
 
 
 class RequestStatus(enum.Enum):
@@ -64,11 +67,8 @@ class Request:
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
         matcher: how far its output has come in what `structured_outputs` ask for; None: any token may follow.
-        ttft_slo_s, tpot_slo_s: targets for the first token and for each further one; None: no target.
-        drop_when_late: end it, with the reason LATE, when its first token cannot be in time any more; otherwise
-            it then waits behind those that still can.
-        priority: requests with smaller numbers are admitted first.
-        tenant: whose it is: lengths are learnt, memory is shared and quotas are kept by it; "": nobody's in particular.
+        options: what was asked for: tenant, priority and targets count; the model and the KV formats that this came to
+            are those above.
     """
 
     request_id: str
@@ -86,11 +86,7 @@ class Request:
     shares_prefix: bool = True
     fork_of: "Request | None" = None
     matcher: TokenMatcher | None = None
-    ttft_slo_s: float | None = None
-    tpot_slo_s: float | None = None
-    drop_when_late: bool = False
-    tenant: str = ""
-    priority: int = 0
+    options: RequestOptions = NO_OPTIONS
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0

@@ -10,6 +10,8 @@ from fineserve_jax.models.transformer import CausalLM
 
 HFConfig = Mapping[str, Any]
 """A parsed Hugging Face `config.json`."""
+GGUFKeys = Mapping[str, Any]
+"""A GGUF file's metadata under the architecture's name, without that prefix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,10 @@ class Family:
     hf_defaults: what this family's config.json means by a key it leaves out.
     traits: fields of `ModelConfig` that follow from config.json in this family's own way.
     gguf_traits: fields of `ModelConfig` that hold for every GGUF file of this family; its tensors are then required.
+    gguf_keys: fields of `ModelConfig` that follow from GGUF metadata in this family's own way.
+    hf_norm_offset: what Hugging Face checkpoints leave out of the weights of norms; GGUF files have it in them.
+    local_rope: whether config.json may give layers with a window a RoPE of their own, beside `full_attention`'s.
+    gguf_defaults: what this family's GGUF files mean by a key of the architecture that they leave out.
     gguf_permuted_qk: whether its GGUF files reorder q and k rows for interleaved RoPE.
     module: the Flax module, built as `module(config, weights)`.
     """
@@ -32,5 +38,9 @@ class Family:
     hf_defaults: Mapping[str, Any]
     traits: Callable[[HFConfig], dict[str, Any]]
     gguf_traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gguf_keys: Callable[[GGUFKeys], dict[str, Any]] = lambda keys: {}
+    hf_norm_offset: float = 0.0
+    local_rope: bool = False
+    gguf_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf_permuted_qk: bool = False
     module: type[CausalLM] = CausalLM

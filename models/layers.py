@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,6 +59,17 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float32[jax.Array, "*leading {self.width}"]) -> Float32[jax.Array, "*leading {self.width}"]:
         scale = self.param("scale", nn.initializers.ones, (self.width,), jnp.float32)
         return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): about x where that is small, and never beyond the cap. None caps nothing."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _zeros(_: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -18,5 +18,6 @@ FAMILY = Family(
     gguf_architectures=("llama",),
     hf_defaults={"max_position_embeddings": 2048},
     traits=_traits,
+    gguf_defaults={"attention.sliding_window_pattern": 0},  # Mistral's, too: a window is that of every layer
     gguf_permuted_qk=True,
 )

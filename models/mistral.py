@@ -1,14 +1,19 @@
-"""Mistral: Llama with an optional sliding window. Its GGUF files call themselves `llama` and load as such."""
+"""Mistral: Llama with an optional sliding window, in every layer or, with `layer_types`, in some.
+
+Its GGUF files call themselves `llama` and load as such.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
+from fineserve_jax.models.layer_types import SLIDING, window_traits
 
 
 def _traits(config: HFConfig) -> dict[str, Any]:
-    return {"sliding_window": config.get("sliding_window", 4096)}
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    return window_traits(types or [SLIDING] * layers, layers, config.get("sliding_window", 4096))
 
 
 FAMILY = Family(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fineserve_jax.errors import ModelLoadError
 
+Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["linear", "llama3", "yarn", "factors"]
 ROPE_KINDS: tuple[str, ...] = ("linear", "llama3", "yarn", "factors")
 
@@ -68,16 +69,37 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose attention is alike.
+
+    layers: their numbers, ascending.
+    window: how many newest tokens they attend to, a token itself included; None: all.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of one decoder-only transformer.
 
-    family: name in the registry (`llama`, `mistral`, `qwen2`, `qwen3`).
+    family: name in the registry, such as `llama`.
     head_dim: values per head; need not be hidden_size / num_heads.
     qkv_bias, o_bias: whether the attention projections carry biases.
     mlp_bias: whether the projections of the MLP carry biases.
+    activation: of the MLP's gates; `gelu_tanh` is GELU's approximation by tanh (Gemma).
+    post_norms: whether what attention and MLP give is normalised, besides what they take (Gemma).
     qk_norm: RMSNorm over head_dim on q and k before RoPE (Qwen3).
+    embedding_multiplier: of the embedded tokens.
+    attention_multiplier: of the logits of attention; None: 1 / sqrt(head_dim).
+    logit_soft_cap: the output head's logits are capped to cap * tanh(logit / cap); None: not.
+    local_rope_theta: base of RoPE, without scaling, in the layers with a window; None: theirs is that of all.
     max_position: context length in tokens the checkpoint declares.
-    sliding_window: attend only to that many newest tokens, in every layer; None attends to all.
+    sliding_window: attend only to that many newest tokens, a token itself included; None attends to all.
+    full_attention_layers: numbers of the layers that attend to all although there is a sliding window, ascending.
+    attention_soft_cap: logits of attention are capped to cap * tanh(logit / cap); None: not.
+    attention_sinks: whether each head has a learnt logit that takes part in the softmax and has no value (gpt-oss).
     """
 
     family: str
@@ -95,18 +117,28 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    activation: Activation = "silu"
+    post_norms: bool = False
     qk_norm: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logit_soft_cap: float | None = None
+    local_rope_theta: float | None = None
     max_position: int = 2048
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    attention_soft_cap: float | None = None
+    attention_sinks: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "intermediate_size", "max_position"):
             if getattr(self, name) <= 0:
                 raise ModelLoadError(f"model config: {name} is {getattr(self, name)}, must be at least 1")
-        if not (0.0 < self.norm_eps < 1.0 and 1.0 < self.rope_theta < math.inf):
+        bases = (self.rope_theta, self.local_rope_theta or self.rope_theta)
+        if not (0.0 < self.norm_eps < 1.0 and all(1.0 < base < math.inf for base in bases)):
             raise ModelLoadError(
-                f"model config: norm_eps is {self.norm_eps} and rope_theta {self.rope_theta}; "
+                f"model config: norm_eps is {self.norm_eps} and bases of RoPE are {bases}; "
                 "they must lie between 0 and 1, and above 1"
             )
         if self.num_heads % self.num_kv_heads:
@@ -115,6 +147,19 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelLoadError(f"model config: head_dim is {self.head_dim}, RoPE needs an even number")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ModelLoadError(f"model config: sliding_window is {self.sliding_window}, must be at least 1")
+        full = self.full_attention_layers
+        if full and (list(full) != sorted({*full}) or full[0] < 0 or full[-1] >= self.num_layers):
+            raise ModelLoadError(
+                f"model config: full_attention_layers are {list(full)}; they must be ascending numbers of "
+                f"{self.num_layers} layers"
+            )
+        names = ("embedding_multiplier", "attention_multiplier", "attention_soft_cap", "logit_soft_cap")
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ModelLoadError(f"model config: {name} is {value}, must be a positive number")
         factors = self.rope_scaling.factors if self.rope_scaling else ()
         if factors and len(factors) != self.head_dim // 2:
             raise ModelLoadError(
@@ -123,8 +168,25 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What the logits of attention are multiplied by: 1 / sqrt(head_dim)."""
-        return float(self.head_dim) ** -0.5
+        """What the logits of attention are multiplied by."""
+        return float(self.head_dim) ** -0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers by how far back they attend: first those that attend to all, and then those with a window."""
+        everything = range(self.num_layers)
+        full = everything if self.sliding_window is None else self.full_attention_layers
+        groups = (
+            LayerGroup(tuple(full), None),
+            LayerGroup(tuple(layer for layer in everything if layer not in full), self.sliding_window),
+        )
+        return tuple(group for group in groups if group.layers)
+
+    def with_rope_of(self, group: LayerGroup) -> ModelConfig:
+        """The same with the RoPE of the group's layers as that of all."""
+        if group.window is None or self.local_rope_theta is None:
+            return self
+        return dataclasses.replace(self, rope_theta=self.local_rope_theta, rope_scaling=None, local_rope_theta=None)
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -143,6 +205,7 @@ class ModelConfig:
             if scaling := values.get("rope_scaling"):
                 scaling = {**scaling, "factors": tuple(scaling.get("factors", ()))}
                 values["rope_scaling"] = RopeScaling(**scaling)
+            values["full_attention_layers"] = tuple(values.get("full_attention_layers", ()))
             return cls(**values)
         except TypeError as error:
             raise ModelLoadError(f"stored model config does not fit this version: {error}") from error

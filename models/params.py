@@ -2,9 +2,11 @@
 
     embed/{kernel, ...}                                        [vocab, hidden]
     layers_<i>/attn_norm/scale, mlp_norm/scale                 f32[hidden]
+    layers_<i>/{attn_post_norm, mlp_post_norm}/scale           f32[hidden], with post_norms
     layers_<i>/attn/qkv/{kernel, ..., bias?}                   [(heads + 2 kv_heads) * head_dim, hidden]
     layers_<i>/attn/o/{kernel, ..., bias?}                     [hidden, heads * head_dim]
     layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim], with qk_norm
+    layers_<i>/attn/sinks                                      f32[heads], with attention_sinks
     layers_<i>/mlp/gate_up/{kernel, ..., bias?}                [2 * intermediate, hidden]
     layers_<i>/mlp/down/{kernel, ..., bias?}                   [hidden, intermediate]
     norm/scale                                                 f32[hidden]
@@ -87,12 +89,14 @@ def random_params(config: ModelConfig, weights: str, seed: int = 0, scale: float
 def tensor_names(config: ModelConfig) -> list[str]:
     """The Hugging Face names of all tensors a checkpoint of `config` must have."""
     layer = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    layer += ["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"] if config.post_norms else []
     layer += [f"self_attn.{part}_proj.weight" for part in "qkvo"]
     layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
     layer += [f"self_attn.{part}_proj.bias" for part in "qkv"] if config.qkv_bias else []
     layer += ["self_attn.o_proj.bias"] if config.o_bias else []
     layer += [f"mlp.{part}_proj.bias" for part in ("gate", "up", "down")] if config.mlp_bias else []
     layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if config.qk_norm else []
+    layer += ["self_attn.sinks"] if config.attention_sinks else []
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.tie_embeddings else ["lm_head.weight"]
     return names + [f"model.layers.{index}.{name}" for index in range(config.num_layers) for name in layer]
@@ -116,6 +120,8 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
         "down_proj": (hidden, mlp),
     }
     part, kind = name.split(".")[-2:]
+    if kind == "sinks":
+        return (config.num_heads,)
     shape = table.get(part, (hidden,))  # every other tensor is a norm over the hidden size
     return shape[:1] if kind == "bias" else shape
 
@@ -167,10 +173,16 @@ class _Packer:
         if cfg.qk_norm:
             attn["q_norm"] = self.norm(attention + "q_norm.weight")
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
+        if cfg.attention_sinks:
+            attn["sinks"] = jnp.asarray(self.source.read(attention + "sinks"))
+        # Llama calls what is ahead of the MLP as others do what follows attention.
+        before_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
+        norms = {"attn_norm": "input_layernorm", "mlp_norm": before_mlp}
+        if cfg.post_norms:
+            norms |= {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
         return {
-            "attn_norm": self.norm(prefix + "input_layernorm.weight"),
+            **{name: self.norm(f"{prefix}{stored}.weight") for name, stored in norms.items()},
             "attn": attn,
-            "mlp_norm": self.norm(prefix + "post_attention_layernorm.weight"),
             "mlp": {
                 "gate_up": self.linear(fmt, [mlp + "gate_proj", mlp + "up_proj"], cfg.mlp_bias),
                 "down": self.linear(fmt, [mlp + "down_proj"], cfg.mlp_bias),

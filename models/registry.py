@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.models import llama, mistral, qwen2, qwen3
+from fineserve_jax.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.transformer import CausalLM
@@ -74,5 +74,5 @@ def _register_offered() -> None:
             register_family(family)
 
 
-for _module in (llama, mistral, qwen2, qwen3):
+for _module in (gemma2, gemma3, llama, mistral, qwen2, qwen3):
     register_family(_module.FAMILY)

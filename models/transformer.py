@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float32, Int32
 
-from fineserve_jax.models.layers import Linear, Matrix, RMSNorm
+from fineserve_jax.models.layers import ACTIVATIONS, Linear, Matrix, RMSNorm, soft_cap
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.rope import RopeTables, apply_rope, rope_tables
 from fineserve_jax.models.weight_formats import weight_recipe
@@ -27,14 +27,14 @@ from fineserve_jax.models.weight_formats import weight_recipe
 class Attend(Protocol):
     """What the caller supplies: attention of layer `layer`, scale and mask included.
 
-    q f32[N, num_heads, head_dim], k and v f32[N, num_kv_heads, head_dim], q and k after RoPE;
-    returns f32[N, num_heads, head_dim].
+    q f32[N, num_heads, head_dim], k and v f32[N, num_kv_heads, head_dim], q and k after RoPE; with
+    `attention_sinks` their logits f32[num_heads] besides. Returns f32[N, num_heads, head_dim].
     """
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, /) -> jax.Array: ...
+    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, /, *sinks: jax.Array) -> jax.Array: ...
 
 
-AttendLayer = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `Attend` of one layer
+AttendLayer = Callable[..., jax.Array]  # `Attend` of one layer
 Tokens = Int32[jax.Array, " N"]
 Hidden = Float32[jax.Array, "N {self.config.hidden_size}"]
 Logits = Float32[jax.Array, "N {self.config.vocab_size}"]
@@ -54,6 +54,8 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
             self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+        if cfg.attention_sinks:
+            self.sinks = self.param("sinks", nn.initializers.zeros, (cfg.num_heads,), jnp.float32)
 
     def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
         cfg = self.config
@@ -62,12 +64,13 @@ class Attention(nn.Module):
         q, k, v = (part.reshape(x.shape[0], -1, cfg.head_dim) for part in parts)
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        sinks = (self.sinks,) if cfg.attention_sinks else ()
+        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, *sinks)
         return self.o(mixed.reshape(x.shape[0], q_size))
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one fused product."""
+    """down(activation(gate(x)) * up(x)), gate and up in one fused product."""
 
     config: ModelConfig
     weights: str
@@ -79,11 +82,11 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(ACTIVATIONS[self.config.activation](gate) * up)
 
 
 class Block(nn.Module):
-    """One layer: pre-norm attention and pre-norm MLP on a f32 residual stream."""
+    """One layer on a f32 residual stream: attention, then MLP, with norms before them and perhaps after them."""
 
     config: ModelConfig
     weights: str
@@ -94,10 +97,15 @@ class Block(nn.Module):
         self.attn = Attention(cfg, self.weights)
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.mlp = GatedMLP(cfg, self.weights)
+        if cfg.post_norms:
+            self.attn_post_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+            self.mlp_post_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
 
     def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
-        x = x + self.attn(self.attn_norm(x), rope, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attn(self.attn_norm(x), rope, attend)
+        x = x + (self.attn_post_norm(attended) if self.config.post_norms else attended)
+        widened = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(widened) if self.config.post_norms else widened)
 
 
 class CausalLM(nn.Module):
@@ -121,14 +129,19 @@ class CausalLM(nn.Module):
 
     def __call__(self, tokens: Tokens, positions: Tokens, attend: Attend) -> Hidden:
         """tokens i32[N] at positions i32[N] -> hidden f32[N, hidden_size], after the final norm."""
-        x, rope = self.embed_tokens(tokens, positions)
+        x, ropes = self.embed_tokens(tokens, positions)
+        groups = self.config.layer_groups
+        rope_of = {layer: rope for group, rope in zip(groups, ropes, strict=True) for layer in group.layers}
         for index, block in enumerate(self.layers):
-            x = block(x, rope, functools.partial(attend, index))
+            x = block(x, rope_of[index], functools.partial(attend, index))
         return self.norm(x)
 
-    def embed_tokens(self, tokens: Tokens, positions: Tokens) -> tuple[Hidden, RopeTables]:
-        """The residual stream f32[N, hidden_size] before the first layer, and the rotations of the positions."""
-        return self.embed.rows(tokens), rope_tables(self.config, positions)
+    def embed_tokens(self, tokens: Tokens, positions: Tokens) -> tuple[Hidden, tuple[RopeTables, ...]]:
+        """The residual stream f32[N, hidden_size] before the first layer, and for each of the configuration's
+        `layer_groups` the rotations of the positions."""
+        configs = [self.config.with_rope_of(group) for group in self.config.layer_groups]
+        ropes = tuple(rope_tables(config, positions) for config in configs)
+        return self.embed.rows(tokens) * self.config.embedding_multiplier, ropes
 
     @property
     def block(self) -> Block:
@@ -142,8 +155,8 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """hidden f32[M, hidden_size] -> f32[M, vocab_size]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        return head.dot(hidden)
+        return soft_cap(head.dot(hidden), self.config.logit_soft_cap)
 
     def declare(self, tokens: Tokens, positions: Tokens) -> Logits:
         """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""
-        return self.logits(self(tokens, positions, lambda layer, q, k, v: q))
+        return self.logits(self(tokens, positions, lambda layer, q, k, v, *sinks: q))

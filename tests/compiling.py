@@ -15,6 +15,7 @@ COMPILING = (
     "batch/test_batch_models.py",
     "benchmarks/test_aot_parsers.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
+    "cli/test_bench.py",
     "cli/test_commands.py",
     "cli/test_model_commands.py",
     "cli/test_perplexity.py",

@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     SamplingFlags: TypeAlias = Mapping[str, Any]
     GenerateFlags: TypeAlias = Mapping[str, Any]
     PerplexityFlags: TypeAlias = Mapping[str, Any]
+    BenchFlags: TypeAlias = Mapping[str, Any]
 else:
     # Quotas are tables of tables, which a YAML file holds well and a flag does not.
     EngineFlags = flags_of(EngineConfig, leave_out=["quotas"])
@@ -117,6 +118,8 @@ else:
         "record_every",
         "check_every",
     ]
+    # Cases name the precisions, and what is computed once must be computed again in the next round.
+    BenchFlags = flags_of(EngineConfig, leave_out=["kv_precision", "prefix_cache", "quotas", "record", "record_every"])
     PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "seed", *ONE_AT_A_TIME])
 
 

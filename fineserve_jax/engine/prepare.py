@@ -72,7 +72,6 @@ class PreparedRequest:
             raise RequestError(
                 f"fork_of={fork_of.request_id!r} is of another prompt or model; fork a sample of the same prompt"
             )
-        options = self.options
         return Request(
             request_id=request_id,
             model=self.served.name,
@@ -88,11 +87,7 @@ class PreparedRequest:
             stop_ids=self.stop_ids,
             fork_of=fork_of,
             matcher=None if self.matcher is None else self.matcher.copy(),
-            tenant=options.tenant,
-            priority=options.priority,
-            ttft_slo_s=options.ttft_slo_s,
-            tpot_slo_s=options.tpot_slo_s,
-            drop_when_late=options.drop_when_late,
+            options=self.options,
         )
 
 

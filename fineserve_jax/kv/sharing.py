@@ -191,7 +191,8 @@ class Sharing:
         self._cache.stats.asked_tokens += num_tokens
         self._cache.stats.hit_tokens += size * len(found)
         if self._caches(request, held):
-            stop = min(min(num_tokens, request.num_tokens) // size, held.num_pages)
+            # Not the page of the last token, which this request writes in any case, perhaps after another has.
+            stop = min((min(num_tokens, request.num_tokens) - 1) // size, held.num_pages)
             self._cache_blocks(request, held, stop, ready=False)
 
     # -- it goes on, and ends --------------------------------------------------------------------------------

@@ -12,13 +12,12 @@ from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, GGUFGeneralKeys, GGUFModelKeys
 from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.models.family import Family
+from fineserve_jax.models.layer_types import FULL, SLIDING, periodic_types, window_traits
 from fineserve_jax.models.model_config import ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_gguf_architecture
 from fineserve_jax.models.rope import yarn_attention_factor
 
 ROPE_FACTORS = "rope_freqs.weight"
-# Architectures whose sliding window, where the file has one, is that of every layer: `llama` holds Mistral, too.
-_WINDOW_IN_EVERY_LAYER = ("llama",)
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
@@ -40,16 +39,16 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     where = f"{file.path}: {prefix}"
     checked = check_keys(GGUFModelKeys, own, where).model_dump(by_alias=True, exclude_none=True)
-    keys = KeyReader(checked, where)
+    keys = KeyReader({**family.gguf_defaults, **checked}, where)
     try:
-        config = _model_config(file, family, architecture, keys)
+        config = _model_config(file, family, keys)
     except KeyError as error:
         raise _missing(file, prefix + error.args[0]) from error
     keys.refuse_unread(HARMLESS_KEYS, NEUTRAL_VALUES)
     return config
 
 
-def _model_config(file: GGUFFile, family: Family, architecture: str, keys: KeyReader) -> ModelConfig:
+def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfig:
     _refuse_unsupported(file, keys)
     hidden, heads = keys["embedding_length"], keys["attention.head_count"]
     head_dim = keys.get("attention.key_length", hidden // heads)
@@ -69,8 +68,12 @@ def _model_config(file: GGUFFile, family: Family, architecture: str, keys: KeyRe
         norm_eps=float(np.format_float_scientific(np.float32(keys["attention.layer_norm_rms_epsilon"]), unique=True)),
         tie_embeddings="output.weight" not in file.tensors,
         max_position=context,
-        sliding_window=_sliding_window(architecture, keys, context),
-        **{**_biases(file), **family.gguf_traits},
+        **{
+            **_biases(file),
+            **_windows(keys, keys["block_count"], context),
+            **family.gguf_keys(keys),
+            **family.gguf_traits,
+        },
     )
     _refuse_other_heads(keys, config)
     return config
@@ -126,16 +129,25 @@ def _refuse_other_heads(keys: KeyReader, config: ModelConfig) -> None:
         )
 
 
-def _sliding_window(architecture: str, keys: KeyReader, context: int) -> int | None:
+def _windows(keys: KeyReader, num_layers: int, context: int) -> dict[str, Any]:
+    """Which layers have a window: those that a list says, or all but every n-th."""
     window = keys.get("attention.sliding_window", 0) or None  # 0 is written for none
-    if window is None or architecture in _WINDOW_IN_EVERY_LAYER:
-        return window
-    if window >= context:
-        return None
-    raise ModelLoadError(
-        f"{architecture}.attention.sliding_window is {window}, without saying which layers have the window; such files "
-        "are not supported"
-    )
+    pattern = keys.get("attention.sliding_window_pattern")
+    if window is None or (pattern is None and window >= context):
+        return {"sliding_window": None}
+    if pattern is None:
+        raise ModelLoadError(
+            f"the file's attention.sliding_window is {window}, without attention.sliding_window_pattern, which says "
+            "what layers have the window; such files are not supported"
+        )
+    if isinstance(pattern, int):
+        return window_traits(periodic_types(num_layers, pattern), num_layers, window)
+    if len(pattern) != num_layers:
+        raise ModelLoadError(
+            f"the file's attention.sliding_window_pattern has {len(pattern)} entries for {num_layers} layers; "
+            "the file is damaged"
+        )
+    return window_traits([SLIDING if has_window else FULL for has_window in pattern], num_layers, window)
 
 
 def _rope_scaling(file: GGUFFile, keys: KeyReader, context: int) -> RopeScaling | None:

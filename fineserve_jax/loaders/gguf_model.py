@@ -35,7 +35,7 @@ class GGUFModel:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of the tensor of that Hugging Face name; None when the file lacks it."""
-        info = self.file.tensors.get(gguf_tensor_name(name))
+        info = self.file.tensors.get(self._stored_name(name))
         if info is None and self._is_zero(name):
             return tensor_shape(self.config, name)
         return info.shape if info else None
@@ -44,7 +44,7 @@ class GGUFModel:
         """The tensor of that Hugging Face name, f32."""
         if self._is_zero(name):
             return np.zeros(tensor_shape(self.config, name), np.float32)
-        tensor = self.file.read(gguf_tensor_name(name))
+        tensor = self.file.read(self._stored_name(name))
         if self._unpermute and ".q_proj." in name:
             return unpermute_heads(tensor, self.config.num_heads)
         if self._unpermute and ".k_proj." in name:
@@ -53,12 +53,15 @@ class GGUFModel:
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used`, by their GGUF names, that would change the model's numbers."""
-        known = {ROPE_FACTORS, *map(gguf_tensor_name, used)}
+        known = {ROPE_FACTORS, *map(self._stored_name, used)}
         return sorted(name for name in self.file.tensors if name not in known and not _HARMLESS.fullmatch(name))
+
+    def _stored_name(self, name: str) -> str:
+        return gguf_tensor_name(name, self.config.post_norms)
 
     def _is_zero(self, name: str) -> bool:
         """Each bias may be there or not, as in llama.cpp, unless the family always has them."""
-        absent = name.endswith(".bias") and gguf_tensor_name(name) not in self.file.tensors
+        absent = name.endswith(".bias") and self._stored_name(name) not in self.file.tensors
         return absent and not self._all_biases_required
 
 

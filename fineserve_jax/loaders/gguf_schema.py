@@ -29,8 +29,14 @@ class GGUFModelKeys(CheckedKeys):
     norm_eps: NormEpsilon | None = Field(None, alias="attention.layer_norm_rms_epsilon")
     scale: Factor | None = Field(None, alias="attention.scale")
     window: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, alias="attention.sliding_window")
+    window_pattern: Annotated[int, Field(ge=0, le=4096)] | Annotated[list[bool], Field(max_length=4096)] | None = Field(
+        None, alias="attention.sliding_window_pattern"
+    )
+    attention_cap: Factor | None = Field(None, alias="attn_logit_softcapping")
+    logit_cap: Factor | None = Field(None, alias="final_logit_softcapping")
     rotated: HeadSize | None = Field(None, alias="rope.dimension_count")
     freq_base: RopeBase | None = Field(None, alias="rope.freq_base")
+    local_freq_base: RopeBase | None = Field(None, alias="rope.freq_base_swa")
     scale_linear: Factor | None = Field(None, alias="rope.scale_linear")
     scaling_type: str | None = Field(None, alias="rope.scaling.type")
     scaling_factor: Factor | None = Field(None, alias="rope.scaling.factor")

@@ -7,13 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.loaders.hf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, HFConfigKeys, HFRopeKeys
+from fineserve_jax.loaders.hf_multimodal import text_part
+from fineserve_jax.loaders.hf_schema import (
+    HARMLESS_KEYS,
+    NEUTRAL_VALUES,
+    HFConfigKeys,
+    HFLocalRopeKeys,
+    HFRopeKeys,
+)
 from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.models.family import Family
-from fineserve_jax.models.model_config import ModelConfig, RopeScaling
+from fineserve_jax.models.layer_types import FULL, SLIDING
+from fineserve_jax.models.model_config import Activation, ModelConfig, RopeScaling
 from fineserve_jax.models.registry import family_of_hf_architecture
 
 _WHERE = "config.json: "
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Of these a null says that there is none; elsewhere it means the default.
+_NULL_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -22,13 +33,15 @@ def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises ModelLoadError for an architecture that is not supported, a key that is missing, of another type or out of
     range, and a key that nothing here reads and that is not known to be harmless.
     """
+    raw = text_part(raw)
     checked = check_keys(HFConfigKeys, raw, _WHERE).model_dump()
     architecture = (checked.pop("architectures") or ["(none stated)"])[0]
     family = family_of_hf_architecture(architecture)
     stated = {key: value for key, value in checked.items() if value is not None}
-    # A null is a statement about the window ("none"), elsewhere it means the default.
-    windows = {key: None for key in ("sliding_window",) if key in raw and raw[key] is None}
-    reader = KeyReader({**family.hf_defaults, **stated, **windows}, _WHERE)
+    if family.local_rope:
+        stated = _with_plain_rope(stated)
+    nulls = {key: None for key in _NULL_MEANS_NONE if key in raw and raw[key] is None}
+    reader = KeyReader({**family.hf_defaults, **stated, **nulls}, _WHERE)
     _refuse_unsupported(reader)
     try:
         config = _model_config(family, reader)
@@ -50,6 +63,7 @@ def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
         num_kv_heads=keys.get("num_key_value_heads", heads),
         head_dim=keys.get("head_dim", hidden // heads),
         intermediate_size=keys["intermediate_size"],
+        activation=_activation(keys),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=keys.get("rms_norm_eps", 1e-6),
@@ -61,10 +75,9 @@ def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
 
 def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
     """What else changes nothing beside what `config` holds already."""
-    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
     return {
         **NEUTRAL_VALUES,
-        "layer_types": ([kind] * config.num_layers,),
+        "layer_types": ([FULL] * config.num_layers,),
         "query_pre_attn_scalar": (config.head_dim,),
         "rotary_dim": (config.head_dim,),
         "num_kv_heads": (config.num_kv_heads,),
@@ -74,15 +87,42 @@ def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
 
 def _refuse_unsupported(keys: KeyReader) -> None:
     """Features that have a clearer word than that their key is unknown."""
-    activation = keys.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ModelLoadError(f"config.json: hidden_act {activation!a} is not supported; supported: silu")
     if quantized := keys.get("quantization_config"):
         method = shown(quantized.get("quant_method", "unknown")).strip("'")
         raise ModelLoadError(
             f"the checkpoint is quantised ({method}), which is not supported; "
             "use the unquantised checkpoint and choose a precision with weights=..."
         )
+
+
+def _activation(keys: KeyReader) -> Activation:
+    """Stated under one name or, as in Gemma, another."""
+    stated = [keys[key] for key in ("hidden_activation", "hidden_act") if keys.get(key) is not None] or ["silu"]
+    for activation in stated:
+        if activation not in _ACTIVATIONS:
+            supported = ", ".join(_ACTIVATIONS)
+            raise ModelLoadError(f"config.json: hidden_act {activation!a} is not supported; supported: {supported}")
+    if _ACTIVATIONS[stated[0]] != _ACTIVATIONS[stated[-1]]:
+        raise ModelLoadError(
+            f"config.json has hidden_activation {stated[0]!a} and hidden_act {stated[-1]!a}; keep the one the model "
+            "was trained with"
+        )
+    return _ACTIVATIONS[stated[0]]
+
+
+def _with_plain_rope(stated: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` with a part for each type of layer as the older keys say it."""
+    rope = stated.get("rope_parameters", {})
+    parts = {kind: rope.get(kind) for kind in (FULL, SLIDING)}
+    if not any(isinstance(part, dict) for part in parts.values()):
+        return stated
+    if others := sorted(set(rope) - set(parts)):
+        raise ModelLoadError(f"config.json: rope_parameters.{others[0]} = {shown(rope[others[0]])} is of no layer type")
+    where = f"{_WHERE}rope_parameters.{SLIDING}."
+    local = KeyReader(check_keys(HFLocalRopeKeys, parts[SLIDING] or {}, where).model_dump(exclude_none=True), where)
+    base, _ = {"rope_local_base_freq": local.get("rope_theta")}, local.get("rope_type")
+    local.refuse_unread((), {})
+    return {**stated, "rope_parameters": parts[FULL] or {}, **{k: v for k, v in base.items() if v is not None}}
 
 
 def _rope(keys: KeyReader) -> tuple[float, RopeScaling | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -15,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_config import hf_config
+from fineserve_jax.loaders.hf_multimodal import has_text_part, text_tensor_name
 from fineserve_jax.loaders.hf_schema import HFIndex
 from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.known_keys import check_keys
+from fineserve_jax.models.registry import get_family
 
+log = logging.getLogger(__name__)
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -36,10 +40,15 @@ class HFModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = hf_config(read_json(directory / "config.json"))
+        raw = read_json(directory / "config.json")
+        self.config = hf_config(raw)
+        self._norm_offset = np.float32(get_family(self.config.family).hf_norm_offset)
         self._files = {path: _open(path) for path in self._tensor_files()}
         self._where = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
         self._refuse_duplicates()
+        self._stored_names = {name: name for name in self._where}
+        if has_text_part(raw):
+            self._leave_out_images()
         if self.config.tie_embeddings and _HEAD in self._where and not self._head_is_the_embedding():
             # The flag is often left at its default; a head that was stored and differs is meant.
             self.config = dataclasses.replace(self.config, tie_embeddings=False)
@@ -48,7 +57,7 @@ class HFModel:
         """Shape of a tensor; None when no file has it. Raises ModelLoadError when its type is no float."""
         if name not in self._where:
             return None
-        part = self._where[name].get_slice(name)
+        part = self._slice(name)
         if part.get_dtype() not in _FLOAT_TYPES:
             raise ModelLoadError(
                 f"{self.directory}: tensor {name} is of type {part.get_dtype()}, which is not supported; "
@@ -58,12 +67,24 @@ class HFModel:
 
     def read(self, name: str) -> np.ndarray:
         """Tensor `name` as f32."""
-        return self._where[name].get_tensor(name).astype(np.float32)
+        tensor: np.ndarray = self._where[name].get_tensor(self._stored_names[name]).astype(np.float32)
+        return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used` that would change the model's numbers."""
         known = {*used, _HEAD} if self.config.tie_embeddings else set(used)
         return sorted(name for name in self._where if name not in known and not _HARMLESS.fullmatch(name))
+
+    def _slice(self, name: str) -> Any:
+        return self._where[name].get_slice(self._stored_names[name])
+
+    def _leave_out_images(self) -> None:
+        """Tensors get the names that they have in a model of the text part alone."""
+        names = {stored: text_tensor_name(stored) for stored in self._stored_names}
+        self._stored_names = {name: stored for stored, name in names.items() if name is not None}
+        self._where = {name: self._where[stored] for name, stored in self._stored_names.items()}
+        if left_out := len(names) - len(self._stored_names):
+            log.warning("%s: %d tensors are for images, and left out: prompts are text", self.directory, left_out)
 
     def _refuse_duplicates(self) -> None:
         counts = Counter(name for file in self._files.values() for name in file.keys())  # noqa: SIM118
@@ -79,7 +100,7 @@ class HFModel:
         if _EMBEDDING not in self._where or self.shape(_EMBEDDING) != self.shape(_HEAD):
             return False
         rows = (self.shape(_HEAD) or (0,))[0]
-        embedding, head = (self._where[name].get_slice(name) for name in (_EMBEDDING, _HEAD))
+        embedding, head = (self._slice(name) for name in (_EMBEDDING, _HEAD))
         pieces = (slice(at, min(at + _ROWS_AT_A_TIME, rows)) for at in range(0, rows, _ROWS_AT_A_TIME))
         return all(np.array_equal(embedding[piece], head[piece]) for piece in pieces)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,7 @@ Count = Annotated[int, Field(ge=1, le=2**24)]
 Layers = Annotated[int, Field(ge=1, le=4096)]
 Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PositiveNumber = Annotated[float, Field(gt=0, le=1e12)]
+SoftCap = Annotated[float, Field(ge=0, le=1e12)]  # 0 is written for none
 RopeBase = Annotated[float, Field(gt=1, le=1e15)]
 NormEpsilon = Annotated[float, Field(gt=0, lt=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -32,13 +33,20 @@ class HFConfigKeys(CheckedKeys):
     original_max_position_embeddings: Positions | None = None
     rms_norm_eps: NormEpsilon | None = None
     hidden_act: str | None = None
+    hidden_activation: str | None = None
+    query_pre_attn_scalar: PositiveNumber | None = None
+    attn_logit_softcapping: SoftCap | None = None
+    final_logit_softcapping: SoftCap | None = None
+    use_bidirectional_attention: bool | None = None
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     rope_theta: RopeBase | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
+    rope_local_base_freq: RopeBase | None = None
     partial_rotary_factor: PositiveNumber | None = None
+    sliding_window_pattern: Annotated[int, Field(ge=1, le=4096)] | None = None
     sliding_window: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     use_sliding_window: bool | None = None
     max_window_layers: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -63,6 +71,13 @@ class HFRopeKeys(CheckedKeys):
     mscale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
     truncate: bool | None = None
+
+
+class HFLocalRopeKeys(CheckedKeys):
+    """The part of `rope_parameters` that is for layers with a window; it is not scaled."""
+
+    rope_theta: RopeBase | None = None
+    rope_type: Literal["default"] | None = None
 
 
 class HFTokenIds(CheckedKeys):
@@ -137,8 +152,9 @@ class HFIndex(CheckedKeys):
 # Keys that describe, or that only training, sampling, heads of other tasks or the host's execution read.
 _HARMLESS = """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path
+    _sliding_window_pattern
     add_cross_attention architectures attention_dropout attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout custom_pipelines
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cache_implementation custom_pipelines
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label ignore_index
@@ -160,7 +176,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0,),
     "embedding_multiplier": (1.0,),
     "final_logit_softcapping": (0,),
-    "hidden_activation": ("silu", "swish"),
     "is_decoder": (True, False),  # a decoder-only model is one either way
     "logit_scale": (1.0,),
     "logits_scaling": (1.0,),
@@ -173,6 +188,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "tie_encoder_decoder": (False,),
     "use_bias": (False,),
+    "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),

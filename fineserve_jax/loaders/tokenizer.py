@@ -13,7 +13,13 @@ from fineserve_jax.loaders.token_bytes import ByteRule, byte_rule
 from fineserve_jax.structured.vocabulary import Vocabulary
 
 # Tokens by which chat models end a turn; generation stops at them although only some files list them.
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>")
+END_OF_TURN_TOKENS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>"),
+    *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<turn|>"),
+    *("<\uff5cend▁of▁sentence\uff5c>", "[e~["),
+)
+# Where a model has both of a pair, "<|end|>" ends a message only, and another one follows in the same turn.
+_TURNS_OF_MESSAGES = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
 
 
 def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
@@ -24,7 +30,10 @@ def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
 def end_of_turn_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """Ids of those end-of-turn tokens that `backend` knows as special ones."""
     special = special_ids(backend)
-    return [special[name] for name in END_OF_TURN_TOKENS if name in special]
+    names = [name for name in END_OF_TURN_TOKENS if name in special]
+    if any(special.keys() >= set(pair) for pair in _TURNS_OF_MESSAGES):
+        names = [name for name in names if name != "<|end|>"]
+    return [special[name] for name in names]
 
 
 @dataclasses.dataclass(frozen=True)

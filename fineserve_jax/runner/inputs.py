@@ -193,7 +193,7 @@ class _Builder:
             positions=self.positions[:rows],
             pages=self.row_pages,
             format_ids=self.row_formats,
-            tiles=plan_attention(spec.decode_attention, self.decode_segments, self.decode_queries),
+            tiles=plan_attention(spec.decode_attention(spec.groups[0]), self.decode_segments, self.decode_queries),
         )
         if not spec.chunk_pages:
             return StepInputs(decode, None, self._closing_inputs(), self.sample_slots)
@@ -206,7 +206,7 @@ class _Builder:
             written_format_ids=self.written,
             newest_format_ids=self.newest,
             full_format_ids=self.full,
-            tiles=plan_attention(spec.chunk_attention, self.chunk_segments, self.chunk_queries),
+            tiles=plan_attention(spec.chunk_attention(spec.groups[0]), self.chunk_segments, self.chunk_queries),
         )
         return StepInputs(decode, chunk, self._closing_inputs(), self.sample_slots)
 

@@ -104,6 +104,8 @@ class ModelRunner:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
+        groups = enumerate(model.config.layer_groups)
+        self.group_of_layer = {layer: number for number, group in groups for layer in group.layers}
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.eos_ids = tuple(eos_ids)
         self.row_buckets = row_buckets(max_rows)
@@ -174,7 +176,8 @@ class ModelRunner:
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
         for index, params in enumerate(self.layer_params):
-            stream, encoded = programs.layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
+            layer = programs.layers[self.group_of_layer[index]]
+            stream, encoded = layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
             words.append(encoded)
             if self.check_finite:
                 checks.append(programs.finite_slots(stream))
@@ -210,15 +213,17 @@ class _Programs:
 
     Attributes:
         num_compiled: how many programs were compiled, or loaded from JAX's compilation cache.
+        layers: a layer of each group.
     """
 
     def __init__(self, spec: StepSpec) -> None:
         self.num_compiled = 0
 
-        def compiled(stage: Callable[..., Any], donate_argnums: Sequence[int] = ()) -> Callable[..., Any]:
-            return compile_counted(functools.partial(stage, spec), self._count, donate_argnums)
+        def compiled(stage: Callable[..., Any], *static: int, donate_argnums: Sequence[int] = ()) -> Callable[..., Any]:
+            return compile_counted(functools.partial(stage, spec, *static), self._count, donate_argnums)
 
-        self.embed, self.layer, self.head = compiled(stages.embed), compiled(stages.layer), compiled(stages.head)
+        self.embed, self.head = compiled(stages.embed), compiled(stages.head)
+        self.layers = [compiled(stages.layer, group) for group in range(len(spec.groups))]
         self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
         self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
 

@@ -247,7 +247,9 @@ def _keep_until(probabilities: Logits, weights: Logits, target: Float32[jax.Arra
 def _with_logprobs(logits: Logits, tokens: Tokens, finite: Finite) -> Sampled:
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    top_logprobs, top_ids = lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
+    # In the order of the logits, which may differ where log-probabilities round to the same.
+    _, top_ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
+    top_logprobs = jnp.take_along_axis(logprobs, top_ids, axis=-1)
     return Sampled(tokens, finite, chosen, top_ids.astype(jnp.int32), top_logprobs)
 
 

@@ -3,9 +3,10 @@
     tokens --embed--> x --layer 0..L-1--> x, encoded K and V of each layer --head--> next tokens
                                           arena --commit(encoded K and V)--> arena
 
-`layer` is one program for all layers, since the layer's number is data: a model of any depth compiles in the time of
-one layer, and the calls are queued ahead of the device. `commit` is a program of its own, because XLA copies a donated
-array that is read and written in one program unless it can prove the order; the arena is far too large for that.
+`layer` is one program for all layers of a group, since the layer's number is data: a model of any depth compiles in the
+time of one layer, or of two where some layers have a window, and the calls are queued ahead of the device. `commit` is
+a program of its own, because XLA copies a donated array that is read and written in one program unless it can prove the
+order; the arena is far too large for that.
 """
 
 from typing import Any, NamedTuple
@@ -26,10 +27,11 @@ Params = dict[str, Any]
 
 
 class Stream(NamedTuple):
-    """What flows from layer to layer: the residual f32[N, hidden] and the rotations of the N positions."""
+    """What flows from layer to layer: the residual f32[N, hidden], and for each of the model's layer groups the
+    rotations of the N positions."""
 
     x: jax.Array
-    rope: RopeTables
+    ropes: tuple[RopeTables, ...]
 
 
 def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
@@ -42,11 +44,17 @@ def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
 
 
 def layer(
-    spec: StepSpec, params: Params, stream: Stream, index: jax.Array, arena: jax.Array, inputs: StepInputs
+    spec: StepSpec,
+    group: int,
+    params: Params,
+    stream: Stream,
+    index: jax.Array,
+    arena: jax.Array,
+    inputs: StepInputs,
 ) -> tuple[Stream, LayerWords]:
-    """One layer. `params`: of that layer alone; `index`: i32[], its number."""
-    attention = LayerAttention(spec, index, arena, inputs)
-    x = _apply(spec.model.block, params, stream.x, stream.rope, attention)
+    """One layer. `group`: number of its group, static; `params`: of that layer alone; `index`: i32[], its number."""
+    attention = LayerAttention(spec, spec.groups[group], index, arena, inputs)
+    x = _apply(spec.model.block, params, stream.x, stream.ropes[group], attention)
     return stream._replace(x=x), attention.words
 
 

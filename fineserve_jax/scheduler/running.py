@@ -59,14 +59,14 @@ class RunningRequests:
     def add(self, running: RunningRequest) -> None:
         """Add a request as the latest admitted; `reserve` counts it already."""
         self._by_request[running.request] = running
-        self._num_of_priority[running.request.priority] += 1
+        self._num_of_priority[running.request.options.priority] += 1
 
     def remove(self, running: RunningRequest) -> None:
         """Remove a request that ends or is preempted."""
         del self._by_request[running.request]
-        self._num_of_priority[running.request.priority] -= 1
-        if not self._num_of_priority[running.request.priority]:
-            del self._num_of_priority[running.request.priority]
+        self._num_of_priority[running.request.options.priority] -= 1
+        if not self._num_of_priority[running.request.options.priority]:
+            del self._num_of_priority[running.request.options.priority]
         self.reserve.remove(running)
 
     def preempt(self, running: RunningRequest) -> None:
@@ -90,4 +90,4 @@ class RunningRequests:
     def priority_of(self, running: RunningRequest) -> int:
         """The priority number by which a request gives way: its own, but one that had waited for `overtaking_limit_s`
         is as urgent as the most urgent that runs."""
-        return min(self._num_of_priority) if running.entry.rank == AGED else running.request.priority
+        return min(self._num_of_priority) if running.entry.rank == AGED else running.request.options.priority

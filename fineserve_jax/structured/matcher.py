@@ -35,6 +35,12 @@ class TokenMatcher:
         """Another sequence that has come as far."""
         return type(self)(self._state.deep_copy(), self.end)
 
+    def begin_with(self, tokens: Sequence[int]) -> None:
+        """Begins again, and goes on by these tokens."""
+        self._state.reset()
+        self._state.consume_tokens(list(tokens))
+        self._note_state()
+
     def accept(self, token: int) -> None:
         """Goes on by a token; once it is complete, or cannot go on, by any."""
         if not self.is_complete and self.error is None:

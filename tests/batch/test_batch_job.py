@@ -263,7 +263,8 @@ def test_latency_targets_reach_the_engine_with_every_sample(engine, answer, monk
 
     def note(prepared):
         samples = queue(prepared)
-        targets.extend((request.ttft_slo_s, request.tpot_slo_s, request.drop_when_late) for request in samples)
+        asked = [request.options for request in samples]
+        targets.extend((options.ttft_slo_s, options.tpot_slo_s, options.drop_when_late) for options in asked)
         return samples
 
     monkeypatch.setattr(engine, "queue", note)

@@ -14,7 +14,7 @@ from fineserve_jax.loaders.gguf_names import gguf_tensor_name
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.models.rope import rope_frequencies
 
-ARCHITECTURES = {"llama": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {"llama": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
 
 
 def permuted(tensor: np.ndarray, heads: int) -> np.ndarray:
@@ -59,13 +59,24 @@ def write_gguf(
     writer.add_float32(f"{architecture}.rope.freq_base", config.rope_theta)
     if tokenizer:
         add_byte_tokenizer(writer)
+    if config.sliding_window is not None:
+        writer.add_uint32(f"{architecture}.attention.sliding_window", config.sliding_window)
+        full = [layer in config.full_attention_layers for layer in range(config.num_layers)]
+        writer.add_array(f"{architecture}.attention.sliding_window_pattern", [not attends for attends in full])
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        writer.add_string(f"{architecture}.rope.scaling.type", "linear")
+        writer.add_float32(f"{architecture}.rope.scaling.factor", scaling.factor)
     for name, tensor in case_tensors(case).items():
         heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
         if architecture == "llama" and heads:
             tensor = permuted(tensor, heads)
-        if gguf_tensor_name(name) not in leave_out:
-            add_tensor(writer, gguf_tensor_name(name), tensor.astype(np.float32), quant)
-    if config.rope_scaling:
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor.astype(np.float32) + 1.0
+        stored = gguf_tensor_name(name, config.post_norms)
+        if stored not in leave_out:
+            add_tensor(writer, stored, tensor.astype(np.float32), quant)
+    if scaling is not None and scaling.kind != "linear":
         factors = config.rope_theta ** (-np.arange(config.head_dim // 2) / (config.head_dim // 2))
         add_tensor(writer, "rope_freqs.weight", (factors / rope_frequencies(config)[0]).astype(np.float32))
     more(writer)

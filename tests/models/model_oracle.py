@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from fineserve_jax.models import Attend, CausalLM, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn")
+CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn", "gemma2", "gemma3")
 
 Tensors = dict[str, np.ndarray]
 
@@ -43,17 +43,20 @@ def causal_attend(
     """
     distance = positions[:, None] - positions[None, :]
     seen = distance >= 0
-    if config.sliding_window is not None:
-        seen &= distance < config.sliding_window
     if sequence is not None:
         seen &= sequence[:, None] == sequence[None, :]
-    hidden = jnp.where(seen, 0.0, -1e30)
+    window_of = {layer: group.window for group in config.layer_groups for layer in group.layers}
     group = config.num_heads // config.num_kv_heads
     exact = jax.lax.Precision.HIGHEST
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        window = window_of[layer]
+        hidden = jnp.where(seen if window is None else seen & (distance < window), 0.0, -1e30)
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale + hidden
+        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale
+        if (cap := config.attention_soft_cap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores += hidden
         return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v, precision=exact)
 
     return attend
@@ -84,7 +87,7 @@ def float64_logits(config: ModelConfig, tensors: Tensors, tokens: np.ndarray) ->
     x = w["model.embed_tokens.weight"][tokens]
     for layer in range(config.num_layers):
         pre = f"model.layers.{layer}."
-        x = x + _attention(config, w, pre, _norm(config, x, w[pre + "input_layernorm.weight"]))
+        x = x + _attention(config, w, layer, _norm(config, x, w[pre + "input_layernorm.weight"]))
         h = _norm(config, x, w[pre + "post_attention_layernorm.weight"])
         gate, up = _affine(w, pre + "mlp.gate_proj", h), _affine(w, pre + "mlp.up_proj", h)
         x = x + _affine(w, pre + "mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
@@ -92,8 +95,9 @@ def float64_logits(config: ModelConfig, tensors: Tensors, tokens: np.ndarray) ->
     return _norm(config, x, w["model.norm.weight"]) @ w[head].T
 
 
-def _attention(config: ModelConfig, w: Tensors, pre: str, h: np.ndarray) -> np.ndarray:
-    n, d = len(h), config.head_dim
+def _attention(config: ModelConfig, w: Tensors, layer: int, h: np.ndarray) -> np.ndarray:
+    n, d, pre = len(h), config.head_dim, f"model.layers.{layer}."
+    (window,) = (group.window for group in config.layer_groups if layer in group.layers)
     q, k, v = (_affine(w, f"{pre}self_attn.{part}_proj", h).reshape(n, -1, d) for part in "qkv")
     if config.qk_norm:
         q = _norm(config, q, w[pre + "self_attn.q_norm.weight"])
@@ -103,7 +107,7 @@ def _attention(config: ModelConfig, w: Tensors, pre: str, h: np.ndarray) -> np.n
     for head in range(config.num_heads):
         kv = head // (config.num_heads // config.num_kv_heads)
         for t in range(n):
-            first = 0 if config.sliding_window is None else max(0, t - config.sliding_window + 1)
+            first = 0 if window is None else max(0, t - window + 1)
             scores = k[first : t + 1, kv] @ q[t, head] / math.sqrt(d)
             weights = np.exp(scores - scores.max())
             out[t, head] = weights / weights.sum() @ v[first : t + 1, kv]
