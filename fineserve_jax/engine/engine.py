@@ -417,7 +417,7 @@ class Engine:
             if request.finish_reason is None:
                 text.roll_back()
                 if request.matcher is not None:
-                    request.matcher.restart(request.output_token_ids)
+                    request.matcher.begin_with(request.output_token_ids)
                 request.error = None
                 unfinished.append(request)
                 continue

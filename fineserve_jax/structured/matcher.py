@@ -1,6 +1,5 @@
 """How far one sequence has come in its grammar, and the tokens that may follow."""
 
-import copy
 import functools
 from collections.abc import Sequence
 from typing import Self
@@ -27,23 +26,20 @@ class TokenMatcher:
     """
 
     def __init__(self, state: LLMatcher, end: int) -> None:
-        self._origin, self.end = state, end
-        self.restart()
-
-    def copy(self) -> Self:
-        """Another sequence that has come as far."""
-        other = copy.copy(self)
-        other._state = self._state.deep_copy()
-        return other
-
-    def restart(self, tokens: Sequence[int] = ()) -> None:
-        """Begins anew, and goes on by these tokens."""
-        self._state = self._origin.deep_copy()
+        self._state, self.end = state, end
         self.is_complete = False
         self.error: str | None = None
         self._note_state()
-        for token in tokens:
-            self.accept(token)
+
+    def copy(self) -> Self:
+        """Another sequence that has come as far."""
+        return type(self)(self._state.deep_copy(), self.end)
+
+    def begin_with(self, tokens: Sequence[int]) -> None:
+        """Begins again, and goes on by these tokens."""
+        self._state.reset()
+        self._state.consume_tokens(list(tokens))
+        self._note_state()
 
     def accept(self, token: int) -> None:
         """Goes on by a token; once it is complete, or cannot go on, by any."""

@@ -13,11 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fineserve_jax import DeadEndError, Engine, EngineConfig, RequestError, SamplingParams
 from fineserve_jax.engine import load as load_engine
+from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.request import FinishReason, Request, RequestStatus
 from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.structured.matcher import TokenMatcher
 
 SETTINGS = {
     "max_seq_len": 512,
@@ -168,6 +170,31 @@ def test_preemption_changes_no_answer(model, engine):
     found = answers(tight)
     assert tight.stats().num_preemptions > 0
     assert found == answers(engine)
+
+
+def test_a_step_that_is_cut_short_changes_no_answer(engine, monkeypatch):
+    """At any of the places where a token is half taken in."""
+    _, expected = ask(engine, 4, structured_outputs={"json": CLOSED})
+    calls, accept, take_in = 0, TokenMatcher.accept, RequestText.accept
+
+    def sometimes(function, text):
+        nonlocal calls
+        calls += 1
+        if calls % 37 == 0:
+            raise KeyboardInterrupt
+        function(text)
+
+    monkeypatch.setattr(RequestText, "accept", lambda text: sometimes(take_in, text))
+    monkeypatch.setattr(TokenMatcher, "accept", lambda self, token: sometimes(lambda it: accept(it, token), self))
+    requests = [add(engine, seed, structured_outputs={"json": CLOSED}) for seed in range(4)]
+    interrupts = 0
+    while engine.has_unfinished:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts > 2
+    assert serve(engine, requests) == expected
 
 
 def test_models_have_vocabularies_of_their_own(model):
