@@ -8,6 +8,7 @@ from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import load_models, model_sources
+from fineserve_jax.errors import ConfigError
 from fineserve_jax.loaders import load_model
 
 
@@ -23,3 +24,19 @@ def load_engine(model: str | Path | Mapping[str, Any], config: EngineConfig) -> 
         return Engine(load_model(model, config.weights), config)
     sources = model_sources(model)
     return Engine(load_models(sources, config), config, settings=sources)
+
+
+def load_from(model: str | None, models: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> Engine:
+    """The engine of a front door, which takes one model, or several by name.
+
+    Args:
+        settings: the fields of `EngineConfig`.
+
+    Raises:
+        ModelLoadError, ConfigError: see `load_engine`; or neither model nor models, or both.
+    """
+    if (model is None) == (models is None):
+        given = "neither model nor models" if model is None else "both model and models"
+        raise ConfigError(f"the LLM was given {given}; give one model, or several by name as models")
+    config = EngineConfig(**settings)
+    return load_engine(model_sources(models or {}) if model is None else model, config)

@@ -44,6 +44,7 @@ class HostMemory:
     Args:
         pool: where pages are.
         max_bytes: most bytes to keep.
+        num_saved: requests that were saved before.
 
     Attributes:
         saved: by request.
@@ -51,12 +52,12 @@ class HostMemory:
         num_saved: requests saved since the start.
     """
 
-    def __init__(self, pool: PagePool, max_bytes: int) -> None:
+    def __init__(self, pool: PagePool, max_bytes: int, num_saved: int = 0) -> None:
         self._pool = pool
         self.max_bytes = max_bytes
         self.saved: dict[Request, Saved] = {}
         self.used_bytes = 0
-        self.num_saved = 0
+        self.num_saved = num_saved
 
     def num_bytes(self, request: Request, held: RequestPages) -> int:
         """Bytes that saving the request would take: the pages of its computed tokens, and its residual page."""
@@ -93,7 +94,12 @@ class HostMemory:
             return None
         units: list[list[int]] = []
         groups = [self._load_group(group, pages, units) for group in saved.groups]
-        held = RequestPages(groups, num_ready=computed // groups[0].page_class.page_size, exact=saved.exact)
+        held = RequestPages(
+            groups,
+            num_ready=computed // groups[0].page_class.page_size,
+            block_hash=request.prefix_root,
+            exact=saved.exact,
+        )
         self._pool.enqueue(Load(saved.pages, units))
         self.forget(request)
         return held

@@ -156,7 +156,7 @@ class Sharing:
             places = [block.handle if block.page_class is own else next(new) for block in blocks]
             group.append(own, array("i", [*places, *new]))
             groups.append(group)
-        held = RequestPages(groups)
+        held = RequestPages(groups, block_hash=request.prefix_root)
         self._enter(request, held, num_tokens, prefix)
         return held
 
@@ -200,10 +200,11 @@ class Sharing:
             if begun:
                 self._copy_begun(theirs, group, full)
             groups.append(group)
-        held = RequestPages(groups, num_ready=full)
+        held = RequestPages(groups, num_ready=full, block_hash=request.prefix_root)
         if self._caches(request, held):
             held.num_cached_blocks = full
-            for held.block_hash, _ in hash_blocks(request.token_ids, page_class.page_size, b"", 0, full):
+            size, root = page_class.page_size, request.prefix_root
+            for held.block_hash, _ in hash_blocks(request.token_ids, size, root, 0, full):
                 pass
         request.num_computed_tokens = known
         return held
@@ -247,7 +248,7 @@ class Sharing:
         size = page_class.page_size
         # The last token is computed in any case, since what follows it is to be sampled.
         known = (min(num_tokens, request.num_tokens) - 1) // size
-        for block_hash, tokens in hash_blocks(request.token_ids, size, b"", 0, known):
+        for block_hash, tokens in hash_blocks(request.token_ids, size, request.prefix_root, 0, known):
             row = tuple(self._find_block(own, block_hash, tokens) for own in page_class.groups)
             if any(block is None and own.window is None for own, block in zip(page_class.groups, row, strict=True)):
                 break
@@ -303,7 +304,8 @@ class Sharing:
         self._cache.stats.asked_tokens += num_tokens
         self._cache.stats.hit_tokens += size * held.num_cached_blocks
         if self._caches(request, held):
-            stop = min(min(num_tokens, request.num_tokens) // size, held.num_pages)
+            # Not the page of the last token, which this request writes in any case, perhaps after another has.
+            stop = min((min(num_tokens, request.num_tokens) - 1) // size, held.num_pages)
             self._cache_blocks(request, held, stop, ready=False)
 
     def _convert(self, block: CachedBlock, page_class: PageClass, handle: int) -> None:
@@ -377,7 +379,7 @@ class Sharing:
 
 def _can_fork(request: Request, page_class: PageClass, origin: Request, pages: RequestPages, num_tokens: int) -> bool:
     """Whether the origin still has all but the last of `num_tokens` tokens, as they were computed."""
-    if pages.page_class is not page_class or not pages.exact:
+    if pages.page_class is not page_class or not pages.exact or origin.is_long != request.is_long:
         return False
     known, size = num_tokens - 1, page_class.page_size
     if any(group.num_dropped > group.page_class.first_page(known) for group in pages.groups):

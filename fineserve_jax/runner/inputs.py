@@ -75,6 +75,7 @@ class StepInputs(NamedTuple):
     Attributes:
         groups: of each layer group.
         closing_counts: i32[page-wise formats], how many residual pages the step fills.
+        long: bool[rows + chunk_tokens], whether each slot's token is of a request that `is_long`.
         sample_slots: i32[rows], the slot (decode rows first, then chunk slots) each sampled token follows.
     """
 
@@ -82,6 +83,7 @@ class StepInputs(NamedTuple):
     chunk: ChunkInputs | None
     groups: tuple[GroupInputs, ...]
     closing_counts: Array
+    long: Array
     sample_slots: Array
 
 
@@ -183,7 +185,7 @@ class _Builder:
 
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
         self.tokens, self.positions = np.zeros(rows + slots, np.int32), np.zeros(rows + slots, np.int32)
-        self.targets = np.zeros(slots, np.int32)
+        self.long, self.targets = np.zeros(rows + slots, np.bool_), np.zeros(slots, np.int32)
         self.row_formats = np.zeros(rows, np.int32)
         self.chunk_of_page = np.full(pages, -1, np.int32)
         self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
@@ -192,6 +194,7 @@ class _Builder:
         row, position, request = self.num_decodes, scheduled.start, scheduled.request
         self.num_decodes += 1
         self.tokens[row], self.positions[row] = request.token_ids[position], position
+        self.long[row] = request.is_long
         self.row_formats[row] = self._newest(request)
         self.decode_queries.append(QueryRun(row, 1, position))
         for group in self.groups:
@@ -207,6 +210,7 @@ class _Builder:
         where = slice(self.spec.shape.rows + slot, self.spec.shape.rows + slot + scheduled.count)
         self.tokens[where] = request.token_ids[scheduled.start : scheduled.start + scheduled.count]
         self.positions[where] = np.arange(scheduled.start, scheduled.start + scheduled.count)
+        self.long[where] = request.is_long
         successors = request.token_ids[scheduled.start + 1 : scheduled.start + scheduled.count + 1]
         self.targets[slot : slot + len(successors)] = successors
 
@@ -249,4 +253,4 @@ class _Builder:
             )
         groups = tuple(group.finish(self.decode_queries, self.chunk_queries) for group in self.groups)
         closing_counts = np.array([len(pairs) for pairs in self.groups[0].closing], np.int32)
-        return StepInputs(decode, chunk, groups, closing_counts, self.sample_slots)
+        return StepInputs(decode, chunk, groups, closing_counts, self.long, self.sample_slots)
