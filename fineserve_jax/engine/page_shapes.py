@@ -63,8 +63,9 @@ def page_classes(
     classes: dict[str, PageClass] = {}
     for number, group in reversed(list(enumerate(groups))):  # since a class names those of the groups behind it
         shape = group_geometry(geometry, group)
-        span = None if group.window is None or step_tokens is None else group.window + step_tokens
-        like = PageClass(model, "", 1, shape.page_size, 1, group=number, window=group.window, span=span)
+        window = None if group.window is None else max(2, group.window)
+        span = None if window is None or step_tokens is None else window + step_tokens
+        like = PageClass(model, "", 1, shape.page_size, 1, group=number, window=window, span=span)
         classes = _classes_of_group(like, shape, formats, classes)
     return {(model, name): page_class for name, page_class in classes.items()}
 

@@ -23,7 +23,8 @@ class PageClass:
         residual: class of the newest, unfilled page, for a format that can only encode whole pages; None for a
             format that encodes token by token.
         group: number of the layer group.
-        window: how many newest tokens the group's layers attend to, a token itself included; None: all.
+        window: how many newest tokens the group's layers attend to, a token itself included; None: all. At least 2, so
+            that the block ahead of a token is always attended to.
         span: with a window, most tokens of a request that have pages at a time: those of the window, and those that a
             step computes; None: whatever a request is long.
         others: classes of the model's other layer groups in the same format. A request has pages in all of them; its
@@ -52,8 +53,10 @@ class PageClass:
         for name in ("page_units", "page_size", "page_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} of {self}: a page needs at least 1")
-        if self.window is not None and not 1 <= self.window < (self.span or self.window + 1):
-            raise ConfigError(f"{self}: window={self.window} needs at least 1 token, and span={self.span} more than it")
+        if self.window is not None and not 2 <= self.window < (self.span or self.window + 1):
+            raise ConfigError(
+                f"{self}: window={self.window} needs at least 2 tokens, and span={self.span} more than it"
+            )
         if self.residual is None:
             return
         if self.residual.residual is not None:
