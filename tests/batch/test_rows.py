@@ -86,6 +86,9 @@ def test_openais_names_and_forms_are_taken_and_beat_the_defaults(fields, expecte
         ({"stop_token_ids": [5, True]}, "stop_token_ids.1=True: a token id is a whole number, not a bool"),
         ({"stop_token_ids": [1.0]}, "stop_token_ids.0=1.0: a token id is a whole number, not a float"),
         ({"stop_token_ids": [None]}, "stop_token_ids.0=None: a token id is a whole number, not a NoneType"),
+        ({"temperature": True}, "temperature=True: a number is wanted, not true or false"),
+        ({"n": True}, "n=True: a number is wanted, not true or false"),
+        ({"max_completion_tokens": True}, "max_tokens=True: a number is wanted, not true or false"),
         ({"temperature": ["x" * 10_000]}, r"temperature=\['x{198}\.\.\.: "),
     ],
 )
