@@ -130,14 +130,15 @@ def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str
     """What a step of this model costs, for the scheduler's predictions."""
     leaves = jax.tree.leaves(model.params)
     shape = model.config
-    sizes = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.intermediate_size
+    attention = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    widths = [shape.mlp_width(layer) for layer in range(shape.num_layers)]
     costs = {}
     for name in formats:
         kv_format = get_format(name)
         token_bytes = geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES / geometry.page_size
         costs[name] = FormatCost(kv_format.bits_per_value(geometry), token_bytes)
     return ModelCost(
-        flops_per_token=2 * shape.num_layers * dense_layer_parameters(*sizes),
+        flops_per_token=2 * sum(dense_layer_parameters(*attention, width) for width in widths),
         flops_per_pair=pair_flops(shape.num_layers, shape.num_heads, shape.head_dim),
         weight_bytes=sum(leaf.nbytes for leaf in leaves),
         formats=costs,
@@ -176,6 +177,7 @@ def _runner(
         max_seq_len=max_seq_len,
         implementation=implementation,
         check_finite=config.check_finite,
+        eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
     )
 
 

@@ -224,10 +224,11 @@ class EngineLoop:
         try:
             suspects = [request for request in self.engine.computing if request in self._tickets]
             self._failures.update(suspects or list(self._tickets))
-            for request, ticket in self._tickets.items():
+            for request in self._tickets:
                 if self._failures[request] >= MOST_FAILURES:
-                    ticket.cause = error
-                    self.engine.fail(request, f"the engine failed: {type(error).__name__}: {error}")
+                    failed = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+                    failed.__cause__ = error
+                    self.engine.fail(request, failed)
             self._deliver([request for request in self._tickets if request.status is RequestStatus.FINISHED])
         except BaseException as fatal:
             fatal.__context__ = error

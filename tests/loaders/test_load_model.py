@@ -217,4 +217,7 @@ def test_every_case_reads_its_rope_scaling():
     assert kinds["llama"] == RopeScaling("llama3", 8.0, 16, 1.0, 4.0)
     assert kinds["qwen3_yarn"] == RopeScaling("yarn", 4.0, 32)
     assert kinds["gemma3"] == RopeScaling("linear", 8.0, 131072)
-    assert [case for case, scaling in kinds.items() if scaling is None] == ["smollm2", "qwen2", "qwen3", "gemma2"]
+    assert (kinds["phi3_long"].kind, kinds["phi3_long"].original_max_position) == ("longrope", 16)
+    stated = {case for case, scaling in kinds.items() if scaling is not None}
+    older = {"llama", "llama_biases", "mistral", "qwen3_yarn"}
+    assert stated == older | {"phi3_short", "phi3_long", "gemma3", "olmo3", "gpt_oss"}
