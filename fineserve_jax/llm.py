@@ -152,6 +152,7 @@ class LLM:
 
     def _pieces(self, ticket: Ticket, inbox: Inbox) -> Iterator[str]:
         # Runs from the first piece asked for: a stream that nobody reads holds nothing.
+        self._loop.abort_with(inbox, [ticket])
         try:
             self._loop.submit([ticket])
             is_done = False
@@ -177,6 +178,7 @@ class LLM:
         self._loop.check_usable()
         inbox = Inbox(wants_stats=on_step is not None)
         tickets = tickets_of_all(self.engine, inbox, prompts, encode, sampling_params, options, fields)
+        self._loop.abort_with(inbox, tickets)
         try:
             self._loop.submit(tickets)
             num_left = len(tickets)

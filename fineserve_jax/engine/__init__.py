@@ -2,6 +2,7 @@
 
 engine.py             the engine and its steps: schedule, execute, commit
 loop.py               the engine on a thread of its own, for callers on any threads
+isolation.py          which requests make steps fail
 tickets.py            what those callers hold: tickets, and the inbox where they wait
 intake.py             from prompts and all that goes with them to tickets
 engine_config.py      what a user may set of an engine
