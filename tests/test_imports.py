@@ -22,7 +22,7 @@ STOREYS = [
     {"loaders", "scheduler"},
     {"runner"},
     {"engine"},
-    {"llm"},
+    {"llm", "async_llm"},
     {"batch", "sim"},
     {""},
     {"cli"},

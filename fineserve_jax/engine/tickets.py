@@ -122,7 +122,7 @@ class Ticket:
         """What the prompt gave; raises the error if there is one. It must be done."""
         if self.error is not None:
             raise self.error
-        return request_output(self.samples, [text.text for text in self._texts], self.prompt)
+        return request_output(self.samples, [text.text for text in self._texts], self.prompt, self.index)
 
 
 class Inbox:
