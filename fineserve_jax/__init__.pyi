@@ -11,6 +11,7 @@ from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import (
     ConfigError,
+    DeadEndError,
     EngineError,
     FineServeError,
     ModelLoadError,
@@ -32,6 +33,7 @@ from fineserve_jax.request import Request
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
+from fineserve_jax.structured.params import StructuredOutputsParams
 
 __version__: str
 
@@ -43,6 +45,7 @@ __all__ = [
     "ChatOptions",
     "CompletionOutput",
     "ConfigError",
+    "DeadEndError",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -67,6 +70,7 @@ __all__ = [
     "RequestOptions",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
     "bit_packing",
     "load_model",

@@ -103,9 +103,17 @@ class AsyncLLM:
             finally:
                 self._loop.abort([ticket])
 
-    async def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
-        """Compiles ahead all programs that requests in these KV formats can need; see `LLM.warm_up`."""
-        return await self._call(lambda: self.engine.warm_up(kv_precisions, min_kv_precision))
+    async def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
+        """Compiles ahead all programs that requests in these KV formats can need; see `Engine.warm_up`."""
+        return await self._call(
+            lambda: self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
+        )
 
     async def stats(self) -> EngineStats:
         """Where the engine stands between two steps; see `LLM.stats`."""

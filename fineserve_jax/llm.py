@@ -76,9 +76,9 @@ class LLM:
             fields: of `RequestOptions`, those that `options` leaves unset: each one for all, or one for each prompt.
 
         Returns:
-            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, or its steps
-            failed again and again, the sample's `finish_reason` is "error", and its `error` says more; the others go
-            on.
+            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, an answer
+            cannot go on as its `structured_outputs` ask, or steps failed again and again, the sample's `finish_reason`
+            is "error", and its `error` says more; the others go on.
 
         Raises:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
@@ -118,7 +118,8 @@ class LLM:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
         Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece. Behind the last
-        piece, raises `NonFiniteError` if the model computes NaN or infinity, and `EngineError` if its steps fail.
+        piece, raises `NonFiniteError` if the model computes NaN or infinity, `DeadEndError` if the answer cannot go on
+        as its `structured_outputs` ask, and `EngineError` if its steps fail.
 
         Args:
             chat_options: how a conversation is rendered; not for a prompt, which is taken as it is.
@@ -166,13 +167,18 @@ class LLM:
             raise RequestError(f"look_ahead={most}: at least 1 prompt is to be asked for")
         return outputs_as_they_come(self._loop, source, most, ordered)
 
-    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
-        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
-
-        Returns:
-            how many programs that took. Serving those formats compiles nothing from then on.
-        """
-        return self._loop.call(lambda: self.engine.warm_up(kv_precisions, min_kv_precision))
+    def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
+        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
+        `Engine.warm_up`."""
+        return self._loop.call(
+            lambda: self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
+        )
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""

@@ -244,8 +244,9 @@ class EngineLoop:
             if suspects := unfinished or self._isolation.served or list(self._tickets):
                 culprit = self._isolation.note_failure(suspects)
                 if culprit is not None:
-                    self._tickets[culprit].cause = error
-                    self.engine.fail(culprit, f"the engine failed: {type(error).__name__}: {error}")
+                    failed = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+                    failed.__cause__ = error
+                    self.engine.fail(culprit, failed)
                 self.engine.serve_only(self._isolation.served)
             self.engine.recover()
             self._deliver([request for request in self._tickets if request.status is RequestStatus.FINISHED])

@@ -9,7 +9,6 @@ from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import EngineError, NonFiniteError
 from fineserve_jax.request import Request
 
 
@@ -43,7 +42,6 @@ class Ticket:
         samples: in the engine; empty until the loop has taken the ticket.
         is_done: all samples have ended, or there is an `error`.
         error: why there is no output; None: there is one, or it is not done yet.
-        cause: what the engine failed of, where a sample has ended because of that.
     """
 
     __slots__ = (
@@ -51,7 +49,6 @@ class Ticket:
         "_num_left",
         "_receiver",
         "_texts",
-        "cause",
         "error",
         "index",
         "is_done",
@@ -77,7 +74,6 @@ class Ticket:
         self._texts: list[RequestText] = []
         self.is_done = False
         self.error: BaseException | None = None
-        self.cause: BaseException | None = None
         self._num_left = 0
         self._is_announced = False
 
@@ -116,7 +112,7 @@ class Ticket:
             raise self.error
         (sample,) = self.samples
         if sample.error is not None:
-            raise (EngineError if self.cause else NonFiniteError)(sample.error) from self.cause
+            raise sample.error
 
     def output(self) -> RequestOutput:
         """What the prompt gave; raises the error if there is one. It must be done."""

@@ -262,10 +262,6 @@ class KVManager:
         """Whether so many pages are free, without evicting or moving any."""
         return self.pool.allocator.can_allocate(demand)
 
-    def forget_prefixes(self) -> None:
-        """Evict all cached pages that no request holds."""
-        self.pool.evict_all()
-
     def fits_alone(self, model: str, kv_format: str, num_tokens: int) -> bool:
         """Whether an otherwise empty arena could hold a request of that many tokens, quotas respected."""
         return self.pool.allocator.fits_empty(self.class_of(model, kv_format).demand(num_tokens))

@@ -176,6 +176,13 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         self._admission_may_help = True
 
+    def restart(self, request: Request) -> None:
+        """Let a running request be computed again from its first token on: what it has computed no longer holds."""
+        if (running := self._running.get(request)) is None:
+            raise ValueError(f"request {request.request_id!r} does not run")
+        self._running.restart(running)
+        self._admission_may_help = True
+
     def take_dropped(self) -> list[Request]:
         """Requests that were dropped since the last call because they missed their deadline."""
         dropped, self._dropped = self._dropped, []
@@ -194,9 +201,9 @@ class Scheduler:
 
     def _latest_start_s(self, request: Request) -> float:
         """When the request has to be admitted to have its first token in time; never, if it has no target."""
-        if request.ttft_slo_s is None or request.times.first_token_s is not None or not self.config.slo_aware:
+        if request.options.ttft_slo_s is None or request.times.first_token_s is not None or not self.config.slo_aware:
             return math.inf
-        return request.times.arrival_s + request.ttft_slo_s - self._prefill_s(request)
+        return request.times.arrival_s + request.options.ttft_slo_s - self._prefill_s(request)
 
     # -- a step ----------------------------------------------------------------------------------------------
 
@@ -265,7 +272,7 @@ class Scheduler:
     def _defer_missed(self, now: float) -> None:
         """Put requests that missed their deadline behind the others, or end them if they ask for it."""
         for request in self._queue.defer_missed(now):
-            if request.drop_when_late:
+            if request.options.drop_when_late:
                 self.finish(request, FinishReason.LATE, now)
                 self._dropped.append(request)
 

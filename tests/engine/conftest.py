@@ -1,6 +1,8 @@
 """Fixtures of the engine tests."""
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch")]
 
 
 @pytest.fixture(scope="session")

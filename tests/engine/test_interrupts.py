@@ -175,13 +175,18 @@ def test_a_result_that_is_lost_is_computed_again(make_engine, undisturbed, monke
             return run(runner, spec, *arguments)
         programs = runner_module._programs(spec)
         with monkeypatch.context() as patch:
-            program = getattr(programs, name)
 
-            def lose(*arguments):
-                program(*arguments)
-                raise ResultLost
+            def losing(program):
+                def lose(*arguments):
+                    program(*arguments)
+                    raise ResultLost
 
-            patch.setattr(programs, name, lose)
+                return lose
+
+            if name == "layer":
+                patch.setattr(programs, "layers", {kind: losing(layer) for kind, layer in programs.layers.items()})
+            else:
+                patch.setattr(programs, name, losing(getattr(programs, name)))
             return run(runner, spec, *arguments)
 
     monkeypatch.setattr(ModelRunner, "_run", faulty_run)

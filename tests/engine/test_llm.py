@@ -83,7 +83,8 @@ def test_every_option_reaches_the_request_by_every_way_in(llm, monkeypatch, give
     llm.engine.abort(llm.engine.add_request([5], sampling, options))
     assert len(queued) == 3
     for request in queued:
-        assert {name: getattr(request, name) for name in OPTIONS} == OPTIONS
+        assert request.options == options
+        assert (request.model, request.kv_precision, request.min_kv_precision) == ("tiny", "int8", "int4")
 
 
 def test_each_prompt_may_have_options_of_its_own(llm):
