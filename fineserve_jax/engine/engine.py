@@ -13,10 +13,10 @@ from fineserve_jax.engine.model_settings import ModelSettings
 from fineserve_jax.engine.nonfinite import nonfinite_message
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.outputs import RequestOutput, request_output
-from fineserve_jax.engine.prepare import PreparedRequest, prepare_request, use_precision
+from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
+from fineserve_jax.engine.resuming import SampleSoFar, replay, take_token
 from fineserve_jax.engine.stats import EngineStats, StepTotals, engine_stats
 from fineserve_jax.engine.warm_up import warm_up
-from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
@@ -73,14 +73,7 @@ class Engine:
 
     def served(self, model: str | None = None) -> ServedModel:
         """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
-        known = ", ".join(self.models)
-        if model is None:
-            if len(self.models) > 1:
-                raise RequestError(f"no model is named, and there are several; give model as one of {known}")
-            return next(iter(self.models.values()))
-        if model not in self.models:
-            raise RequestError(f"model={model!r} is not served; choose one of {known}")
-        return self.models[model]
+        return named_model(self.models, model)
 
     @property
     def model(self) -> LoadedModel:
@@ -117,11 +110,17 @@ class Engine:
         served = self.served(options.model)
         return prepare_request(served, self.kv, self.scheduler.quotas, token_ids, sampling, options)
 
-    def queue(self, prepared: PreparedRequest) -> list[Request]:
-        """Lets all `n` samples of a prompt wait for their turn; all but the first may start from its pages."""
-        first = self._queue_sample(prepared)
+    def queue(self, prepared: PreparedRequest, so_far: Sequence[SampleSoFar] = ()) -> list[Request]:
+        """Lets all `n` samples of a prompt wait for their turn; all but the first may start from its pages.
+
+        Args:
+            so_far: what samples had when they were interrupted, one each or none: they go on as a preempted request
+                does, and those that had come to their end are finished at once.
+        """
+        had = dict(enumerate(so_far))
+        first = self._queue_sample(prepared, so_far=had.get(0))
         further = range(1, prepared.sampling.n)
-        return [first, *(self._queue_sample(prepared, None, index, first) for index in further)]
+        return [first, *(self._queue_sample(prepared, None, index, first, had.get(index)) for index in further)]
 
     def add_request(
         self,
@@ -152,16 +151,21 @@ class Engine:
         request_id: str | None = None,
         sample_index: int = 0,
         fork_of: Request | None = None,
+        so_far: SampleSoFar | None = None,
     ) -> Request:
         sequence = self._num_requests
         own_id = self._unused_id() if request_id is None else request_id
+        if so_far is not None and so_far.token_ids:
+            fork_of = None  # its tokens are no longer those of the other sample
         request = prepared.request(own_id, sequence, self.clock(), self.config.seed, sample_index, fork_of)
-        use_precision(prepared.served, self.kv, prepared.precision)
-        self.scheduler.add(request)
+        use_precision(self.models[prepared.served.name], self.kv, prepared.precision)
+        detokenizer = IncrementalDetokenizer(prepared.served.tokenizer, prepared.sampling, prepared.token_ids)
+        if so_far is not None:
+            replay(request, detokenizer, so_far)
+        if request.status is not RequestStatus.FINISHED:
+            self.scheduler.add(request)
         self._num_requests += 1
-        self.detokenizers[request] = IncrementalDetokenizer(
-            prepared.served.tokenizer, prepared.sampling, prepared.token_ids
-        )
+        self.detokenizers[request] = detokenizer
         return request
 
     def _unused_id(self) -> str:
@@ -264,14 +268,8 @@ class Engine:
         """Adds a sampled token to the request's text, and ends the request if that is its end."""
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
-        detokenizer = self.detokenizers[request]
-        if sampled.token in request.stop_ids:
-            detokenizer.stop_at(sampled.token)
-            self._finish(request, FinishReason.STOP)
-        elif detokenizer.push(sampled.token):
-            self._finish(request, FinishReason.STOP)
-        elif request.num_tokens >= request.max_total_tokens:
-            self._finish(request, FinishReason.LENGTH)
+        if (reason := take_token(request, self.detokenizers[request], sampled.token)) is not None:
+            self._finish(request, reason)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.detokenizers[request].finish()

@@ -1,6 +1,6 @@
 """From what names a model, or several, to an engine that serves them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,15 @@ def load_engine(model: str | Path | Mapping[str, Any], config: EngineConfig) -> 
         ModelLoadError: a model that cannot be found, read or used.
         ConfigError: settings that cannot be honoured.
     """
+    return engine_maker(model, config)()
+
+
+def engine_maker(model: str | Path | Mapping[str, Any], config: EngineConfig) -> Callable[[], Engine]:
+    """Loads `model` as `load_engine` does; what it returns makes engines of it, one after another."""
     use_compilation_cache()
     if not isinstance(model, Mapping):
-        return Engine(load_model(model, config.weights), config)
+        loaded = load_model(model, config.weights)
+        return lambda: Engine(loaded, config)
     sources = model_sources(model)
-    return Engine(load_models(sources, config), config, settings=sources)
+    models = load_models(sources, config)
+    return lambda: Engine(models, config, settings=sources)

@@ -3,12 +3,13 @@
 A request is prepared once. What is wrong with it is known then, before it takes any place or memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.engine.build import KnownModel, ServedModel
 from fineserve_jax.engine.checks import check_memory, check_tokens, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
@@ -19,6 +20,8 @@ from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.quotas import Quotas
+
+Known = TypeVar("Known", bound=KnownModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class PreparedRequest:
             special tokens that are stop strings.
     """
 
-    served: ServedModel
+    served: KnownModel
     token_ids: list[int]
     sampling: SamplingParams
     options: RequestOptions
@@ -93,7 +96,7 @@ class PreparedRequest:
 
 
 def prepare_request(
-    served: ServedModel,
+    served: KnownModel,
     kv: KVManager,
     quotas: Quotas,
     token_ids: Sequence[int],
@@ -126,8 +129,20 @@ def prepare_request(
     return PreparedRequest(served, token_ids, sampling, options, precision, max_total_tokens, stop_ids)
 
 
+def named_model(models: Mapping[str, Known], name: str | None) -> Known:
+    """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
+    known = ", ".join(models)
+    if name is None:
+        if len(models) > 1:
+            raise RequestError(f"no model is named, and there are several; give model as one of {known}")
+        return next(iter(models.values()))
+    if name not in models:
+        raise RequestError(f"model={name!r} is not served; choose one of {known}")
+    return models[name]
+
+
 def precision_of(
-    served: ServedModel, kv: KVManager, kv_precision: str | None, min_kv_precision: str | None, num_tokens: int = 1
+    served: KnownModel, kv: KVManager, kv_precision: str | None, min_kv_precision: str | None, num_tokens: int = 1
 ) -> Precision:
     """What a request's wishes come to, where None stands for the model's own; see `resolve_precision`.
 

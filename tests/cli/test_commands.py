@@ -11,7 +11,7 @@ import pytest
 from tiny_model import OPTIONS
 
 from fineserve_jax import LLM, Engine, EngineConfig, SamplingParams
-from fineserve_jax.batch import AnswerFile
+from fineserve_jax.batch.answers import AnswerFile
 from fineserve_jax.cli import main
 from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import load_model
@@ -50,14 +50,17 @@ def test_batch_answers_a_file_and_tells_what_it_did(run, prompts, tmp_path):
     assert (answers["plain"]["kv_precision"], answers["chat"]["kv_precision"]) == ("int4", "int8")
     assert answers[4]["error"].startswith("line 4 is not JSON")
     assert "2 answered, 2 errors" in err
-    assert "4 of 4 rows" in err
+    assert "rows=4 of=4 errors=2" in err
 
     status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output)
     assert status == 2
     assert "exists" in one_line_error(err)
     status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output, "--resume")
+    assert status == 2
+    assert "was begun otherwise: max_tokens was 5 and is None" in one_line_error(err)
+    status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output, "--max-tokens", 5, "--resume")
     assert status == 0
-    assert "0 answered, 2 errors, 2 answered earlier" in err
+    assert "0 answered, 0 errors, 4 answered earlier (2 of them errors)" in err
     assert len(output.read_text().splitlines()) == 4
 
 
@@ -99,9 +102,9 @@ def test_batch_refuses_before_it_loads_a_model(run, prompts, tmp_path, monkeypat
 
 
 def test_ctrl_c_in_a_batch_leaves_what_was_written(run, prompts, tmp_path, monkeypatch):
-    def interrupt(self, row):
-        write(self, row)
-        if row["id"] == "bad":
+    def interrupt(self, line):
+        write(self, line)
+        if json.loads(line)["id"] == "bad":
             raise KeyboardInterrupt
 
     write = AnswerFile.write
