@@ -64,7 +64,8 @@ class BatchJob:
         self.summary = BatchSummary()
         self.observers = Observers(observers)
         self._requests = RowRequests(sampling, engine.config.seed)
-        self._make_engine, self._interruption = make_engine, interruption or Interruption()
+        self._make_engine = make_engine
+        self._interruption = Interruption() if interruption is None else interruption
         self._answer_rows = answer_rows or AnswerRows(names_model=len(engine.models) > 1)
         self._isolation = Isolation[RowInFlight](max_retries)
         self._outside: deque[RowInFlight] = deque()  # taken out of the engine, to go on later

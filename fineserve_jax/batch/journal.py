@@ -69,10 +69,13 @@ class Journal:
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self._clock = path, clock
+        self._failure: FineServeError | None = None
         try:
             self._db = sqlite3.connect("" if path is None else path, isolation_level=None)
             self._prepare()
         except sqlite3.Error as error:
+            if is_disks_fault(error):
+                raise self._cannot_write(error) from None
             raise ConfigError(
                 f"the journal {path} cannot be used: {error}; remove it, and --resume goes by the ids in the output"
             ) from None
@@ -110,7 +113,8 @@ class Journal:
         return None if value is None else json.loads(value)
 
     def set(self, name: str, value: Any) -> None:
-        """Keeps a JSON value under a name."""
+        """Keeps a JSON value under a name. Raises `FineServeError` if the database has failed before."""
+        self._check()
         self._db.execute("INSERT OR REPLACE INTO job VALUES (?, ?)", (name, json.dumps(value)))
 
     # -- rows ------------------------------------------------------------------------------------------------------
@@ -202,6 +206,7 @@ class Journal:
         Raises:
             FineServeError: the disk is full, or fails.
         """
+        self._check()
         with self.explained():
             self._db.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", self._written)
             self._db.executemany("DELETE FROM partial WHERE seq = ?", self._finished)
@@ -217,10 +222,19 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            raise FineServeError(
-                f"cannot write to the journal {self.path}: {error}; the output is sound as far as the journal goes, so "
-                "make room and run the same command with --resume"
-            ) from None
+            self._failure = self._cannot_write(error)
+            raise self._failure from None
+
+    def _check(self) -> None:
+        """After a failure there may be no transaction any more, and single changes would be kept without the others."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _cannot_write(self, error: sqlite3.Error) -> FineServeError:
+        return FineServeError(
+            f"cannot write to the journal {self.path}: {error}; the output is sound as far as the journal goes, so "
+            "make room and run the same command with --resume"
+        )
 
     def close(self) -> None:
         """Closes the database; what was not committed is lost."""
@@ -229,6 +243,11 @@ class Journal:
                 self._db.execute("ROLLBACK")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._db.close()
+
+
+def is_disks_fault(error: sqlite3.Error) -> bool:
+    """Whether the disk is full, or fails."""
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_FULL", "SQLITE_IOERR"))
 
 
 def journal_path(output: str | Path) -> Path:
