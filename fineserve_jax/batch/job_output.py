@@ -143,7 +143,7 @@ def _sound_bytes(path: Path, journal: Journal) -> int:
                     break
                 sound = row.end
     if sound < durable:
-        what = f"differs from byte {sound} on" if size > sound else f"has {size} bytes of {durable}"
+        what = f"has {size} bytes of {durable}" if size < durable else f"differs from byte {sound} on"
         raise ConfigError(
             f"the output {path} is not what was written to it: it {what}; restore it, or remove {journal_path(path)}, "
             "and --resume goes by the ids in the output"

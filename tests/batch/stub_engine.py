@@ -26,6 +26,7 @@ from fineserve_jax.sampling_params import SamplingParams
 
 NO_COUNTS = KVCounts(0, 0, 0, 0, 0, 0, 0)
 VOCABULARY = range(5, 90)
+TOKENIZER = tiny_tokenizer()
 
 
 def next_token(token_ids: Sequence[int], seed: int) -> int:
@@ -58,7 +59,7 @@ class StubEngine:
         fails: Callable[[Sequence[Request]], None] | None = None,
     ) -> None:
         self.config = SimpleNamespace(max_batch_size=batch, seed=0)
-        self.model = SimpleNamespace(name="stub", tokenizer=tiny_tokenizer(), max_seq_len=max_seq_len)
+        self.model = SimpleNamespace(name="stub", tokenizer=TOKENIZER, max_seq_len=max_seq_len)
         self.models = {"stub": self.model}
         self.tokenizer = self.model.tokenizer
         self.detokenizers: dict[Request, IncrementalDetokenizer] = {}
