@@ -101,6 +101,8 @@ class OrderedDelivery(Delivery):
     def _write_ready(self) -> None:
         while self._order and self._order[0] not in self._open:
             heapq.heappop(self._order)
+        if len(self._order) > 2 * len(self._open) + HELD_IN_MEMORY:
+            self._order = sorted(self._open)
         before = min(self._order[0], self._next) if self._order else self._next
         if self.journal.num_held:
             self._spill()

@@ -299,7 +299,8 @@ class BatchJob:
         tokens = tuple(len(sample.token_ids) for sample in output.outputs)
         self.summary.note_row(output.kv_precision, len(output.prompt_token_ids), sum(tokens))
         self.summary.late += any(sample.finish_reason == FinishReason.LATE for sample in output.outputs)
-        self.observers.row(_outcome(pending, output, tokens))
+        if self.observers.take_rows:
+            self.observers.row(_outcome(pending, output, tokens))
 
     def _fail(self, bad: BadRow) -> None:
         self.summary.note_error(bad.code)

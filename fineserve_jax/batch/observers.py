@@ -80,10 +80,11 @@ class JobObserver:
 
 
 class Observers(JobObserver):
-    """Several observers as one."""
+    """Several observers as one. `take_rows`: whether any of them wants to know of single rows."""
 
     def __init__(self, observers: Iterable[JobObserver] = ()) -> None:
         self._observers = list(observers)
+        self.take_rows = any(type(observer).row is not JobObserver.row for observer in self._observers)
 
     def began(self, start: JobStart) -> None:
         self._tell(lambda observer: observer.began(start))

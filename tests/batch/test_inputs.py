@@ -7,8 +7,10 @@ import io
 import json
 import lzma
 import os
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow
@@ -19,10 +21,9 @@ from hypothesis import strategies as st
 
 from fineserve_jax import ConfigError
 from fineserve_jax.batch import BadRow, Inputs, read_rows
-from fineserve_jax.batch import byte_streams as byte_streams_module
 from fineserve_jax.batch.records import MAX_LINE_BYTES, bounded_lines, csv_records
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": 'say "hi",\nthen go', "temperature": 0.5, "max_tokens": 3, "stop": ["x", "y"]},
     {"id": "b", "prompt": "7", "kv_precision": "int8", "logit_bias": {"5": -1.0}},
     {"id": "c", "messages": [{"role": "user", "content": "Grüße"}], "seed": 4, "ignore_eos": True},
@@ -193,7 +194,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("in.parquet").write_bytes(as_parquet(ROWS))
     Path("in.zst").write_bytes(zstd(as_lines(ROWS)))
-    monkeypatch.setitem(byte_streams_module.sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"is needed: pip install 'fineserve-jax\[{extra}\]'"):
         Inputs(path)
 
