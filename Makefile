@@ -76,7 +76,7 @@ install: $(INSTALLED)
 environments: .venv-aot-gpu/.installed .venv-aot-tpu/.installed
 	@if [ -n "$(NEXT_PYTHON)" ]; then $(MAKE) PYTHON=$(NEXT_PYTHON) .venv-next/.installed; fi
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py $(wildcard pallas_kernels/cpu/src/*)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer was found; install one, or make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[dev]'

@@ -57,7 +57,7 @@ class Answering:
     __slots__ = ("late", "num_output_tokens", "status")
 
     sampling, finish_reason, num_prompt_tokens, token_ids = SamplingParams(), None, 3, (1, 2, 3, 7)
-    logprobs: tuple[Any, ...] = ()
+    error, logprobs = None, list[Any]()
 
     def __init__(self, late: bool) -> None:
         self.late, self.num_output_tokens, self.status = late, 0, RequestStatus.WAITING

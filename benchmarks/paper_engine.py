@@ -115,7 +115,7 @@ def main() -> None:
         for name, outcome in serve(engines, batch, arguments.seed + 1 + number).items():
             real[name].append(outcome)
     compiled = sum(engine.stats().num_compilations for engine in engines.values()) - compiled
-    report(arguments, batch, real, simulated, compiled)
+    report(arguments, compared(batch, real, simulated), compiled)
 
 
 def settings(arguments: Arguments, system: str) -> EngineConfig:
@@ -218,28 +218,13 @@ def simulate(
     return Outcome(run.end_s, finished, run.num_preemptions - before)
 
 
-def report(
-    arguments: Arguments,
-    batch: list[Arrival],
-    real: dict[str, list[Outcome]],
-    simulated: dict[str, Outcome],
-    compilations: int,
-) -> None:
+def compared(
+    batch: list[Arrival], real: dict[str, list[Outcome]], simulated: dict[str, Outcome]
+) -> dict[str, dict[str, float]]:
+    """What each system took for the batch, beside what was simulated."""
     tokens = sum(arrival.output_tokens for arrival in batch)
-    table = Table(
-        "",
-        "s",
-        "simulated",
-        "error",
-        "its steps",
-        "order (Kendall)",
-        "tokens/s",
-        "times uniform",
-        "simulated",
-        "running",
-    )
-    results = {}
     uniform = statistics.median(outcome.seconds for outcome in real["uniform"])
+    results = {}
     for name, outcomes in real.items():
         seconds, predicted = statistics.median(outcome.seconds for outcome in outcomes), simulated[name]
         results[name] = {
@@ -255,30 +240,35 @@ def report(
             "preemptions": outcomes[0].preemptions,
             "simulated_preemptions": predicted.preemptions,
         }
-        shown = results[name]
-        table.add_row(
-            name,
-            f"{seconds:.1f}",
-            f"{predicted.seconds:.1f}",
-            f"{shown['error']:+.1%}",
-            f"{shown['steps_predicted_error']:+.1%}",
-            f"{shown['order_kendall_tau']:.3f}",
-            f"{shown['tokens_per_s']:.0f}",
-            f"{shown['times_uniform']:.2f}",
-            f"{shown['simulated_times_uniform']:.2f}",
-            f"{shown['mean_running']:.1f}",
-        )
+    return results
+
+
+# heading: (what it shows of `compared`, as what)
+COLUMNS = {
+    "s": ("seconds", ".1f"),
+    "simulated s": ("simulated_seconds", ".1f"),
+    "error": ("error", "+.1%"),
+    "its steps": ("steps_predicted_error", "+.1%"),
+    "order (Kendall)": ("order_kendall_tau", ".3f"),
+    "tokens/s": ("tokens_per_s", ".0f"),
+    "times uniform": ("times_uniform", ".2f"),
+    "simulated": ("simulated_times_uniform", ".2f"),
+    "running": ("mean_running", ".1f"),
+}
+
+
+def report(arguments: Arguments, results: dict[str, dict[str, float]], compilations: int) -> None:
+    table = Table("", *COLUMNS)
+    for name, result in results.items():
+        table.add_row(name, *(format(result[key], spec) for key, spec in COLUMNS.values()))
     Console(width=140).print(table)
-    print(
-        json.dumps(
-            {
-                **dataclasses.asdict(arguments),
-                "results": results,
-                "compilations_after_warm_up": compilations,
-                "device": jax.devices()[0].device_kind,
-            }
-        )
-    )
+    told = {
+        **dataclasses.asdict(arguments),
+        "results": results,
+        "compilations_after_warm_up": compilations,
+        "device": jax.devices()[0].device_kind,
+    }
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

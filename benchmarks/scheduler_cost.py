@@ -19,6 +19,7 @@ from rich.table import Table
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import Scheduler
 from fineserve_jax.sim import DEVICES, SYSTEMS, Cluster, build, parse_model
@@ -117,9 +118,7 @@ def request(number: int, arguments: Arguments, now: float) -> Request:
         max_total_tokens=length + 4096,
         sequence=number,
         times=RequestTimes(now),
-        ttft_slo_s=1e4 + number % 7,
-        tpot_slo_s=0.1,
-        tenant=f"tenant {number % 5}",
+        options=RequestOptions(ttft_slo_s=1e4 + number % 7, tpot_slo_s=0.1, tenant=f"tenant {number % 5}"),
     )
 
 

@@ -21,12 +21,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fineserve_jax.engine.bench import Served, random_prompts, serve_at_once
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import load_model
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,27 +42,20 @@ class Arguments:
     max_chunk_tokens: int = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-
-
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     use_compilation_cache()
     model = load_model(arguments.model, arguments.weights)
     # An engine each: programs of one case do not carry the loops that only another needs.
     engines = {case: Engine(model, settings(arguments, case)) for case in arguments.cases}
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1000, 20000, (arguments.rows, arguments.prompt_tokens)).tolist()
+    prompts = random_prompts(model.config.vocab_size, arguments.rows, arguments.prompt_tokens)
     for case, engine in engines.items():
-        run(engine, prompts, formats_of(case), arguments.new_tokens)  # compiles
+        serve_at_once(engine, prompts, formats_of(case), arguments.new_tokens)  # compiles
     compiled = sum(engine.stats().num_compilations for engine in engines.values())
-    speeds: dict[str, list[Speed]] = {case: [] for case in engines}
+    speeds: dict[str, list[Served]] = {case: [] for case in engines}
     for _ in range(arguments.rounds):
         for case, engine in engines.items():
-            speeds[case].append(run(engine, prompts, formats_of(case), arguments.new_tokens))
+            speeds[case].append(serve_at_once(engine, prompts, formats_of(case), arguments.new_tokens))
     limit = arguments.rows / product_seconds(model.config.hidden_size, engines, arguments)
     report(arguments, speeds, limit, sum(e.stats().num_compilations for e in engines.values()) - compiled)
 
@@ -83,27 +75,6 @@ def settings(arguments: Arguments, case: str) -> EngineConfig:
 
 def formats_of(case: str) -> list[str]:
     return case.partition("/")[0].split("+")
-
-
-def run(engine: Engine, prompts: list[list[int]], formats: list[str], new_tokens: int) -> Speed:
-    """Serves all prompts once."""
-    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    requests = [
-        engine.add_request(prompt, sampling, RequestOptions(kv_precision=formats[i % len(formats)]))
-        for i, prompt in enumerate(prompts)
-    ]
-    start = time.perf_counter()
-    while any(request.num_output_tokens == 0 for request in requests):
-        engine.step()
-    prefilled, early = time.perf_counter(), sum(request.num_output_tokens for request in requests)
-    while not any(request.finish_reason for request in requests):
-        engine.step()
-    decoded, seconds = sum(request.num_output_tokens for request in requests) - early, time.perf_counter() - prefilled
-    while engine.has_unfinished:
-        engine.step()
-    for request in requests:
-        engine.release(request)
-    return Speed(sum(map(len, prompts)) / (prefilled - start), decoded / seconds)
 
 
 def product_seconds(hidden: int, engines: dict[str, Engine], arguments: Arguments) -> float:
@@ -132,8 +103,8 @@ def product_seconds(hidden: int, engines: dict[str, Engine], arguments: Argument
     return statistics.median(seconds)
 
 
-def report(arguments: Arguments, speeds: dict[str, list[Speed]], limit: float, compilations: int) -> None:
-    decode = {case: statistics.median(s.decode_tokens_per_s for s in runs) for case, runs in speeds.items()}
+def report(arguments: Arguments, speeds: dict[str, list[Served]], limit: float, compilations: int) -> None:
+    decode = {case: statistics.median(s.decode_tokens_per_s or 0.0 for s in runs) for case, runs in speeds.items()}
     prefill = {case: statistics.median(s.prefill_tokens_per_s for s in runs) for case, runs in speeds.items()}
     first = next(iter(decode.values()))
     table = Table("KV precision", "prefill tokens/s", "decode tokens/s", "ratio", "of the products' limit")

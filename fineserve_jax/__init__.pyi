@@ -8,7 +8,15 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import ConfigError, FineServeError, ModelLoadError, NonFiniteError, RequestError
+from fineserve_jax.errors import (
+    ConfigError,
+    DeadEndError,
+    EngineError,
+    FineServeError,
+    ModelLoadError,
+    NonFiniteError,
+    RequestError,
+)
 from fineserve_jax.kv.quotas import Quota
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders.chat import ChatOptions
@@ -24,6 +32,7 @@ from fineserve_jax.request import Request
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
+from fineserve_jax.structured.params import StructuredOutputsParams
 
 __version__: str
 
@@ -34,8 +43,10 @@ __all__ = [
     "ChatOptions",
     "CompletionOutput",
     "ConfigError",
+    "DeadEndError",
     "Engine",
     "EngineConfig",
+    "EngineError",
     "EngineStats",
     "FineServeError",
     "Granularity",
@@ -57,6 +68,7 @@ __all__ = [
     "RequestOptions",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
     "bit_packing",
     "load_model",

@@ -9,8 +9,16 @@ class ConfigError(FineServeError, ValueError):
     """An engine option that cannot be honoured."""
 
 
+class EngineError(FineServeError):
+    """An engine that is closed, that belongs to another process, or that has failed: `__cause__` is what made it."""
+
+
 class ModelLoadError(FineServeError):
     """A model, tokenizer or checkpoint that cannot be found, read or used."""
+
+
+class DeadEndError(FineServeError):
+    """An answer that cannot go on as its structured outputs ask."""
 
 
 class NonFiniteError(FineServeError):

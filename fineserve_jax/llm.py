@@ -1,25 +1,20 @@
 """The synchronous front door: prompts in, answers out, in order."""
 
-import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Unpack
+from types import TracebackType
+from typing import Any, Self, Unpack
 
-from fineserve_jax.engine.engine_config import EngineConfig
-from fineserve_jax.engine.load import load_engine
-from fineserve_jax.engine.model_settings import model_sources
+from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
+from fineserve_jax.engine.load import load_from
+from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.outputs import RequestOutput
-from fineserve_jax.engine.prepare import PreparedRequest
-from fineserve_jax.engine.prompts import conversation_list, encode_prompt, is_conversation, prompt_list
+from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
-from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
-from fineserve_jax.request import Request, RequestStatus
-from fineserve_jax.request_options import OptionKeywords, RequestOptions, one_each, options_of_each
+from fineserve_jax.engine.tickets import Inbox, Ticket
+from fineserve_jax.loaders import ChatOptions, Tokenizer
+from fineserve_jax.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
-
-Prompt = str | Iterable[int] | Mapping[str, Any]
-Conversation = Sequence[Mapping[str, Any]]
-Encode = Callable[..., tuple[str | None, list[int]]]
 
 
 class LLM:
@@ -34,6 +29,9 @@ class LLM:
     >>> llm = LLM(models={"exact": "smollm2-135m", "fast": {"model": "smollm2-135m", "weights": "int8"}})
     >>> llm.generate(["The sky is", "Grass is"], model=["exact", "fast"])
 
+    Threads may call it at once, and are served together. An interrupt ends a call, frees what it held, and leaves all
+    else as it is. `close`, or leaving a `with` block, ends the thread that computes; a process that exits does, too.
+
     Args:
         model: an alias, a .gguf file, a Hugging Face directory, or a directory that `fineserve-jax convert` wrote.
         models: instead of `model`, several by name: each such a source, or a table of `model` and, where they differ
@@ -46,11 +44,9 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        if (model is None) == (models is None):
-            given = "neither model nor models" if model is None else "both model and models"
-            raise ConfigError(f"the LLM was given {given}; give one model, or several by name as models")
-        config = EngineConfig(**settings)
-        self.engine = load_engine(model_sources(models) if model is None else model, config)
+        self.engine = load_from(model, models, settings)
+        self._loop = EngineLoop(self.engine)
+        weakref.finalize(self, self._loop.close_without_waiting).atexit = False  # the loop sees to that itself
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -73,15 +69,18 @@ class LLM:
                 list or a generator; or a single one.
             sampling_params: one for all, or one for each prompt; greedy if None.
             options: who answers, in which KV precision, how soon: one for all, or one for each prompt.
-            on_step: called after every step, to show progress.
+            on_step: called with the newest statistics after every step, to show progress; a call that takes longer than
+                a step misses some.
             fields: of `RequestOptions`, those that `options` leaves unset: each one for all, or one for each prompt.
 
         Returns:
-            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, the sample's
-            `finish_reason` is "error", and its `error` says more; the others go on.
+            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, an answer
+            cannot go on as its `structured_outputs` ask, or steps failed again and again, the sample's `finish_reason`
+            is "error", and its `error` says more; the others go on.
 
         Raises:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
+            EngineError: the engine is closed, or cannot go on.
         """
         return self._answer(prompt_list(prompts), encode_prompt, sampling_params, options, fields, on_step)
 
@@ -102,7 +101,7 @@ class LLM:
         Args:
             chat_options: how they are rendered: tools, documents, which template, and so on.
         """
-        encode = functools.partial(encode_chat, options=chat_options or ChatOptions())
+        encode = chat_encoder(chat_options)
         return self._answer(conversation_list(conversations), encode, sampling_params, options, fields, on_step)
 
     def stream(
@@ -116,60 +115,60 @@ class LLM:
     ) -> Iterator[str]:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
-        Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece, and
-        `NonFiniteError` behind the last piece if the model computes NaN or infinity.
+        Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece. Behind the last
+        piece, raises `NonFiniteError` if the model computes NaN or infinity, `DeadEndError` if the answer cannot go on
+        as its `structured_outputs` ask, and `EngineError` if its steps fail.
 
         Args:
             chat_options: how a conversation is rendered; not for a prompt, which is taken as it is.
         """
-        sampling = sampling_params or SamplingParams()
-        if sampling.n != 1:
-            raise RequestError(f"n={sampling.n}: one answer at a time can be streamed; use n=1, or generate()")
-        (own,) = options_of_each(1, options, fields)
-        is_chat = is_conversation(prompt)
-        if chat_options is not None and not is_chat:
-            raise RequestError("chat_options with a prompt that is no conversation: give messages, or leave them out")
-        chat: Encode = functools.partial(encode_chat, options=chat_options or ChatOptions())
-        encode: Encode = chat if is_chat else encode_prompt
-        _, prepared = self._prepare(prompt, encode, sampling, own)
-        return self._pieces(prepared)
+        self._loop.check_usable()
+        inbox = Inbox()
+        ticket = ticket_for_pieces(self.engine, inbox, prompt, sampling_params, options, chat_options, fields)
+        return self._pieces(ticket, inbox)
 
-    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
-        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
-
-        Returns:
-            how many programs that took. Serving those formats compiles nothing from then on.
-        """
-        return self.engine.warm_up(kv_precisions, min_kv_precision)
+    def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
+        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
+        `Engine.warm_up`."""
+        return self._loop.call(
+            lambda: self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
+        )
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
-        return self.engine.stats()
+        return self._loop.call(self.engine.stats)
 
-    def _pieces(self, prepared: PreparedRequest) -> Iterator[str]:
+    def close(self) -> None:
+        """Ends the thread that computes; calls that wait, and later ones, raise `EngineError`."""
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pieces(self, ticket: Ticket, inbox: Inbox) -> Iterator[str]:
         # Runs from the first piece asked for: a stream that nobody reads holds nothing.
-        (request,) = self.engine.queue(prepared)
         try:
-            while True:
-                # Steps of other calls may have moved this request on, even to its end.
-                if piece := self.engine.detokenizers[request].take():
+            self._loop.submit([ticket])
+            is_done = False
+            while not is_done:
+                inbox.wait()
+                piece, is_done = ticket.take()
+                if piece:
                     yield piece
-                if request.error is not None:
-                    raise NonFiniteError(request.error)
-                if request.status is RequestStatus.FINISHED:
-                    return
-                self.engine.step()
+            ticket.check()
         finally:
-            self.engine.abort(request)
-            self.engine.release(request)
-
-    def _prepare(
-        self, prompt: Any, encode: Encode, sampling: SamplingParams, options: RequestOptions
-    ) -> tuple[str | None, PreparedRequest]:
-        """The prompt's text, if it has one, and what the engine can queue."""
-        served = self.engine.served(options.model)
-        text, token_ids = encode(served.tokenizer, prompt, max_tokens=served.max_seq_len - 1)
-        return text, self.engine.prepare(token_ids, sampling, options)
+            self._loop.abort([ticket])
 
     def _answer(
         self,
@@ -180,36 +179,17 @@ class LLM:
         fields: OptionKeywords,
         on_step: Callable[[EngineStats], None] | None,
     ) -> list[RequestOutput]:
-        """Prepares all prompts, then serves them to the end."""
-        params = one_each(sampling_params or SamplingParams(), SamplingParams, len(prompts), "sampling_params")
-        option_list = options_of_each(len(prompts), options, fields)
-        texts, prepared = list[str | None](), list[PreparedRequest]()
-        for i, (prompt, sampling, own) in enumerate(zip(prompts, params, option_list, strict=True)):
-            try:
-                text, request = self._prepare(prompt, encode, sampling, own)
-            except RequestError as error:
-                raise RequestError(f"prompt {i}: {error}") from None
-            texts.append(text)
-            prepared.append(request)
-        return self._serve(texts, prepared, on_step)
-
-    def _serve(
-        self,
-        texts: Sequence[str | None],
-        prepared: Sequence[PreparedRequest],
-        on_step: Callable[[EngineStats], None] | None,
-    ) -> list[RequestOutput]:
-        """Nothing stays behind in the engine, whatever happens."""
-        groups: list[list[Request]] = []
+        """Prepares all prompts, then waits until they are served. Nothing stays behind, whatever happens."""
+        self._loop.check_usable()
+        inbox = Inbox(wants_stats=on_step is not None)
+        tickets = tickets_of_all(self.engine, inbox, prompts, encode, sampling_params, options, fields)
         try:
-            for one in prepared:
-                groups.append(self.engine.queue(one))
-            while any(request.status is not RequestStatus.FINISHED for group in groups for request in group):
-                self.engine.step()
-                if on_step is not None:
-                    on_step(self.stats())
-            return [self.engine.output(group, text) for text, group in zip(texts, groups, strict=True)]
+            self._loop.submit(tickets)
+            num_left = len(tickets)
+            while num_left:
+                num_left -= len(inbox.wait())
+                if on_step is not None and (stats := inbox.take_stats()) is not None:
+                    on_step(stats)
+            return [ticket.output() for ticket in tickets]
         finally:
-            for request in (request for group in groups for request in group):
-                self.engine.abort(request)
-                self.engine.release(request)
+            self._loop.abort(tickets)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
-from fineserve_jax.models.qwen2 import sliding_window
+from fineserve_jax.models.qwen2 import qwen_windows
 
 
 def _traits(config: HFConfig) -> dict[str, Any]:
     biased = bool(config.get("attention_bias", False))
-    window = sliding_window(config)
-    return {"qk_norm": True, "qkv_bias": biased, "o_bias": biased, "sliding_window": window}
+    return {"qk_norm": True, "qkv_bias": biased, "o_bias": biased, **qwen_windows(config)}
 
 
 FAMILY = Family(

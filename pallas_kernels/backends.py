@@ -95,6 +95,7 @@ class Backend(Protocol):
 
 BACKENDS: dict[Implementation, str] = {
     "xla": "fineserve_jax.pallas_kernels.xla.backend",
+    "cpu": "fineserve_jax.pallas_kernels.cpu.backend",
     "triton": "fineserve_jax.pallas_kernels.triton.backend",
     "mosaic_tpu": "fineserve_jax.pallas_kernels.mosaic_tpu.backend",
 }

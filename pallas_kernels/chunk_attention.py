@@ -17,6 +17,8 @@ def attend_within(
     own_page: tuple[jax.Array, jax.Array],
     earlier_pages: tuple[jax.Array, jax.Array],
     chunk_of_page: jax.Array,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> PartialAttention:
     """Causal attention of each chunk's tokens to themselves.
 
@@ -28,19 +30,29 @@ def attend_within(
         own_page: k and v, f32[kv_heads, pages, T, head_dim].
         earlier_pages: k and v, the same shape.
         chunk_of_page: i32[pages], the chunk that each page of slots belongs to; any two unused pages may share -1.
+        window, soft_cap: see `AttentionSpec`.
     """
     kv_heads, pages, page_size, head_dim = own_page[0].shape
     group = q.shape[2]
-    causal = jnp.repeat(jnp.arange(page_size)[:, None] >= jnp.arange(page_size), group, axis=0)
+    ahead = jnp.arange(page_size)[:, None] - jnp.arange(page_size)
+    seen = jnp.repeat((ahead >= 0) & _within(ahead, window), group, axis=0)
     paged = q.reshape(kv_heads, pages, page_size * group, head_dim)
-    own = _regroup(attend(paged, _exact(*own_page), causal), q)
+    own = _regroup(attend(paged, _exact(*own_page), seen, soft_cap), q)
     if pages == 1:
         return own
     same_chunk = chunk_of_page[:, None] == chunk_of_page
     earlier = jnp.arange(pages)[:, None] > jnp.arange(pages)
     visible = jnp.repeat(jnp.repeat(same_chunk & earlier, page_size * group, axis=0), page_size, axis=1)
+    if window is not None:
+        slots = jnp.arange(pages * page_size)  # of one chunk, they are as far apart as its positions
+        visible &= jnp.repeat(_within(slots[:, None] - slots, window), group, axis=0)
     k, v = (part.reshape(kv_heads, pages * page_size, head_dim) for part in earlier_pages)
-    return own.merge(_regroup(attend(_ungroup(q), _exact(k, v), visible), q))
+    return own.merge(_regroup(attend(_ungroup(q), _exact(k, v), visible, soft_cap), q))
+
+
+def _within(ahead: jax.Array, window: int | None) -> jax.Array:
+    """Whether keys so many positions back lie in the window."""
+    return jnp.ones_like(ahead, bool) if window is None else ahead < window
 
 
 def _exact(k: jax.Array, v: jax.Array) -> PageVectors:

@@ -29,7 +29,7 @@ class AttentionSpec:
         segments_per_row: most segments a row has.
         window: a query sees keys less than this many positions back; None: all before it.
         soft_cap: logits are capped to soft_cap * tanh(logit / soft_cap); None: not.
-        implementation: xla, triton or mosaic_tpu.
+        implementation: xla, cpu, triton or mosaic_tpu.
         interpret: run Pallas kernels in Python and XLA, on any platform; None: if this platform cannot compile them.
     """
 
@@ -71,7 +71,7 @@ class WriteSpec:
     Attributes:
         geometry: of the pages.
         formats: what format ids mean.
-        implementation: xla, triton or mosaic_tpu.
+        implementation: xla, cpu, triton or mosaic_tpu.
         interpret: run Pallas kernels in Python and XLA, on any platform; None: if this platform cannot compile them.
     """
 

@@ -17,6 +17,7 @@ COMPILING = (
     "batch/test_half_done.py",
     "benchmarks/test_aot_parsers.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
+    "cli/test_bench.py",
     "cli/test_commands.py",
     "cli/test_model_commands.py",
     "cli/test_perplexity.py",
@@ -26,6 +27,7 @@ COMPILING = (
     "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
     "loaders/test_load_model.py",
+    "loaders/test_quantized_checkpoints.py",
     "loaders/test_smollm2.py",
     "models",
     "pallas_kernels",

@@ -17,7 +17,8 @@ of its own, or a row of a table, with `prompt` (text, or a list of token ids) or
     ...                every field of `SamplingParams`
 
 that is, every field of `RequestOptions`, `ChatOptions` and `SamplingParams`, and the names that OpenAI's API has for
-some of the latter: `max_completion_tokens` for `max_tokens`, and `logprobs` true or false with `top_logprobs`. Null
+some of the latter: `max_completion_tokens` for `max_tokens`, `logprobs` true or false with `top_logprobs`, and
+`response_format` for `structured_outputs`. Null
 stands for a field's default, also where the job has another one. No two rows may have equal ids: numbers are equal by
 value, objects whatever the order of their members, and values of different types never.
 
@@ -31,7 +32,8 @@ in seconds, as `RequestMetrics` does, with `attempts`, how often it was begun; a
 "top", a list of such, for the most likely tokens. A row with `n` above 1 has `samples` instead of `text`,
 `finish_reason` and `logprobs`: a list of objects with those and `output_tokens`. A log-probability of minus
 infinity (a token that the model excludes) is null, as JSON has no infinities. A row that cannot be answered, for
-which the model computes NaN or infinity, or with which the engine fails, gives {"id", "line", "error"}.
+which the model computes NaN or infinity, whose answer cannot go on as its `structured_outputs` ask, or with which the
+engine fails, gives {"id", "line", "error"}.
 
 A row with `custom_id` is a request of OpenAI's batch API, see `openai_rows`, and is answered as one, see
 `openai_answers`.

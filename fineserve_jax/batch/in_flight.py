@@ -41,10 +41,6 @@ class RowInFlight:
         return all(sample.status is RequestStatus.FINISHED for sample in self.samples)
 
     @property
-    def holds_memory(self) -> bool:
-        return any(sample.status in (RequestStatus.READY, RequestStatus.RUNNING) for sample in self.samples)
-
-    @property
     def has_advanced(self) -> bool:
         """Whether each sample has got a token since it was put into the engine, or has ended."""
         had = [len(part.token_ids) for part in self.so_far] + [0] * len(self.samples)
@@ -53,19 +49,17 @@ class RowInFlight:
             for sample, before in zip(self.samples, had, strict=False)
         )
 
-    def leave(self) -> None:
-        """Notes what its samples have; they are not in the engine any more."""
-        self.so_far = [_so_far(sample) for sample in self.samples]
-        self.samples = []
+    def leave(self) -> list[Request]:
+        """Notes what its samples have, and gives them up; returns them."""
+        samples, self.samples = self.samples, []
+        self.so_far = [_so_far(sample) for sample in samples]
+        return samples
 
 
 def _so_far(sample: Request) -> SampleSoFar:
     if sample.finish_reason in NOT_RESUMED:
         return SampleSoFar([])
-    tokens = sample.output_token_ids
-    if sample.sampling.logprobs is not None:  # see `save_tokens`
-        tokens = tokens[: len(sample.logprobs)]
-    return SampleSoFar(tokens, sample.logprobs[: len(tokens)], sample.kv_tokens)
+    return SampleSoFar(sample.output_token_ids, list(sample.logprobs), sample.kv_tokens)
 
 
 def save_tokens(journal: Journal, rows: Iterable[RowInFlight]) -> None:
@@ -74,9 +68,7 @@ def save_tokens(journal: Journal, rows: Iterable[RowInFlight]) -> None:
         for number, sample in enumerate(pending.samples):
             start, end = pending.saved[number], sample.num_output_tokens
             asked = sample.sampling.logprobs is not None
-            if asked:  # a fault may have come between a token and its log-probability
-                end = min(end, len(sample.logprobs))
-            if end <= start or sample.finish_reason in NOT_RESUMED:
+            if end == start or sample.finish_reason in NOT_RESUMED:
                 continue
             first = sample.num_prompt_tokens
             tokens = array("i", sample.token_ids[first + start : first + end]).tobytes()

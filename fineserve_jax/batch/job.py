@@ -1,10 +1,9 @@
 """The job itself: keeps the engine supplied with rows and writes each answer as soon as it is complete."""
 
-import gc
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fineserve_jax.batch.answer_rows import AnswerRows, as_line
@@ -22,7 +21,7 @@ from fineserve_jax.batch.rows import BadRow, BatchRow, unforeseen
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.outputs import RequestOutput
-from fineserve_jax.errors import FineServeError, RequestError
+from fineserve_jax.errors import DeadEndError, FineServeError, NonFiniteError, RequestError
 from fineserve_jax.request import FinishReason, Request
 from fineserve_jax.validation import shortened, shown
 
@@ -31,6 +30,7 @@ log = logging.getLogger(__name__)
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
 SAVE_TOKENS_EVERY_S = 2.0
+ERROR_CODES = {NonFiniteError: "not_finite", DeadEndError: "dead_end"}
 
 
 class BatchJob:
@@ -41,7 +41,6 @@ class BatchJob:
             answer does not depend on what was answered before it.
         delivery: where answers go.
         sampling: fields of `SamplingParams` for rows that do not set them.
-        make_engine: makes another engine when one has failed; None: the job then ends.
         max_retries: how often a row that makes the engine fail by itself is tried again.
         answer_rows: forms the answers.
         observers: told of all that happens.
@@ -54,7 +53,6 @@ class BatchJob:
         delivery: Delivery,
         sampling: Mapping[str, Any] | None = None,
         *,
-        make_engine: Callable[[], Engine] | None = None,
         max_retries: int = 2,
         answer_rows: AnswerRows | None = None,
         observers: Iterable[JobObserver] = (),
@@ -64,7 +62,6 @@ class BatchJob:
         self.summary = BatchSummary()
         self.observers = Observers(observers)
         self._requests = RowRequests(sampling, engine.config.seed)
-        self._make_engine = make_engine
         self._interruption = Interruption() if interruption is None else interruption
         self._answer_rows = answer_rows or AnswerRows(names_model=len(engine.models) > 1)
         self._isolation = Isolation[RowInFlight](max_retries)
@@ -119,19 +116,16 @@ class BatchJob:
 
     def _stop(self) -> None:
         """Keeps what there is, and leaves the engine idle. What fails here must not hide why the job ends."""
-        try:
-            with self.delivery.journal.explained():
-                self._save(now=True)
-        except FineServeError as error:
-            log.warning("%s", error)
-        for request in list(self._pending):
+        for leave in (self._keep, self._take_out_all):
             try:
-                self.engine.abort(request)
-                self.engine.release(request)
-            except Exception as error:  # of an engine that was interrupted in the middle of a step
-                log.warning("the engine cannot be left idle: %s: %s", type(error).__name__, error)
-                break
-        self._pending.clear()
+                leave()
+            except Exception as error:
+                log.warning("the job could not be ended cleanly: %s: %s", type(error).__name__, error)
+
+    def _keep(self) -> None:
+        self.engine.recover()  # an interrupt may have cut a step short
+        with self.delivery.journal.explained():
+            self._save(now=True)
 
     # -- rows in ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +207,7 @@ class BatchJob:
         except Exception as error:
             fault = f"{type(error).__name__}: {shortened(str(error))}"
             log.warning("the engine has failed", exc_info=error)
-        if fault:  # here nothing of the error holds on to the engine any more
+        if fault:  # here nothing of the error holds on to the arena any more
             self._recover(fault)
             return
         seconds, before, after = time.perf_counter() - start, self._stats, self.engine.stats()
@@ -224,7 +218,7 @@ class BatchJob:
             self._convict()
         elif all(row.has_advanced for row in self._rows_in_engine()):
             self._isolation.passed()
-            self._take_out_all()
+            self._outside.extend(self._take_out_all())
             self._convict()
         self.observers.step(self.summary, after)
 
@@ -238,40 +232,34 @@ class BatchJob:
     # -- faults of the engine --------------------------------------------------------------------------------------
 
     def _recover(self, fault: str) -> None:
-        """Goes on with another engine, and finds out which row the last one failed with."""
-        if self._make_engine is None:
-            raise FineServeError(f"the engine has failed: {fault}; what is written is sound, so use --resume")
-        rows = self._rows_in_engine()
-        running = rows if self._isolation.testing else [row for row in rows if row.holds_memory] or rows
+        """Goes on after a step that failed, and finds out which row it failed with."""
+        try:
+            self.engine.recover()
+        except Exception as error:
+            raise FineServeError(
+                f"the engine has failed: {fault}; it cannot go on: {error}; what is written is sound, so mend the "
+                "cause and run the same command with --resume"
+            ) from error
+        rows, computed = self._rows_in_engine(), set(self.engine.computing)
+        running = [row for row in rows if not computed.isdisjoint(row.samples)] or rows
         save_tokens(self.delivery.journal, rows)
-        for row in rows:
-            row.leave()
-        self._pending.clear()
+        self._take_out_all()
         self.summary.faults += 1
         self.observers.note(f"the engine has failed with {len(running)} rows: {fault}; they are tried again")
         self._isolation.fault(running, fault)
         self._outside.extendleft(row for row in reversed(rows) if row not in running)
-        del self.engine
-        gc.collect()  # its memory is needed for the next one
-        try:
-            self.engine = self._make_engine()
-        except Exception as error:
-            raise FineServeError(
-                f"the engine has failed: {fault}; another one cannot be made: {error}; what is written is sound, so "
-                "mend the cause and run the same command with --resume"
-            ) from error
         self._stats = self.engine.stats()
 
-    def _take_out_all(self) -> None:
-        """Takes all rows out of the engine, to go on later."""
+    def _take_out_all(self) -> list[RowInFlight]:
+        """Takes all rows out of the engine, with the tokens they have."""
         rows = self._rows_in_engine()
         for row in rows:
-            for sample in row.samples:
+            samples = row.leave()
+            for sample in samples:
                 self.engine.abort(sample)
                 self.engine.release(sample)
-            row.leave()
         self._pending.clear()
-        self._outside.extend(rows)
+        return rows
 
     def _convict(self) -> None:
         """Reports the rows that are to blame for faults."""
@@ -286,8 +274,8 @@ class BatchJob:
         for request in pending.samples:
             del self._pending[request]
             self.engine.release(request)
-        if errors := [sample.error for sample in output.outputs if sample.error is not None]:
-            self._fail(_bad(row, errors[0], "not_finite"))
+        if errors := [sample.error for sample in pending.samples if sample.error is not None]:
+            self._fail(_bad(row, str(errors[0]), ERROR_CODES.get(type(errors[0]), "internal_error")))
             return
         try:
             tokenizer = self.engine.models[output.model].tokenizer

@@ -15,7 +15,7 @@ from fineserve_jax.engine.outputs import CompletionOutput, RequestOutput
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, as in OpenAI's API, whose log-probabilities are never null."""
 
-STATUS = {"engine_fault": 500, "internal_error": 500, "not_finite": 500, "late": 408}  # else 400
+STATUS = {"engine_fault": 500, "internal_error": 500, "not_finite": 500, "dead_end": 500, "late": 408}  # else 400
 Entries = list[dict[str, Any]] | None
 """Log-probabilities of a sample's tokens, as plain answers have them."""
 

@@ -8,7 +8,7 @@ completions and of completions.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fineserve_jax.batch.row_fields import ROW_FIELDS, Form, RowError
+from fineserve_jax.batch.row_fields import Form, RowError
 from fineserve_jax.sampling_params import MAX_SEED
 from fineserve_jax.validation import json_kind, shown
 
@@ -42,7 +42,6 @@ NEUTRAL: dict[str, tuple[Takes, str]] = {
     "store": (_only(False), "answers are kept in the output only"),
     "stream": (_only(False), "a batch writes whole answers; leave it out"),
     "stream_options": (_only(), "a batch writes whole answers; leave it out"),
-    "response_format": (_only({"type": "text"}), 'only {"type": "text"} is served'),
     "modalities": (_only(["text"]), "the models write text only"),
     "parallel_tool_calls": (_only(True), "what the model calls is not constrained; leave it out"),
     "echo": (_only(False), "answers hold what the model adds; leave it out"),
@@ -72,7 +71,7 @@ def request_of(content: Mapping[str, Any]) -> tuple[Form, dict[str, Any]]:
         raise RowError(f"body is a JSON {json_kind(body)}; give an object with the fields of {content['url']}")
     fields = {name: value for name, value in body.items() if value is not None}
     for name, (takes, remedy) in NEUTRAL.items():
-        if name in fields and name not in ROW_FIELDS and not takes(value := fields.pop(name)):
+        if name in fields and not takes(value := fields.pop(name)):
             raise RowError(f"{name}={shown(value)} is not served: {remedy}", "unsupported_parameter")
     return form, _chat(fields) if form == "chat" else _completion(fields)
 

@@ -59,8 +59,8 @@ class BadRow:
         line, file, form: as of `BatchRow`.
         id: made of the line where the row has no usable one.
         error: why, for people.
-        code: why, for programs: invalid_line, invalid_request, duplicate_id, not_finite, engine_fault, late or
-            internal_error.
+        code: why, for programs: invalid_line, invalid_request, duplicate_id, not_finite, dead_end,
+            engine_fault, late or internal_error; and those of `openai_rows`.
     """
 
     line: int

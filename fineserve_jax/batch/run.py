@@ -23,7 +23,7 @@ from fineserve_jax.batch.rows import read_rows
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
-from fineserve_jax.engine.load import engine_maker
+from fineserve_jax.engine.load import load_engine
 from fineserve_jax.engine.model_settings import model_sources
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.sampling_params import SamplingParams
@@ -59,7 +59,7 @@ def run_batch(
         timing: answers tell how long they took.
         max_retries: how often a row that makes the engine fail by itself is tried again.
         observers: told of all that happens, besides those on stderr.
-        make_engine: makes the engine, and another one if that fails; None: one of `model` and `config`.
+        make_engine: makes the engine when nothing else can be refused; None: one of `model` and `config`.
 
     Raises:
         ConfigError: an input or output that cannot be used, settings that cannot be honoured, or, with `resume`, other
@@ -85,8 +85,7 @@ def run_batch(
     with JobOutput(target, resume, overwrite, ordered=ordered) as output:
         identity = job_identity(model, config, sampling, inputs.survey().fingerprints, ordered)
         output.check(identity, inputs.files)
-        make = make_engine or engine_maker(model, config)
-        engine = make()
+        engine = load_engine(model, config) if make_engine is None else make_engine()
         delivery = output.begin(identity)
         for note in output.notes:
             _tell(note)
@@ -100,13 +99,11 @@ def run_batch(
                 engine,
                 delivery,
                 sampling,
-                make_engine=make,
                 max_retries=max_retries,
                 answer_rows=answer_rows,
                 observers=[progress, *observers],
                 interruption=interruption,
             )
-            del engine  # the job's is the only one, lest there be two when it needs another
             job.observers.began(JobStart(inputs.num_rows, tuple(inputs.names), str(target), identity))
             remaining = unanswered(records, delivery, job.summary.note_skipped)
             summary = job.run(read_rows(remaining, inputs.names, inputs.openai))

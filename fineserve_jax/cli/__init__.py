@@ -1,4 +1,4 @@
-"""The command line: `fineserve-jax batch | generate | perplexity | slabs | simulate | place | convert | fetch`."""
+"""The command line, `fineserve-jax COMMAND`: see the table in `commands`."""
 
 import errno
 import sys

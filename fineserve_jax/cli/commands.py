@@ -38,6 +38,10 @@ COMMANDS = {
     "perplexity": Command(
         "perplexity", "Measure a model's perplexity on a text, its keys and values kept as requests would keep them."
     ),
+    "bench": Command(
+        "bench",
+        "Measure how fast a model is served on this machine: tokens a second, and percentiles of latencies.",
+    ),
     "slabs": Command(
         "slabs",
         "Draw a recorded run: a picture (PNG), and a page for the browser that needs no network (HTML).",

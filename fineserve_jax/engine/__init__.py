@@ -1,6 +1,9 @@
 """The engine, from its models and settings to the answers of its requests.
 
-engine.py             the engine and its loop: schedule, execute, commit
+engine.py             the engine and its steps: schedule, execute, commit
+loop.py               the engine on a thread of its own, for callers on any threads
+tickets.py            what those callers hold: tickets, and the inbox where they wait
+intake.py             from prompts and all that goes with them to tickets
 engine_config.py      what a user may set of an engine
 model_settings.py     the models of an engine that serves several, and what is special about each
 load.py               from what names a model, or several, to an engine
@@ -12,7 +15,8 @@ warm_up.py            compiling ahead what requests can need
 prepare.py            a prompt and its options, checked and resolved: a request that can be served
 checks.py             what can be wrong with a request
 precision.py          from the KV precision a request asks for to the formats it is kept in
-detokenizer.py        the text of a request, decoded as its tokens come
+detokenizer.py        tokens to text one by one, cut at stop strings
+request_text.py       the text of a request, decoded when somebody reads it
 outputs.py            what comes back to the caller
 stats.py              what an engine tells of itself
 perplexity.py         perplexity of a text through the engine's cache

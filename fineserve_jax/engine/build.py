@@ -28,6 +28,7 @@ from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import FormatCost, ModelCost, Scheduler
+from fineserve_jax.scheduler.costs import dense_layer_parameters, pair_flops
 from fineserve_jax.scheduler.devices import device_roofline
 
 log = logging.getLogger(__name__)
@@ -166,15 +167,16 @@ def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str
     """What a step of this model costs, for the scheduler's predictions."""
     leaves = jax.tree.leaves(model.params)
     shape = model.config
-    per_layer = shape.hidden_size * (sum(shape.qkv_sizes) + shape.qkv_sizes[0] + 3 * shape.intermediate_size)
+    attention = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    widths = [shape.mlp_width(layer) for layer in range(shape.num_layers)]
     costs = {}
     for name in formats:
         kv_format = get_format(name)
         token_bytes = geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES / geometry.page_size
         costs[name] = FormatCost(kv_format.bits_per_value(geometry), token_bytes)
     return ModelCost(
-        flops_per_token=2 * (shape.num_layers * per_layer + shape.vocab_size * shape.hidden_size),
-        flops_per_pair=4 * shape.num_layers * shape.num_heads * shape.head_dim,
+        flops_per_token=2 * sum(dense_layer_parameters(*attention, width) for width in widths),
+        flops_per_pair=pair_flops(shape.num_layers, shape.num_heads, shape.head_dim),
         weight_bytes=sum(leaf.nbytes for leaf in leaves),
         formats=costs,
     )
@@ -212,13 +214,12 @@ def _runner(
         max_seq_len=max_seq_len,
         implementation=implementation,
         check_finite=config.check_finite,
+        eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
     )
 
 
 def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:
     limit = model.config.max_position
-    if model.config.sliding_window is not None:
-        limit = min(limit, model.config.sliding_window)  # up to here the window hides nothing
     if config.max_seq_len is None:
         return min(DEFAULT_MAX_SEQ_LEN, limit)
     if config.max_seq_len > limit:

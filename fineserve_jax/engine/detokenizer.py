@@ -53,11 +53,16 @@ class IncrementalDetokenizer:
             self._extend(self._decoder.flush())
             self.stopped = True
 
+    @property
+    def certain(self) -> str:
+        """The text so far, less what may yet turn out to be the beginning of a stop string."""
+        return self.text if self.stopped else self.text[: len(self.text) - self._held_back()]
+
     def take(self) -> str:
         """The text that became certain since the last call."""
-        end = len(self.text) if self.stopped else len(self.text) - self._held_back()
-        piece = self.text[self._taken : end]
-        self._taken = max(self._taken, end)
+        certain = self.certain
+        piece = certain[self._taken :]
+        self._taken = max(self._taken, len(certain))
         return piece
 
     def _extend(self, piece: str) -> bool:

@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fineserve_jax.engine.build import ServedModel, build_engine
-from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
+from fineserve_jax.engine.endings import dead_end, ending_with
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import ModelSettings
 from fineserve_jax.engine.nonfinite import nonfinite_message
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
-from fineserve_jax.engine.resuming import SampleSoFar, replay, take_token
+from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats, StepTotals, engine_stats
 from fineserve_jax.engine.warm_up import warm_up
+from fineserve_jax.errors import FineServeError, NonFiniteError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
@@ -32,7 +34,11 @@ log = logging.getLogger(__name__)
 class Engine:
     """Serves requests of one model or of several, each with its KV cache in its own precision.
 
-    Not thread-safe: one thread adds requests and calls `step`.
+    Not thread-safe: one thread adds requests and calls `step`; see `EngineLoop` for several. `prepare` may be called by
+    any.
+
+    Whatever is raised in the middle of a call, an interrupt too, the engine goes on with the next one: what was cut
+    short is undone, and unfinished requests are computed again from their tokens, of which none is lost or changed.
 
     Args:
         model: as `loaders.load_model` gives it; or several, by the names that requests use.
@@ -43,6 +49,7 @@ class Engine:
     Attributes:
         models: what it serves, by name. `model`, `tokenizer`, `runner` and `max_seq_len` are those of the only one.
         detokenizers: the text of each request, until `release`.
+        computing: the requests of the last step that was computed, or begun.
 
     Raises:
         ConfigError: settings that a model or the device rules out.
@@ -64,8 +71,10 @@ class Engine:
             if Path(self.config.step_profile).exists():
                 self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock
-        self.detokenizers: dict[Request, IncrementalDetokenizer] = {}
+        self.detokenizers: dict[Request, RequestText] = {}
         self._num_requests, self._totals = 0, StepTotals()
+        self.computing: tuple[Request, ...] = ()
+        self._is_changing = False  # while the books change; still so at the next call if that was cut short
         record = self.config.record
         self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
 
@@ -111,16 +120,25 @@ class Engine:
         return prepare_request(served, self.kv, self.scheduler.quotas, token_ids, sampling, options)
 
     def queue(self, prepared: PreparedRequest, so_far: Sequence[SampleSoFar] = ()) -> list[Request]:
-        """Lets all `n` samples of a prompt wait for their turn; all but the first may start from its pages.
+        """Lets all `n` samples of a prompt wait for their turn, or none if that is interrupted; all but the first may
+        start from its pages.
 
         Args:
             so_far: what samples had when they were interrupted, one each or none: they go on as a preempted request
                 does, and those that had come to their end are finished at once.
         """
+        samples: list[Request] = []
         had = dict(enumerate(so_far))
-        first = self._queue_sample(prepared, so_far=had.get(0))
-        further = range(1, prepared.sampling.n)
-        return [first, *(self._queue_sample(prepared, None, index, first, had.get(index)) for index in further)]
+        try:
+            for index in range(prepared.sampling.n):
+                first = samples[0] if samples else None
+                samples.append(self._queue_sample(prepared, None, index, first, had.get(index)))
+        except BaseException:
+            for request in samples:
+                self.abort(request)
+                self.release(request)
+            raise
+        return samples
 
     def add_request(
         self,
@@ -153,19 +171,24 @@ class Engine:
         fork_of: Request | None = None,
         so_far: SampleSoFar | None = None,
     ) -> Request:
+        self.recover()
         sequence = self._num_requests
         own_id = self._unused_id() if request_id is None else request_id
+        if own_id in self.scheduler:
+            raise RequestError(f"request_id={own_id!r} is in use; give each request its own")
         if so_far is not None and so_far.token_ids:
             fork_of = None  # its tokens are no longer those of the other sample
         request = prepared.request(own_id, sequence, self.clock(), self.config.seed, sample_index, fork_of)
-        use_precision(self.models[prepared.served.name], self.kv, prepared.precision)
-        detokenizer = IncrementalDetokenizer(prepared.served.tokenizer, prepared.sampling, prepared.token_ids)
+        text = RequestText(request, prepared.served.tokenizer)
         if so_far is not None:
-            replay(request, detokenizer, so_far)
+            replay(request, text, so_far)
+        self._is_changing = True
+        use_precision(self.models[prepared.served.name], self.kv, prepared.precision)
         if request.status is not RequestStatus.FINISHED:
             self.scheduler.add(request)
         self._num_requests += 1
-        self.detokenizers[request] = detokenizer
+        self.detokenizers[request] = text
+        self._is_changing = False
         return request
 
     def _unused_id(self) -> str:
@@ -179,10 +202,22 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Ends a request at once, whatever it is doing; its tokens so far stay in it."""
-        if request.status is not RequestStatus.FINISHED:
-            self._finish(request, FinishReason.ABORT)
-            if not self.scheduler.has_unfinished:
-                self._on_idle()
+        self._end(request, FinishReason.ABORT)
+
+    def fail(self, request: Request, error: FineServeError) -> None:
+        """Ends a request at once because of an error, of which it tells; its tokens so far stay in it."""
+        self._end(request, FinishReason.ERROR, error)
+
+    def _end(self, request: Request, reason: FinishReason, error: FineServeError | None = None) -> None:
+        self.recover()
+        if request.status is RequestStatus.FINISHED:
+            return
+        self._is_changing = True
+        request.error = error
+        self._finish(request, reason)
+        if not self.scheduler.has_unfinished:
+            self._on_idle()
+        self._is_changing = False
 
     def release(self, request: Request) -> None:
         """Forgets a finished request's text. Callers do this when they have taken what they need."""
@@ -190,38 +225,66 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
+        self.recover()
         return self.scheduler.has_unfinished
 
-    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
+    def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
 
         Args:
             kv_precisions: KV formats, or "auto".
             min_kv_precision: what requests in them will name as such; None: nothing.
+            structured_outputs: also what requests with such need.
 
         Returns:
-            how many programs that took. Serving those formats compiles nothing from then on.
+            how many programs that took. Serving those requests compiles nothing from then on.
         """
+        self.recover()
         before = self._num_compilations
         converts = self.config.prefix_cache == "convert"
-        warm_up(self.models.values(), self.kv, self.page_operations, kv_precisions, min_kv_precision, converts=converts)
+        self._is_changing = True
+        warm_up(
+            self.models.values(),
+            self.kv,
+            self.page_operations,
+            kv_precisions,
+            min_kv_precision,
+            converts=converts,
+            structured_outputs=structured_outputs,
+        )
+        self._is_changing = False
         return self._num_compilations - before
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
-        ended because they were late or because numbers were not finite."""
+        ended because they were late, because numbers were not finite, or because nothing may follow what they said."""
+        self.recover()
+        self._is_changing = True
+        advanced = self._step()
+        self._is_changing = False
+        return advanced
+
+    def _step(self) -> list[Request]:
         start, compiled_before = time.perf_counter(), self._num_compilations
+        self.computing = ()
         output = self.scheduler.schedule(self.clock())
         dropped = self.scheduler.take_dropped()
         for request in dropped:
-            self.detokenizers[request].finish()
+            self.detokenizers[request].end()
         if output is None:
             if dropped:
                 self._on_idle()
             return dropped
-        advanced = self._commit(output, self.execute(output))
+        self.computing = tuple(chunk.request for chunk in output.chunks)
+        advanced = self._commit(output, self._execute(output))
         seconds = time.perf_counter() - start
         self._totals.busy_s += seconds
         self._totals.steps += 1
@@ -242,6 +305,12 @@ class Engine:
 
     def execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
         """Does what the KV manager has queued for the device, and computes a step; see `ModelRunner.execute`."""
+        self._is_changing = True
+        result = self._execute(output, scores)
+        self._is_changing = False
+        return result
+
+    def _execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
         self.page_operations.apply(self.kv.take_operations())
         self.scheduler.note_transfer_rate(self.page_operations.bytes_per_s)
         return self.models[output.chunks[0].request.model].runner.execute(output, scores)
@@ -253,8 +322,9 @@ class Engine:
         )
         # Before their tokens count as computed: no page with NaN in it is ever shared.
         for request, stage in result.nonfinite.items():
-            request.error = nonfinite_message(request.model, request.num_output_tokens, stage)
-            self._finish(request, FinishReason.ERROR)
+            self._fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
+        for request, reason in result.stuck.items():
+            self._fail(request, dead_end(request, reason))
         sampled = {token.request: token for token in result.tokens}
         tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self.scheduler.commit(output, tokens, self.clock())
@@ -262,18 +332,34 @@ class Engine:
             self._append_text(request, sampled[request])
         self._totals.prompt_tokens += prompt_tokens
         self._totals.output_tokens += len(advanced)
-        return [*advanced, *result.nonfinite]
+        return [*advanced, *result.nonfinite, *result.stuck]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:
-        """Adds a sampled token to the request's text, and ends the request if that is its end."""
+        """Adds a sampled token to the request's text, and ends the request if that is its end.
+
+        One that has just become long is computed again: all its tokens are turned by other factors from now on.
+        """
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
-        if (reason := take_token(request, self.detokenizers[request], sampled.token)) is not None:
-            self._finish(request, reason)
+        text = self.detokenizers[request]
+        ending = ending_with(request, text, sampled.token)
+        if isinstance(ending, FineServeError):
+            self._fail(request, ending)
+        elif ending is not None:
+            self._finish(request, ending)
+        else:
+            text.accept()
+            if request.is_long and request.num_tokens - 1 == request.long_after:
+                self.scheduler.restart(request)
+
+    def _fail(self, request: Request, error: FineServeError) -> None:
+        request.error = error
+        self._finish(request, FinishReason.ERROR)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        self.detokenizers[request].finish()
         request.kv_tokens = self.kv.tokens_by_format(request)
+        request.finish_reason = reason  # from here on it has ended, whatever happens to the rest; see `recover`
+        self.detokenizers[request].end()
         self.scheduler.finish(request, reason, self.clock())
 
     def _on_idle(self) -> None:
@@ -291,6 +377,45 @@ class Engine:
         except OSError as error:
             log.warning("step_profile=%s could not be written: %s", self.config.step_profile, error)
 
+    # -- what was cut short ----------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """If the last call was cut short, makes the books anew, with all requests that have not ended waiting.
+
+        All calls that change something do this first. It may itself be cut short, and is then done again.
+        """
+        if not self._is_changing:
+            return
+        lost = self.arena.is_lost
+        if lost:
+            self.arena.renew()
+        unfinished = self._settle_requests()
+        self.kv.start_over()
+        self.scheduler.start_over(unfinished)
+        log.warning(
+            "a call was cut short%s; %d unfinished requests are computed again from their tokens",
+            ", and the KV arena was lost with it and is made anew" if lost else "",
+            len(unfinished),
+        )
+        self._is_changing = False
+
+    def _settle_requests(self) -> list[Request]:
+        """Takes back what is half done of each request; those that have not ended, in the order of arrival."""
+        unfinished = []
+        for request, text in self.detokenizers.items():
+            if request.finish_reason is None:
+                text.roll_back()
+                if request.matcher is not None:
+                    request.matcher.begin_with(request.output_token_ids)
+                request.error = None
+                unfinished.append(request)
+                continue
+            text.end()
+            if request.times.finished_s is None:
+                request.times.finished_s = self.clock()
+            request.status, request.fork_of = RequestStatus.FINISHED, None
+        return unfinished
+
     # -- accounts --------------------------------------------------------------------------------------------------
 
     @property
@@ -299,5 +424,6 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Where the engine stands now."""
+        self.recover()
         kv_bytes, compiled = self.arena.nbytes, self._num_compilations
         return engine_stats(self.models, self.kv, kv_bytes, self.scheduler, self._totals, compiled)

@@ -1,6 +1,6 @@
 """From what names a model, or several, to an engine that serves them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import load_models, model_sources
+from fineserve_jax.errors import ConfigError
 from fineserve_jax.loaders import load_model
 
 
@@ -18,15 +19,24 @@ def load_engine(model: str | Path | Mapping[str, Any], config: EngineConfig) -> 
         ModelLoadError: a model that cannot be found, read or used.
         ConfigError: settings that cannot be honoured.
     """
-    return engine_maker(model, config)()
-
-
-def engine_maker(model: str | Path | Mapping[str, Any], config: EngineConfig) -> Callable[[], Engine]:
-    """Loads `model` as `load_engine` does; what it returns makes engines of it, one after another."""
     use_compilation_cache()
     if not isinstance(model, Mapping):
-        loaded = load_model(model, config.weights)
-        return lambda: Engine(loaded, config)
+        return Engine(load_model(model, config.weights), config)
     sources = model_sources(model)
-    models = load_models(sources, config)
-    return lambda: Engine(models, config, settings=sources)
+    return Engine(load_models(sources, config), config, settings=sources)
+
+
+def load_from(model: str | None, models: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> Engine:
+    """The engine of a front door, which takes one model, or several by name.
+
+    Args:
+        settings: the fields of `EngineConfig`.
+
+    Raises:
+        ModelLoadError, ConfigError: see `load_engine`; or neither model nor models, or both.
+    """
+    if (model is None) == (models is None):
+        given = "neither model nor models" if model is None else "both model and models"
+        raise ConfigError(f"the LLM was given {given}; give one model, or several by name as models")
+    config = EngineConfig(**settings)
+    return load_engine(model_sources(models or {}) if model is None else model, config)

@@ -17,10 +17,11 @@ class CompletionOutput:
         text: without the stop string or end-of-sequence token that ended it.
         token_ids: all tokens that were sampled, the last one included.
         logprobs: one entry a token, if asked for.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", "late" for one that
-            asked to be dropped when its first token could not be in time, or "error".
-        error: with the reason "error", what went wrong: the model computed NaN or infinity. `text` and `token_ids` are
-            what it gave before.
+        finish_reason: "stop" (end of sequence, stop token, stop string, or the end of what `structured_outputs` allow),
+            "length", "abort", "late" for one that asked to be dropped when its first token could not be in time, or
+            "error".
+        error: with the reason "error", what went wrong: the model computed NaN or infinity, or nothing may follow that
+            `structured_outputs` allow. `text` and `token_ids` are what it gave before.
     """
 
     index: int
@@ -95,7 +96,7 @@ def request_output(samples: Sequence[Request], texts: Sequence[str], prompt: str
                 token_ids=request.output_token_ids,
                 logprobs=None if request.sampling.logprobs is None else list(request.logprobs),
                 finish_reason=str(request.finish_reason),
-                error=request.error,
+                error=None if request.error is None else str(request.error),
             )
             for i, (request, text) in enumerate(zip(samples, texts, strict=True))
         ],

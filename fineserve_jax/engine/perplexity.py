@@ -95,6 +95,7 @@ def measure_perplexity(
         RequestError: too short a text, or windows that the engine cannot hold.
         NonFiniteError: a score that is NaN or infinite.
     """
+    engine.recover()
     served = engine.served(model)
     kv_precision = kv_precision or served.config.kv_precision
     if kv_precision == AUTO:
@@ -102,15 +103,7 @@ def measure_perplexity(
     precision = _check(engine, served, token_ids, window, windows, kv_precision)
     use_precision(served, engine.kv, precision)
     if narrow_half_to is not None:
-        steps = engine.kv.ladder(served.name, kv_precision, narrow_half_to)
-        unchanged = len(steps) == 1 and narrow_half_to != kv_precision
-        if unchanged or window < 2 * served.geometry.page_size:
-            raise RequestError(
-                f"half of a window of {window} tokens in {kv_precision} cannot be narrowed to {narrow_half_to}; give a "
-                f"narrower format, and windows of at least {2 * served.geometry.page_size} tokens"
-            )
-        served.runner.use_formats(step.kv_format for step in steps)
-        served.runner.use_narrowing()
+        _use_narrowing(engine, served, window, kv_precision, narrow_half_to)
     total, tokens = 0.0, 0
     for i in range(windows):
         part = list(token_ids[i * window : (i + 1) * window])
@@ -129,6 +122,19 @@ def measure_perplexity(
         model=served.name,
         weights=served.model.weights,
     )
+
+
+def _use_narrowing(engine: Engine, served: ServedModel, window: int, kv_precision: str, narrow_to: str) -> None:
+    """Makes the model's programs narrow the first half of windows. Raises `RequestError` where none can be."""
+    steps = engine.kv.ladder(served.name, kv_precision, narrow_to)
+    unchanged = len(steps) == 1 and narrow_to != kv_precision
+    if unchanged or window < 2 * served.geometry.page_size:
+        raise RequestError(
+            f"half of a window of {window} tokens in {kv_precision} cannot be narrowed to {narrow_to}; give a "
+            f"narrower format, and windows of at least {2 * served.geometry.page_size} tokens"
+        )
+    served.runner.use_formats(step.kv_format for step in steps)
+    served.runner.use_narrowing()
 
 
 def _check(
@@ -169,6 +175,7 @@ def _score_window(
         sequence=0,
         times=RequestTimes(engine.clock()),
         shares_prefix=False,
+        long_after=served.model.config.long_after,
     )
     if not kv.grow(request, len(token_ids)):
         raise RequestError(f"no KV memory is free for a window of {len(token_ids)} tokens; let other requests finish")

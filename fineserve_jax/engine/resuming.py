@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
+from fineserve_jax.engine.endings import ending_with
+from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.errors import FineServeError
 from fineserve_jax.request import FinishReason, Request, RequestStatus
 from fineserve_jax.runner.runner import TokenLogprobs
 
@@ -23,28 +25,28 @@ class SampleSoFar:
     kv_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
-def take_token(request: Request, detokenizer: IncrementalDetokenizer, token: int) -> FinishReason | None:
-    """Adds a token's text to that of its request; returns why the request ends with it, None if it goes on."""
-    if token in request.stop_ids:
-        detokenizer.stop_at(token)
-        return FinishReason.STOP
-    if detokenizer.push(token):
-        return FinishReason.STOP
-    return FinishReason.LENGTH if request.num_tokens >= request.max_total_tokens else None
-
-
-def replay(request: Request, detokenizer: IncrementalDetokenizer, so_far: SampleSoFar) -> None:
+def replay(request: Request, text: RequestText, so_far: SampleSoFar) -> None:
     """Gives a request that nobody serves yet the tokens it had; it is finished if it ends with the last of them.
 
     Its random numbers go on where they stopped, since a token's depend on the request's seed and the token's position.
     """
+    request.logprobs.extend(so_far.logprobs)
     for token in so_far.token_ids:
         request.token_ids.append(token)
-        if (reason := take_token(request, detokenizer, token)) is not None:
-            detokenizer.finish()
-            request.status, request.finish_reason = RequestStatus.FINISHED, reason
-            request.times.finished_s, request.kv_tokens = request.times.arrival_s, dict(so_far.kv_tokens)
-            break
-    request.logprobs.extend(so_far.logprobs)
+        ending = ending_with(request, text, token)
+        if ending is not None:
+            _finish(request, text, ending, so_far)
+            return
+        text.accept()
     if so_far.token_ids:
         request.times.first_token_s = request.times.arrival_s  # it is not late any more
+
+
+def _finish(request: Request, text: RequestText, ending: FinishReason | FineServeError, so_far: SampleSoFar) -> None:
+    if isinstance(ending, FineServeError):
+        request.error, request.finish_reason = ending, FinishReason.ERROR
+    else:
+        request.finish_reason = ending
+    text.end()
+    request.status, request.kv_tokens = RequestStatus.FINISHED, dict(so_far.kv_tokens)
+    request.times.first_token_s = request.times.finished_s = request.times.arrival_s

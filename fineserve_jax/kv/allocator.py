@@ -69,6 +69,15 @@ class SlabAllocator:
         for page_class in classes:
             self.register(page_class)
 
+    def emptied(self) -> "SlabAllocator":
+        """Another allocator of the same arena and classes, of which no page is in use. Reads nothing that handing pages
+        out and taking them back changes."""
+        fresh = SlabAllocator(self.num_units, self.slab_units, unit_bytes=self.unit_bytes)
+        fresh.policy = self.policy
+        for page_class in list(self.members):
+            fresh.register(page_class)
+        return fresh
+
     @property
     def usable_slabs(self) -> int:
         """Slabs that can be handed out: all whole ones but that of the null page."""

@@ -35,6 +35,7 @@ class Compaction:
         enabled: whether any are moved; off only to compare.
 
     Attributes:
+        enabled: as given.
         max_step_bytes: most bytes moved between two steps, unless a request would lose its pages otherwise.
         num_pages: pages moved since the start.
         is_cut_short: whether more would have been moved in this step.
@@ -43,7 +44,7 @@ class Compaction:
     def __init__(
         self, allocator: SlabAllocator, table: PageTable, operations: list[PageOperation], enabled: bool = True
     ) -> None:
-        self._allocator, self._table, self._operations, self._enabled = allocator, table, operations, enabled
+        self._allocator, self._table, self._operations, self.enabled = allocator, table, operations, enabled
         self.max_step_bytes = MAX_STEP_BYTES
         self.num_pages = 0
         self.is_cut_short = False
@@ -54,7 +55,7 @@ class Compaction:
         """Another step's worth of bytes may be moved; a few are."""
         self._moved_bytes = 0
         self.is_cut_short = False
-        if self._enabled:
+        if self.enabled:
             self._tidy()
 
     def move(self, at_once: bool = False) -> bool:
@@ -63,7 +64,7 @@ class Compaction:
         Args:
             at_once: move all of the slab's pages, however much was moved in this step.
         """
-        pool = self._cheapest(list(self._allocator.pools.values())) if self._enabled else None
+        pool = self._cheapest(list(self._allocator.pools.values())) if self.enabled else None
         if pool is None:
             return False
         is_moved = self._empty_a_slab(pool, None if at_once else self.max_step_bytes)

@@ -27,6 +27,7 @@ class HostMemory:
     Args:
         pool: where pages are.
         max_bytes: most bytes to keep.
+        num_saved: requests that were saved before.
 
     Attributes:
         saved: by request.
@@ -34,12 +35,12 @@ class HostMemory:
         num_saved: requests saved since the start.
     """
 
-    def __init__(self, pool: PagePool, max_bytes: int) -> None:
+    def __init__(self, pool: PagePool, max_bytes: int, num_saved: int = 0) -> None:
         self._pool = pool
         self.max_bytes = max_bytes
         self.saved: dict[Request, Saved] = {}
         self.used_bytes = 0
-        self.num_saved = 0
+        self.num_saved = num_saved
 
     def num_bytes(self, request: Request, held: RequestPages) -> int:
         """Bytes that saving the request would take: the pages of its computed tokens, and its residual page."""
@@ -72,7 +73,7 @@ class HostMemory:
         pages = self._pool.take(demand, leaving)
         if pages is None:
             return None
-        held = RequestPages(saved.page_class, exact=saved.exact)
+        held = RequestPages(saved.page_class, block_hash=request.prefix_root, exact=saved.exact)
         if saved.has_residual and saved.page_class.residual is not None:
             held.residual = pages[saved.page_class.residual].pop()
         units = []

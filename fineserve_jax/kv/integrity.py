@@ -9,6 +9,7 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.errors import IntegrityError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_pool import SlabPool
+from fineserve_jax.validation import shortened
 
 
 def check_integrity(kv: KVManager, thorough: bool = True) -> None:
@@ -71,7 +72,9 @@ def _check_ref_counts(kv: KVManager, units: np.ndarray, tags: np.ndarray) -> Non
     unreferenced = np.flatnonzero((recorded == 0) & (units > 0))
     if len(unreferenced) != len(evictable):
         lost = set(unreferenced.tolist()).symmetric_difference(evictable)
-        raise IntegrityError(f"pages {_short(lost)} are held by nobody and not kept for their prefix, but not free")
+        raise IntegrityError(
+            f"pages {shortened(str(lost))} are held by nobody and not kept for their prefix, but not free"
+        )
     own_tags = {id(page_class): member.tag for page_class, member in kv.pool.allocator.members.items()}
     expected = np.repeat([own_tags[id(run.page_class)] for run in runs], [len(run.handles) for run in runs])
     for i in np.flatnonzero(tags[in_runs] != expected).tolist():
@@ -147,14 +150,9 @@ def _check_pool(allocator: SlabAllocator, pool: SlabPool, tags: np.ndarray, pool
 
 def _equal(what: str, recorded: object, counted: object) -> None:
     if recorded != counted:
-        raise IntegrityError(f"{what}: {_short(recorded)} in the books, {_short(counted)} counted")
+        raise IntegrityError(f"{what}: {shortened(str(recorded))} in the books, {shortened(str(counted))} counted")
 
 
 def _equal_arrays(what: str, recorded: np.ndarray, counted: np.ndarray) -> None:
     if not np.array_equal(recorded, counted):
         _equal(what, recorded.tolist(), counted.tolist())
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -57,6 +57,17 @@ class KVManager:
         for page_class in classes.values():
             self.register(page_class)
 
+    def start_over(self) -> None:
+        """Forget all pages: nobody holds any, none is cached or saved, and nothing is left for the device to do.
+
+        For when an operation was cut short and the books cannot be trusted: only what no operation changes is read.
+        """
+        pool = self.pool.emptied()
+        self.sharing = Sharing(pool, self.classes, self.sharing.prefix_cache)
+        self.host = HostMemory(pool, self.host.max_bytes, self.host.num_saved)
+        self.held = {}
+        self.pool = pool
+
     # -- classes of pages ----------------------------------------------------------------------------------
 
     def register(self, page_class: PageClass) -> None:
@@ -250,10 +261,6 @@ class KVManager:
     def can_allocate(self, demand: Demand) -> bool:
         """Whether so many pages are free, without evicting or moving any."""
         return self.pool.allocator.can_allocate(demand)
-
-    def forget_prefixes(self) -> None:
-        """Evict all cached pages that no request holds."""
-        self.pool.evict_all()
 
     def fits_alone(self, model: str, kv_format: str, num_tokens: int) -> bool:
         """Whether an otherwise empty arena could hold a request of that many tokens, quotas respected."""

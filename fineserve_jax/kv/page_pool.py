@@ -50,6 +50,14 @@ class PagePool:
         self._operations: list[PageOperation] = []
         self.compaction = Compaction(allocator, self.table, self._operations, compacts)
 
+    def emptied(self) -> "PagePool":
+        """Another pool of the same arena in which no page is taken or cached, and no operation is queued; it counts
+        on."""
+        fresh = PagePool(self.allocator.emptied(), self.reserve_slabs, self.compaction.enabled)
+        fresh.prefix_cache.stats = self.prefix_cache.stats
+        fresh.compaction.num_pages = self.compaction.num_pages
+        return fresh
+
     def begin_step(self) -> None:
         """To be called once before each step: restores the reserve of free slabs, as far as that moves or evicts
         pages that nobody holds."""

@@ -93,7 +93,7 @@ class QuotaAccount:
 
     def names(self, request: Request) -> list[str]:
         """Quotas that the request counts against."""
-        return self.names_of(request.tenant, request.kv_precision)
+        return self.names_of(request.options.tenant, request.kv_precision)
 
     def names_of(self, tenant: str, kv_precision: str) -> list[str]:
         """Quotas that requests of the tenant in the precision count against."""

@@ -24,6 +24,7 @@ from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.known_keys import CheckedKeys, check_keys
 from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.loaders.tokenizer import Tokenizer
+from fineserve_jax.loaders.tokenizer_check import check_same_ids
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.params import Params, abstract_params
 
@@ -45,7 +46,10 @@ def check_target(directory: Path) -> None:
 
 
 def save_checkpoint(model: LoadedModel, directory: Path) -> None:
-    """Write `model` to `directory`, which appears complete or not at all. Raises ModelLoadError."""
+    """Write `model` to `directory`, which appears complete or not at all.
+
+    Raises ModelLoadError, also where the tokenizer that was written gives other ids than the model's.
+    """
     check_target(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +96,7 @@ def _write(model: LoadedModel, directory: Path) -> None:
     import orbax.checkpoint as ocp
 
     save_tokenizer(model.tokenizer, directory)
+    check_same_ids(model.tokenizer, hf_tokenizer(directory))
     # Uncompressed: quantised weights shrink by a tenth at most, and start-up would pay for it.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
     with _quiet(), ocp.Checkpointer(handler) as checkpointer:

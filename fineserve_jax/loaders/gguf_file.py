@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import struct
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,9 @@ from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.known_keys import shown
 
 SUPPORTED_TYPES = (
-    "F32",
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 _CHUNK_VALUES = 1 << 18  # dequantise pieces that stay in cache
 
@@ -87,26 +79,52 @@ class GGUFFile:
         try:
             if path.stat().st_size < 24:
                 raise ModelLoadError(f"{path} is not a GGUF file: it has {path.stat().st_size} bytes only")
-            self._data = np.memmap(path, np.uint8, mode="r")
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+            # What is mapped and read counts as this process's memory: only the header is mapped, for as long as this.
+            self.metadata, self.tensors = _parse(_Cursor(np.memmap(path, np.uint8, mode="r"), path))
         except OSError as error:
             raise ModelLoadError(f"cannot read {path}: {error.strerror}") from error
-        self.metadata, self.tensors = _parse(_Cursor(self._data, path))
 
-    def read(self, name: str) -> np.ndarray:
-        """Tensor `name` dequantised to f32 in its shape; raises ModelLoadError when there is none."""
+    def read(self, name: str, index: int | None = None, rows: slice | None = None) -> np.ndarray:
+        """Tensor `name` dequantised to f32 in its shape, or a part of it.
+
+        index: the matrix, or vector, of that number of a stack.
+        rows: these along the first axis of that.
+
+        Raises ModelLoadError when there is no such tensor.
+        """
         if name not in self.tensors:
             raise ModelLoadError(f"{self.path} has no tensor {name!r}; the file is incomplete")
         info = self.tensors[name]
-        raw = self._data[info.offset : info.offset + info.size_bytes]
-        if info.type == GGMLQuantizationType.F32:
-            return raw.view("<f4").reshape(info.shape).copy()
-        out = np.empty(math.prod(info.shape), np.float32)
+        shape, first = info.shape, 0
+        if index is not None:
+            shape = shape[1:]
+            first = index * math.prod(shape)
+        start, stop, step = (rows or slice(None)).indices(shape[0])
+        if len(shape) > 1:
+            width = math.prod(shape[1:])
+            values = self._values(info, first + start * width, first + stop * width)
+            return values.reshape(-1, *shape[1:])[::step]
+        return self._values(info, first, first + shape[0])[start:stop:step]
+
+    def _values(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        """Values number `start` to `stop`, which are whole blocks, f32."""
         block, block_bytes = GGML_QUANT_SIZES[info.type]
-        step = max(1, _CHUNK_VALUES // block)
-        for first in range(0, len(out) // block, step):
-            piece = raw[first * block_bytes : (first + step) * block_bytes]
-            out[first * block : (first + step) * block] = gguf.dequantize(piece, info.type)
-        return out.reshape(info.shape)
+        out = np.empty(max(stop - start, 0), np.float32)
+        step = max(1, _CHUNK_VALUES // block) * block
+        for at in range(start, stop, step):
+            count = min(step, stop - at)
+            raw = self._bytes(info.offset + at // block * block_bytes, count // block * block_bytes)
+            is_f32 = info.type == GGMLQuantizationType.F32
+            out[at - start : at - start + count] = raw.view("<f4") if is_f32 else gguf.dequantize(raw, info.type)
+        return out
+
+    def _bytes(self, offset: int, size: int) -> np.ndarray:
+        raw = os.pread(self._descriptor, size, offset)
+        if len(raw) != size:
+            raise ModelLoadError(f"{self.path} has become shorter while it was read; download it again")
+        return np.frombuffer(raw, np.uint8)
 
 
 class _Cursor:

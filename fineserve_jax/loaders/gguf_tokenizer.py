@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`)."""
+"""Tokenizers rebuilt from GGUF metadata: BPE with its merges (`gpt2`, `gemma4`) and SentencePiece BPE (`llama`)."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, normalizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_schema import GGUFTokenizerKeys
+from fineserve_jax.loaders.gguf_sentencepiece import USER_DEFINED, piece_texts, sentencepiece_backend, spell_spaces
+from fineserve_jax.loaders.gguf_splitting import SPLITTINGS, Splitting
 from fineserve_jax.loaders.known_keys import check_keys, shown
 from fineserve_jax.loaders.tokenizer import END_OF_TURN_TOKENS, Tokenizer, end_of_turn_ids
 
 log = logging.getLogger(__name__)
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL = 2, 3  # values of tokenizer.ggml.token_type
 
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 _LOOKS_SPECIAL = re.compile(r"<\|[^\s|<>]+\|>")
 
 _TEMPLATE = "tokenizer.chat_template"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
-_QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -81,7 +80,15 @@ def _checked_metadata(file: GGUFFile) -> dict[str, Any]:
         index = meta.get(key := f"tokenizer.ggml.{name}_token_id")
         if index is not None and index >= len(tokens):
             raise ModelLoadError(f"{where}{key} is {index}, but the vocabulary has only {len(tokens)} tokens")
-    return meta
+    return _default_ends(meta) | meta
+
+
+def _default_ends(meta: dict[str, Any]) -> dict[str, int]:
+    """A SentencePiece vocabulary begins with <unk>, <s> and </s> where the file does not say which they are."""
+    begins = meta["tokenizer.ggml.tokens"][:3] == ["<unk>", "<s>", "</s>"]
+    if meta["tokenizer.ggml.model"] != "llama" or not begins:
+        return {}
+    return {f"tokenizer.ggml.{name}_token_id": index for index, name in enumerate(("unknown", "bos", "eos"))}
 
 
 def _build(builder: Callable[[GGUFFile, dict[str, Any]], Backend], file: GGUFFile, meta: dict[str, Any]) -> Backend:
@@ -99,31 +106,46 @@ def _duplicates(tokens: list[str]) -> dict[int, int]:
     return {index: last[token] for index, token in enumerate(tokens) if last[token] != index}
 
 
-def _byte_level_bpe(file: GGUFFile, meta: dict[str, Any]) -> Backend:
-    pre = meta.get("tokenizer.ggml.pre")
+def _bpe(file: GGUFFile, meta: dict[str, Any]) -> Backend:
+    splitting = _splitting(file, meta)
+    if "tokenizer.ggml.merges" not in meta:
+        raise ModelLoadError(f"{file.path} holds no tokenizer merges (metadata tokenizer.ggml.merges)")
+    tokens = meta["tokenizer.ggml.tokens"] if splitting.in_bytes else piece_texts(meta)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = _merges(file, vocabulary, meta["tokenizer.ggml.merges"])
+    in_bytes = splitting.in_bytes
+    model = BPE(vocab=vocabulary, merges=merges, ignore_merges=splitting.ignore_merges, byte_fallback=not in_bytes)
+    backend = Backend(model)
+    if not in_bytes:
+        spell_spaces(backend, prefix=False)
+        return backend
+    if splitting.composed:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = splitting.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _splitting(file: GGUFFile, meta: dict[str, Any]) -> Splitting:
+    pre = _pre_name(meta)
     if pre is None:
         log.warning(
             "%s does not say how text is split before tokenization (metadata tokenizer.ggml.pre): GPT-2's rules are "
             "used, and tokens may differ from those the model was trained on; convert the model again",
             file.path,
         )
-        pre = "default"
-    if pre not in _PRE_TOKENIZERS:
+    if pre is not None and pre not in SPLITTINGS:
         raise ModelLoadError(
-            f"{file.path} has the pre-tokenizer {pre!a}, which is not supported; "
-            f"supported: {', '.join(_PRE_TOKENIZERS)}"
+            f"{file.path} has the pre-tokenizer {shown(pre)}, which is not supported; "
+            f"supported: {', '.join(sorted(SPLITTINGS))}"
         )
-    if "tokenizer.ggml.merges" not in meta:
-        raise ModelLoadError(f"{file.path} holds no tokenizer merges (metadata tokenizer.ggml.merges)")
-    vocabulary = _vocabulary(meta)
-    merges = _merges(file, vocabulary, meta["tokenizer.ggml.merges"])
-    model = BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES)
-    backend = Backend(model)
-    if pre in _QWEN2_NAMES:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    return SPLITTINGS[pre or "default"]
+
+
+def _pre_name(meta: dict[str, Any]) -> str | None:
+    """A vocabulary of kind "gemma4" is split in one way only."""
+    stated: str | None = meta.get("tokenizer.ggml.pre")
+    return "gemma4" if meta["tokenizer.ggml.model"] == "gemma4" else stated
 
 
 def _merges(file: GGUFFile, vocabulary: dict[str, int], merges: list[str]) -> list[tuple[str, str]]:
@@ -141,71 +163,13 @@ def _merges(file: GGUFFile, vocabulary: dict[str, int], merges: list[str]) -> li
 
 
 def _sentencepiece_bpe(file: GGUFFile, meta: dict[str, Any]) -> Backend:
-    vocab = _vocabulary(meta)
-    unknown = meta["tokenizer.ggml.tokens"][meta.get("tokenizer.ggml.unknown_token_id", 0)]
     scores = meta.get("tokenizer.ggml.scores")
     if scores is None:
         raise ModelLoadError(f"{file.path} holds no tokenizer scores (metadata tokenizer.ggml.scores)")
-    model = BPE(
-        vocab=vocab,
-        merges=_merges_from_scores(vocab, scores, meta.get("tokenizer.ggml.token_type")),
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=unknown,
-    )
-    backend = Backend(model)
-    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
-    strip = []
-    if meta.get("tokenizer.ggml.add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend("▁"))
-        strip = [decoders.Strip(" ", 1, 0)]
-    backend.normalizer = normalizers.Sequence(spaces)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    backend.decoder = decoders.Sequence(steps)
-    return backend
+    return sentencepiece_backend(meta, scores)
 
 
-def _merges_from_scores(vocab: dict[str, int], scores: list[float], types: list[int] | None) -> list[tuple[str, str]]:
-    """SentencePiece merges whichever pair makes the best-scored piece; BPE wants the pairs in that order."""
-    ranked = []
-    for piece, index in vocab.items():
-        if types is not None and types[index] != 1:  # only normal pieces take part in merging
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocab and right in vocab:
-                ranked.append((-scores[index], vocab[left], vocab[right], left, right))
-    ranked.sort()
-    return [(left, right) for *_, left, right in ranked]
-
-
-def _vocabulary(meta: dict[str, Any]) -> dict[str, int]:
-    return {token: index for index, token in enumerate(meta["tokenizer.ggml.tokens"])}
-
-
-def _gpt2_pre() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _digits_pre() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_pre()])
-
-
-def _split_pre(pattern: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "smollm": _digits_pre,
-    "default": _gpt2_pre,
-    "gpt-2": _gpt2_pre,
-    **dict.fromkeys(_LLAMA3_NAMES, lambda: _split_pre(_LLAMA3_SPLIT)),
-    **dict.fromkeys(_QWEN2_NAMES, lambda: _split_pre(_QWEN2_SPLIT)),
-}
-_BUILDERS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
+_BUILDERS = {"gpt2": _bpe, "gemma4": _bpe, "llama": _sentencepiece_bpe}
 
 
 def _add_special_tokens(backend: Backend, meta: dict[str, Any], file: GGUFFile) -> None:
@@ -224,16 +188,28 @@ def _add_special_tokens(backend: Backend, meta: dict[str, Any], file: GGUFFile) 
         token
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         # As in llama.cpp: what ends a turn is a control token, whatever the file says.
-        if kind == _CONTROL or token in END_OF_TURN_TOKENS or (index in ends and _LOOKS_SPECIAL.fullmatch(token))
+        if kind in (_UNKNOWN, _CONTROL)
+        or token in END_OF_TURN_TOKENS
+        or (index in ends and _LOOKS_SPECIAL.fullmatch(token))
     ]
-    defined = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control if t])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in defined if t])
+    spelt = piece_texts(meta) if backend.pre_tokenizer is None else tokens
+    defined = [spelt[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
+    strips = _swallows_space(file)
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False, rstrip=strips and t not in _PHI3_PLAIN) for t in control if t]
+    )
+    backend.add_tokens([AddedToken(t, special=False, normalized=False, rstrip=strips) for t in defined if t])
+
+
+def _swallows_space(file: GGUFFile) -> bool:
+    """Whether special tokens take the white space behind them: Phi-3's do, and only the model's name tells."""
+    name = file.metadata.get("general.name")
+    return isinstance(name, str) and any(phi in name.lower() for phi in ("phi-3", "phi3"))
 
 
 def _add_sequence_ends(backend: Backend, meta: dict[str, Any], kind: str) -> None:
     """What `add_special_tokens` adds. Where the file does not say, llama.cpp's defaults hold."""
-    bos_by_default = kind == "llama" or meta.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    bos_by_default = kind in ("llama", "gemma4") or SPLITTINGS[meta.get("tokenizer.ggml.pre", "default")].add_bos
     ends = {
         "bos": meta.get("tokenizer.ggml.add_bos_token", bos_by_default),
         "eos": meta.get("tokenizer.ggml.add_eos_token", False),

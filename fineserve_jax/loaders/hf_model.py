@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, which safetensors looks up by name)
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_config import hf_config
-from fineserve_jax.loaders.hf_schema import HFIndex
+from fineserve_jax.loaders.hf_multimodal import has_text_part, text_part, text_tensor_name
 from fineserve_jax.loaders.json_file import read_json
-from fineserve_jax.loaders.known_keys import check_keys
+from fineserve_jax.loaders.laid_out_tensors import LaidOutTensors
+from fineserve_jax.loaders.quantization import PlainTensors, quantization_method
+from fineserve_jax.loaders.quantized_mxfp4 import MXFP4Stacks
+from fineserve_jax.loaders.safetensors_files import SafetensorsFiles
+from fineserve_jax.models.registry import get_family
 
-_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-_INDEX = "model.safetensors.index.json"
+log = logging.getLogger(__name__)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_A_TIME = 1024
 # Tables of rotations, which older versions of transformers stored: they follow from the configuration.
@@ -36,72 +35,55 @@ class HFModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = hf_config(read_json(directory / "config.json"))
-        self._files = {path: _open(path) for path in self._tensor_files()}
-        self._where = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
-        self._refuse_duplicates()
-        if self.config.tie_embeddings and _HEAD in self._where and not self._head_is_the_embedding():
+        raw = read_json(directory / "config.json")
+        self.config = hf_config(raw)
+        family = get_family(self.config.family)
+        self._norm_offset = np.float32(family.hf_norm_offset)
+        self._files = SafetensorsFiles(directory)
+        if has_text_part(raw):
+            self._leave_out_images()
+        text = text_part(raw)
+        method = quantization_method(text.get("quantization_config") or text.get("compression_config"))
+        self._stored = MXFP4Stacks(PlainTensors(self._files, method))
+        self._tensors = LaidOutTensors(self.config, family.hf_layout, self._stored, _stored_name)
+        if self.config.tie_embeddings and self._tensors.shape(_HEAD) is not None and not self._head_is_the_embedding():
             # The flag is often left at its default; a head that was stored and differs is meant.
             self.config = dataclasses.replace(self.config, tie_embeddings=False)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor; None when no file has it. Raises ModelLoadError when its type is no float."""
-        if name not in self._where:
-            return None
-        part = self._where[name].get_slice(name)
-        if part.get_dtype() not in _FLOAT_TYPES:
-            raise ModelLoadError(
-                f"{self.directory}: tensor {name} is of type {part.get_dtype()}, which is not supported; "
-                f"supported: {', '.join(_FLOAT_TYPES)}"
-            )
-        return tuple(part.get_shape())
+        return self._tensors.shape(name)
 
-    def read(self, name: str) -> np.ndarray:
-        """Tensor `name` as f32."""
-        return self._where[name].get_tensor(name).astype(np.float32)
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The tensor, f32, or these rows of it; of q and k whole heads."""
+        tensor = self._tensors.read(name, rows)
+        return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def unused(self, used: Collection[str]) -> list[str]:
-        """Tensors beside `used` that would change the model's numbers."""
-        known = {*used, _HEAD} if self.config.tie_embeddings else set(used)
-        return sorted(name for name in self._where if name not in known and not _HARMLESS.fullmatch(name))
+        """Tensors beside `used` that would change the model's numbers, by the names that the files have for them."""
+        names = self._tensors.stored_names([*used, _HEAD] if self.config.tie_embeddings else used)
+        known = self._stored.stored_names(names)
+        return sorted(name for name in self._files.tensors if name not in known and not _HARMLESS.fullmatch(name))
 
-    def _refuse_duplicates(self) -> None:
-        counts = Counter(name for file in self._files.values() for name in file.keys())  # noqa: SIM118
-        twice = sorted(name for name, count in counts.items() if count > 1)
-        if twice:
-            raise ModelLoadError(
-                f"{self.directory}: tensor {twice[0]!a} is in more than one of {len(self._files)} files "
-                f"({', '.join(path.name for path in self._files)}); keep one set of weights"
-            )
+    def _leave_out_images(self) -> None:
+        """Tensors get the names that they have in a model of the text part alone."""
+        names = {stored: text_tensor_name(stored) for stored in self._files.tensors}
+        kept = {name: self._files.tensors[stored] for stored, name in names.items() if name is not None}
+        if left_out := len(names) - len(kept):
+            log.warning("%s: %d tensors are for images, and left out: prompts are text", self.directory, left_out)
+        self._files.tensors = kept
 
     def _head_is_the_embedding(self) -> bool:
         """Compares a few rows at a time, so that two large tables are never in memory."""
-        if _EMBEDDING not in self._where or self.shape(_EMBEDDING) != self.shape(_HEAD):
+        if self.shape(_EMBEDDING) != self.shape(_HEAD):
             return False
         rows = (self.shape(_HEAD) or (0,))[0]
-        embedding, head = (self._where[name].get_slice(name) for name in (_EMBEDDING, _HEAD))
         pieces = (slice(at, min(at + _ROWS_AT_A_TIME, rows)) for at in range(0, rows, _ROWS_AT_A_TIME))
-        return all(np.array_equal(embedding[piece], head[piece]) for piece in pieces)
-
-    def _tensor_files(self) -> list[Path]:
-        index = self.directory / _INDEX
-        if index.exists():
-            names = sorted(set(check_keys(HFIndex, read_json(index), f"{_INDEX}: ").weight_map.values()))
-            files = [self.directory / name for name in names]
-        else:
-            files = sorted(self.directory.glob("model*.safetensors"))
-        if not files:
-            raise ModelLoadError(
-                f"{self.directory} has no model*.safetensors; PyTorch *.bin files must be converted "
-                f"to safetensors first"
-            )
-        return files
+        return all(np.array_equal(self.read(_EMBEDDING, piece), self.read(_HEAD, piece)) for piece in pieces)
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except FileNotFoundError as error:
-        raise ModelLoadError(f"{path} is missing, although the checkpoint's index names it; download it") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{path} is not a readable safetensors file: {error}; download it again") from error
+def _stored_name(prefix: str, part: str, kind: str, stacked: bool) -> str:
+    """Stacks of experts are parameters of one module: their names end in the part's, those of biases in `_bias`."""
+    if stacked:
+        return f"{prefix}{part}{'_bias' if kind == 'bias' else ''}"
+    return f"{prefix}{part}.{kind}" if kind else f"{prefix}{part}"

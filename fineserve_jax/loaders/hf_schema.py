@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,8 +12,11 @@ Count = Annotated[int, Field(ge=1, le=2**24)]
 Layers = Annotated[int, Field(ge=1, le=4096)]
 Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
 PositiveNumber = Annotated[float, Field(gt=0, le=1e12)]
+SoftCap = Annotated[float, Field(ge=0, le=1e12)]  # 0 is written for none
 RopeBase = Annotated[float, Field(gt=1, le=1e15)]
 NormEpsilon = Annotated[float, Field(gt=0, lt=1)]
+ExpertCount = Annotated[int, Field(ge=0, le=1024)]
+RopeFactors = Annotated[list[PositiveNumber], Field(max_length=2**15)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -32,18 +35,44 @@ class HFConfigKeys(CheckedKeys):
     original_max_position_embeddings: Positions | None = None
     rms_norm_eps: NormEpsilon | None = None
     hidden_act: str | None = None
+    hidden_activation: str | None = None
+    query_pre_attn_scalar: PositiveNumber | None = None
+    attn_logit_softcapping: SoftCap | None = None
+    final_logit_softcapping: SoftCap | None = None
+    use_bidirectional_attention: bool | None = None
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     rope_theta: RopeBase | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
+    rope_local_base_freq: RopeBase | None = None
     partial_rotary_factor: PositiveNumber | None = None
+    sliding_window_pattern: Annotated[int, Field(ge=1, le=4096)] | None = None
     sliding_window: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     use_sliding_window: bool | None = None
     max_window_layers: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     layer_types: Annotated[list[str], Field(max_length=4096)] | None = None
     quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
+    embedding_multiplier: PositiveNumber | None = None
+    attention_multiplier: PositiveNumber | None = None
+    residual_multiplier: PositiveNumber | None = None
+    logits_scaling: PositiveNumber | None = None
+    num_experts: ExpertCount | None = None
+    num_local_experts: ExpertCount | None = None
+    num_experts_per_tok: ExpertCount | None = None
+    moe_intermediate_size: Count | None = None
+    norm_topk_prob: bool | None = None
+    decoder_sparse_step: Layers | None = None
+    no_rope_layers: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(max_length=4096)] | None = None
+    no_rope_layer_interval: Layers | None = None
+    layer_norm_eps: NormEpsilon | None = None
+    logit_scale: PositiveNumber | None = None
+    layer_switch: Layers | None = None
+    swiglu_limit: PositiveNumber | None = None
+    swiglu_alpha: PositiveNumber | None = None
+    mlp_only_layers: Annotated[list[Annotated[int, Field(ge=0, lt=4096)]], Field(max_length=4096)] | None = None
 
 
 class HFRopeKeys(CheckedKeys):
@@ -63,6 +92,15 @@ class HFRopeKeys(CheckedKeys):
     mscale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
     truncate: bool | None = None
+    short_factor: RopeFactors | None = None
+    long_factor: RopeFactors | None = None
+
+
+class HFLocalRopeKeys(CheckedKeys):
+    """The part of `rope_parameters` that is for layers with a window; it is not scaled."""
+
+    rope_theta: RopeBase | None = None
+    rope_type: Literal["default"] | None = None
 
 
 class HFTokenIds(CheckedKeys):
@@ -137,19 +175,20 @@ class HFIndex(CheckedKeys):
 # Keys that describe, or that only training, sampling, heads of other tasks or the host's execution read.
 _HARMLESS = """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path
+    _sliding_window_pattern
     add_cross_attention architectures attention_dropout attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout custom_pipelines
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cache_implementation custom_pipelines
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
     forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label ignore_index
     initializer_range is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
     max_length max_new_tokens max_sequence_length min_length mlp_dropout model_max_length model_type
     name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
-    pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
-    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
-    unsloth_version use_bfloat16 use_cache
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 HARMLESS_KEYS = frozenset(_HARMLESS.split())
 # The values at which a key changes nothing in the supported families.
@@ -160,8 +199,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0,),
     "embedding_multiplier": (1.0,),
     "final_logit_softcapping": (0,),
-    "hidden_activation": ("silu", "swish"),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_decoder": (True, False),  # a decoder-only model is one either way
+    "lm_head_bias": (False,),
     "logit_scale": (1.0,),
     "logits_scaling": (1.0,),
     "mlp_bias": (False,),
@@ -173,6 +214,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "tie_encoder_decoder": (False,),
     "use_bias": (False,),
+    "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),

@@ -13,8 +13,8 @@ from fineserve_jax.loaders.checkpoint import (
     save_checkpoint,
 )
 from fineserve_jax.loaders.fetch import ALIASES, fetch
-from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_model import GGUFModel
+from fineserve_jax.loaders.gguf_split import open_gguf
 from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer
@@ -89,7 +89,7 @@ def _name(source: str | Path, path: Path) -> str:
 
 
 def _load_gguf(path: Path, weights: str, name: str, with_params: bool) -> LoadedModel:
-    file = GGUFFile(path)
+    file = open_gguf(path)
     model = GGUFModel(file)
     tokenizer = gguf_tokenizer(file)
     params = pack_params(model.config, weights, model) if with_params else {}

@@ -10,9 +10,16 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
 from fineserve_jax.loaders.token_bound import TokenBound, token_bound
 from fineserve_jax.loaders.token_bytes import ByteRule, byte_rule
+from fineserve_jax.structured.vocabulary import Vocabulary
 
 # Tokens by which chat models end a turn; generation stops at them although only some files list them.
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>")
+END_OF_TURN_TOKENS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>"),
+    *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<turn|>"),
+    *("<\uff5cend▁of▁sentence\uff5c>", "[e~["),
+)
+# Where a model has both of a pair, "<|end|>" ends a message only, and another one follows in the same turn.
+_TURNS_OF_MESSAGES = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
 
 
 def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
@@ -23,7 +30,10 @@ def special_ids(backend: tokenizers.Tokenizer) -> dict[str, int]:
 def end_of_turn_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """Ids of those end-of-turn tokens that `backend` knows as special ones."""
     special = special_ids(backend)
-    return [special[name] for name in END_OF_TURN_TOKENS if name in special]
+    names = [name for name in END_OF_TURN_TOKENS if name in special]
+    if any(special.keys() >= set(pair) for pair in _TURNS_OF_MESSAGES):
+        names = [name for name in names if name != "<|end|>"]
+    return [special[name] for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +116,27 @@ class Tokenizer:
             return self.decode([token_id], skip_special_tokens=False).encode()
         return self._rule.to_bytes(text)
 
+    def vocabulary(self, size: int) -> Vocabulary:
+        """What grammars need to know of the first `size` ids, some of which may be no tokens.
+
+        Made when first asked for, which takes half a second for 50,000 tokens.
+
+        Raises RequestError for a tokenizer whose tokens have no bytes of their own: the text of each depends on others.
+        """
+        if size not in self._vocabularies:
+            self._vocabularies[size] = self._vocabulary(size)
+        return self._vocabularies[size]
+
+    def _vocabulary(self, size: int) -> Vocabulary:
+        if self._rule is None:
+            raise RequestError(
+                "structured_outputs need a tokenizer each of whose tokens stands for the same bytes everywhere, which "
+                "this model's does not; leave them out, or use another model"
+            )
+        special = frozenset(self.special_ids.values())
+        encode = functools.partial(self.encode, add_special_tokens=False)
+        return Vocabulary([self.token_bytes(i) for i in range(size)], [i for i in range(size) if i in special], encode)
+
     def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for tokens that arrive one by one.
 
@@ -148,4 +179,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _known_bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @functools.cached_property
+    def _vocabularies(self) -> dict[int, Vocabulary]:
         return {}

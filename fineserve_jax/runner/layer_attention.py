@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fineserve_jax.models import LayerGroup
 from fineserve_jax.pallas_kernels.chunk_attention import attend_within
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.operations import paged_attention
@@ -38,34 +39,41 @@ class LayerWords(NamedTuple):
 
 @dataclass
 class LayerAttention:
-    """The `attend` of one layer; after the call, `words` holds what it encoded."""
+    """The `attend` of one layer of the group; after the call, `words` holds what it encoded."""
 
     spec: StepSpec
+    group: LayerGroup
     layer: jax.Array
     arena: jax.Array
     inputs: StepInputs
     words: LayerWords = field(default_factory=lambda: LayerWords({}, {}))
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """q: f32[N, heads, D]; k, v: f32[N, kv_heads, D], N the decode rows and then the chunk slots."""
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+        """q: f32[N, heads, D]; k, v: f32[N, kv_heads, D], N the decode rows and then the chunk slots.
+
+        sinks: f32[heads], see `paged_attention`.
+        """
         rows, kv_heads = self.spec.shape.rows, self.spec.geometry.kv_heads
         grouped = (q * self.spec.model.config.attention_scale).reshape(q.shape[0], kv_heads, -1, q.shape[-1])
-        outputs = [self._decode(grouped[:rows], k[:rows], v[:rows])]
+        outputs = [self._decode(grouped[:rows], k[:rows], v[:rows], sinks)]
         if self.spec.shape.chunk_tokens:
-            outputs.append(self._chunks(grouped[rows:], k[rows:], v[rows:]))
+            outputs.append(self._chunks(grouped[rows:], k[rows:], v[rows:], sinks))
         return jnp.concatenate(outputs).reshape(q.shape)
 
-    def _decode(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def _decode(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
         """q: f32[rows, kv_heads, group, D]; k, v: f32[rows, kv_heads, D]."""
         as_pages = [part.swapaxes(0, 1)[:, :, None] for part in (k, v)]
         words, stored = _round_trips(self.spec.token_formats, *as_pages)
         self.words.tokens.update(words)
         k, v = (part[:, :, 0].swapaxes(0, 1) for part in _select(stored, self.inputs.decode.format_ids))
         logit = jnp.sum(q * k[:, :, None], axis=-1)
+        if (cap := self.spec.model.config.attention_soft_cap) is not None:
+            logit = cap * jnp.tanh(logit / cap)
         own = PartialAttention(logit, jnp.ones_like(logit), jnp.broadcast_to(v[:, :, None], q.shape))
-        return own.merge(self._cached(self.spec.decode_attention, q, self.inputs.decode.tiles)).output()
+        cached = self._cached(self.spec.decode_attention(self.group), q, self.inputs.decode.tiles, sinks)
+        return own.merge(cached).output()
 
-    def _chunks(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def _chunks(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
         """q: f32[C, kv_heads, group, D]; k, v: f32[C, kv_heads, D]."""
         geometry, chunk = self.spec.geometry, self.inputs.chunk
         assert chunk is not None, "a step with chunk slots has chunk inputs"
@@ -77,14 +85,15 @@ class LayerAttention:
         earlier_pages = _select(stored | paged_stored, chunk.full_format_ids)
         self.words.pages.update(words | paged_words)
 
-        own = attend_within(q.swapaxes(0, 1), own_page, earlier_pages, chunk.chunk_of_page)
+        cap, window = self.spec.model.config.attention_soft_cap, self.group.window
+        own = attend_within(q.swapaxes(0, 1), own_page, earlier_pages, chunk.chunk_of_page, window, cap)
         own = PartialAttention(*(part.swapaxes(0, 1) for part in own))
-        return own.merge(self._cached(self.spec.chunk_attention, q, chunk.tiles)).output()
+        return own.merge(self._cached(self.spec.chunk_attention(self.group), q, chunk.tiles, sinks)).output()
 
-    def _cached(self, spec: AttentionSpec, q: jax.Array, tiles: Tiles) -> PartialAttention:
-        """Attention of f32[N, kv_heads, group, D] queries to the cached tokens."""
+    def _cached(self, spec: AttentionSpec, q: jax.Array, tiles: Tiles, sinks: jax.Array | None) -> PartialAttention:
+        """Attention of f32[N, kv_heads, group, D] queries to the cached tokens, and to the sinks."""
         heads = q.reshape(len(q), -1, q.shape[-1]).astype(self.spec.query_dtype)
-        flat = paged_attention(spec, heads, self.arena, tiles, self.layer)
+        flat = paged_attention(spec, heads, self.arena, tiles, self.layer, sinks)
         return PartialAttention(*(part.reshape(*q.shape[:3], *part.shape[2:]) for part in flat))
 
 

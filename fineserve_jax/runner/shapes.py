@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from fineserve_jax.models import CausalLM
+from fineserve_jax.models import CausalLM, LayerGroup
 from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import KVFormat, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 
-# XLA's CPU products of bf16 and int8 are several times slower with fewer rows than this.
+# Steps with fewer rows are padded to this: XLA's CPU products of bf16 and int8 are several times slower with fewer.
 MIN_ROWS = 8
 
 
@@ -53,6 +53,11 @@ class StepSpec:
     interpret: bool | None = None
 
     @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The model's layers by how far back they attend."""
+        return self.model.config.layer_groups
+
+    @property
     def formats(self) -> tuple[KVFormat, ...]:
         return tuple(get_format(name) for name in self.format_names)
 
@@ -79,22 +84,20 @@ class StepSpec:
     def chunk_pages(self) -> int:
         return self.shape.chunk_tokens // self.geometry.page_size
 
-    @property
-    def decode_attention(self) -> AttentionSpec:
-        """The decode rows' attention to their cached tokens."""
-        return self._attention(self.shape.rows)
+    def decode_attention(self, group: LayerGroup) -> AttentionSpec:
+        """The decode rows' attention to their cached tokens, in layers of the group."""
+        return self._attention(group, self.shape.rows)
 
-    @property
-    def chunk_attention(self) -> AttentionSpec:
-        """The chunks' attention to their cached tokens."""
-        return self._attention(self.chunk_pages, self.shape.chunk_tokens)
+    def chunk_attention(self, group: LayerGroup) -> AttentionSpec:
+        """The chunks' attention to their cached tokens, in layers of the group."""
+        return self._attention(group, self.chunk_pages, self.shape.chunk_tokens)
 
     @property
     def writing(self) -> WriteSpec:
         """What a step writes."""
         return WriteSpec(self.geometry, self.formats, self.implementation, self.interpret)
 
-    def _attention(self, num_rows: int, num_queries: int | None = None) -> AttentionSpec:
+    def _attention(self, group: LayerGroup, num_rows: int, num_queries: int | None = None) -> AttentionSpec:
         return AttentionSpec(
             self.geometry,
             self.formats,
@@ -102,17 +105,19 @@ class StepSpec:
             self.max_pages,
             num_queries,
             segments_per_row=self.max_runs + (1 if self.paged_formats else 0),
+            window=group.window,
+            soft_cap=self.model.config.attention_soft_cap,
             implementation=self.implementation,
             interpret=self.interpret,
         )
 
 
-def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Powers of two from `MIN_ROWS` until they hold `max_rows`."""
+def row_buckets(max_rows: int, *, single: bool = False) -> tuple[int, ...]:
+    """Powers of two from `MIN_ROWS` until they hold `max_rows`; with `single` also 1, for who is alone."""
     buckets = [MIN_ROWS]
     while buckets[-1] < max_rows:
         buckets.append(2 * buckets[-1])
-    return tuple(buckets)
+    return (1, *buckets) if single else tuple(buckets)
 
 
 def chunk_buckets(max_chunk_tokens: int, page_size: int) -> tuple[int, ...]:

@@ -24,9 +24,10 @@ class ModelCost:
     """A model, as the scheduler sees it.
 
     Attributes:
-        flops_per_token: operations of all matrix products for one token, about twice the active parameters.
-        flops_per_pair: operations of attention for one pair of query and key token: 4 * layers * query heads
-            * head_dim (a multiply and an add for the logit, and the same for the value).
+        flops_per_token: operations of the layers' matrix products for one token, twice their active parameters. The
+            output head's are left out: a prompt goes through the head once, and while decoding its weights are read
+            for so few rows that reading, which `weight_bytes` counts, is what takes the time.
+        flops_per_pair: operations of attention for one pair of query and key token.
         weight_bytes: bytes of weights that a step reads.
         formats: cost of each KV format that requests of this model may name.
     """
@@ -35,6 +36,18 @@ class ModelCost:
     flops_per_pair: float
     weight_bytes: float
     formats: Mapping[str, FormatCost]
+
+
+def dense_layer_parameters(
+    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, intermediate_size: int
+) -> int:
+    """Parameters of the matrices of a layer whose MLP is gated: q, k, v and o, and gate, up and down."""
+    return hidden_size * (2 * head_dim * (num_heads + num_kv_heads) + 3 * intermediate_size)
+
+
+def pair_flops(num_layers: int, num_heads: int, head_dim: int) -> int:
+    """Operations of attention for a query and a key token: a multiply and an add for the logit, and for the value."""
+    return 4 * num_layers * num_heads * head_dim
 
 
 @dataclass(frozen=True, slots=True)

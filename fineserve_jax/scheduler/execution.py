@@ -70,7 +70,7 @@ def _time_for_step(decodes: Iterable[ScheduledChunk], now: float) -> float:
     shortest_s = math.inf
     for scheduled in decodes:
         request = scheduled.request
-        tpot_slo_s = request.tpot_slo_s
+        tpot_slo_s = request.options.tpot_slo_s
         if tpot_slo_s is None:
             continue
         least_s = CATCHING_UP * tpot_slo_s

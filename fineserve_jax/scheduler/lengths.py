@@ -42,12 +42,12 @@ class OutputLengths:
     def observe(self, request: Request) -> None:
         """Learn from a request that has ended by itself."""
         self._all.add(request.num_output_tokens)
-        self._by_tenant.setdefault(request.tenant, _Mean()).add(request.num_output_tokens)
+        self._by_tenant.setdefault(request.options.tenant, _Mean()).add(request.num_output_tokens)
 
     def expected(self, request: Request) -> float:
         """Output tokens to expect of a request in all: no more than it allows itself, no fewer than it has."""
         most = request.max_total_tokens - request.num_prompt_tokens
         everyone = self._all.towards(most / 2)
-        known = self._by_tenant.get(request.tenant)
+        known = self._by_tenant.get(request.options.tenant)
         estimate = everyone if known is None else known.towards(everyone)
         return float(min(most, max(request.num_output_tokens, 1, estimate)))

@@ -103,7 +103,7 @@ def _by_model(
             load.has_prefill = True
             continue
         load.num_decodes += 1
-        tpot_slo_s = request.tpot_slo_s
+        tpot_slo_s = request.options.tpot_slo_s
         if tpot_slo_s is not None:
             due = due_s(request, tpot_slo_s, now)
             # One that is far behind has missed its target: it is computed, but makes no step urgent.

@@ -86,7 +86,7 @@ def sjf(request: Request, context: PolicyContext) -> SortKey:
 def edf(request: Request, context: PolicyContext) -> SortKey:
     """Earliest deadline for the first token first; without a target the deadline is `ageing_s` after
     arrival."""
-    slo_s = context.ageing_s if request.ttft_slo_s is None else request.ttft_slo_s
+    slo_s = context.ageing_s if request.options.ttft_slo_s is None else request.options.ttft_slo_s
     return request.times.arrival_s + slo_s
 
 
@@ -97,7 +97,7 @@ def least_slack(request: Request, context: PolicyContext) -> SortKey:
 
 def tenants(request: Request, context: PolicyContext) -> SortKey:
     """Tenants in proportion to their weights, and each tenant's requests as they came."""
-    return context.shares.tag(request.tenant, expected_work(request, context))
+    return context.shares.tag(request.options.tenant, expected_work(request, context))
 
 
 def expected_work(request: Request, context: PolicyContext) -> float:

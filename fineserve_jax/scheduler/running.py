@@ -59,14 +59,14 @@ class RunningRequests:
     def add(self, running: RunningRequest) -> None:
         """Add a request as the latest admitted; `reserve` counts it already."""
         self._by_request[running.request] = running
-        self._num_of_priority[running.request.priority] += 1
+        self._num_of_priority[running.request.options.priority] += 1
 
     def remove(self, running: RunningRequest) -> None:
         """Remove a request that ends or is preempted."""
         del self._by_request[running.request]
-        self._num_of_priority[running.request.priority] -= 1
-        if not self._num_of_priority[running.request.priority]:
-            del self._num_of_priority[running.request.priority]
+        self._num_of_priority[running.request.options.priority] -= 1
+        if not self._num_of_priority[running.request.options.priority]:
+            del self._num_of_priority[running.request.options.priority]
         self.reserve.remove(running)
 
     def preempt(self, running: RunningRequest) -> None:
@@ -77,6 +77,14 @@ class RunningRequests:
         self._quotas.note(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
+        self._queue.push(request)
+
+    def restart(self, running: RunningRequest) -> None:
+        """Take a request's pages, to be computed again whatever host memory has room for; its tokens stay."""
+        request = running.request
+        self.remove(running)
+        self._swapping.drop_pages(request)
+        self._quotas.note(request)
         self._queue.push(request)
 
     def least_urgent_first(self) -> Iterable[RunningRequest]:
@@ -90,4 +98,4 @@ class RunningRequests:
     def priority_of(self, running: RunningRequest) -> int:
         """The priority number by which a request gives way: its own, but one that had waited for `overtaking_limit_s`
         is as urgent as the most urgent that runs."""
-        return min(self._num_of_priority) if running.entry.rank == AGED else running.request.priority
+        return min(self._num_of_priority) if running.entry.rank == AGED else running.request.options.priority

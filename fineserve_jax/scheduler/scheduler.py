@@ -58,26 +58,44 @@ class Scheduler:
         context = policy_context(config.ageing_s, models, lengths.expected, self._prefill_s, config.tenant_weights)
         self.config = config
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
-        self.quotas = quotas = Quotas(kv, config.quotas, config.growth_reserve_pages)
         self._kv = kv
         self._lengths, self._tenant_shares = lengths, context.shares
-        self._requests: dict[str, Request] = {}
-        self._queue = queue = WaitingQueue(
-            lambda request: policy(request, context),
-            self._latest_start_s,
-            config.overtaking_limit_s,
-            model_format_and_tenant if config.quotas else model_and_format,
-        )
         self._swapping = Swapping(config, kv, self.profiles)
+        self._key_of = lambda request: policy(request, context)
+        self._begin(num_preemptions=0, num_reclaimed=0)
+
+    def _begin(self, num_preemptions: int, num_reclaimed: int) -> None:
+        """The books of requests, empty."""
+        config, kv = self.config, self._kv
+        self.quotas = quotas = Quotas(kv, config.quotas, config.growth_reserve_pages)
+        self._requests: dict[str, Request] = {}
+        group_of = model_format_and_tenant if config.quotas else model_and_format
+        self._queue = queue = WaitingQueue(self._key_of, self._latest_start_s, config.overtaking_limit_s, group_of)
         self._running = running = RunningRequests(config.growth_reserve_pages, queue, self._swapping, quotas)
+        running.num_preemptions = num_preemptions
         self._narrowing = narrowing = NarrowingPolicy(config, kv, running, quotas, self.profiles)
         victims = Victims(kv, running, quotas)
         self._growth = Growth(kv, running, narrowing, quotas, victims)
         self._admission = Admission(config, kv, queue, running, narrowing, quotas, victims)
+        self._admission.num_reclaimed = num_reclaimed
         self._model_choice = ModelChoice(self.profiles, config.slo_aware)
         self._dropped: list[Request] = []
         # Since the last admission pass a request came, or something was freed or can be narrowed.
         self._admission_may_help = False
+
+    def start_over(self, unfinished: Sequence[Request]) -> None:
+        """Let these requests, and no others, wait for memory, of which none is held any more.
+
+        For when an operation was cut short and the books cannot be trusted: only what was learnt and counted is kept.
+        The KV manager has started over, too.
+        """
+        self._begin(self.num_preemptions, self.num_reclaimed)
+        for request in unfinished:
+            request.num_computed_tokens = 0
+            if request.status is not RequestStatus.WAITING:
+                request.num_preemptions += 1
+                self._running.num_preemptions += 1
+            self.add(request)
 
     def start_from(self, profiles: Mapping[str, StepProfile]) -> None:
         """Predict from profiles that were learnt before; models that are not among them are learnt anew.
@@ -154,8 +172,15 @@ class Scheduler:
             self._lengths.observe(request)
         self._kv.release(request)
         self.quotas.note(request)
-        request.status, request.finish_reason = RequestStatus.FINISHED, reason
-        request.times.finished_s, request.fork_of = now, None
+        request.finish_reason, request.times.finished_s, request.fork_of = reason, now, None
+        request.status = RequestStatus.FINISHED
+        self._admission_may_help = True
+
+    def restart(self, request: Request) -> None:
+        """Let a running request be computed again from its first token on: what it has computed no longer holds."""
+        if (running := self._running.get(request)) is None:
+            raise ValueError(f"request {request.request_id!r} does not run")
+        self._running.restart(running)
         self._admission_may_help = True
 
     def take_dropped(self) -> list[Request]:
@@ -176,9 +201,9 @@ class Scheduler:
 
     def _latest_start_s(self, request: Request) -> float:
         """When the request has to be admitted to have its first token in time; never, if it has no target."""
-        if request.ttft_slo_s is None or request.times.first_token_s is not None or not self.config.slo_aware:
+        if request.options.ttft_slo_s is None or request.times.first_token_s is not None or not self.config.slo_aware:
             return math.inf
-        return request.times.arrival_s + request.ttft_slo_s - self._prefill_s(request)
+        return request.times.arrival_s + request.options.ttft_slo_s - self._prefill_s(request)
 
     # -- a step ----------------------------------------------------------------------------------------------
 
@@ -247,7 +272,7 @@ class Scheduler:
     def _defer_missed(self, now: float) -> None:
         """Put requests that missed their deadline behind the others, or end them if they ask for it."""
         for request in self._queue.defer_missed(now):
-            if request.drop_when_late:
+            if request.options.drop_when_late:
                 self.finish(request, FinishReason.LATE, now)
                 self._dropped.append(request)
 

@@ -99,7 +99,9 @@ class WaitingQueue:
         request.status = RequestStatus.WAITING
         heaps = self._heaps.setdefault(self.group_of(request), _Heaps())
         sequence = request.sequence
-        heapq.heappush(heaps.on_time, Entry(request.priority, ON_TIME, self._key_of(request), sequence, request))
+        heapq.heappush(
+            heaps.on_time, Entry(request.options.priority, ON_TIME, self._key_of(request), sequence, request)
+        )
         heapq.heappush(heaps.by_arrival, (sequence, request))
         heapq.heappush(heaps.ageing, (sequence, request))
         self._ranks[request] = ON_TIME
@@ -134,7 +136,7 @@ class WaitingQueue:
                 heapq.heappush(starts, (latest_start, sequence, request))
             elif latest_start < now:
                 self._ranks[request] = DEADLINE_MISSED
-                entry = Entry(request.priority, DEADLINE_MISSED, request.times.arrival_s, sequence, request)
+                entry = Entry(request.options.priority, DEADLINE_MISSED, request.times.arrival_s, sequence, request)
                 heapq.heappush(self._heaps[self.group_of(request)].missed, entry)
                 missed.append(request)
         return missed
@@ -171,7 +173,7 @@ class WaitingQueue:
             if self._ranks.get(request) == ON_TIME:
                 if now - request.times.arrival_s < ageing_s:
                     break
-                heapq.heappush(overdue, (request.priority, sequence, request))
+                heapq.heappush(overdue, (request.options.priority, sequence, request))
             heapq.heappop(ageing)
         return overdue[0][0] if overdue else math.inf
 
@@ -214,4 +216,4 @@ def model_and_format(request: Request) -> Group:
 
 
 def model_format_and_tenant(request: Request) -> Group:
-    return (request.model, request.kv_precision, request.tenant)
+    return (request.model, request.kv_precision, request.options.tenant)

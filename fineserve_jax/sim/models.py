@@ -11,7 +11,7 @@ from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.pallas_kernels.format_sizes import FormatSizes, get_format_sizes
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.scheduler.costs import FormatCost, ModelCost
+from fineserve_jax.scheduler.costs import FormatCost, ModelCost, dense_layer_parameters, pair_flops
 from fineserve_jax.scheduler.devices import DeviceRoofline, DeviceSpec
 from fineserve_jax.sim.efficiency import Efficiency
 
@@ -34,11 +34,10 @@ class ModelShape:
     tie_embeddings: bool = False
 
     @property
-    def matrix_parameters(self) -> int:
-        """Parameters of the matrices that each token goes through, output head included."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
+    def layer_parameters(self) -> int:
+        """Parameters of the matrices of all layers."""
+        sizes = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size
+        return self.num_layers * dense_layer_parameters(*sizes)
 
     def page_geometry(self, page_size: int) -> PageGeometry:
         """How pages of so many tokens lie in the arena."""
@@ -98,9 +97,8 @@ class ModelVariant:
         """All weights, on all devices of the group; embeddings stay in 16 bits."""
         shape = self.shape
         embeddings = shape.vocab_size * shape.hidden_size
-        quantised = shape.matrix_parameters - embeddings
         copies = 1 if shape.tie_embeddings else 2
-        return quantised * WEIGHTS[self.weights].bits / 8 + copies * embeddings * 2.0
+        return shape.layer_parameters * WEIGHTS[self.weights].bits / 8 + copies * embeddings * 2.0
 
     @property
     def step_bytes(self) -> float:
@@ -117,8 +115,8 @@ class ModelVariant:
             values = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * page_size
             formats[name] = FormatCost(bits=16 * words / values, bytes_per_token=2 * words / page_size)
         return ModelCost(
-            flops_per_token=2.0 * (shape.matrix_parameters - shape.vocab_size * shape.hidden_size),
-            flops_per_pair=4.0 * shape.num_layers * shape.num_heads * shape.head_dim,
+            flops_per_token=2.0 * shape.layer_parameters,
+            flops_per_pair=float(pair_flops(shape.num_layers, shape.num_heads, shape.head_dim)),
             weight_bytes=self.step_bytes,
             formats=formats,
         )
@@ -145,8 +143,7 @@ class ModelVariant:
             return 0.0
         ring = 2 * (self.tp - 1) / self.tp
         token_bytes = 2 * self.shape.num_layers * ring * 2.0 * self.shape.hidden_size
-        flops_per_token = 2.0 * (self.shape.matrix_parameters - self.shape.vocab_size * self.shape.hidden_size)
-        return token_bytes / device.link_bandwidth / flops_per_token
+        return token_bytes / device.link_bandwidth / (2.0 * self.shape.layer_parameters)
 
 
 def parse_model(text: str, tp: int = 1) -> ModelVariant:

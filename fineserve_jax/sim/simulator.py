@@ -102,14 +102,14 @@ class Simulator:
             request = self._request(self._next, arrivals[self._next])
             fits = self._kv.fits_alone(request.model, request.kv_precision, request.max_total_tokens)
             if fits:
-                tenant, most = request.tenant, request.max_total_tokens
+                tenant, most = request.options.tenant, request.max_total_tokens
                 self._scheduler.quotas.check(request.model, request.kv_precision, tenant, most)
                 self._scheduler.add(request)
             self._requests.append(request if fits else None)
             self._next += 1
 
     def _request(self, number: int, arrival: Arrival) -> Request:
-        prompt, options = arrival.prompt_tokens, arrival.options
+        prompt = arrival.prompt_tokens
         return Request(
             request_id=str(number),
             model=arrival.model,
@@ -120,11 +120,7 @@ class Simulator:
             max_total_tokens=prompt + max(arrival.output_tokens, self._max_output_tokens),
             sequence=number,
             times=RequestTimes(arrival.arrival_s),
-            ttft_slo_s=options.ttft_slo_s,
-            tpot_slo_s=options.tpot_slo_s,
-            drop_when_late=options.drop_when_late,
-            tenant=options.tenant,
-            priority=options.priority,
+            options=arrival.options,
         )
 
     # -- steps ---------------------------------------------------------------------------------------------------

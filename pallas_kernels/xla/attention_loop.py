@@ -1,7 +1,7 @@
 """Paged attention as XLA loops over a batch's tiles, format by format."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,26 @@ AddTile = Callable[[jax.Array, KVFormat, jax.Array, PartialAttention], PartialAt
 
 
 def attend_pages(
-    spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
+    spec: AttentionSpec,
+    q: jax.Array,
+    arena: jax.Array,
+    tiles: Tiles,
+    layer: jax.Array,
+    format_ids: Sequence[int] | None = None,
 ) -> PartialAttention:
-    """Attention of each query to its row's cached tokens: see `Backend.attend`. Products are taken in f32."""
+    """Attention of each query to its row's cached tokens: see `Backend.attend`. Products are taken in f32.
+
+    With `format_ids` only to those in these formats.
+    """
     attend_to = _decode if TILING.shape(spec).queries == 1 else _ragged
-    return attend_to(spec, q.astype(jnp.float32), functools.partial(_attend_tile, spec, arena, tiles, layer), tiles)
+    attend_tile = functools.partial(_attend_tile, spec, arena, tiles, layer)
+    ids = range(len(spec.formats)) if format_ids is None else format_ids
+    return attend_to(spec, q.astype(jnp.float32), attend_tile, tiles, ids)
 
 
-def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
+def _decode(
+    spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles, format_ids: Sequence[int]
+) -> PartialAttention:
     """One query a row: tiles of KV splits of many rows' segments, whose sums are kept row by row."""
     num_rows, *heads, head_dim = q.shape
 
@@ -44,11 +56,13 @@ def _decode(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: T
         return so_far.merge_rows(rows, part)
 
     # One more row takes what the tiles' empty places compute.
-    seen = _fold(spec, no_attention((num_rows + 1, *heads), head_dim), add_tile, q, tiles)
+    seen = _fold(spec, no_attention((num_rows + 1, *heads), head_dim), add_tile, q, tiles, format_ids)
     return PartialAttention(*(part[:-1] for part in seen))
 
 
-def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles) -> PartialAttention:
+def _ragged(
+    spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: Tiles, format_ids: Sequence[int]
+) -> PartialAttention:
     """Query blocks: tiles of one segment, whose sums are kept query by query."""
     shape = TILING.shape(spec)
     num_queries, kv_heads, group, head_dim = q.shape
@@ -74,15 +88,21 @@ def _ragged(spec: AttentionSpec, q: jax.Array, attend_tile: AttendTile, tiles: T
 
     # Heads first, as products want them; padded, so that no block's slice is moved back into the one before.
     padded = jnp.pad(q.swapaxes(0, 1), [(0, 0), (0, shape.queries), (0, 0), (0, 0)])
-    seen = _fold(spec, no_attention(padded.shape[:-1], head_dim), add_tile, padded, tiles)
+    seen = _fold(spec, no_attention(padded.shape[:-1], head_dim), add_tile, padded, tiles, format_ids)
     return PartialAttention(*(part[:, :num_queries].swapaxes(0, 1) for part in seen))
 
 
 def _fold(
-    spec: AttentionSpec, so_far: PartialAttention, add_tile: AddTile, q: jax.Array, tiles: Tiles
+    spec: AttentionSpec,
+    so_far: PartialAttention,
+    add_tile: AddTile,
+    q: jax.Array,
+    tiles: Tiles,
+    format_ids: Sequence[int],
 ) -> PartialAttention:
     """Takes the attention so far through every tile, format by format. `q` is the model's, not rotated."""
-    for format_id, kv_format in enumerate(spec.formats):
+    for format_id in format_ids:
+        kv_format = spec.formats[format_id]
         add = functools.partial(add_tile, kv_format.rotate(q), kv_format)
         so_far = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], add, so_far)
     return so_far

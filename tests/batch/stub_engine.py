@@ -13,9 +13,10 @@ from typing import Any
 
 from tiny_model import tiny_tokenizer
 
-from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
+from fineserve_jax.engine.endings import ending_with
 from fineserve_jax.engine.outputs import RequestOutput, request_output
-from fineserve_jax.engine.resuming import SampleSoFar, replay, take_token
+from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.usage import FormatUsage, KVCounts
@@ -62,7 +63,8 @@ class StubEngine:
         self.model = SimpleNamespace(name="stub", tokenizer=TOKENIZER, max_seq_len=max_seq_len)
         self.models = {"stub": self.model}
         self.tokenizer = self.model.tokenizer
-        self.detokenizers: dict[Request, IncrementalDetokenizer] = {}
+        self.detokenizers: dict[Request, RequestText] = {}
+        self.computing: tuple[Request, ...] = ()
         self.scheduler = self
         self._step_s, self._fails = step_s, fails
         self._waiting: deque[Request] = deque()
@@ -108,18 +110,19 @@ class StubEngine:
             seed=((sampling.seed or 0) + index) % 2**32,
             stop_ids=frozenset(sampling.stop_token_ids),
         )
-        detokenizer = IncrementalDetokenizer(self.tokenizer, sampling, prompt)
+        text = RequestText(request, self.tokenizer)
         if so_far is not None:
-            replay(request, detokenizer, so_far)
+            replay(request, text, so_far)
         if request.status is not RequestStatus.FINISHED:
             self._waiting.append(request)
-        self.detokenizers[request] = detokenizer
+        self.detokenizers[request] = text
         return request
 
     def step(self) -> list[Request]:
         while self._waiting and len(self._running) < self.config.max_batch_size:
             self._running.append(self._waiting.popleft())
             self._running[-1].status = RequestStatus.RUNNING
+        self.computing = tuple(self._running)
         if self._fails is not None:
             self._fails(self._running)
         if self._step_s:
@@ -137,11 +140,17 @@ class StubEngine:
         self._tokens += 1
         if request.sampling.logprobs is not None:
             request.logprobs.append(TokenLogprobs(-token / 7, {token: -token / 7}))
-        reason = take_token(request, self.detokenizers[request], token)
-        if reason is not None:
-            self.detokenizers[request].finish()
-            request.status, request.finish_reason = RequestStatus.FINISHED, reason
-            request.kv_tokens = {request.kv_precision: request.num_tokens - 1}
+        text = self.detokenizers[request]
+        reason = ending_with(request, text, token)
+        if reason is None:
+            text.accept()
+            return
+        request.status, request.finish_reason = RequestStatus.FINISHED, reason
+        text.end()
+        request.kv_tokens = {request.kv_precision: request.num_tokens - 1}
+
+    def recover(self) -> None:
+        """A step fails before it has done anything."""
 
     def output(self, samples: Sequence[Request]) -> RequestOutput:
         return request_output(samples, [self.detokenizers[request].text for request in samples], None)

@@ -35,17 +35,12 @@ class Notes(JobObserver):
 
 
 def answers(tmp_path, fails=None, rows=ROWS, max_retries=2, batch=8, name="out.jsonl"):
-    """The answers of engines that fail so, by id; the job's summary, and what it told."""
-    made, notes = [], Notes()
-
-    def make():
-        made.append(StubEngine(batch, fails=fails))
-        return made[-1]
-
-    summary = run_job(make(), rows, tmp_path / name, make_engine=make, max_retries=max_retries, observers=[notes])
-    assert not made[-1].has_unfinished
-    assert made[-1].detokenizers == {}
-    assert summary.faults == len(made) - 1
+    """The answers of an engine that fails so, by id; the job's summary, and what it told."""
+    engine, notes = StubEngine(batch, fails=fails), Notes()
+    summary = run_job(engine, rows, tmp_path / name, max_retries=max_retries, observers=[notes])
+    assert not engine.has_unfinished
+    assert engine.detokenizers == {}
+    assert summary.faults == len(notes.notes)
     return by_id(without_timing(written(tmp_path / name))), summary, notes
 
 
@@ -132,16 +127,15 @@ def test_an_engine_that_always_fails_ends_the_job_and_blames_nobody(tmp_path):
     assert (summary.answered, summary.errors) == (30, 0)
 
 
-def test_an_engine_that_cannot_be_made_again_ends_the_job(tmp_path):
+def test_an_engine_that_cannot_go_on_ends_the_job(tmp_path, monkeypatch):
     def fails(running):
         raise Fault("it")
 
-    def make():
+    def recover(self):
         raise MemoryError("no room")
 
-    with pytest.raises(FineServeError, match=r"failed: Fault: it; another one cannot be made: no room; .*--resume"):
-        run_job(StubEngine(fails=fails), ROWS, tmp_path / "out.jsonl", make_engine=make)
-    with pytest.raises(FineServeError, match=r"the engine has failed: Fault: it; .*--resume"):
+    monkeypatch.setattr(StubEngine, "recover", recover)
+    with pytest.raises(FineServeError, match=r"has failed: Fault: it; it cannot go on: no room; .*--resume"):
         run_job(StubEngine(fails=fails), ROWS, tmp_path / "out.jsonl")
 
 

@@ -98,6 +98,12 @@ def test_a_request_is_sampled_as_openai_would_unless_it_or_the_job_says_otherwis
     assert sampling(chat(logit_bias={"5": -100})).logit_bias == {5: -100.0}
 
 
+def test_a_response_format_is_honoured():
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}, "strict": True}}
+    assert sampling(chat(response_format=wanted)).structured_outputs.json_schema == json.dumps({"type": "integer"})
+    assert sampling(chat(response_format={"type": "text"})).structured_outputs is None
+
+
 def test_fields_of_plain_rows_are_taken_too():
     row = parsed(chat(kv_precision="int8", priority=3, tenant="alice", ttft_slo_s=2, top_k=5))
     assert (row.options.kv_precision, row.options.priority, row.options.tenant) == ("int8", 3, "alice")
@@ -129,7 +135,6 @@ def test_what_changes_nothing_is_taken(harmless):
     ("row", "error", "code"),
     [
         (chat(stream=True), "stream=True is not served: a batch writes whole answers", "unsupported_parameter"),
-        (chat(response_format={"type": "json_object"}), "response_format=.* is not served", "unsupported_parameter"),
         (chat(tool_choice="required"), "tool_choice='required' is not served", "unsupported_parameter"),
         (chat(functions=[]), r"functions=\[\] is not served: give tools", "unsupported_parameter"),
         (chat(store=True), "store=True is not served", "unsupported_parameter"),

@@ -1,6 +1,8 @@
 """Fixtures of the engine tests."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ from engine_cases import random_model
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch")]
 
 
 @pytest.fixture(scope="session")

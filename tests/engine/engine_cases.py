@@ -1,6 +1,7 @@
 """A tiny random model whose tokens are the printable characters, and a loop that serves requests."""
 
 import string
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -25,7 +26,7 @@ def character_tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_token_ids=(EOS,))
 
 
-def random_model(name: str = "tiny", weights: str = "fp32", **shape: int) -> LoadedModel:
+def random_model(name: str = "tiny", weights: str = "fp32", **shape: Any) -> LoadedModel:
     config = ModelConfig(
         **{
             "family": "llama",

@@ -27,5 +27,5 @@ def test_a_whole_generation_through_the_kernels_gives_the_tokens_of_xla(make_eng
 
 def test_unknown_kernels_are_refused_before_anything_is_allocated(make_engine, monkeypatch):
     monkeypatch.setenv("FINESERVE_ATTENTION", "cuda")
-    with pytest.raises(ConfigError, match=r"FINESERVE_ATTENTION='cuda'.*xla, triton, mosaic_tpu"):
+    with pytest.raises(ConfigError, match=r"FINESERVE_ATTENTION='cuda'.*xla, cpu, triton, mosaic_tpu"):
         make_engine()

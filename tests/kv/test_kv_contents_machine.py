@@ -246,10 +246,12 @@ class ContentsMachine(RuleBasedStateMachine):
         token=st.integers(0, 1),
         in_order=st.booleans(),
         together=st.booleans(),
+        failing=st.none() | st.integers(0, 3),
     )
-    def steps(self, times, num_pages, idle, token, in_order, together):
-        """Some steps that compute every row that can go on but one, chunks being at most `num_pages` long."""
-        for _ in range(times):
+    def steps(self, times, num_pages, idle, token, in_order, together, failing):
+        """Some steps that compute every row that can go on but one, chunks being at most `num_pages` long; in the last
+        one a row may fail."""
+        for left in reversed(range(times)):
             self.begin_step()
             self.run_operations()
             self.check_batches()
@@ -259,16 +261,23 @@ class ContentsMachine(RuleBasedStateMachine):
                 grown = [row for row in self.rows if self.kv.grow(row, row.num_tokens)]
             self.run_operations()
             able = [row for row in (grown if in_order else reversed(grown)) if self.can_go_on(row)]
-            self.step([row for i, row in enumerate(able) if i != idle], num_pages, token)
+            picked = [row for i, row in enumerate(able) if i != idle]
+            self.step(picked, num_pages, token, [row for i, row in enumerate(picked) if i == failing and not left])
 
-    def step(self, picked: list[Request], num_pages: int, token: int) -> None:
+    def step(self, picked: list[Request], num_pages: int, token: int, failing: list[Request]) -> None:
+        """Rows that fail write what nobody may ever read, say NaN, and are released before it counts as computed."""
         computed = [self.compute(row, num_pages) for row in picked]  # all of it reads before any of it is written
         places = [(unit, page_class, offset) for _, writes in computed for unit, page_class, offset, _ in writes]
         assert len(set(places)) == len(places)
         for request, (cells, writes) in zip(picked, computed, strict=True):
-            for write in writes:
-                self.device.write_token(*write)
+            for unit, page_class, offset, cell in writes:
+                written = cell._replace(prefix=("failed",)) if request in failing else cell
+                self.device.write_token(unit, page_class, offset, written)
             self.close(request, len(cells))
+            if request in failing:
+                self.kv.release(request)
+                del self.rows[request]
+                continue
             request.num_computed_tokens += len(cells)
             self.rows[request] = self.as_kept(request, [*self.rows[request], *cells])
             self.kv.note_computed(request)
@@ -391,7 +400,7 @@ class ContentsMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.kv.pool.prefix_cache.evictable) > 20)
     @rule()
     def forget_prefixes(self):
-        self.kv.forget_prefixes()
+        self.kv.pool.evict_all()
         assert not self.kv.pool.prefix_cache.evictable
         assert self.kv.pool.prefix_cache.evictable_units == 0
 
@@ -453,7 +462,7 @@ class ContentsMachine(RuleBasedStateMachine):
         for request in [*self.rows, *self.waiting]:
             self.kv.release(request)
         self.rows.clear()
-        self.kv.forget_prefixes()
+        self.kv.pool.evict_all()
         self.run_operations()
         self.check_batches()
         check_integrity(self.kv)

@@ -146,6 +146,22 @@ def test_who_takes_over_a_page_that_is_not_ready_writes_to_none_that_is():
         assert block is None or not block.ready
 
 
+def test_the_page_of_a_prompts_last_token_is_written_by_its_request_alone():
+    """A prompt fills its last page, which a longer one begins with, too; both wait for a third, which goes away."""
+    kv, prompt = manager(20), list(range(2 * PAGE_SIZE + 1))
+    first = admit(kv, "bf16", prompt[: PAGE_SIZE + 1])
+    full, longer = admit(kv, "bf16", prompt[:-1]), admit(kv, "bf16", prompt)
+    assert not kv.can_advance(full)
+    kv.release(first)
+    assert kv.can_advance(longer)
+    compute(kv, longer)
+    assert kv.can_advance(full)
+    assert full.num_computed_tokens == PAGE_SIZE
+    assert kv.page_unit(full, 0) == kv.page_unit(longer, 0)
+    assert kv.page_unit(full, 1) != kv.page_unit(longer, 1)
+    assert kv.held[full].page(1)[1] not in kv.pool.prefix_cache.by_handle
+
+
 def test_scattered_evictable_pages_do_not_keep_out_a_request_that_has_no_other_in_its_way():
     kv = manager(6)
     rows = [admit(kv, "int8", [i] * (PAGE_SIZE + 1), shares_prefix=i % 3 == 0) for i in range(12)]

@@ -20,7 +20,7 @@ from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
-from fineserve_jax.models import RopeScaling, build_model, pack_params
+from fineserve_jax.models import LayerGroup, RopeScaling, build_model, pack_params
 
 
 def _directory(tmp_path, case, tensors, **config):
@@ -105,19 +105,71 @@ def test_the_original_context_may_stand_beside_the_rope_table():
     assert config.rope_scaling == RopeScaling("yarn", 4.0, 32)
 
 
-@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+def test_gemma_3_reads_older_keys_like_newer_ones():
+    newer = case_config("gemma3")
+    rope = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0}
+    older = {key: value for key, value in newer.items() if key not in ("rope_parameters", "layer_types")}
+    older |= {**rope, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 2}
+    assert hf_config(older) == hf_config(newer)
+
+
 @pytest.mark.parametrize(
-    ("types", "expected"), [("ss", 32), ("ff", None), ("sf", "layers 0 to 0 only"), ("s", "1 entries for 2 layers")]
+    ("change", "complaint"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported in Gemma 3"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"hidden_act": "silu"}, "hidden_activation 'gelu_pytorch_tanh' and hidden_act 'silu'"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
+            r"sliding_attention\.rope_type is 'linear'",
+        ),
+        ({"rope_parameters": {"full_attention": {}, "chunked": {}}}, r"rope_parameters\.chunked = {}"),
+        ({"rope_parameters": {"sliding_attention": {"factor": 2.0}}}, r"sliding_attention\.factor = 2\.0"),
+    ],
 )
-def test_layer_types_of_qwen_decide_over_the_number_of_layers(case, types, expected):
+def test_what_gemma_3_does_not_have_is_refused(change, complaint):
+    with pytest.raises(ModelLoadError, match=complaint):
+        hf_config({**case_config("gemma3"), **change})
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_of_a_model_of_texts_and_images_the_text_part_is_read(tmp_path, caplog, prefix):
+    tensors = {prefix + name.removeprefix("model."): tensor for name, tensor in case_tensors("gemma3").items()}
+    vision = prefix.replace("language_model.model.", "").replace("language_model.", "")
+    images = {vision + "vision_tower.a.weight": np.ones(3, np.float32)}
+    images[vision + "multi_modal_projector.b"] = np.ones(2, np.float32)
+    directory = _directory(tmp_path, "gemma3", {**tensors, **images})
+    text = case_config("gemma3")
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {"a": 1}}
+    (directory / "config.json").write_text(json.dumps({**whole, "mm_tokens_per_image": 256, "eos_token_id": [1, 106]}))
+    with caplog.at_level(logging.WARNING):
+        source = HFModel(directory)
+    assert "2 tensors are for images" in caplog.text
+    tokens, expected = case_expected("gemma3")
+    np.testing.assert_allclose(_logits(source, tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        ("ss", (LayerGroup((0, 1), 32),)),
+        ("ff", (LayerGroup((0, 1), None),)),
+        ("sf", (LayerGroup((1,), None), LayerGroup((0,), 32))),
+        ("s", "1 entries for 2 layers"),
+        ("sx", "among them 'x'"),
+    ],
+)
+def test_layer_types_say_which_layers_have_the_window(case, types, expected):
     names = {"s": "sliding_attention", "f": "full_attention"}
-    window = {"use_sliding_window": True, "sliding_window": 32, "layer_types": [names[t] for t in types]}
+    used = {} if case == "mistral" else {"use_sliding_window": True}
+    window = {**used, "sliding_window": 32, "layer_types": [names.get(t, t) for t in types]}
     raw = {**case_config(case), **window}
     if isinstance(expected, str):
         with pytest.raises(ModelLoadError, match=expected):
             hf_config(raw)
     else:
-        assert hf_config(raw).sliding_window == expected
+        assert hf_config(raw).layer_groups == expected
 
 
 def test_stored_rotary_tables_are_harmless_and_other_tensors_are_not(tmp_path):

@@ -23,17 +23,42 @@ def test_tensors_decode_to_what_was_quantised(tmp_path, quant):
     assert np.abs(expected - matrix).max() < 0.5
 
 
-@pytest.mark.parametrize("quant", [name for name in SUPPORTED_TYPES if name.endswith("_K")])
-def test_k_quants_decode_in_pieces_as_in_one(tmp_path, quant):
+def test_all_types_are_read_that_the_gguf_package_dequantises():
+    """Others it refuses to take apart."""
+    for kind in Type:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            known = gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind).size == block
+        except NotImplementedError:
+            known = False
+        assert (kind.name in SUPPORTED_TYPES) == known, kind.name
+
+
+@pytest.mark.parametrize("quant", [name for name in SUPPORTED_TYPES if gguf.GGML_QUANT_SIZES[Type[name]][0] > 1])
+def test_quantised_blocks_decode_in_pieces_as_in_one(tmp_path, quant):
     """More values than one piece holds, and an uneven rest."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[Type[quant]]
     rows, width = 1029, 2 * block
     raw = np.random.default_rng(0).integers(0, 60, (rows, 2 * block_bytes), dtype=np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "k.gguf", "llama")
     writer.add_tensor("k", raw, raw_dtype=Type[quant])
-    found = GGUFFile(finish(writer, tmp_path / "k.gguf")).read("k")
-    assert found.shape == (rows, width)
-    np.testing.assert_array_equal(found, gguf.dequantize(raw, Type[quant]))
+    file = GGUFFile(finish(writer, tmp_path / "k.gguf"))
+    assert file.read("k").shape == (rows, width)
+    expected = gguf.dequantize(raw, Type[quant])
+    np.testing.assert_array_equal(file.read("k"), expected)
+    np.testing.assert_array_equal(file.read("k", rows=slice(3, 700, 2)), expected[3:700:2])
+
+
+def test_a_matrix_of_a_stack_is_read_by_itself(tmp_path):
+    stack = np.random.default_rng(0).standard_normal((3, 5, 64)).astype(np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "s.gguf", "llama")
+    writer.add_tensor("s", gguf.quantize(stack, Type.Q8_0), raw_dtype=Type.Q8_0)
+    writer.add_tensor("v", stack[:, :, 0].copy())
+    file = GGUFFile(finish(writer, tmp_path / "s.gguf"))
+    expected = gguf.dequantize(gguf.quantize(stack, Type.Q8_0), Type.Q8_0)
+    np.testing.assert_array_equal(file.read("s", 2, slice(1, 4)), expected[2, 1:4])
+    np.testing.assert_array_equal(file.read("v", 1), stack[1, :, 0])
+    np.testing.assert_array_equal(file.read("v", 1, slice(2, 4)), stack[1, 2:4, 0])
 
 
 def test_metadata_of_every_type_is_read(tmp_path):
@@ -107,9 +132,9 @@ def test_an_absurd_count_is_refused_without_allocating(tmp_path):
 
 def test_an_unsupported_tensor_type_is_refused_by_name(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "iq.gguf", "llama")
-    _, block_bytes = gguf.GGML_QUANT_SIZES[Type.IQ2_XS]
-    writer.add_tensor("blk.0.attn_q.weight", np.zeros((4, block_bytes), np.uint8), raw_dtype=Type.IQ2_XS)
-    with pytest.raises(ModelLoadError, match=r"attn_q\.weight is of type IQ2_XS.*supported: F32, F16"):
+    _, block_bytes = gguf.GGML_QUANT_SIZES[Type.Q8_K]
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((4, block_bytes), np.uint8), raw_dtype=Type.Q8_K)
+    with pytest.raises(ModelLoadError, match=r"attn_q\.weight is of type Q8_K.*supported: F32, F16"):
         GGUFFile(finish(writer, tmp_path / "iq.gguf"))
 
 

@@ -15,9 +15,9 @@ from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders import load_model
 from fineserve_jax.loaders.gguf_config import gguf_config
 from fineserve_jax.loaders.gguf_file import GGUFFile
-from fineserve_jax.loaders.gguf_model import unpermute_heads
 from fineserve_jax.loaders.hf_config import hf_config
-from fineserve_jax.models import RopeScaling, build_model
+from fineserve_jax.loaders.laid_out_tensors import unpermute_heads
+from fineserve_jax.models import LayerGroup, RopeScaling, build_model
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
@@ -53,15 +53,16 @@ def test_unpermuting_undoes_the_converters_permutation(heads, half, trailing):
 def test_the_configuration_equals_that_of_config_json(tmp_path, case):
     found = gguf_config(GGUFFile(write_gguf(tmp_path / "m.gguf", case)))
     expected = hf_config(case_config(case))
-    scaling = found.rope_scaling
-    assert dataclasses.replace(found, rope_scaling=None) == dataclasses.replace(expected, rope_scaling=None)
-    assert (scaling is None) == (expected.rope_scaling is None)
-    assert scaling is None or scaling.kind == "factors"
+    stated = {"rope_scaling": None, "family": case if case in ("mixtral", "olmo3") else found.family}
+    assert dataclasses.replace(found, **stated) == dataclasses.replace(expected, rope_scaling=None)
+    assert (found.rope_scaling is None) == (expected.rope_scaling is None)
+    if expected.rope_scaling is not None and found.rope_scaling != expected.rope_scaling:
+        assert found.rope_scaling.kind == ("longrope" if expected.long_after is not None else "factors")
 
 
-def _bare(path, **extra):
-    """A file with metadata of a llama and only an embedding."""
-    writer = gguf.GGUFWriter(path, "llama")
+def _bare(path, architecture="llama", **extra):
+    """A file with metadata of a llama, or of another architecture, and only an embedding."""
+    writer = gguf.GGUFWriter(path, architecture)
     numbers = {
         "context_length": 128,
         "embedding_length": 64,
@@ -70,11 +71,12 @@ def _bare(path, **extra):
         "attention.head_count": 4,
     }
     for key, number in numbers.items():
-        writer.add_uint32(f"llama.{key}", number)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_uint32(f"{architecture}.{key}", extra.pop(key, number))
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     for key, value in extra.items():
-        name = "llama." + key.replace("__", ".")
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](name, value)
+        name = f"{architecture}.{key.replace('__', '.')}"
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add[type(value)](name, value)
     add_byte_tokenizer(writer)
     add_tensor(writer, "token_embd.weight", np.zeros((96, 64), np.float32))
     return GGUFFile(finish(writer, path))
@@ -101,17 +103,50 @@ def test_rope_scaling_metadata_are_read(tmp_path):
     assert gguf_config(yarn).rope_scaling == RopeScaling("yarn", 8.0, 32)
 
 
-def test_a_sliding_window_of_every_layer_is_read(tmp_path):
-    for window, expected in ((96, 96), (0, None)):
-        file = _bare(tmp_path / f"{window}.gguf", attention__sliding_window=window)
-        assert gguf_config(file).sliding_window == expected
-    assert gguf_config(_bare(tmp_path / "none.gguf")).sliding_window is None
+def test_sliding_windows_are_read(tmp_path):
+    """In a file called llama every layer has the window, unless the file says which do."""
+    for window, pattern, expected in (
+        (96, None, (LayerGroup((0, 1), 96),)),
+        (0, None, (LayerGroup((0, 1), None),)),
+        (None, None, (LayerGroup((0, 1), None),)),
+        (96, 2, (LayerGroup((1,), None), LayerGroup((0,), 96))),
+        (96, [False, True], (LayerGroup((0,), None), LayerGroup((1,), 96))),
+        (96, 1, (LayerGroup((0, 1), None),)),
+    ):
+        keys = {"attention__sliding_window": window, "attention__sliding_window_pattern": pattern}
+        file = _bare(tmp_path / "m.gguf", **{key: value for key, value in keys.items() if value is not None})
+        assert gguf_config(file).layer_groups == expected
+    file = _bare(tmp_path / "m.gguf", attention__sliding_window=96, attention__sliding_window_pattern=[True])
+    with pytest.raises(ModelLoadError, match=r"sliding_window_pattern has 1 entries for 2 layers"):
+        gguf_config(file)
+
+
+def test_a_gemma_2_file_leaves_out_what_all_have(tmp_path):
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    config = gguf_config(_bare(tmp_path / "a.gguf", "gemma2", block_count=4, **caps))
+    assert config.layer_groups == (LayerGroup((1, 3), None), LayerGroup((0, 2), 4096))
+    assert (config.attention_soft_cap, config.logit_soft_cap, config.activation) == (50.0, 30.0, "gelu_tanh")
+    assert (config.embedding_multiplier, config.attention_scale) == (8.0, 0.25)
+    largest = _bare(tmp_path / "b.gguf", "gemma2", block_count=46, attention__key_length=32, **caps)
+    assert gguf_config(largest).attention_scale == 0.25
+
+
+def test_a_gemma_3_file_leaves_out_which_layers_have_the_window(tmp_path):
+    config = gguf_config(_bare(tmp_path / "a.gguf", "gemma3", block_count=7, attention__sliding_window=8))
+    assert config.layer_groups == (LayerGroup((5,), None), LayerGroup((0, 1, 2, 3, 4, 6), 8))
+    assert (config.local_rope_theta, config.qk_norm, config.post_norms) == (10000.0, True, True)
+
+
+def test_a_window_without_a_word_on_which_layers_have_it_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", more=lambda w: w.add_uint32("qwen2.attention.sliding_window", 8))
+    with pytest.raises(ModelLoadError, match=r"sliding_window is 8, without attention\.sliding_window_pattern"):
+        load_model(path)
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"expert_count": 8}, r"mixture of experts"),
+        ({"expert_count": 8, "expert_used_count": 2, "expert_shared_count": 1}, r"expert_shared_count = 1"),
         ({"rope__dimension_count": 8}, r"rotates 8 of 16 values"),
         ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, r"'longrope' is not supported"),
     ],
@@ -121,16 +156,9 @@ def test_features_that_would_change_results_silently_are_refused(tmp_path, extra
         gguf_config(_bare(tmp_path / "m.gguf", **extra))
 
 
-def test_parts_of_a_split_file_are_refused_with_the_remedy(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_uint16("split.count", 3)
-    with pytest.raises(ModelLoadError, match=r"one of 3 parts; merge them"):
-        gguf_config(GGUFFile(finish(writer, tmp_path / "m.gguf")))
-
-
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
-    with pytest.raises(ModelLoadError, match=r"'mamba' is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(ModelLoadError, match=r"'mamba' is not supported; supported: gemma2, gemma3, granite, llama, o"):
         load_model(finish(writer, tmp_path / "m.gguf"))
 
 

@@ -17,7 +17,7 @@ from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_tokenizer import save_tokenizer
-from fineserve_jax.models import RopeScaling, build_model
+from fineserve_jax.models import LayerGroup, RopeScaling, build_model
 
 
 @pytest.fixture
@@ -142,17 +142,13 @@ def test_an_unknown_source_is_refused_with_what_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, r"'GPT2LMHeadModel' is not supported; supported: Llama"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"'GPT2LMHeadModel' is not supported; supported: .*Llama"),
         ({"architectures": "absent"}, r"'\(none stated\)' is not supported"),
         ({"hidden_size": "absent"}, r"no 'hidden_size', which Qwen3ForCausalLM needs"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, r"'dynamic' is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor 0.5"),
-        (
-            {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8, "layer_types": "absent"},
-            r"layers 1 to 1 only",
-        ),
         ({"intermediate_size": 128}, r"gate_proj\.weight has shape \[64, 64\].*implies \[128, 64\]"),
         (
             {"num_hidden_layers": 3, "layer_types": "absent"},
@@ -196,16 +192,18 @@ def test_integer_tensors_are_refused_by_type(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("window", "expected"),
+    ("used", "first", "expected"),
     [
-        ({"use_sliding_window": False, "sliding_window": 8}, None),
-        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 8}, 8),
-        ({"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8}, None),
+        (False, 0, (LayerGroup((0, 1), None),)),
+        (True, 0, (LayerGroup((0, 1), 8),)),
+        (True, 1, (LayerGroup((0,), None), LayerGroup((1,), 8))),
+        (True, 2, (LayerGroup((0, 1), None),)),
     ],
 )
-def test_qwen_windows_cover_all_layers_or_none(window, expected):
+def test_without_layer_types_qwens_windows_begin_at_a_layer(used, first, expected):
     older = {key: value for key, value in case_config("qwen2").items() if key != "layer_types"}
-    assert hf_config({**older, **window}).sliding_window == expected
+    window = {"use_sliding_window": used, "max_window_layers": first, "sliding_window": 8}
+    assert hf_config({**older, **window}).layer_groups == expected
 
 
 def test_a_mistral_window_of_null_means_none():
@@ -218,4 +216,8 @@ def test_every_case_reads_its_rope_scaling():
     assert kinds["mistral"] == RopeScaling("linear", 2.0, 131072)
     assert kinds["llama"] == RopeScaling("llama3", 8.0, 16, 1.0, 4.0)
     assert kinds["qwen3_yarn"] == RopeScaling("yarn", 4.0, 32)
-    assert [case for case, scaling in kinds.items() if scaling is None] == ["smollm2", "qwen2", "qwen3"]
+    assert kinds["gemma3"] == RopeScaling("linear", 8.0, 131072)
+    assert (kinds["phi3_long"].kind, kinds["phi3_long"].original_max_position) == ("longrope", 16)
+    stated = {case for case, scaling in kinds.items() if scaling is not None}
+    older = {"llama", "llama_biases", "mistral", "qwen3_yarn"}
+    assert stated == older | {"phi3_short", "phi3_long", "gemma3", "olmo3", "gpt_oss"}

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from fineserve_jax.models import Attend, CausalLM, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn")
+CASES = tuple(sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz")))
+EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe", "qwen3_moe_dense")
 
 Tensors = dict[str, np.ndarray]
 
@@ -43,18 +44,24 @@ def causal_attend(
     """
     distance = positions[:, None] - positions[None, :]
     seen = distance >= 0
-    if config.sliding_window is not None:
-        seen &= distance < config.sliding_window
     if sequence is not None:
         seen &= sequence[:, None] == sequence[None, :]
-    hidden = jnp.where(seen, 0.0, -1e30)
+    window_of = {layer: group.window for group in config.layer_groups for layer in group.layers}
     group = config.num_heads // config.num_kv_heads
     exact = jax.lax.Precision.HIGHEST
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+        window = window_of[layer]
+        hidden = jnp.where(seen if window is None else seen & (distance < window), 0.0, -1e30)
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale + hidden
-        return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v, precision=exact)
+        scores = jnp.einsum("qhd,khd->hqk", q, k, precision=exact) * config.attention_scale
+        if (cap := config.attention_soft_cap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        scores += hidden
+        if sinks is not None:  # a further logit, of no value
+            scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], axis=2)
+        weights = jax.nn.softmax(scores, axis=-1)[:, :, : len(k)]
+        return jnp.einsum("hqk,khd->qhd", weights, v, precision=exact)
 
     return attend
 
@@ -66,13 +73,19 @@ def flax_logits(
     positions: np.ndarray | None = None,
     attend: Attend | None = None,
 ) -> np.ndarray:
-    """Logits of every token; of one sequence unless positions and attention say otherwise."""
+    """Logits of every token; of one sequence unless positions and attention say otherwise.
+
+    With longrope, all tokens are taken to be of sequences as long as the longest.
+    """
     positions = np.arange(len(tokens), dtype=np.int32) if positions is None else positions
     attend = attend or causal_attend(model.config, positions)
 
+    scaling = model.config.rope_scaling
+    long = jnp.full(len(tokens), scaling is not None and max(positions) >= scaling.original_max_position)
+
     @jax.jit
     def step(params: dict[str, Any], tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        hidden = model.apply({"params": params}, tokens, positions, attend)
+        hidden = model.apply({"params": params}, tokens, positions, attend, long)
         return model.apply({"params": params}, hidden, method="logits")
 
     return np.asarray(step(params, jnp.asarray(tokens), jnp.asarray(positions)))
@@ -84,7 +97,7 @@ def float64_logits(config: ModelConfig, tensors: Tensors, tokens: np.ndarray) ->
     x = w["model.embed_tokens.weight"][tokens]
     for layer in range(config.num_layers):
         pre = f"model.layers.{layer}."
-        x = x + _attention(config, w, pre, _norm(config, x, w[pre + "input_layernorm.weight"]))
+        x = x + _attention(config, w, layer, _norm(config, x, w[pre + "input_layernorm.weight"]))
         h = _norm(config, x, w[pre + "post_attention_layernorm.weight"])
         gate, up = _affine(w, pre + "mlp.gate_proj", h), _affine(w, pre + "mlp.up_proj", h)
         x = x + _affine(w, pre + "mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
@@ -92,8 +105,9 @@ def float64_logits(config: ModelConfig, tensors: Tensors, tokens: np.ndarray) ->
     return _norm(config, x, w["model.norm.weight"]) @ w[head].T
 
 
-def _attention(config: ModelConfig, w: Tensors, pre: str, h: np.ndarray) -> np.ndarray:
-    n, d = len(h), config.head_dim
+def _attention(config: ModelConfig, w: Tensors, layer: int, h: np.ndarray) -> np.ndarray:
+    n, d, pre = len(h), config.head_dim, f"model.layers.{layer}."
+    (window,) = (group.window for group in config.layer_groups if layer in group.layers)
     q, k, v = (_affine(w, f"{pre}self_attn.{part}_proj", h).reshape(n, -1, d) for part in "qkv")
     if config.qk_norm:
         q = _norm(config, q, w[pre + "self_attn.q_norm.weight"])
@@ -103,7 +117,7 @@ def _attention(config: ModelConfig, w: Tensors, pre: str, h: np.ndarray) -> np.n
     for head in range(config.num_heads):
         kv = head // (config.num_heads // config.num_kv_heads)
         for t in range(n):
-            first = 0 if config.sliding_window is None else max(0, t - config.sliding_window + 1)
+            first = 0 if window is None else max(0, t - window + 1)
             scores = k[first : t + 1, kv] @ q[t, head] / math.sqrt(d)
             weights = np.exp(scores - scores.max())
             out[t, head] = weights / weights.sum() @ v[first : t + 1, kv]

@@ -161,7 +161,7 @@ def paged_attention(spec, q, arena, tiles, layer, sinks=None) -> PartialAttentio
 
 
 _paged_attention = jax.jit(operations.paged_attention, static_argnums=0)
-attend_within = jax.jit(attend_within_function)
+attend_within = jax.jit(attend_within_function, static_argnames=("window", "soft_cap"))
 
 
 # -- cached tokens -----------------------------------------------------------------------------------------

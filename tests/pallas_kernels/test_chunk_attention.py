@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
@@ -70,9 +71,10 @@ class Batch:
         pages = (SMALL.kv_heads, SLOT_PAGES, SIZE, SMALL.head_dim)
         self.own, self.earlier = ([self.rng.standard_normal(pages, np.float32) for _ in "kv"] for _ in range(2))
 
-    def within(self) -> PartialAttention:
+    def within(self, window: int | None = None, soft_cap: float | None = None) -> PartialAttention:
         """f32[SLOTS, kv_heads, group], among the step's own tokens."""
-        seen = attend_within(self.q.swapaxes(0, 1), tuple(self.own), tuple(self.earlier), self.chunk_of_page)
+        own, earlier, q = tuple(self.own), tuple(self.earlier), self.q.swapaxes(0, 1)
+        seen = attend_within(q, own, earlier, self.chunk_of_page, window=window, soft_cap=soft_cap)
         return PartialAttention(*(np.asarray(part).swapaxes(0, 1) for part in seen))
 
     def to_cached(self, layer: int) -> PartialAttention:
@@ -84,13 +86,20 @@ class Batch:
         seen = paged_attention(CACHED, flat, self.cache.arena, self.cache.plan(CACHED, runs), layer)
         return PartialAttention(*(part.reshape(*self.q.shape[:3], *part.shape[2:]) for part in seen))
 
-    def check(self, seen: PartialAttention, layer: int | None = None) -> None:
+    def check(
+        self,
+        seen: PartialAttention,
+        layer: int | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
         """Against the oracle; with a layer, cached tokens are seen too."""
         output, log_sum_exp = np.asarray(seen.output()), np.asarray(seen.log_sum_exp)
         assert np.isfinite(output).all()
         for chunk, (start, (count, _)) in enumerate(zip(self.starts, self.chunks, strict=True)):
             for slot in {start + i for i in (0, 1, SIZE - 1, SIZE, count // 2, count - 1) if i < count}:
-                exact = exact_attention(self.q[slot][None], *self._seen_by(slot, start, chunk, layer))
+                parts = [part[:, -(window or part.shape[1]) :] for part in self._seen_by(slot, start, chunk, layer)]
+                exact = exact_attention(self.q[slot][None], *parts, soft_cap=soft_cap)
                 assert relative_error(output[slot], exact.output[0]) < TOLERANCE, (chunk, self.chunks[chunk])
                 np.testing.assert_allclose(log_sum_exp[slot], exact.log_sum_exp[0], rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -117,6 +126,14 @@ def check_merged(chunks: list[Chunk], seed: int) -> None:
 def test_a_token_sees_its_page_as_it_is_now_and_earlier_pages_of_its_chunk_as_they_will_be_kept(case):
     batch = Batch(*case)
     batch.check(batch.within())
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(1, None), (3, 0.5), (SIZE, None), (SIZE + 5, 2.0)])
+@settings(max_examples=8)
+@given(chunk_batches())
+def test_windows_and_soft_caps(window, soft_cap, case):
+    batch = Batch(*case)
+    batch.check(batch.within(window, soft_cap), window=window, soft_cap=soft_cap)
 
 
 @settings(max_examples=15)

@@ -169,7 +169,10 @@ def test_queries_in_bf16_are_taken_as_the_numbers_they_are():
         ({"window": 0}, "window=0 hides every key"),
         ({"soft_cap": 0.0}, r"soft_cap=0\.0 is no positive number"),
         ({"soft_cap": float("nan")}, "soft_cap=nan is no positive number"),
-        ({"implementation": "cuda"}, "implementation='cuda' is no implementation; use one of xla, triton, mosaic_tpu"),
+        (
+            {"implementation": "cuda"},
+            "implementation='cuda' is no implementation; use one of xla, cpu, triton, mosaic_tpu",
+        ),
     ],
     ids=str,
 )

@@ -19,8 +19,10 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
+from fineserve_jax.pallas_kernels.implementation import default_implementation
 from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.arena import Arena
+from fineserve_jax.runner.programs import compiler_options
 from fineserve_jax.runner.runner import ModelRunner, SampledToken
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -110,6 +112,7 @@ class World:
             max_rows=8,
             max_chunk_tokens=4 * PAGE_SIZE,
             max_seq_len=MAX_SEQ_LEN,
+            implementation=default_implementation(),
         )
         self.runner.use_formats(formats)
         self.spoil()
@@ -172,7 +175,8 @@ def expected_logprobs(kv_precision: str, tokens: tuple[int, ...]) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Compiled as the engine's programs are, so that the same product has the same bits.
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options())
 def _forward(kv_precision: str, params, tokens):
     model, _ = tiny_model()
     positions = jnp.arange(MAX_SEQ_LEN)

@@ -8,10 +8,12 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, SchedulerOutput
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
 
 PAGE_SIZE = 4
+OPTION_FIELDS = RequestOptions.model_fields.keys() - {"model", "kv_precision", "min_kv_precision"}
 MODEL = "m"
 PAGE_UNITS = {"fp32": 8, "bf16": 4, "int8": 2, "int4": 1}
 FORMATS = {name: FormatCost(bits=4.0 * units, bytes_per_token=1000.0 * units) for name, units in PAGE_UNITS.items()}
@@ -41,6 +43,8 @@ def make_kv(
 
 
 def make_request(number: int, prompt=8, output=4, kv="bf16", arrival=0.0, model=MODEL, **fields) -> Request:
+    """With `fields` of `Request`, or of its options."""
+    asked = {name: fields.pop(name) for name in OPTION_FIELDS & fields.keys()}
     return Request(
         request_id=f"r{number}",
         model=model,
@@ -51,6 +55,7 @@ def make_request(number: int, prompt=8, output=4, kv="bf16", arrival=0.0, model=
         max_total_tokens=prompt + output,
         sequence=number,
         times=RequestTimes(arrival_s=arrival),
+        options=RequestOptions(**asked),
         **fields,
     )
 
@@ -80,7 +85,9 @@ class FakeEngine:
 
     def add(self, request: Request) -> Request:
         assert self.kv.fits_alone(request.model, request.kv_precision, request.max_total_tokens)
-        self.scheduler.quotas.check(request.model, request.kv_precision, request.tenant, request.max_total_tokens)
+        self.scheduler.quotas.check(
+            request.model, request.kv_precision, request.options.tenant, request.max_total_tokens
+        )
         self.requests.append(request)
         self.scheduler.add(request)
         return request

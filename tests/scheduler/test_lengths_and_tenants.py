@@ -79,11 +79,13 @@ def test_tenants_with_requests_waiting_are_admitted_work_in_proportion_to_their_
         tenant = "ab"[number % 2]
         engine.add(make_request(number, sizes[tenant], 1, tenant=tenant))
     done = {"a": 0, "b": 0}
-    while all(any(r.tenant == t and r.finish_reason is None for r in engine.requests) for t in "ab"):
+    while all(any(r.options.tenant == t and r.finish_reason is None for r in engine.requests) for t in "ab"):
         engine.step()
         if sum(done.values()) > 40 * (length + other_length):
             break
-        done = {t: sum(sizes[t] + 1 for r in engine.requests if r.tenant == t and r.finish_reason) for t in "ab"}
+        done = {
+            t: sum(sizes[t] + 1 for r in engine.requests if r.options.tenant == t and r.finish_reason) for t in "ab"
+        }
     longest = max(sizes.values()) + 1
     # Fair queueing: never apart by more than a request of each, in work over weight.
     assert abs(done["a"] / weight - done["b"]) <= longest / weight + longest + 1e-9

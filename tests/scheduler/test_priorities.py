@@ -20,6 +20,7 @@ from test_admission import arrivals, assert_overtaking_ends, held
 
 from fineserve_jax.errors import RequestError
 from fineserve_jax.request import FinishReason, RequestStatus
+from fineserve_jax.request_options import MAX_PRIORITY
 from fineserve_jax.scheduler import POLICIES
 
 priorities = st.sampled_from([-7, 0, 0, 3, 10**6])
@@ -36,7 +37,7 @@ def test_whatever_the_policy_the_smaller_number_is_admitted_first(waiting, data)
         engine.add(make_request(number, prompt, 1, kv, engine.now, priority=priority))
     engine.drain()
     admitted = sorted(engine.requests[1:], key=lambda r: r.times.admitted_s)
-    assert [r.priority for r in admitted] == sorted(r.priority for r in admitted)
+    assert [r.options.priority for r in admitted] == sorted(r.options.priority for r in admitted)
 
 
 def test_of_one_priority_the_policy_decides():
@@ -169,7 +170,7 @@ def steps_of(coming, priority, slab_policy, num_slabs, has_quotas, **options):
 
 
 @settings(max_examples=60)
-@given(arrivals, st.fixed_dictionaries(world), st.sampled_from([-(2**31), -1, 1, 2**31 - 1]))
+@given(arrivals, st.fixed_dictionaries(world), st.sampled_from([-MAX_PRIORITY, -1, 1, MAX_PRIORITY]))
 def test_where_all_priorities_are_equal_their_number_changes_nothing(coming, options, priority):
     assert steps_of(coming, priority, **options) == steps_of(coming, 0, **options)
 
@@ -204,7 +205,9 @@ def test_nobody_is_admitted_ahead_of_an_older_competitor_that_is_at_least_as_urg
 ):
     engine = FakeEngine(make_kv(num_slabs, slab_policy), policy=policy, ageing_s=ageing_s, max_batch_size=4)
     requests = requests_of(engine, coming, numbers)
-    assert_overtaking_ends(engine, requests, ageing_s, lambda admitted, other: other.priority <= admitted.priority)
+    assert_overtaking_ends(
+        engine, requests, ageing_s, lambda admitted, other: other.options.priority <= admitted.options.priority
+    )
 
 
 @settings(max_examples=60)
@@ -215,7 +218,7 @@ def test_nobody_is_admitted_ahead_of_a_more_urgent_request_of_its_group(coming, 
 
     def is_bound(admitted, other):
         same_group = admitted.kv_precision == other.kv_precision
-        return same_group and other.priority < admitted.priority
+        return same_group and other.options.priority < admitted.options.priority
 
     assert_overtaking_ends(engine, requests_of(engine, coming, numbers), -math.inf, is_bound)
 

@@ -80,7 +80,7 @@ def test_a_maximum_does_not_hold_others_back():
     fill(engine, 12, "bob")
     fill(engine, 2, "alice")
     engine.step()
-    assert all(request in engine.kv.requests for request in engine.requests if request.tenant == "alice")
+    assert all(request in engine.kv.requests for request in engine.requests if request.options.tenant == "alice")
 
 
 def test_batch_slots_are_reclaimed_like_memory():

@@ -44,7 +44,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = min(prompt, most - 1)
         output = min(output, most - prompt)
         number, now = len(self.engine.requests), self.engine.now
-        fields = {"ttft_slo_s": ttft, "tpot_slo_s": tpot, "drop_when_late": drop, "priority": priority}
+        fields = {
+            "ttft_slo_s": ttft,
+            "tpot_slo_s": tpot,
+            "drop_when_late": drop and ttft is not None,
+            "priority": priority,
+        }
         self.engine.add(make_request(number, prompt, output, kv, now, model, **fields))
 
     @rule(steps=st.integers(1, 12))
@@ -73,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             whole = request.num_tokens == request.max_total_tokens
             assert whole == (request.finish_reason is FinishReason.LENGTH)
         assert not self.kv.requests
-        self.kv.forget_prefixes()
+        self.kv.pool.evict_all()
         assert measure_usage(self.kv).reserved_bytes == 0
 
 

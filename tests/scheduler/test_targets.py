@@ -1,7 +1,5 @@
 """Targets: who is too late, what becomes of them, and whose model has the next step."""
 
-import math
-
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -171,7 +169,3 @@ def test_rows_far_behind_their_target_do_not_take_every_step():
     assert order.count("n") >= 15
     late = engine.requests[4]
     assert late.num_output_tokens >= 15
-
-
-def test_targets_of_infinity_are_no_targets():
-    assert set(turns(two_models((2, 2), (math.inf, math.inf)), 40)) == {"m", "n"}

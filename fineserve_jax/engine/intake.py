@@ -1,0 +1,88 @@
+"""From what callers give, prompts and all that goes with them, to tickets for the engine loop."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.prepare import PreparedRequest
+from fineserve_jax.engine.prompts import encode_prompt, is_conversation
+from fineserve_jax.engine.tickets import Receiver, Ticket
+from fineserve_jax.errors import RequestError
+from fineserve_jax.loaders import ChatOptions, encode_chat
+from fineserve_jax.request_options import RequestOptions, one_each, options_of_each
+from fineserve_jax.sampling_params import SamplingParams
+
+Prompt = str | Iterable[int] | Mapping[str, Any]
+Conversation = Sequence[Mapping[str, Any]]
+Encode = Callable[..., tuple[str | None, list[int]]]
+"""A tokenizer, a prompt and `max_tokens` to the prompt's text, if it has one, and its tokens."""
+
+
+def chat_encoder(chat_options: ChatOptions | None) -> Encode:
+    """Encodes conversations, through the model's chat template."""
+    return functools.partial(encode_chat, options=chat_options or ChatOptions())
+
+
+def prepare(
+    engine: Engine, prompt: Any, encode: Encode, sampling: SamplingParams, options: RequestOptions
+) -> tuple[str | None, PreparedRequest]:
+    """The prompt's text, if it has one, and what the engine can queue. May be called by any thread.
+
+    Raises:
+        RequestError: a prompt that can never be served.
+    """
+    served = engine.served(options.model)
+    text, token_ids = encode(served.tokenizer, prompt, max_tokens=served.max_seq_len - 1)
+    return text, engine.prepare(token_ids, sampling, options)
+
+
+def tickets_of_all(
+    engine: Engine,
+    receiver: Receiver,
+    prompts: Sequence[Any],
+    encode: Encode,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    options: RequestOptions | Sequence[RequestOptions] | None,
+    fields: Mapping[str, Any],
+) -> list[Ticket]:
+    """Tickets for all prompts, see `LLM.generate`.
+
+    Raises:
+        RequestError: naming the first prompt that cannot be served.
+    """
+    params = one_each(sampling_params or SamplingParams(), SamplingParams, len(prompts), "sampling_params")
+    option_list = options_of_each(len(prompts), options, fields)
+    tickets = []
+    for i, (prompt, sampling, own) in enumerate(zip(prompts, params, option_list, strict=True)):
+        try:
+            text, prepared = prepare(engine, prompt, encode, sampling, own)
+        except RequestError as error:
+            raise RequestError(f"prompt {i}: {error}") from None
+        tickets.append(Ticket(prepared, receiver, text, i))
+    return tickets
+
+
+def ticket_for_pieces(
+    engine: Engine,
+    receiver: Receiver,
+    prompt: Any,
+    sampling_params: SamplingParams | None,
+    options: RequestOptions | None,
+    chat_options: ChatOptions | None,
+    fields: Mapping[str, Any],
+) -> Ticket:
+    """A ticket for one prompt, or one conversation, whose text is wanted piece by piece; see `LLM.stream`.
+
+    Raises:
+        RequestError: a prompt that cannot be served, or not so.
+    """
+    sampling = sampling_params or SamplingParams()
+    if sampling.n != 1:
+        raise RequestError(f"n={sampling.n}: one answer at a time can be streamed; use n=1, or generate()")
+    (own,) = options_of_each(1, options, fields)
+    is_chat = is_conversation(prompt)
+    if chat_options is not None and not is_chat:
+        raise RequestError("chat_options with a prompt that is no conversation: give messages, or leave them out")
+    text, prepared = prepare(engine, prompt, chat_encoder(chat_options) if is_chat else encode_prompt, sampling, own)
+    return Ticket(prepared, receiver, text, wants_pieces=True)

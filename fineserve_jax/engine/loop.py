@@ -1,0 +1,269 @@
+"""The engine on a thread of its own: callers on any threads hand in tickets, and are told what becomes of them.
+
+    caller's thread                             the loop's thread, which alone touches the engine
+    ticket = Ticket(prepared, receiver) ------> queue its samples
+                                                step, step, ...
+    receiver.notify([ticket]) <---------------- tokens came, or it is done
+    ticket.take(), ticket.output()
+    loop.abort([ticket]) ---------------------> its memory is free before the next step
+
+Signals reach only the main thread, so an interrupt ends somebody's waiting and never a step.
+"""
+
+import atexit
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.tickets import Receiver, Ticket
+from fineserve_jax.errors import EngineError
+from fineserve_jax.request import Request, RequestStatus
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MOST_FAILURES = 2
+"""Failed steps after which a request that was in each of them is ended; until then it is computed again."""
+
+
+class EngineLoop:
+    """Serves tickets with an engine that nobody else uses meanwhile. All methods may be called by any thread.
+
+    The thread begins with the first ticket or call, and steps only while there are tickets.
+
+    Args:
+        engine: to be served from.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its `put` may be called by finalizers, too
+        self._tickets: dict[Request, Ticket] = {}  # by each sample that has not ended
+        self._to_abort: list[Request] = []
+        self._watchers: Counter[Receiver] = Counter()  # those that want statistics, by their tickets
+        self._failures: Counter[Request] = Counter()
+        self._lock = threading.RLock()  # reentrant: a finalizer may run while its thread holds it
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._process = os.getpid()
+
+    # -- for any thread ------------------------------------------------------------------------------------------
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Lets prompts wait for their turn, in this order.
+
+        Raises:
+            EngineError: the loop is closed, or belongs to another process.
+        """
+        self._send(functools.partial(self._add, tickets))
+
+    def abort(self, tickets: Sequence[Ticket]) -> None:
+        """Ends those that have not ended; returns at once, and frees their memory before the next step."""
+        # Closed is looked at first: at exit a generator may be finalized when the modules are gone.
+        if self._is_closed or self._process != os.getpid():
+            return
+        with self._lock:
+            if not self._is_closed:
+                self._commands.put(functools.partial(self._abort, tickets))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What the function returns or raises when it is called between two steps.
+
+        Raises:
+            EngineError: see `submit`.
+        """
+        if threading.current_thread() is self._thread:
+            return function()
+        answers: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+        def command() -> None:
+            try:
+                answers.put((function(), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        self._send(command)
+        result, error = answers.get()
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        """Ends the thread after the step that it computes. Tickets that are left end with an `EngineError`."""
+        self.close_without_waiting()
+        if self._process == os.getpid() and self._thread not in (None, threading.current_thread()):
+            self._thread.join()
+
+    def close_without_waiting(self) -> None:
+        """`close` for finalizers, which may run anywhere and must not wait for another thread."""
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._commands.put(self._fail_all_as_closed)
+
+    def check_usable(self) -> None:
+        """Raises `EngineError` if the loop is closed, or belongs to another process."""
+        if self._process != os.getpid():
+            raise EngineError(
+                f"this engine was made by process {self._process}, of which this one is a fork; neither its thread nor "
+                "its device is there after a fork: make the engine in the process that uses it, or use the "
+                "multiprocessing start method 'spawn'"
+            )
+        if self._is_closed:
+            raise EngineError("this engine is closed; make another one")
+
+    def _send(self, command: Callable[[], None]) -> None:
+        self.check_usable()  # in a fork, the lock may be held by nobody who is there
+        if threading.current_thread() is self._thread:
+            raise EngineError("the engine was called from within one of its steps, which would wait for itself")
+        with self._lock:
+            self.check_usable()
+            if self._thread is None:
+                # A daemon, so that the interpreter does not wait for it before `_close_all` has run.
+                self._thread = threading.Thread(target=self._run, name="fineserve engine", daemon=True)
+                _LOOPS.add(self)
+                self._thread.start()
+            self._commands.put(command)
+
+    # -- the loop's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not (self._is_closed and self._commands.empty()):
+            try:
+                if not self._tickets and not self._to_abort:
+                    self._commands.get()()  # waits
+                while not self._commands.empty():
+                    self._commands.get()()
+                self._carry_out_aborts()
+                if self._tickets:
+                    self._deliver(self.engine.step())
+            except BaseException as error:  # a step calls policies and formats of others; nobody is left waiting
+                self._go_on_after(error)
+
+    def _add(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            try:
+                samples = self.engine.queue(ticket.prepared)
+                ticket.begin(samples, [self.engine.detokenizers[request] for request in samples])
+            except BaseException as error:
+                ticket.error, ticket.is_done = error, True
+                self._notify(ticket.receiver, [ticket])
+                continue
+            self._tickets |= dict.fromkeys(samples, ticket)
+            if ticket.receiver.wants_stats:
+                self._watchers[ticket.receiver] += 1
+
+    def _abort(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            own = [request for request in ticket.samples if self._tickets.pop(request, None) is not None]
+            self._to_abort += own
+            if own:
+                self._leave(ticket)
+        self._carry_out_aborts()
+
+    def _carry_out_aborts(self) -> None:
+        while self._to_abort:
+            self.engine.abort(self._to_abort[-1])
+            self.engine.release(self._to_abort[-1])
+            self._failures.pop(self._to_abort.pop(), None)
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Nothing more will come of the ticket."""
+        ticket.is_done = True
+        if ticket.receiver.wants_stats:
+            self._watchers[ticket.receiver] -= 1
+            self._watchers = +self._watchers
+
+    def _deliver(self, advanced: Iterable[Request]) -> None:
+        """Tells receivers of requests that got a token or ended."""
+        news: dict[Receiver, list[Ticket]] = {}
+        watchers = list(self._watchers)
+        for request in advanced:
+            ticket = self._tickets.get(request)
+            if ticket is None:
+                continue
+            self._failures.pop(request, None)
+            if request.status is RequestStatus.FINISHED:
+                del self._tickets[request]
+                self.engine.release(request)
+                if not ticket.note_finished():
+                    continue
+                self._leave(ticket)
+            elif not ticket.wants_pieces:
+                continue
+            if ticket.announce():
+                news.setdefault(ticket.receiver, []).append(ticket)
+        if watchers:
+            stats = self.engine.stats()
+            for receiver in watchers:
+                receiver.show(stats)
+        for receiver, tickets in news.items():
+            self._notify(receiver, tickets)
+
+    def _notify(self, receiver: Receiver, tickets: Sequence[Ticket]) -> None:
+        try:
+            receiver.notify(tickets)
+        except Exception as error:  # such as an asyncio loop that was closed under its tasks
+            log.warning("nobody is there for %d answers any more, they are aborted: %s", len(tickets), error)
+            self._abort(tickets)
+
+    # -- what goes wrong -----------------------------------------------------------------------------------------
+
+    def _go_on_after(self, error: BaseException) -> None:
+        """The engine computes its requests again; those that were in too many steps that failed end with the error."""
+        log.warning("a step failed", exc_info=error)
+        try:
+            suspects = [request for request in self.engine.computing if request in self._tickets]
+            self._failures.update(suspects or list(self._tickets))
+            for request in self._tickets:
+                if self._failures[request] >= MOST_FAILURES:
+                    failed = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+                    failed.__cause__ = error
+                    self.engine.fail(request, failed)
+            self._deliver([request for request in self._tickets if request.status is RequestStatus.FINISHED])
+        except BaseException as fatal:
+            fatal.__context__ = error
+            log.error("the engine cannot go on with its requests", exc_info=fatal)
+            self._fail_all(f"the engine failed, and could not go on: {type(fatal).__name__}: {fatal}", fatal)
+
+    def _fail_all(self, message: str, cause: BaseException | None = None) -> None:
+        """Everybody who waits is told; the engine forgets all requests, and begins anew with the next ticket."""
+        tickets = dict.fromkeys(self._tickets.values())
+        for request in [*self._tickets, *self._to_abort]:
+            self.engine.release(request)
+        self._tickets, self._to_abort, self._watchers = {}, [], Counter()
+        self._failures.clear()
+        for ticket in tickets:
+            ticket.error = EngineError(message)
+            ticket.error.__cause__ = cause
+            ticket.is_done = True
+            self._notify(ticket.receiver, [ticket])
+
+    def _fail_all_as_closed(self) -> None:
+        left = dict.fromkeys(self._tickets.values())
+        for ticket in left:
+            ticket.error = EngineError("the engine was closed before this was answered")
+        self._abort(left)
+        for ticket in left:
+            self._notify(ticket.receiver, [ticket])
+
+
+_LOOPS: "weakref.WeakSet[EngineLoop]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """At exit, while threads can still end by themselves."""
+    for loop in list(_LOOPS):
+        loop.close()
+
+
+atexit.register(_close_all)  # behind JAX's own, which is imported by now, and so called before it

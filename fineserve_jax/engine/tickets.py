@@ -1,0 +1,148 @@
+"""Tickets: what callers of the engine loop hold of the prompts that they handed in."""
+
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Protocol
+
+from fineserve_jax.engine.outputs import RequestOutput, request_output
+from fineserve_jax.engine.prepare import PreparedRequest
+from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.request import Request
+
+
+class Receiver(Protocol):
+    """Who is told about tickets. Its methods are called on the loop's thread, and must neither wait nor compute.
+
+    Attributes:
+        wants_stats: whether `show` is to be called after every step.
+    """
+
+    wants_stats: bool
+
+    def notify(self, tickets: "Sequence[Ticket]") -> None:
+        """These tickets are done, or there is more of their text, of those that want pieces."""
+
+    def show(self, stats: EngineStats) -> None:
+        """How the engine stands after a step."""
+
+
+class Ticket:
+    """A prompt in the loop, with its `n` samples.
+
+    Args:
+        prepared: the prompt, checked.
+        receiver: who is told.
+        prompt: its text, None if it came as tokens.
+        index: which of the caller's prompts it is.
+        wants_pieces: whether the receiver is told of each token, and not only of the end.
+
+    Attributes:
+        samples: in the engine; empty until the loop has taken the ticket.
+        is_done: all samples have ended, or there is an `error`.
+        error: why there is no output; None: there is one, or it is not done yet.
+    """
+
+    __slots__ = (
+        "_is_announced",
+        "_num_left",
+        "_texts",
+        "error",
+        "index",
+        "is_done",
+        "prepared",
+        "prompt",
+        "receiver",
+        "samples",
+        "wants_pieces",
+    )
+
+    def __init__(
+        self,
+        prepared: PreparedRequest,
+        receiver: Receiver,
+        prompt: str | None = None,
+        index: int = 0,
+        *,
+        wants_pieces: bool = False,
+    ) -> None:
+        self.prepared, self.receiver, self.prompt, self.index = prepared, receiver, prompt, index
+        self.wants_pieces = wants_pieces
+        self.samples: list[Request] = []
+        self._texts: list[RequestText] = []
+        self.is_done = False
+        self.error: BaseException | None = None
+        self._num_left = 0
+        self._is_announced = False
+
+    # -- the loop's thread ---------------------------------------------------------------------------------------
+
+    def begin(self, samples: list[Request], texts: list[RequestText]) -> None:
+        """The engine has taken the prompt."""
+        self.samples, self._texts, self._num_left = samples, texts, len(samples)
+
+    def note_finished(self) -> bool:
+        """A sample has ended; whether it was the last."""
+        self._num_left -= 1
+        return not self._num_left
+
+    def announce(self) -> bool:
+        """Whether the receiver is to be told: not while it has yet to look at what it was told before."""
+        is_new, self._is_announced = not self._is_announced, True
+        return is_new
+
+    # -- the caller's thread -------------------------------------------------------------------------------------
+
+    def take(self) -> tuple[str, bool]:
+        """The text of the only sample that became certain since the last call, and whether that is the end."""
+        self._is_announced = False  # before anything is read: what comes from here on is announced again
+        is_done = self.is_done
+        return self._texts[0].take() if self._texts else "", is_done
+
+    def check(self) -> None:
+        """Raises what the only sample ended with, if that is an error."""
+        if self.error is not None:
+            raise self.error
+        (sample,) = self.samples
+        if sample.error is not None:
+            raise sample.error
+
+    def output(self) -> RequestOutput:
+        """What the prompt gave; raises the error if there is one. It must be done."""
+        if self.error is not None:
+            raise self.error
+        return request_output(self.samples, [text.text for text in self._texts], self.prompt)
+
+
+class Inbox:
+    """The receiver for a thread that waits.
+
+    Args:
+        wants_stats: see `Receiver`. Only the newest are kept.
+    """
+
+    def __init__(self, wants_stats: bool = False) -> None:
+        self.wants_stats = wants_stats
+        self._stats: EngineStats | None = None
+        self._events: SimpleQueue[Sequence[Ticket]] = SimpleQueue()
+
+    def notify(self, tickets: Sequence[Ticket]) -> None:
+        self._events.put(tickets)
+
+    def show(self, stats: EngineStats) -> None:
+        is_waited_for, self._stats = self._stats is None, stats
+        if is_waited_for:
+            self._events.put(())
+
+    def wait(self) -> Sequence[Ticket]:
+        """Waits for news: tickets to look at, or none if there are new statistics."""
+        return self._events.get()
+
+    def has_news(self) -> bool:
+        """Whether `wait` would return at once."""
+        return not self._events.empty()
+
+    def take_stats(self) -> EngineStats | None:
+        """The newest statistics since the last call."""
+        stats, self._stats = self._stats, None
+        return stats

@@ -1,0 +1,3 @@
+#define ISA avx2
+#define KERNELS kAvx2
+#include "kernels.h"

@@ -1,0 +1,3 @@
+#define ISA avx512
+#define KERNELS kAvx512
+#include "kernels.h"

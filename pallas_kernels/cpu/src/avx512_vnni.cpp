@@ -1,0 +1,3 @@
+#define ISA avx512_vnni
+#define KERNELS kAvx512Vnni
+#include "kernels.h"

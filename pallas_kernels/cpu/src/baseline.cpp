@@ -1,0 +1,3 @@
+#define ISA baseline
+#define KERNELS kBaseline
+#include "kernels.h"

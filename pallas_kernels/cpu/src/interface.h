@@ -1,0 +1,91 @@
+// What the kernels of one instruction set offer, and what they are given.
+//
+// Plain structs: the sources that are compiled for an instruction set share no function of the C++ library with the
+// rest, since a linker keeps one copy of such, perhaps one that this processor cannot run.
+#pragma once
+
+#include <cstdint>
+
+namespace fineserve {
+
+// -- attention ---------------------------------------------------------------------------------------------------------
+
+// The codecs, numbered as `codecs.py` does.
+enum Codec : int64_t { kNone = -1, kFloat32 = 0, kBFloat16, kFloat16, kInt8, kFloat8, kInt4 };
+
+constexpr int kMaxScaleArrays = 9;
+
+// How a format's pages lie: `FormatSizes`, in words.
+struct Format {
+  int64_t codec;
+  int64_t layer_words;                   // from one layer of a page to the next
+  int64_t vector_words;                  // of a head vector
+  int64_t scale_starts[kMaxScaleArrays]; // from a layer's start
+};
+
+// A batch, cut as `Tiles` says, and the arena. Sizes of arrays are in the comments of `Tiles`.
+struct Attention {
+  int64_t kv_heads, head_dim, page_size, unit_words, group, rotation_block;
+  int64_t split_pages, splits, max_tiles, num_query_blocks, tiles_per_query_block, segments_per_row, num_queries;
+  int64_t window;    // 0: none
+  float soft_cap;    // 0: none
+  int64_t layer;
+  const Format* formats;
+  const float* q;    // [num_queries, kv_heads, group, head_dim]
+  const uint16_t* arena;
+  const int32_t *segment_slots, *pages, *num_tokens, *positions, *format_ids, *query_block_tiles;
+  const int32_t *query_starts, *query_counts, *query_positions;
+};
+
+// What a query block attends to, one KV split: its number among those of all tiles, and its format.
+struct Piece {
+  int64_t split;
+  int32_t format_id;
+};
+
+// Partial attention of the query rows of one block and KV head: row i is query i / group, head i % group.
+struct Partial {
+  float *m, *l;  // [rows]
+  float* acc;    // [rows, padded head_dim]
+};
+
+// -- products ----------------------------------------------------------------------------------------------------------
+
+// Matrices [out, inner] whose rows lie one behind the other. Activations are prepared once and read by every task.
+struct Products {
+  int64_t rows, out, inner;
+  const void* kernel;
+  const void* scale;    // int8: f32[out]; int4: f16[out, inner / 32]
+  const void* minimum;  // int4: f16[out, inner / 32]
+  const void* prepared; // what `prepare` made of the activations
+  float* y;             // [rows, out]
+};
+
+enum Weights : int64_t { kWeightsBFloat16 = 0, kWeightsInt8, kWeightsInt4, kNumWeights };
+
+// -- the kernels of an instruction set ---------------------------------------------------------------------------------
+
+struct Kernels {
+  const char* name;
+  int64_t width;  // floats of a register: head vectors are padded to a multiple of it
+  // Scratch memory of `attend`, in bytes.
+  int64_t (*attend_scratch)(const Attention&, int64_t rows, int64_t num_pieces);
+  // Attention of a query block to some pieces, by themselves, for some KV heads: a part for each.
+  void (*attend)(const Attention&, int64_t block, int64_t first_head, int64_t num_heads, const Piece* pieces,
+                 int64_t num_pieces, const Partial* parts, void* scratch);
+  // Merges parts in order and writes m, l and acc of a block's queries.
+  void (*merge)(const Attention&, int64_t block, int64_t head, const Partial* parts, int64_t num_parts, float* m,
+                float* l, float* acc);
+  // Bytes that `prepare` writes of so many rows.
+  int64_t (*prepared_bytes[kNumWeights])(int64_t rows, int64_t inner);
+  void (*prepare[kNumWeights])(const float* x, int64_t rows, int64_t inner, void* prepared);
+  // Outputs `first` to `last` of all rows. Scratch: `width` times `inner` 16-bit words.
+  void (*multiply[kNumWeights])(const Products&, int64_t first, int64_t last, void* scratch);
+};
+
+extern const Kernels kBaseline;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
+#endif
+
+}  // namespace fineserve
