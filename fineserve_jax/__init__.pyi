@@ -3,6 +3,7 @@
 Type checkers read this file, and `__init__.py` imports from it what it is asked for.
 """
 
+from fineserve_jax.async_llm import AsyncLLM
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -40,6 +41,7 @@ __all__ = [
     "KV_FORMATS",
     "LLM",
     "POLICIES",
+    "AsyncLLM",
     "ChatOptions",
     "CompletionOutput",
     "ConfigError",
