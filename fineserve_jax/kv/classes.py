@@ -54,9 +54,7 @@ class PageClass:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} of {self}: a page needs at least 1")
         if self.window is not None and not 2 <= self.window < (self.span or self.window + 1):
-            raise ConfigError(
-                f"{self}: window={self.window} needs at least 2 tokens, and span={self.span} more than it"
-            )
+            raise ConfigError(f"{self}: window={self.window} must be at least 2, and span={self.span} more than that")
         if self.residual is None:
             return
         if self.residual.residual is not None:

@@ -162,6 +162,25 @@ def test_the_page_of_a_prompts_last_token_is_written_by_its_request_alone():
     assert kv.held[full].groups[0].page(1)[1] not in kv.pool.prefix_cache.by_handle
 
 
+def test_nobody_takes_over_what_another_computes_without_waiting():
+    """The third block is cached by a request that shares the first, but has a second one of its own."""
+    kv, prompt = manager(20), list(range(3 * PAGE_SIZE + 1))
+    compute(kv, old := admit(kv, "bf16", prompt[: 2 * PAGE_SIZE + 1]))
+    (first, second) = (kv.held[old].groups[0].page(page)[1] for page in (0, 1))
+    kv.release(old)
+    kv.pool._evict([first])
+    short = admit(kv, "bf16", prompt[: PAGE_SIZE + 1])
+    other = admit(kv, "bf16", prompt)
+    kv.pool._evict([second])
+    middle, last = admit(kv, "bf16", prompt[: 2 * PAGE_SIZE + 1]), admit(kv, "bf16", prompt)
+    assert kv.page_unit(other, 0) == kv.page_unit(last, 0)
+    assert kv.page_unit(other, 1) != kv.page_unit(middle, 1) == kv.page_unit(last, 1)
+    assert kv.page_unit(other, 2) != kv.page_unit(last, 2)
+    kv.release(short)
+    assert kv.can_advance(last)
+    assert not kv.can_advance(other)
+
+
 def test_scattered_evictable_pages_do_not_keep_out_a_request_that_has_no_other_in_its_way():
     kv = manager(6)
     rows = [admit(kv, "int8", [i] * (PAGE_SIZE + 1), shares_prefix=i % 3 == 0) for i in range(12)]
