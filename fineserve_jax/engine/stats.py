@@ -17,7 +17,7 @@ class ModelStats:
     Attributes:
         weights: precision of its weights.
         kv: per KV format, what its pages take of the arena; of layers with a window, where others have none, under a
-            name such as "int8/1".
+            name such as "int8 (group 1)".
         prediction_error: typical relative error of its predicted step times; None before there is one.
     """
 

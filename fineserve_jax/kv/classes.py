@@ -77,8 +77,8 @@ class PageClass:
 
     @property
     def format_and_group(self) -> str:
-        """The KV format, and the number of the group unless it is the first: "int8", "int8/1"."""
-        return f"{self.kv_format}/{self.group}" if self.group else self.kv_format
+        """The KV format, and the number of the group unless it is the first: "int8", "int8 (group 1)"."""
+        return f"{self.kv_format} (group {self.group})" if self.group else self.kv_format
 
     @property
     def groups(self) -> "tuple[PageClass, ...]":
