@@ -11,8 +11,10 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from fineserve_jax.errors import FineServeError
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.structured.matcher import TokenMatcher
 
 NO_OPTIONS = RequestOptions()
 
@@ -63,11 +65,12 @@ class Request:
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
         long_after: most tokens of a sequence that RoPE turns by its factors for short sequences, where the model has
             others for longer ones (longrope): a request that outgrows it is computed again. None: it makes none.
-        error: what went wrong with it, if it has ended with the reason ERROR.
+        error: what a caller may raise, if it has ended with the reason ERROR.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
         options: what was asked for: tenant, priority and targets count; the model and the KV formats that this came to
             are those above.
+        matcher: how far its output has come in what `structured_outputs` ask for; None: any token may follow.
     """
 
     request_id: str
@@ -86,11 +89,12 @@ class Request:
     long_after: int | None = None
     fork_of: "Request | None" = None
     options: RequestOptions = NO_OPTIONS
+    matcher: TokenMatcher | None = None
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: FineServeError | None = None
     logprobs: list[Any] = field(default_factory=list)
     kv_tokens: dict[str, int] = field(default_factory=dict)
 

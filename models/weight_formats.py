@@ -18,6 +18,8 @@ from jaxtyping import Float32 as F32
 from jaxtyping import Int32
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.models.product_choice import uses_compiled
+from fineserve_jax.pallas_kernels.cpu.products import multiply_bf16, multiply_int4, multiply_int8
 
 INT4_GROUP = 32  # values along `in` that share a scale and a minimum
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
@@ -92,6 +94,8 @@ class BFloat16Weights:
         return {"kernel": matrix.astype(jnp.bfloat16)}
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
+        if uses_compiled("bf16", len(x)):
+            return multiply_bf16(x, stored["kernel"])
         return _bf16_dot(x.astype(jnp.bfloat16), stored["kernel"])
 
     def grouped_dot(self, stored: Arrays, x: Vectors, sizes: jax.Array, groups: jax.Array) -> Products:
@@ -117,6 +121,8 @@ class Int8Weights:
         return {"kernel": kernel, "scale": (top / 127.0).astype(np.float32)}
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
+        if uses_compiled("int8", len(x)):
+            return multiply_int8(x, stored["kernel"], stored["scale"])
         codes, scale = _int8_codes(x)
         sums = lax.dot_general(codes, stored["kernel"], _CONTRACT_LAST, preferred_element_type=jnp.int32)
         return sums.astype(jnp.float32) * scale * stored["scale"]
@@ -167,6 +173,8 @@ class Int4Weights:
         return {"kernel": low | high << 4, "scale": scale, "minimum": minimum}
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
+        if uses_compiled("int4", len(x)):
+            return multiply_int4(x, stored["kernel"], stored["scale"], stored["minimum"])
         halves = jnp.split(x.astype(jnp.bfloat16), 2, axis=-1)
         products = [_bf16_dot(half, plane) for half, plane in zip(halves, self._planes(stored), strict=True)]
         return products[0] + products[1]

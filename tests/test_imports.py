@@ -16,13 +16,15 @@ PACKAGE = "fineserve_jax"
 STOREYS = [
     {"errors"},
     {"validation"},
+    {"structured"},
     {"sampling_params", "request_options"},
     {"request"},
-    {"pallas_kernels", "models", "kv"},
+    {"pallas_kernels"},
+    {"models", "kv"},
     {"loaders", "scheduler"},
     {"runner"},
     {"engine"},
-    {"llm"},
+    {"llm", "async_llm"},
     {"batch", "sim"},
     {""},
     {"cli"},
@@ -30,7 +32,17 @@ STOREYS = [
 # What can be used without the rest: these import nothing else of the package.
 ALONE = {"pallas_kernels"}
 # What plans on the host, and so runs where no JAX is installed: nothing that they import when they run leads to JAX.
-WITHOUT_JAX = {"errors", "validation", "sampling_params", "request_options", "request", "kv", "scheduler", "sim"}
+WITHOUT_JAX = {
+    "errors",
+    "validation",
+    "structured",
+    "sampling_params",
+    "request_options",
+    "request",
+    "kv",
+    "scheduler",
+    "sim",
+}
 JAX = {"jax", "jaxlib", "flax", "jaxtyping", "orbax", "ml_dtypes"}
 
 

@@ -17,7 +17,8 @@ with
     ...                every field of `SamplingParams`
 
 that is, every field of `RequestOptions`, `ChatOptions` and `SamplingParams`, and the names that OpenAI's API has for
-some of the latter: `max_completion_tokens` for `max_tokens`, and `logprobs` true or false with `top_logprobs`. Null
+some of the latter: `max_completion_tokens` for `max_tokens`, `logprobs` true or false with `top_logprobs`, and
+`response_format` for `structured_outputs`. Null
 stands for a field's default, also where the job has another one. No two rows may have equal ids: numbers are equal by
 value, objects whatever the order of their members, and values of different types never.
 
@@ -29,8 +30,9 @@ where `kv_tokens` says how many of its tokens were kept in each KV format when i
 models, `model`; where the row asked for them, `logprobs`: for each output token {"token", "text", "bytes",
 "logprob"}, with "top", a list of such, for the most likely tokens. A row with `n` above 1 has `samples` instead of
 `text`, `finish_reason` and `logprobs`: a list of objects with those and `output_tokens`. A log-probability of minus
-infinity (a token that the model excludes) is null, as JSON has no infinities. A row that cannot be answered, or for
-which the model computes NaN or infinity, gives {"id", "line", "error"}.
+infinity (a token that the model excludes) is null, as JSON has no infinities. A row that cannot be answered, for
+which the model computes NaN or infinity, or whose answer cannot go on as its `structured_outputs` ask, gives {"id",
+"line", "error"}.
 
 Answers are written as they are complete, in no order; the ids tie them to their rows.
 """

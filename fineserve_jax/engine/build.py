@@ -177,6 +177,7 @@ def _runner(
         max_seq_len=max_seq_len,
         implementation=implementation,
         check_finite=config.check_finite,
+        eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
     )
 
 

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fineserve_jax.engine.build import ServedModel, build_engine
@@ -16,7 +16,7 @@ from fineserve_jax.engine.prepare import PreparedRequest, prepare_request, use_p
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.stats import EngineStats, StepTotals, engine_stats
 from fineserve_jax.engine.warm_up import warm_up
-from fineserve_jax.errors import RequestError
+from fineserve_jax.errors import DeadEndError, FineServeError, NonFiniteError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
@@ -25,8 +25,17 @@ from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
+from fineserve_jax.structured.matcher import TokenMatcher
 
 log = logging.getLogger(__name__)
+
+
+def dead_end(request: Request, reason: str) -> DeadEndError:
+    """What is told of a request that cannot go on as its structured outputs ask."""
+    return DeadEndError(
+        f"the answer cannot go on as structured_outputs ask after {request.num_output_tokens} output tokens: {reason}; "
+        "simplify them, or ask for what the model can write"
+    )
 
 
 class Engine:
@@ -72,6 +81,7 @@ class Engine:
         self.detokenizers: dict[Request, RequestText] = {}
         self._num_requests, self._totals = 0, StepTotals()
         self.computing: tuple[Request, ...] = ()
+        self._served_only: set[Request] | None = None
         self._is_changing = False  # while the books change; still so at the next call if that was cut short
         record = self.config.record
         self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
@@ -196,11 +206,11 @@ class Engine:
         """Ends a request at once, whatever it is doing; its tokens so far stay in it."""
         self._end(request, FinishReason.ABORT)
 
-    def fail(self, request: Request, error: str) -> None:
+    def fail(self, request: Request, error: FineServeError) -> None:
         """Ends a request at once because of an error, of which it tells; its tokens so far stay in it."""
         self._end(request, FinishReason.ERROR, error)
 
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+    def _end(self, request: Request, reason: FinishReason, error: FineServeError | None = None) -> None:
         self.recover()
         if request.status is RequestStatus.FINISHED:
             return
@@ -220,21 +230,36 @@ class Engine:
         self.recover()
         return self.scheduler.has_unfinished
 
-    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
+    def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
 
         Args:
             kv_precisions: KV formats, or "auto".
             min_kv_precision: what requests in them will name as such; None: nothing.
+            structured_outputs: also what requests with such need.
 
         Returns:
-            how many programs that took. Serving those formats compiles nothing from then on.
+            how many programs that took. Serving those requests compiles nothing from then on.
         """
         self.recover()
         before = self._num_compilations
         converts = self.config.prefix_cache == "convert"
         self._is_changing = True
-        warm_up(self.models.values(), self.kv, self.page_operations, kv_precisions, min_kv_precision, converts=converts)
+        warm_up(
+            self.models.values(),
+            self.kv,
+            self.page_operations,
+            kv_precisions,
+            min_kv_precision,
+            converts=converts,
+            structured_outputs=structured_outputs,
+        )
         self._is_changing = False
         return self._num_compilations - before
 
@@ -242,7 +267,8 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
-        ended because they were late or because numbers were not finite."""
+        ended because they were late, because numbers were not finite, or because nothing may follow what they said."""
+        self.computing = ()
         self.recover()
         self._is_changing = True
         advanced = self._step()
@@ -251,7 +277,6 @@ class Engine:
 
     def _step(self) -> list[Request]:
         start, compiled_before = time.perf_counter(), self._num_compilations
-        self.computing = ()
         output = self.scheduler.schedule(self.clock())
         dropped = self.scheduler.take_dropped()
         for request in dropped:
@@ -299,8 +324,9 @@ class Engine:
         )
         # Before their tokens count as computed: no page with NaN in it is ever shared.
         for request, stage in result.nonfinite.items():
-            request.error = nonfinite_message(request.model, request.num_output_tokens, stage)
-            self._finish(request, FinishReason.ERROR)
+            self._fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
+        for request, reason in result.stuck.items():
+            self._fail(request, dead_end(request, reason))
         sampled = {token.request: token for token in result.tokens}
         tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self.scheduler.commit(output, tokens, self.clock())
@@ -308,7 +334,7 @@ class Engine:
             self._append_text(request, sampled[request])
         self._totals.prompt_tokens += prompt_tokens
         self._totals.output_tokens += len(advanced)
-        return [*advanced, *result.nonfinite]
+        return [*advanced, *result.nonfinite, *result.stuck]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:
         """Adds a sampled token to the request's text, and ends the request if that is its end.
@@ -320,6 +346,8 @@ class Engine:
         text = self.detokenizers[request]
         if sampled.token in request.stop_ids or text.completes_stop_string():
             self._finish(request, FinishReason.STOP)
+        elif request.matcher is not None and self._ends_grammar(request, request.matcher, sampled.token):
+            return
         elif request.num_tokens >= request.max_total_tokens:
             self._finish(request, FinishReason.LENGTH)
         else:
@@ -327,11 +355,27 @@ class Engine:
             if request.is_long and request.num_tokens - 1 == request.long_after:
                 self.scheduler.restart(request)
 
+    def _ends_grammar(self, request: Request, matcher: TokenMatcher, token: int) -> bool:
+        """Goes on by a token in what `structured_outputs` ask for; whether that ends the request."""
+        matcher.accept(token)
+        if matcher.error is not None:
+            self._fail(request, dead_end(request, matcher.error))
+        elif matcher.is_complete:
+            self._finish(request, FinishReason.STOP)
+        return request.status is RequestStatus.FINISHED
+
+    def _fail(self, request: Request, error: FineServeError) -> None:
+        request.error = error
+        self._finish(request, FinishReason.ERROR)
+
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.kv_tokens = self.kv.tokens_by_format(request)
         request.finish_reason = reason  # from here on it has ended, whatever happens to the rest; see `recover`
         self.detokenizers[request].end()
-        self.scheduler.finish(request, reason, self.clock())
+        if request.request_id in self.scheduler:
+            self.scheduler.finish(request, reason, self.clock())
+        else:
+            self._note_end(request)  # it is kept waiting, see `serve_only`
 
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
@@ -363,27 +407,44 @@ class Engine:
         unfinished = self._settle_requests()
         self.kv.start_over()
         self.scheduler.start_over(unfinished)
-        log.warning(
-            "a call was cut short%s; %d unfinished requests are computed again from their tokens",
-            ", and the KV arena was lost with it and is made anew" if lost else "",
-            len(unfinished),
-        )
+        what = "the KV arena was lost, and it and the books" if lost else "the books"
+        log.warning("%s are made anew; %d unfinished requests are computed again", what, len(unfinished))
         self._is_changing = False
 
     def _settle_requests(self) -> list[Request]:
-        """Takes back what is half done of each request; those that have not ended, in the order of arrival."""
+        """Takes back what is half done of each request; those to be served on, in the order of arrival."""
         unfinished = []
         for request, text in self.detokenizers.items():
             if request.finish_reason is None:
                 text.roll_back()
+                if request.matcher is not None:
+                    request.matcher.begin_with(request.output_token_ids)
                 request.error = None
                 unfinished.append(request)
-                continue
-            text.end()
-            if request.times.finished_s is None:
-                request.times.finished_s = self.clock()
-            request.status, request.fork_of = RequestStatus.FINISHED, None
-        return unfinished
+            else:
+                text.end()
+                self._note_end(request)
+        if self._served_only is None:
+            return unfinished
+        for request in unfinished:
+            if request not in self._served_only:
+                request.status, request.num_computed_tokens = RequestStatus.WAITING, 0
+        return [request for request in unfinished if request in self._served_only]
+
+    def _note_end(self, request: Request) -> None:
+        """What the scheduler notes of a request that ends, for one that it does not know."""
+        if request.times.finished_s is None:
+            request.times.finished_s = self.clock()
+        request.status, request.fork_of = RequestStatus.FINISHED, None
+
+    def serve_only(self, requests: Iterable[Request] | None) -> None:
+        """Serves these requests, and those that come from now on, with all others kept waiting; None: all again.
+
+        Those that are served from now on are computed again from their tokens.
+        """
+        wanted = None if requests is None else set(requests)
+        if wanted != self._served_only:
+            self._served_only, self._is_changing = wanted, True  # the next call makes the books anew
 
     # -- accounts --------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.quotas import Quotas
+from fineserve_jax.structured.matcher import TokenMatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class PreparedRequest:
         max_total_tokens: length at which a sample ends: the lesser of prompt plus `max_tokens` and `max_seq_len`.
         stop_ids: tokens that end a sample: the model's end-of-sequence tokens unless ignored, `stop_token_ids`, and
             special tokens that are stop strings.
+        matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
     """
 
     served: ServedModel
@@ -42,6 +44,7 @@ class PreparedRequest:
     precision: Precision
     max_total_tokens: int
     stop_ids: frozenset[int]
+    matcher: TokenMatcher | None = None
 
     def request(
         self,
@@ -85,6 +88,7 @@ class PreparedRequest:
             long_after=self.served.model.config.long_after,
             fork_of=fork_of,
             options=self.options,
+            matcher=None if self.matcher is None else self.matcher.copy(),
         )
 
 
@@ -119,7 +123,15 @@ def prepare_request(
     check_tokens(served, token_ids, sampling, stop_ids)
     check_memory(kv, served.name, precision.start, max_total_tokens)
     quotas.check(served.name, precision.start, options.tenant, max_total_tokens)
-    return PreparedRequest(served, token_ids, sampling, options, precision, max_total_tokens, stop_ids)
+    matcher = matcher_of(served, sampling)
+    return PreparedRequest(served, token_ids, sampling, options, precision, max_total_tokens, stop_ids, matcher)
+
+
+def matcher_of(served: ServedModel, sampling: SamplingParams) -> TokenMatcher | None:
+    """What keeps a text to `structured_outputs`, if there are such. Raises `RequestError` if they cannot be had."""
+    if sampling.structured_outputs is None:
+        return None
+    return served.tokenizer.vocabulary(served.model.config.vocab_size).matcher(sampling.structured_outputs)
 
 
 def precision_of(

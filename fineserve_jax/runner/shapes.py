@@ -11,7 +11,7 @@ from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 
-# XLA's CPU products of bf16 and int8 are several times slower with fewer rows than this.
+# Steps with fewer rows are padded to this: XLA's CPU products of bf16 and int8 are several times slower with fewer.
 MIN_ROWS = 8
 
 
@@ -112,12 +112,12 @@ class StepSpec:
         )
 
 
-def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Powers of two from `MIN_ROWS` until they hold `max_rows`."""
+def row_buckets(max_rows: int, *, single: bool = False) -> tuple[int, ...]:
+    """Powers of two from `MIN_ROWS` until they hold `max_rows`; with `single` also 1, for who is alone."""
     buckets = [MIN_ROWS]
     while buckets[-1] < max_rows:
         buckets.append(2 * buckets[-1])
-    return tuple(buckets)
+    return (1, *buckets) if single else tuple(buckets)
 
 
 def chunk_buckets(max_chunk_tokens: int, page_size: int) -> tuple[int, ...]:

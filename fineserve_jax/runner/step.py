@@ -72,11 +72,16 @@ def finite_slots(spec: StepSpec, stream: Stream) -> jax.Array:
 
 
 def head(
-    spec: StepSpec, params: Params, stream: Stream, inputs: StepInputs, sampling: SamplingInputs
+    spec: StepSpec,
+    params: Params,
+    stream: Stream,
+    inputs: StepInputs,
+    sampling: SamplingInputs,
+    allowed: jax.Array | None = None,
 ) -> tuple[Sampled, jax.Array]:
-    """The sampled tokens, and `finite_slots` of the last layer."""
+    """The sampled tokens, and `finite_slots` of the last layer. `allowed`: see `sample`."""
     logits = _apply(spec.model, params, stream.x[inputs.sample_slots], method="head")
-    return sample(logits, sampling), finite_slots(spec, stream)
+    return sample(logits, sampling, allowed), finite_slots(spec, stream)
 
 
 def score(spec: StepSpec, params: Params, stream: Stream, targets: jax.Array) -> jax.Array:

@@ -57,6 +57,29 @@ def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
     assert summary.decode_tokens_per_s > 0
 
 
+def test_rows_have_the_form_that_they_ask_for_or_an_error_that_names_what_is_not_supported(answer):
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}
+    json_schema = {"type": "json_schema", "json_schema": {"name": "pair", "schema": schema, "strict": True}}
+    rows = [
+        {"id": "choice", "prompt": "abc", "structured_outputs": {"choice": ["one", "two"]}},
+        {"id": "schema", "prompt": "abc", "max_tokens": 50, "response_format": json_schema},
+        {"id": "none", "prompt": "abc", "response_format": {"type": "text"}},
+        {"id": "default", "prompt": "abc"},
+        {"id": "place", "prompt": "a", "structured_outputs": {"json": {"items": {"uniqueItems": True}}}},
+        {"id": "brace", "prompt": "a", "structured_outputs": {"regex": "a}"}},
+    ]
+    answers, summary = answer(rows, {**GREEDY, "structured_outputs": {"regex": "[x-z]{3}"}})
+    answers = by_id(answers)
+    assert answers["choice"]["text"] in ("one", "two")
+    assert json.loads(answers["schema"]["text"]) in ([1, 1], [1, 2], [2, 1], [2, 2])
+    assert set(answers["default"]["text"]) <= set("xyz")
+    assert len(answers["default"]["text"]) == 3
+    assert not set(answers["none"]["text"]) <= set("xyz")
+    assert 'at #/items/uniqueItems: "uniqueItems" is not supported' in answers["place"]["error"]
+    assert "no token of the model continues the text" in answers["brace"]["error"]  # it has no } at all
+    assert (summary.answered, summary.errors) == (4, 2)
+
+
 def test_bad_rows_become_error_rows_and_the_others_are_answered(answer):
     good = {"prompt": "abc"}
     bad = [

@@ -66,6 +66,10 @@ def test_null_stands_for_the_default_of_any_field():
         ({"logprobs": False, "top_logprobs": 0}, {"max_tokens": 9}),
         ({"logprobs": 3, "top_logprobs": 3}, {"max_tokens": 9, "logprobs": 3}),
         ({"top_logprobs": None}, {"max_tokens": 9, "logprobs": 2}),
+        (
+            {"response_format": {"type": "json_object"}},
+            {"max_tokens": 9, "logprobs": 2, "structured_outputs": {"json_object": True}},
+        ),
     ],
 )
 def test_openais_names_and_forms_are_taken_and_beat_the_defaults(fields, expected):
@@ -86,6 +90,11 @@ def test_openais_names_and_forms_are_taken_and_beat_the_defaults(fields, expecte
         ({"stop_token_ids": [5, True]}, "stop_token_ids.1=True: a token id is a whole number, not a bool"),
         ({"stop_token_ids": [1.0]}, "stop_token_ids.0=1.0: a token id is a whole number, not a float"),
         ({"stop_token_ids": [None]}, "stop_token_ids.0=None: a token id is a whole number, not a NoneType"),
+        ({"temperature": True}, "temperature=True: a number is wanted, not true or false"),
+        ({"n": True}, "n=True: a number is wanted, not true or false"),
+        ({"max_completion_tokens": True}, "max_tokens=True: a number is wanted, not true or false"),
+        ({"response_format": {"type": "yaml"}}, ".*its type is text, json_object or json_schema"),
+        ({"structured_outputs": {"json": {"items": {"not": {}}}}}, '.*at #/items/not: "not" is not supported'),
         ({"temperature": ["x" * 10_000]}, r"temperature=\['x{198}\.\.\.: "),
     ],
 )

@@ -19,6 +19,7 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
+from fineserve_jax.pallas_kernels.implementation import default_implementation
 from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.programs import compiler_options
@@ -111,6 +112,7 @@ class World:
             max_rows=8,
             max_chunk_tokens=4 * PAGE_SIZE,
             max_seq_len=MAX_SEQ_LEN,
+            implementation=default_implementation(),
         )
         self.runner.use_formats(formats)
         self.spoil()

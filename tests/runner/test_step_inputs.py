@@ -131,6 +131,7 @@ def test_row_buckets_double_until_they_hold_everyone(most):
     assert len(buckets) == 1 or buckets[-2] < most
     assert np.ptp(np.diff(np.log2(buckets))) == 0 if len(buckets) > 2 else True
     assert pick(buckets, most) == buckets[-1]
+    assert row_buckets(most, single=True) == (1, *buckets)
 
 
 @pytest.mark.parametrize("most", [16, 64, 256, 512, 1024, 4096])

@@ -1,7 +1,7 @@
 // Products of few activations with matrices [out, inner]: each weight is read from memory once, in the layout in which XLA
 // multiplies it too, whatever the number of rows.
 //
-// A tile is W sums, of R rows by W / R outputs; each is a vector of partial sums along `inner`, and in the end all W are
+// A tile is up to W sums, of R rows by W / R outputs; each is a vector of partial sums along `inner`, and in the end all W are
 // added up across lanes at once. Weights and activations are multiplied as `models.weight_formats` says: bf16 by bf16 with
 // sums in f32, or integers with sums in i32.
 #pragma once
@@ -27,8 +27,8 @@ struct BFloat16Kind {
   INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
     sum = bits<F>(_mm512_dpbf16_ps(bits<__m512>(sum), w, bits<Vector>(load<__m512i>(x))));
   }
-  INLINE static void prepare_chunk(const float* x, int64_t count, Activation* to) {
-    for (int64_t i = 0; i < kChunk; ++i) to[i] = i < count ? to_bf16(x[i]) : 0;
+  INLINE static void prepare_chunk(const float* x, Activation* to) {
+    store(to, _mm512_cvtne2ps_pbh(load<__m512>(x + W), load<__m512>(x)));
   }
 #else
   using Activation = float;  // of a chunk those at even places, then those at odd ones
@@ -44,8 +44,10 @@ struct BFloat16Kind {
     sum += w.even * load<F>(x);
     sum += w.odd * load<F>(x + W);
   }
-  INLINE static void prepare_chunk(const float* x, int64_t count, Activation* to) {
-    for (int64_t i = 0; i < kChunk; ++i) to[i % 2 * W + i / 2] = i < count ? bf16(to_bf16(x[i])) : 0.0f;
+  INLINE static void prepare_chunk(const float* x, Activation* to) {
+    const F first = to_bf16_and_back(load<F>(x)), second = to_bf16_and_back(load<F>(x + W));
+    store(to, every_other<0>(first, second));
+    store(to + W, every_other<1>(first, second));
   }
 #endif
 };
@@ -124,6 +126,33 @@ INLINE typename Kind::Vector read_some(const typename Kind::Weight* from, int64_
 }
 
 // Sums of R rows by C outputs, in lane r * C + c. Rows of weights are `inner` apart, of activations `length`.
+//
+// Outputs one after the other, for rows that are the first to need these weights: memory gives one long stream twice as
+// fast as many short ones. Processors look far enough ahead to be busy with several outputs.
+template <class Kind, int R, int C>
+INLINE typename Kind::Sum streamed_tile(const typename Kind::Weight* weights, int64_t inner,
+                                        const typename Kind::Activation* x, int64_t length) {
+  static_assert(R * C <= W, "a sum in each lane");
+  typename Kind::Sum found[W] = {};
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+    const auto* own = weights + c * inner;
+    int64_t i = 0;
+    for (; i + Kind::kChunk <= inner; i += Kind::kChunk) {
+      const auto w = Kind::read(own + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) Kind::add(found[r * C + c], w, x + r * length + i);
+    }
+    if (i < inner) {
+      const auto w = read_some<Kind>(own + i, inner - i);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) Kind::add(found[r * C + c], w, x + r * length + i);
+    }
+  }
+  return sums(found);
+}
+
+// The same for rows that find the weights in a cache: outputs side by side, so that activations are loaded once for all.
 template <class Kind, int R, int C>
 INLINE typename Kind::Sum tile(const typename Kind::Weight* weights, int64_t inner, const typename Kind::Activation* x,
                                int64_t length) {
@@ -149,35 +178,71 @@ INLINE typename Kind::Sum tile(const typename Kind::Weight* weights, int64_t inn
   return sums(found);
 }
 
-// W outputs, or fewer at the matrix's end, of R rows; `finish(r, c, sums)` takes a tile's.
-template <class Kind, int R, class Finish>
-INLINE void multiply_rows(const typename Kind::Weight* weights, int64_t inner, int64_t outputs,
-                          const typename Kind::Activation* x, int64_t length, Finish finish) {
-  constexpr int C = W / R;
-  int64_t c = 0;
-  for (; c + C <= outputs; c += C) finish(c, C, tile<Kind, R, C>(weights + c * inner, inner, x, length));
-  for (; c < outputs; ++c) finish(c, 1, tile<Kind, R, 1>(weights + c * inner, inner, x, length));
+// Up to W outputs of a matrix, of all rows, R at a time; `finish.take<R, C>(row, output, sums)` gets each tile's sums.
+template <class Kind, class Finish>
+struct Multiplier {
+  const typename Kind::Weight* weights;  // of the first output
+  int64_t inner, outputs;
+  const typename Kind::Activation* x;
+  int64_t length;
+  Finish& finish;
+
+  template <int R, bool FIRST>
+  INLINE void rows(int64_t r) {
+    constexpr int C = W / R;
+    const auto* own = x + r * length;
+    int64_t c = 0;
+    for (; c + C <= outputs; c += C) {
+      const auto* from = weights + c * inner;
+      finish.template take<R, C>(r, c, FIRST ? streamed_tile<Kind, R, C>(from, inner, own, length)
+                                             : tile<Kind, R, C>(from, inner, own, length));
+    }
+    for (; c < outputs; ++c) finish.template take<R, 1>(r, c, tile<Kind, R, 1>(weights + c * inner, inner, own, length));
+  }
+
+  INLINE void all_rows(int64_t count) {
+    if (count == 1) return rows<1, true>(0);
+    rows<2, true>(0);
+    int64_t r = 2;
+    for (; r + 4 <= count; r += 4) rows<4, false>(r);
+    if (r + 2 <= count) {
+      rows<2, false>(r);
+      r += 2;
+    }
+    if (r < count) rows<1, false>(r);
+  }
+};
+
+// A vector of N floats.
+template <int N>
+struct Few {
+  typedef float Lanes __attribute__((vector_size(4 * N)));
+};
+
+// C floats, that many times over.
+template <int C, int... L>
+INLINE F repeated(const float* from, std::integer_sequence<int, L...>) {
+  typename Few<C>::Lanes few;
+  std::memcpy(&few, from, sizeof few);
+  return __builtin_shufflevector(few, few, (L % C)...);
 }
 
-// W outputs of all rows. `finish(first row, rows, output, outputs, sums)`.
-template <class Kind, class Finish>
-INLINE void multiply_outputs(const typename Kind::Weight* weights, int64_t inner, int64_t outputs,
-                             const typename Kind::Activation* x, int64_t rows, Finish finish) {
-  const int64_t length = round_up(inner, Kind::kChunk);
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    multiply_rows<Kind, 4>(weights, inner, outputs, x + r * length, length,
-                           [&](int64_t c, int64_t count, auto found) { finish(r, 4, c, count, found); });
-  }
-  if (r + 2 <= rows) {
-    multiply_rows<Kind, 2>(weights, inner, outputs, x + r * length, length,
-                           [&](int64_t c, int64_t count, auto found) { finish(r, 2, c, count, found); });
-    r += 2;
-  }
-  if (r < rows) {
-    multiply_rows<Kind, 1>(weights, inner, outputs, x + r * length, length,
-                           [&](int64_t c, int64_t count, auto found) { finish(r, 1, c, count, found); });
-  }
+template <int C>
+INLINE F repeated(const float* from) {
+  return repeated<C>(from, std::make_integer_sequence<int, W>{});
+}
+
+template <int FIRST, int... L>
+INLINE void store_lanes(float* to, F v, std::integer_sequence<int, L...>) {
+  const typename Few<sizeof...(L)>::Lanes few = __builtin_shufflevector(v, v, (FIRST + L)...);
+  std::memcpy(to, &few, sizeof few);
+}
+
+// Row r of a tile, its lanes from r * C on, to y[r * out ..].
+template <int R, int C, int r = 0>
+INLINE void store_tile(float* y, int64_t out, F found) {
+  store_lanes<r * C>(y + r * out, found, std::make_integer_sequence<int, C>{});
+  if constexpr (r + 1 < R) store_tile<R, C, r + 1>(y, out, found);
 }
 
 // -- activations ------------------------------------------------------------------------------------------------------
@@ -187,16 +252,16 @@ inline int64_t bf16_prepared_bytes(int64_t rows, int64_t inner) {
 }
 
 inline void bf16_prepare(const float* x, int64_t rows, int64_t inner, void* prepared) {
+  constexpr int64_t kChunk = BFloat16Kind::kChunk;
   auto* to = static_cast<BFloat16Kind::Activation*>(prepared);
   for (int64_t r = 0; r < rows; ++r, x += inner) {
-    for (int64_t i = 0; i < inner; i += BFloat16Kind::kChunk, to += BFloat16Kind::kChunk) {
-      const int64_t left = inner - i;
-      if (left >= BFloat16Kind::kChunk) {
-        BFloat16Kind::prepare_chunk(x + i, BFloat16Kind::kChunk, to);
-      } else {
-        BFloat16Kind::prepare_chunk(x + i, left, to);
-      }
-    }
+    int64_t i = 0;
+    for (; i + kChunk <= inner; i += kChunk, to += kChunk) BFloat16Kind::prepare_chunk(x + i, to);
+    if (i == inner) continue;
+    float rest[kChunk] = {};
+    std::memcpy(rest, x + i, (inner - i) * sizeof(float));
+    BFloat16Kind::prepare_chunk(rest, to);
+    to += kChunk;
   }
 }
 
@@ -209,81 +274,103 @@ INLINE const Int8Kind::Activation* int8_codes(const void* prepared, int64_t rows
   return reinterpret_cast<const Int8Kind::Activation*>(static_cast<const RowScale*>(prepared) + rows);
 }
 
-// Codes as `Int8Weights.dot` has them: the nearest to x * (127 / largest), ties to even.
+// The codes of W numbers: nearest to x * factor, ties to even, at most 127 to either side.
+INLINE I int8_code(F x, F factor) {
+  const F shift = splat(12582912.0f);  // 1.5 * 2**23: what is added to it is rounded to an integer
+  const F scaled = x * factor, least = splat(-127.0f), most = splat(127.0f);
+  const F bounded = scaled < least ? least : scaled > most ? most : scaled;
+  return bits<I>(bounded + shift) - bits<I>(shift);
+}
+
+// Codes as `Int8Weights.dot` has them.
 inline void int8_prepare(const float* x, int64_t rows, int64_t inner, void* prepared) {
+  typedef Int8Kind::Activation Narrow __attribute__((vector_size(W * sizeof(Int8Kind::Activation))));
   auto* scales = static_cast<RowScale*>(prepared);
   auto* to = reinterpret_cast<Int8Kind::Activation*>(scales + rows);
-  const int64_t length = round_up(inner, Int8Kind::kChunk);
+  const int64_t length = round_up(inner, Int8Kind::kChunk), whole = inner / W * W;
   for (int64_t r = 0; r < rows; ++r, x += inner, to += length) {
-    F top_lanes{};
-    int64_t i = 0;
-    for (; i + W <= inner; i += W) {
-      const F own = load<F>(x + i), absolute = bits<F>(bits<U>(own) & 0x7FFFFFFFu);
-      top_lanes = larger(absolute, top_lanes);
-    }
-    float top = largest(top_lanes);
-    for (; i < inner; ++i) {
-      const float absolute = x[i] < 0 ? -x[i] : x[i];
-      top = absolute > top ? absolute : top;
-    }
+    float rest[W] = {};
+    std::memcpy(rest, x + whole, (inner - whole) * sizeof(float));
+    F tops{}, nothing{};  // x - x is 0 unless x is not finite
+    const auto look_at = [&](F own) {
+      tops = larger(bits<F>(bits<U>(own) & 0x7FFFFFFFu), tops);
+      nothing += own - own;
+    };
+    for (int64_t i = 0; i < whole; i += W) look_at(load<F>(x + i));
+    look_at(load<F>(rest));
+    float top = largest(tops);
     top = top > 1e-30f ? top : 1e-30f;
-    const float factor = 127.0f / top;
-    const float shift = 12582912.0f;  // 1.5 * 2**23: what is added to it is rounded to an integer
+    const F factor = splat(127.0f / top);
+    I total{};
+    const auto encode = [&](F own, Int8Kind::Activation* place) {
+      const I code = int8_code(own, factor);
+      total += code;
+      store(place, __builtin_convertvector(code, Narrow));
+    };
+    for (int64_t i = 0; i < whole; i += W) encode(load<F>(x + i), to + i);
+    if (whole < length) std::memset(to + whole, 0, (length - whole) * sizeof *to);
+    if (whole < inner) encode(load<F>(rest), to + whole);
     int32_t sum = 0;
-    bool finite = true;
-    for (i = 0; i < inner; ++i) {
-      const float scaled = x[i] * factor;
-      finite &= scaled - scaled == 0.0f;
-      const float bounded = scaled < -127.0f ? -127.0f : scaled > 127.0f ? 127.0f : scaled;
-      const int32_t code = bits<int32_t>(bounded + shift) - bits<int32_t>(shift);
-      to[i] = static_cast<Int8Kind::Activation>(code);
-      sum += code;
-    }
-    for (; i < length; ++i) to[i] = 0;
+    for (int i = 0; i < W; ++i) sum += total[i];
+    const bool finite = ISA::sum(nothing) == 0.0f;
     scales[r] = {finite ? top / 127.0f : __builtin_nanf(""), -Int8Kind::kMoved * sum};
   }
 }
 
 // -- outputs ----------------------------------------------------------------------------------------------------------
 
-template <class V, class T>
-INLINE void store_tile(T* y, int64_t out, int64_t r0, int64_t rows, int64_t c0, int64_t count, V found) {
-  T lanes[W];
-  store(lanes, found);
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(y + (r0 + r) * out + c0, lanes + r * count, count * sizeof(T));
+struct StoreSums {
+  float* y;  // of the first output
+  int64_t out;
+
+  template <int R, int C>
+  INLINE void take(int64_t r, int64_t c, F found) const {
+    store_tile<R, C>(y + r * out + c, out, found);
+  }
+};
+
+INLINE void bf16_multiply_outputs(const Products& p, const uint16_t* weights, int64_t o, int64_t outputs) {
+  const auto* x = static_cast<const BFloat16Kind::Activation*>(p.prepared);
+  const StoreSums finish{p.y + o, p.out};
+  const int64_t length = round_up(p.inner, BFloat16Kind::kChunk);
+  Multiplier<BFloat16Kind, const StoreSums>{weights, p.inner, outputs, x, length, finish}.all_rows(p.rows);
 }
 
 inline void bf16_multiply(const Products& p, int64_t first, int64_t last, void*) {
   const auto* weights = static_cast<const uint16_t*>(p.kernel);
-  const auto* x = static_cast<const BFloat16Kind::Activation*>(p.prepared);
   for (int64_t o = first; o < last; o += W) {
-    const int64_t outputs = last - o < W ? last - o : W;
-    multiply_outputs<BFloat16Kind>(weights + o * p.inner, p.inner, outputs, x, p.rows,
-                                   [&](int64_t r, int64_t rows, int64_t c, int64_t count, F found) {
-                                     store_tile(p.y, p.out, r, rows, o + c, count, found);
-                                   });
+    bf16_multiply_outputs(p, weights + o * p.inner, o, last - o < W ? last - o : W);
   }
 }
 
+struct ScaleSums {
+  float* y;             // of the first output
+  int64_t out;
+  const float* scales;  // from the first output's on
+  const RowScale* of_rows;
+
+  template <int R, int C>
+  INLINE void take(int64_t r, int64_t c, I found) const {
+    F of_row{};
+    I start{};
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < C; ++j) of_row[i * C + j] = of_rows[r + i].scale, start[i * C + j] = of_rows[r + i].start;
+    }
+    store_tile<R, C>(y + r * out + c, out, floats(found + start) * of_row * repeated<C>(scales + c));
+  }
+};
+
 inline void int8_multiply(const Products& p, int64_t first, int64_t last, void*) {
   const auto* weights = static_cast<const int8_t*>(p.kernel);
-  const auto* of_outputs = static_cast<const float*>(p.scale);
-  const auto* of_rows = static_cast<const RowScale*>(p.prepared);
+  const auto* scales = static_cast<const float*>(p.scale);
   const auto* x = int8_codes(p.prepared, p.rows);
+  const int64_t length = round_up(p.inner, Int8Kind::kChunk);
   for (int64_t o = first; o < last; o += W) {
-    const int64_t outputs = last - o < W ? last - o : W;
-    multiply_outputs<Int8Kind>(weights + o * p.inner, p.inner, outputs, x, p.rows,
-                               [&](int64_t r, int64_t rows, int64_t c, int64_t count, I found) {
-                                 int32_t lanes[W];
-                                 store(lanes, found);
-                                 for (int64_t i = 0; i < rows; ++i) {
-                                   const RowScale own = of_rows[r + i];
-                                   for (int64_t j = 0; j < count; ++j) {
-                                     const auto whole = static_cast<float>(lanes[i * count + j] + own.start);
-                                     p.y[(r + i) * p.out + o + c + j] = whole * own.scale * of_outputs[o + c + j];
-                                   }
-                                 }
-                               });
+    const ScaleSums finish{p.y + o, p.out, scales + o, static_cast<const RowScale*>(p.prepared)};
+    Multiplier<Int8Kind, const ScaleSums>{weights + o * p.inner, p.inner, last - o < W ? last - o : W, x, length, finish}
+        .all_rows(p.rows);
   }
 }
 
@@ -300,7 +387,7 @@ INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float
   const __m512i words = _mm512_cvtepu8_epi16(load<__m256i>(bytes));
   const __m512i places[2] = {words, _mm512_srli_epi16(words, 4)};
   uint16_t* to[2] = {low, high};
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int plane = 0; plane < 2; ++plane) {
     const F numbers = codes * scales[plane] + minima[plane];
     const __m512i table = _mm512_broadcast_i64x4(bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(numbers))));
@@ -350,14 +437,10 @@ INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16
 
 inline void int4_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
   auto* decoded = static_cast<uint16_t*>(scratch);
-  const auto* x = static_cast<const BFloat16Kind::Activation*>(p.prepared);
   for (int64_t o = first; o < last; o += W) {
     const int64_t outputs = last - o < W ? last - o : W;
     decode_outputs(p, o, outputs, decoded);
-    multiply_outputs<BFloat16Kind>(decoded, p.inner, outputs, x, p.rows,
-                                   [&](int64_t r, int64_t rows, int64_t c, int64_t count, F found) {
-                                     store_tile(p.y, p.out, r, rows, o + c, count, found);
-                                   });
+    bf16_multiply_outputs(p, decoded, o, outputs);
   }
 }
 

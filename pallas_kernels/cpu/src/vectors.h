@@ -120,6 +120,8 @@ INLINE F rounded_to_bf16(F x) {
   return bits<F>((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u);
 }
 
+INLINE F to_bf16_and_back(F x) { return x == x ? rounded_to_bf16(x) : x; }
+
 INLINE F fp16(U words) {
 #if defined(__AVX512F__)
   return bits<F>(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits<__m512i>(words))));
@@ -197,6 +199,17 @@ INLINE V blocks(V a, V b, std::integer_sequence<int, L...>) {
 template <int S, int ODD, class V>
 INLINE V blocks(V a, V b) {
   return blocks<S, ODD>(a, b, std::make_integer_sequence<int, W>{});
+}
+
+// Of two vectors, one behind the other, the lanes at even places, or at odd ones.
+template <int ODD, int... L>
+INLINE F every_other(F a, F b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (2 * L + ODD)...);
+}
+
+template <int ODD>
+INLINE F every_other(F a, F b) {
+  return every_other<ODD>(a, b, std::make_integer_sequence<int, W>{});
 }
 
 // Lane i is the sum of the lanes of v[i].
