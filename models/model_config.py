@@ -153,8 +153,8 @@ class ModelConfig:
             raise ModelLoadError(f"model config: sliding_window is {self.sliding_window}, must be at least 1")
         if self.experts is not None and self.num_layers * self.experts.count > MOST_EXPERTS:
             raise ModelLoadError(
-                f"model config: {self.num_layers} layers of {self.experts.count} experts; at most {MOST_EXPERTS} experts "
-                "in all are supported"
+                f"model config: {self.num_layers} layers of {self.experts.count} experts; "
+                f"at most {MOST_EXPERTS} in all are supported"
             )
         some = {"full_attention_layers": self.full_attention_layers, "no_rope_layers": self.no_rope_layers}
         if self.experts is not None:
