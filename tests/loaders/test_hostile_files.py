@@ -12,7 +12,7 @@ import pytest
 from gguf_files import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_oracle import FIXTURES, case_config
+from model_oracle import CASES, FIXTURES, case_config
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.gguf_file import GGUFFile
@@ -59,7 +59,8 @@ _GGUF_KEYS = [
         "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
         "attention.head_count_kv", "attention.key_length", "rope.dimension_count", "rope.freq_base", "vocab_size",
         "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.scaling.factor", "rope.scaling.type",
-        "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "expert_count", "anything",
+        "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "expert_count",
+        "expert_used_count", "expert_feed_forward_length", "pooling_type", "anything",
     )),
     *(f"tokenizer.ggml.{key}" for key in (
         "model", "pre", "tokens", "token_type", "merges", "scores", "bos_token_id", "eos_token_id",
@@ -232,6 +233,21 @@ _rope = st.dictionaries(st.sampled_from(_ROPE_KEYS), _json | st.floats(0.5, 64.0
 @settings(max_examples=400)
 def test_config_json_of_any_content_is_refused_or_served(case, changed, rope):
     raw = {**case_config(case), **changed, **({} if rope is None else {"rope_parameters": rope})}
+    assert _refusal(lambda: _check_rotations(hf_config(raw))).isprintable()
+
+
+_numbers = st.integers(0, 5) | st.floats(0.0, 4.0) | st.lists(st.integers(0, 2), max_size=5)
+_LONGROPE_KEYS = ["short_factor", "long_factor", "original_max_position_embeddings", "factor", "rope_theta", "truncate"]
+
+
+@given(case=st.sampled_from(CASES), data=st.data())
+@settings(max_examples=400)
+def test_config_json_of_every_family_is_refused_or_served(case, data):
+    own = case_config(case)
+    raw = {**own, **data.draw(st.dictionaries(st.sampled_from(sorted(own)), _json | _numbers, max_size=3))}
+    rope = data.draw(st.dictionaries(st.sampled_from(_LONGROPE_KEYS), _json | _numbers, max_size=2))
+    if isinstance(raw.get("rope_parameters"), dict):
+        raw["rope_parameters"] = {**raw["rope_parameters"], **rope}
     assert _refusal(lambda: _check_rotations(hf_config(raw))).isprintable()
 
 
