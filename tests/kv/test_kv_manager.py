@@ -1,5 +1,7 @@
 """What would fit alone, what is refused, and what the manager's own audit finds."""
 
+import dataclasses
+
 import pytest
 from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena, pages_of
 
@@ -179,6 +181,26 @@ def test_nobody_takes_over_what_another_computes_without_waiting():
     kv.release(short)
     assert kv.can_advance(last)
     assert not kv.can_advance(other)
+
+
+def test_pages_behind_a_window_go_back_and_none_that_are_attended_to():
+    local = dataclasses.replace(INT8, group=1, window=6, span=6 + 2 * PAGE_SIZE)
+    whole = dataclasses.replace(INT8, others=(local,))
+    kv = KVManager(arena(40, classes=()), {("m", "int8"): whole})
+    row = admit(kv, "int8", list(range(6 * PAGE_SIZE)))
+    held = kv.holds(row).groups
+    assert [group.num_pages for group in held] == [6, 2], "for what a step computes"
+    for pages, dropped in ((2, 0), (4, 2), (6, 4)):
+        row.num_computed_tokens = pages * PAGE_SIZE
+        kv.note_computed(row)
+        assert kv.grow(row, row.num_tokens)
+        check_integrity(kv)
+        assert (held[0].num_dropped, held[1].num_dropped) == (0, dropped)
+    assert [segment.first_position for segment in kv.segments(row, 6 * PAGE_SIZE, 1)] == [4 * PAGE_SIZE]
+    assert whole.demand(1000) == {whole: 250, local: 4}
+    kv.pool.decref(held[1].drop(5))
+    with pytest.raises(IntegrityError, match=r"5 pages of m/int8 \(group 1\) are dropped, but those from page 4 on"):
+        check_integrity(kv)
 
 
 def test_scattered_evictable_pages_do_not_keep_out_a_request_that_has_no_other_in_its_way():
