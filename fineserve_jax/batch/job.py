@@ -189,9 +189,11 @@ class BatchJob:
         prepared = self.engine.prepare(*pending.request)
         pending.samples = self.engine.queue(prepared, pending.so_far)
         pending.attempts += 1
-        had = [len(part.token_ids) for part in pending.so_far]
-        pending.saved = pending.saved or (had + [0] * len(pending.samples))[: len(pending.samples)]
-        self._pending |= dict.fromkeys(pending.samples, pending)
+        if not pending.saved:
+            had = [len(part.token_ids) for part in pending.so_far]
+            pending.saved = had + [0] * (len(pending.samples) - len(had))
+        for sample in pending.samples:
+            self._pending[sample] = pending
         if pending.is_complete:  # it had come to its end, and its answer was not written
             self._finish(pending)
 
