@@ -116,13 +116,17 @@ class BatchJob:
 
     def _stop(self) -> None:
         """Keeps what there is, and leaves the engine idle. What fails here must not hide why the job ends."""
-        for leave in (self._keep, self._take_out_all):
+        for leave in (self._keep_answers, self._keep_tokens, self._take_out_all):
             try:
                 leave()
             except Exception as error:
                 log.warning("the job could not be ended cleanly: %s: %s", type(error).__name__, error)
 
-    def _keep(self) -> None:
+    def _keep_answers(self) -> None:
+        with self.delivery.journal.explained():
+            self.delivery.save(now=True)
+
+    def _keep_tokens(self) -> None:
         self.engine.recover()  # an interrupt may have cut a step short
         with self.delivery.journal.explained():
             self._save(now=True)
