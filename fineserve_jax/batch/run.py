@@ -109,6 +109,8 @@ def run_batch(
             summary = job.run(read_rows(remaining, inputs.names, inputs.openai))
     summary.signal = interruption.signal
     _tell(summary.table())
+    if summary.interrupted and output.answers.is_regular and inputs.can_be_read_again:
+        _tell("run the same command with --resume to go on")
     return summary
 
 
