@@ -1,6 +1,7 @@
 """From models and settings to the parts of an engine: page geometries, KV manager, scheduler, arena, runners."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +24,13 @@ from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
+from fineserve_jax.pallas_kernels.implementation import (
+    VARIABLE,
+    Implementation,
+    default_implementation,
+    is_interpreted,
+    missing_kernels,
+)
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.runner import ModelRunner
@@ -37,8 +44,8 @@ DEFAULT_MAX_SEQ_LEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model in an engine.
+class KnownModel:
+    """What requests for a model are checked against.
 
     Attributes:
         name: what requests call it.
@@ -47,7 +54,6 @@ class ServedModel:
         formats: KV formats that its requests may name, as of its construction: those registered later have no pages.
         geometry: of its pages.
         max_seq_len: most tokens of its requests.
-        runner: computes its steps.
     """
 
     name: str
@@ -56,11 +62,32 @@ class ServedModel:
     formats: tuple[str, ...]
     geometry: PageGeometry
     max_seq_len: int
-    runner: ModelRunner
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.model.tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel(KnownModel):
+    """A model in an engine. `runner`: computes its steps."""
+
+    runner: ModelRunner
+
+
+class EngineBooks(NamedTuple):
+    """What is known of an engine before it takes memory on a device.
+
+    Attributes:
+        models: by the names that requests use; their weights are not looked at.
+        kv: the host's half of the cache.
+    """
+
+    device: jax.Device
+    implementation: Implementation
+    models: dict[str, KnownModel]
+    allocator: SlabAllocator
+    kv: KVManager
 
 
 class EngineParts(NamedTuple):
@@ -71,15 +98,10 @@ class EngineParts(NamedTuple):
     models: dict[str, ServedModel]
 
 
-def build_engine(
+def build_books(
     models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
-) -> EngineParts:
-    """Builds the parts of an engine.
-
-    Args:
-        models: what it serves, by the names that requests use.
-        config: its settings.
-        settings: of single models, where they differ; by name.
+) -> EngineBooks:
+    """What can be said of an engine from its models' configurations; for the arguments see `build_engine`.
 
     Raises:
         ConfigError: settings that a model or the device rules out, or that are for no model.
@@ -96,17 +118,39 @@ def build_engine(
     unit_words = next(iter(geometries.values())).unit_words
     allocator = _allocator(config, unit_words, classes, size)
     kv = _kv_manager(config, allocator, classes, size)
-    for name in models:
+    known = {}
+    for name, model in models.items():
         _check_one_request_fits(kv, name, configs[name], limits[name], size)
+        formats = configs[name].served_formats
+        known[name] = KnownModel(name, model, configs[name], formats, geometries[name], limits[name])
+    return EngineBooks(device, implementation, known, allocator, kv)
+
+
+def build_engine(
+    models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
+) -> EngineParts:
+    """Builds the parts of an engine.
+
+    Args:
+        models: what it serves, by the names that requests use.
+        config: its settings.
+        settings: of single models, where they differ; by name.
+
+    Raises:
+        ConfigError: settings that a model or the device rules out, or that are for no model.
+    """
+    device, implementation, known, allocator, kv = build_books(models, config, settings)
+    geometries = {name: model.geometry for name, model in known.items()}
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
     scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind))
     arena = Arena(next(iter(geometries.values())), allocator.num_units)
     operations = PageOperations(arena, geometries, allocator.slab_units, implementation)
     served = {}
-    for name, model in models.items():
-        runner = _runner(model, geometries[name], arena, kv, config, limits[name], implementation)
-        formats = configs[name].served_formats
-        served[name] = ServedModel(name, model, configs[name], formats, geometries[name], limits[name], runner)
+    for name, model in known.items():
+        runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
+        served[name] = ServedModel(
+            name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner
+        )
     return EngineParts(kv, scheduler, arena, operations, served)
 
 
@@ -116,6 +160,8 @@ def kernel_implementation() -> Implementation:
         implementation = default_implementation()
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if implementation == "xla" and not os.environ.get(VARIABLE) and (reason := missing_kernels()):
+        log.warning("%s; until then XLA does their work, several times slower", reason)
     if is_interpreted(implementation):
         log.warning("%s kernels are interpreted on this platform: right, but very slow", implementation)
     return implementation

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fineserve_jax.engine.build import ServedModel, build_engine
+from fineserve_jax.engine.endings import dead_end, ending_with
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import ModelSettings
 from fineserve_jax.engine.nonfinite import nonfinite_message
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.outputs import RequestOutput, request_output
-from fineserve_jax.engine.prepare import PreparedRequest, prepare_request, use_precision
+from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
 from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats, StepTotals, engine_stats
 from fineserve_jax.engine.warm_up import warm_up
-from fineserve_jax.errors import DeadEndError, FineServeError, NonFiniteError, RequestError
+from fineserve_jax.errors import FineServeError, NonFiniteError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
@@ -25,17 +27,8 @@ from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
-from fineserve_jax.structured.matcher import TokenMatcher
 
 log = logging.getLogger(__name__)
-
-
-def dead_end(request: Request, reason: str) -> DeadEndError:
-    """What is told of a request that cannot go on as its structured outputs ask."""
-    return DeadEndError(
-        f"the answer cannot go on as structured_outputs ask after {request.num_output_tokens} output tokens: {reason}; "
-        "simplify them, or ask for what the model can write"
-    )
 
 
 class Engine:
@@ -90,14 +83,7 @@ class Engine:
 
     def served(self, model: str | None = None) -> ServedModel:
         """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
-        known = ", ".join(self.models)
-        if model is None:
-            if len(self.models) > 1:
-                raise RequestError(f"no model is named, and there are several; give model as one of {known}")
-            return next(iter(self.models.values()))
-        if model not in self.models:
-            raise RequestError(f"model={model!r} is not served; choose one of {known}")
-        return self.models[model]
+        return named_model(self.models, model)
 
     @property
     def model(self) -> LoadedModel:
@@ -134,13 +120,20 @@ class Engine:
         served = self.served(options.model)
         return prepare_request(served, self.kv, self.scheduler.quotas, token_ids, sampling, options)
 
-    def queue(self, prepared: PreparedRequest) -> list[Request]:
+    def queue(self, prepared: PreparedRequest, so_far: Sequence[SampleSoFar] = ()) -> list[Request]:
         """Lets all `n` samples of a prompt wait for their turn, or none if that is interrupted; all but the first may
-        start from its pages."""
+        start from its pages.
+
+        Args:
+            so_far: what samples had when they were interrupted, one each or none: they go on as a preempted request
+                does, and those that had come to their end are finished at once.
+        """
         samples: list[Request] = []
+        had = dict(enumerate(so_far))
         try:
             for index in range(prepared.sampling.n):
-                samples.append(self._queue_sample(prepared, None, index, samples[0] if samples else None))
+                first = samples[0] if samples else None
+                samples.append(self._queue_sample(prepared, None, index, first, had.get(index)))
         except BaseException:
             for request in samples:
                 self.abort(request)
@@ -177,17 +170,23 @@ class Engine:
         request_id: str | None = None,
         sample_index: int = 0,
         fork_of: Request | None = None,
+        so_far: SampleSoFar | None = None,
     ) -> Request:
         self.recover()
         sequence = self._num_requests
         own_id = self._unused_id() if request_id is None else request_id
         if own_id in self.scheduler:
             raise RequestError(f"request_id={own_id!r} is in use; give each request its own")
+        if so_far is not None and so_far.token_ids:
+            fork_of = None  # its tokens are no longer those of the other sample
         request = prepared.request(own_id, sequence, self.clock(), self.config.seed, sample_index, fork_of)
         text = RequestText(request, prepared.served.tokenizer)
+        if so_far is not None:
+            replay(request, text, so_far)
         self._is_changing = True
-        use_precision(prepared.served, self.kv, prepared.precision)
-        self.scheduler.add(request)
+        use_precision(self.models[prepared.served.name], self.kv, prepared.precision)
+        if request.status is not RequestStatus.FINISHED:
+            self.scheduler.add(request)
         self._num_requests += 1
         self.detokenizers[request] = text
         self._is_changing = False
@@ -344,25 +343,15 @@ class Engine:
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
         text = self.detokenizers[request]
-        if sampled.token in request.stop_ids or text.completes_stop_string():
-            self._finish(request, FinishReason.STOP)
-        elif request.matcher is not None and self._ends_grammar(request, request.matcher, sampled.token):
-            return
-        elif request.num_tokens >= request.max_total_tokens:
-            self._finish(request, FinishReason.LENGTH)
+        ending = ending_with(request, text, sampled.token)
+        if isinstance(ending, FineServeError):
+            self._fail(request, ending)
+        elif ending is not None:
+            self._finish(request, ending)
         else:
             text.accept()
             if request.is_long and request.num_tokens - 1 == request.long_after:
                 self.scheduler.restart(request)
-
-    def _ends_grammar(self, request: Request, matcher: TokenMatcher, token: int) -> bool:
-        """Goes on by a token in what `structured_outputs` ask for; whether that ends the request."""
-        matcher.accept(token)
-        if matcher.error is not None:
-            self._fail(request, dead_end(request, matcher.error))
-        elif matcher.is_complete:
-            self._finish(request, FinishReason.STOP)
-        return request.status is RequestStatus.FINISHED
 
     def _fail(self, request: Request, error: FineServeError) -> None:
         request.error = error
