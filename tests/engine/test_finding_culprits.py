@@ -30,7 +30,7 @@ def test_those_that_fail_are_found_and_all_others_are_served(count, bad, seed, m
     requests = [a_request(i) for i in range(count)]
     bad_ones = {request for i, request in enumerate(requests) if i in bad}
     isolation, rng = Isolation(), random.Random(seed)
-    to_go, ended, steps = {request: 4 for request in requests}, [], 0
+    to_go, ended, steps = dict.fromkeys(requests, 4), [], 0
     while to_go:
         steps += 1
         assert steps < 100 * count
