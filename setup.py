@@ -13,7 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 VARIABLE = "FINESERVE_BUILD_KERNELS"
 SOURCES = Path("pallas_kernels/cpu/src")
@@ -36,7 +36,7 @@ class BuildKernels(build_ext):
             return
         try:
             super().run()
-        except (BaseError, OSError) as error:
+        except (BaseError, CCompilerError, OSError) as error:
             if wanted == "require":
                 raise
             self.extensions = []

@@ -3,6 +3,7 @@
 Type checkers read this file, and `__init__.py` imports from it what it is asked for.
 """
 
+from fineserve_jax.async_llm import AsyncLLM
 from fineserve_jax.batch.predictor import FineServePredictor
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
@@ -41,6 +42,7 @@ __all__ = [
     "KV_FORMATS",
     "LLM",
     "POLICIES",
+    "AsyncLLM",
     "ChatOptions",
     "CompletionOutput",
     "ConfigError",

@@ -6,12 +6,14 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
+from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
 from fineserve_jax.engine.load import load_from
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.engine.tickets import Inbox, Ticket
+from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
@@ -127,6 +129,44 @@ class LLM:
         ticket = ticket_for_pieces(self.engine, inbox, prompt, sampling_params, options, chat_options, fields)
         return self._pieces(ticket, inbox)
 
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt | Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        options: RequestOptions | Iterable[RequestOptions] | None = None,
+        *,
+        ordered: bool = False,
+        look_ahead: int | None = None,
+        chat_options: ChatOptions | None = None,
+        **fields: Unpack[OptionKeywords],
+    ) -> Iterator[RequestOutput]:
+        """Yields the outputs of any number of prompts, each as soon as it is complete; they may go on for ever.
+
+        Prompts are asked for as outputs are taken, so that neither they nor the outputs pile up: a source that waits
+        makes the outputs wait, too. Leaving the loop early aborts what is under way. A prompt that cannot be served
+        has an output with the `finish_reason` "error"; whatever `prompts` raises ends the iteration.
+
+        Args:
+            prompts: texts, token ids, tables or conversations, as `generate` and `chat` take them.
+            sampling_params, options: one for all, or an iterable with one for each prompt, asked for along with it.
+            ordered: give outputs out in the order of the prompts, instead of as they are complete; `index` of an output
+                is the number of its prompt either way.
+            look_ahead: most prompts that were asked for and whose outputs were not taken; None: five times
+                `max_batch_size`.
+            chat_options: how conversations are rendered.
+            fields: of `RequestOptions`, those that `options` leave unset, one for all prompts.
+
+        Raises:
+            RequestError: at once, for a bad `look_ahead` or keyword.
+            EngineError: the engine is closed, or cannot go on.
+        """
+        self._loop.check_usable()
+        source = PromptSource(self.engine, prompts, sampling_params, options, chat_options, fields)
+        most = 5 * self.engine.config.max_batch_size if look_ahead is None else look_ahead
+        if most < 1:
+            raise RequestError(f"look_ahead={most}: at least 1 prompt is to be asked for")
+        return outputs_as_they_come(self._loop, source, most, ordered)
+
     def warm_up(
         self,
         kv_precisions: Sequence[str] = (),
@@ -158,6 +198,7 @@ class LLM:
 
     def _pieces(self, ticket: Ticket, inbox: Inbox) -> Iterator[str]:
         # Runs from the first piece asked for: a stream that nobody reads holds nothing.
+        self._loop.abort_with(inbox, [ticket])
         try:
             self._loop.submit([ticket])
             is_done = False
@@ -183,6 +224,7 @@ class LLM:
         self._loop.check_usable()
         inbox = Inbox(wants_stats=on_step is not None)
         tickets = tickets_of_all(self.engine, inbox, prompts, encode, sampling_params, options, fields)
+        self._loop.abort_with(inbox, tickets)
         try:
             self._loop.submit(tickets)
             num_left = len(tickets)

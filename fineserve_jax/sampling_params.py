@@ -29,6 +29,12 @@ def _token_id(value: Any) -> Any:
 TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 
+NUMBERS = (
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "seed", "n"),
+)
+
+
 class SamplingParams(Validated):
     """How the tokens of one request are chosen, and when it ends.
 
@@ -88,6 +94,13 @@ class SamplingParams(Validated):
     @classmethod
     def _as_given(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         return given_values(own_fields(values), cls.model_fields)
+
+    @field_validator(*NUMBERS, mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a number is wanted, not true or false")
+        return value
 
     @field_validator("top_k")
     @classmethod

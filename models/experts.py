@@ -19,11 +19,13 @@ from jaxtyping import Float32, Int32
 
 from fineserve_jax.models.layers import Linear, declared, gated
 from fineserve_jax.models.model_config import ExpertsConfig, ModelConfig
-from fineserve_jax.models.weight_formats import Arrays, Float32Weights, WeightFormat, weight_recipe
+from fineserve_jax.models.weight_formats import Arrays, Float32Weights, GroupedWeightFormat, WeightFormat, weight_recipe
 
 MIN_TILE, MAX_TILE = 8, 64  # XLA's CPU products of bf16 and int8 are several times slower with fewer than 8 rows
 
-Pairs = Float32[jax.Array, "M width"]
+Taken = Float32[jax.Array, "M {self.in_features}"]
+Given = Float32[jax.Array, "M {self.out_features}"]
+Results = Float32[jax.Array, "M {self.config.hidden_size}"]
 
 
 class Grouping(NamedTuple):
@@ -52,17 +54,30 @@ class ExpertMatrices(nn.Module):
             name: self.param(name, declared, jax.ShapeDtypeStruct((self.count, *shape.shape), shape.dtype))
             for name, shape in shapes.items()
         }
-        bias = jax.ShapeDtypeStruct((self.count, self.out_features), jnp.float32)
-        self.bias = self.param("bias", declared, bias) if self.use_bias else None
+        if self.use_bias:
+            bias = jax.ShapeDtypeStruct((self.count, self.out_features), jnp.float32)
+            self.bias = self.param("bias", declared, bias)
 
-    def of_one(self, expert: Int32[jax.Array, ""], x: Pairs) -> Pairs:
+    def of_one(self, expert: Int32[jax.Array, ""], x: Taken) -> Given:
         """The products of rows with the matrix of one expert, whose number is data."""
         y = self.format.dot({name: array[expert] for name, array in self.stored.items()}, x)
-        return y if self.bias is None else y + self.bias[expert]
+        return y + self.bias[expert] if self.use_bias else y
+
+    def of_all(self, x: Taken, sizes: Int32[jax.Array, " count"]) -> Given:
+        """The products of rows, sorted by expert, with the matrices of their experts: first `sizes[0]` of expert 0."""
+        experts = jnp.repeat(jnp.arange(self.count), sizes, total_repeat_length=len(x))
+        assert isinstance(self.format, GroupedWeightFormat), "others take their rows tile by tile"
+        y = self.format.grouped_dot(self.stored, x, sizes, experts)
+        return y + self.bias[experts] if self.use_bias else y
 
 
 class Experts(nn.Module):
-    """The mixture that takes the place of a gated MLP: f32[N, hidden] -> f32[N, hidden]."""
+    """The mixture that takes the place of a gated MLP: f32[N, hidden] -> f32[N, hidden].
+
+    TPUs have a grouped product (`jax.lax.ragged_dot`), of floats and of 8-bit integers. On CPUs and GPUs XLA makes of
+    it one of every row with every expert, most of them zero (seen with JAX 0.10.2), so there experts take their rows
+    tile by tile.
+    """
 
     config: ModelConfig
     weights: str
@@ -85,12 +100,21 @@ class Experts(nn.Module):
     ) -> Float32[jax.Array, "N {self.config.hidden_size}"]:
         weights, chosen = route(self.experts, self.router(x))
         groups = group_by_expert(chosen, self.experts.count)
-        results = self._tile_by_tile(x, groups)
+        if isinstance(weight_recipe(self.weights).linear, GroupedWeightFormat):
+            results = lax.platform_dependent(x, groups, tpu=self.all_at_once, default=self.tile_by_tile)
+        else:
+            results = self.tile_by_tile(x, groups)
         by_token = jnp.zeros_like(results).at[groups.order].set(results).reshape(*chosen.shape, -1)
         return jnp.sum(by_token * weights[:, :, None], axis=1)
 
-    def _tile_by_tile(self, x: jax.Array, groups: Grouping) -> Pairs:
-        """Each expert's MLP over its rows, in tiles of rows of one expert: what every pair gives, in sorted order.
+    def all_at_once(self, x: jax.Array, groups: Grouping) -> Results:
+        """What every pair gives, in sorted order, by grouped products."""
+        rows = x[groups.order // self.experts.used]
+        gate, up = jnp.split(self.gate_up.of_all(rows, groups.sizes), 2, axis=-1)
+        return self.down.of_all(gated(self.config, gate, up), groups.sizes)
+
+    def tile_by_tile(self, x: jax.Array, groups: Grouping) -> Results:
+        """The same in tiles of rows of one expert, each multiplied with that expert's matrices.
 
         A tile at the end of an expert's rows reaches into the next expert's, whose tiles come later and overwrite that.
         """

@@ -13,6 +13,10 @@ NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu_tanh"]
 
 
+MOST_EXPERTS = 1 << 16
+"""Of all layers of a model: four times as many as any published one has, so that a damaged file is known as one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
     """A mixture of experts in the place of the MLP.
@@ -147,6 +151,11 @@ class ModelConfig:
     def _check_attention(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ModelLoadError(f"model config: sliding_window is {self.sliding_window}, must be at least 1")
+        if self.experts is not None and self.num_layers * self.experts.count > MOST_EXPERTS:
+            raise ModelLoadError(
+                f"model config: {self.num_layers} layers of {self.experts.count} experts; "
+                f"at most {MOST_EXPERTS} in all are supported"
+            )
         some = {"full_attention_layers": self.full_attention_layers, "no_rope_layers": self.no_rope_layers}
         if self.experts is not None:
             some["dense_layers"] = self.experts.dense_layers

@@ -208,7 +208,7 @@ class _Packer:
             attn["q_norm"] = self.norm(attention + "q_norm.weight")
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
         if cfg.attention_sinks:
-            attn["sinks"] = jnp.asarray(self.source.read(attention + "sinks"))
+            attn["sinks"] = to_device(self.source.read(attention + "sinks"))
         mlp = self.experts(prefix + "mlp.") if cfg.has_experts(index) else self.mlp(prefix + "mlp.")
         return {"attn": attn, "mlp": mlp, **self.residual_norms(prefix)}
 
@@ -263,7 +263,7 @@ class _Packer:
         return {key: to_device(array) for key, array in packed.items()}
 
     def norm(self, name: str) -> Params:
-        return {"scale": jnp.asarray(self.source.read(name))}
+        return {"scale": to_device(self.source.read(name))}
 
 
 class _RandomSource:

@@ -50,6 +50,11 @@ def get_family(name: str) -> Family:
     return _families[name]
 
 
+def families() -> list[Family]:
+    """All that are registered, in that order; those that installed packages offer only once they were asked for."""
+    return list(_families.values())
+
+
 def family_of_hf_architecture(architecture: str) -> Family:
     """The family of an entry of `architectures` in config.json; raises ModelLoadError."""
     return _find(architecture, lambda family: family.hf_architectures)

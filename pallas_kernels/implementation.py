@@ -23,8 +23,7 @@ def default_implementation() -> Implementation:
     """
     if wanted := os.environ.get(VARIABLE):
         return check_implementation(wanted, VARIABLE)
-    suited = BY_PLATFORM.get(jax.default_backend(), "xla")
-    return "xla" if suited == "cpu" and library.why_unavailable() else suited
+    return "xla" if missing_kernels() else BY_PLATFORM.get(jax.default_backend(), "xla")
 
 
 def check_implementation(name: str, source: str = "implementation") -> Implementation:
@@ -35,6 +34,11 @@ def check_implementation(name: str, source: str = "implementation") -> Implement
                 _check_cpu(source)
             return known
     raise ValueError(f"{source}={name!r} is no implementation; use one of {', '.join(get_args(Implementation))}")
+
+
+def missing_kernels() -> str | None:
+    """Why JAX's default platform lacks its compiled kernels, and what to do about it; None: it lacks none."""
+    return library.why_unavailable() if BY_PLATFORM.get(jax.default_backend()) == "cpu" else None
 
 
 def is_interpreted(implementation: Implementation) -> bool:

@@ -24,7 +24,7 @@ STOREYS = [
     {"loaders", "scheduler"},
     {"runner"},
     {"engine"},
-    {"llm"},
+    {"llm", "async_llm"},
     {"batch", "sim"},
     {""},
     {"cli"},

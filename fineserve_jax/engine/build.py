@@ -1,6 +1,7 @@
 """From models and settings to the parts of an engine: page geometries, KV manager, scheduler, arena, runners."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +24,13 @@ from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
-from fineserve_jax.pallas_kernels.implementation import Implementation, default_implementation, is_interpreted
+from fineserve_jax.pallas_kernels.implementation import (
+    VARIABLE,
+    Implementation,
+    default_implementation,
+    is_interpreted,
+    missing_kernels,
+)
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.runner import ModelRunner
@@ -153,6 +160,8 @@ def kernel_implementation() -> Implementation:
         implementation = default_implementation()
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if implementation == "xla" and not os.environ.get(VARIABLE) and (reason := missing_kernels()):
+        log.warning("%s; until then XLA does their work, several times slower", reason)
     if is_interpreted(implementation):
         log.warning("%s kernels are interpreted on this platform: right, but very slow", implementation)
     return implementation

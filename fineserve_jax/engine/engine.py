@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fineserve_jax.engine.build import ServedModel, build_engine
@@ -74,6 +74,7 @@ class Engine:
         self.detokenizers: dict[Request, RequestText] = {}
         self._num_requests, self._totals = 0, StepTotals()
         self.computing: tuple[Request, ...] = ()
+        self._served_only: set[Request] | None = None
         self._is_changing = False  # while the books change; still so at the next call if that was cut short
         record = self.config.record
         self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
@@ -266,6 +267,7 @@ class Engine:
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
         ended because they were late, because numbers were not finite, or because nothing may follow what they said."""
+        self.computing = ()
         self.recover()
         self._is_changing = True
         advanced = self._step()
@@ -274,7 +276,6 @@ class Engine:
 
     def _step(self) -> list[Request]:
         start, compiled_before = time.perf_counter(), self._num_compilations
-        self.computing = ()
         output = self.scheduler.schedule(self.clock())
         dropped = self.scheduler.take_dropped()
         for request in dropped:
@@ -360,7 +361,10 @@ class Engine:
         request.kv_tokens = self.kv.tokens_by_format(request)
         request.finish_reason = reason  # from here on it has ended, whatever happens to the rest; see `recover`
         self.detokenizers[request].end()
-        self.scheduler.finish(request, reason, self.clock())
+        if request.request_id in self.scheduler:
+            self.scheduler.finish(request, reason, self.clock())
+        else:
+            self._note_end(request)  # it is kept waiting, see `serve_only`
 
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
@@ -392,15 +396,12 @@ class Engine:
         unfinished = self._settle_requests()
         self.kv.start_over()
         self.scheduler.start_over(unfinished)
-        log.warning(
-            "a call was cut short%s; %d unfinished requests are computed again from their tokens",
-            ", and the KV arena was lost with it and is made anew" if lost else "",
-            len(unfinished),
-        )
+        what = "the KV arena was lost, and it and the books" if lost else "the books"
+        log.warning("%s are made anew; %d unfinished requests are computed again", what, len(unfinished))
         self._is_changing = False
 
     def _settle_requests(self) -> list[Request]:
-        """Takes back what is half done of each request; those that have not ended, in the order of arrival."""
+        """Takes back what is half done of each request; those to be served on, in the order of arrival."""
         unfinished = []
         for request, text in self.detokenizers.items():
             if request.finish_reason is None:
@@ -409,12 +410,30 @@ class Engine:
                     request.matcher.begin_with(request.output_token_ids)
                 request.error = None
                 unfinished.append(request)
-                continue
-            text.end()
-            if request.times.finished_s is None:
-                request.times.finished_s = self.clock()
-            request.status, request.fork_of = RequestStatus.FINISHED, None
-        return unfinished
+            else:
+                text.end()
+                self._note_end(request)
+        if self._served_only is None:
+            return unfinished
+        for request in unfinished:
+            if request not in self._served_only:
+                request.status, request.num_computed_tokens = RequestStatus.WAITING, 0
+        return [request for request in unfinished if request in self._served_only]
+
+    def _note_end(self, request: Request) -> None:
+        """What the scheduler notes of a request that ends, for one that it does not know."""
+        if request.times.finished_s is None:
+            request.times.finished_s = self.clock()
+        request.status, request.fork_of = RequestStatus.FINISHED, None
+
+    def serve_only(self, requests: Iterable[Request] | None) -> None:
+        """Serves these requests, and those that come from now on, with all others kept waiting; None: all again.
+
+        Those that are served from now on are computed again from their tokens.
+        """
+        wanted = None if requests is None else set(requests)
+        if wanted != self._served_only:
+            self._served_only, self._is_changing = wanted, True  # the next call makes the books anew
 
     # -- accounts --------------------------------------------------------------------------------------------------
 

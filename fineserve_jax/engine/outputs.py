@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fineserve_jax.request import Request
+from fineserve_jax.request import FinishReason, Request
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.runner.runner import TokenLogprobs
 
 
@@ -61,6 +62,7 @@ class RequestOutput:
         kv_tokens: how many of its samples' tokens were kept in each KV format at the end: more than one if it was
             narrowed, or if its format keeps the newest tokens in another.
         outputs: its `n` samples.
+        index: which of the call's prompts it was.
     """
 
     request_id: str
@@ -71,15 +73,19 @@ class RequestOutput:
     kv_tokens: dict[str, int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
+    index: int = 0
 
 
-def request_output(samples: Sequence[Request], texts: Sequence[str], prompt: str | None) -> RequestOutput:
+def request_output(
+    samples: Sequence[Request], texts: Sequence[str], prompt: str | None, index: int = 0
+) -> RequestOutput:
     """The output of a prompt.
 
     Args:
         samples: its samples, all finished.
         texts: what each said.
         prompt: its text, None if it came as tokens.
+        index: which of the call's prompts it was.
     """
     first = samples[0]
     return RequestOutput(
@@ -101,6 +107,22 @@ def request_output(samples: Sequence[Request], texts: Sequence[str], prompt: str
             for i, (request, text) in enumerate(zip(samples, texts, strict=True))
         ],
         metrics=_metrics(samples),
+        index=index,
+    )
+
+
+def refused_output(prompt: str | None, options: RequestOptions, index: int, error: str) -> RequestOutput:
+    """The output of a prompt that cannot be served, among others that can: one sample, whose error says why not."""
+    return RequestOutput(
+        request_id="",
+        prompt=prompt,
+        prompt_token_ids=[],
+        model=options.model or "",
+        kv_precision=options.kv_precision or "",
+        kv_tokens={},
+        outputs=[CompletionOutput(0, "", [], None, str(FinishReason.ERROR), error)],
+        metrics=RequestMetrics(0.0, 0.0, 0.0, 0),
+        index=index,
     )
 
 

@@ -1,5 +1,6 @@
 """Tickets: what callers of the engine loop hold of the prompts that they handed in."""
 
+import weakref
 from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
@@ -32,7 +33,7 @@ class Ticket:
 
     Args:
         prepared: the prompt, checked.
-        receiver: who is told.
+        receiver: who is told, as long as somebody else holds it.
         prompt: its text, None if it came as tokens.
         index: which of the caller's prompts it is.
         wants_pieces: whether the receiver is told of each token, and not only of the end.
@@ -46,13 +47,13 @@ class Ticket:
     __slots__ = (
         "_is_announced",
         "_num_left",
+        "_receiver",
         "_texts",
         "error",
         "index",
         "is_done",
         "prepared",
         "prompt",
-        "receiver",
         "samples",
         "wants_pieces",
     )
@@ -66,7 +67,8 @@ class Ticket:
         *,
         wants_pieces: bool = False,
     ) -> None:
-        self.prepared, self.receiver, self.prompt, self.index = prepared, receiver, prompt, index
+        self.prepared, self.prompt, self.index = prepared, prompt, index
+        self._receiver = weakref.ref(receiver)
         self.wants_pieces = wants_pieces
         self.samples: list[Request] = []
         self._texts: list[RequestText] = []
@@ -74,6 +76,11 @@ class Ticket:
         self.error: BaseException | None = None
         self._num_left = 0
         self._is_announced = False
+
+    @property
+    def receiver(self) -> Receiver | None:
+        """Who is told; None: nobody is there any more."""
+        return self._receiver()
 
     # -- the loop's thread ---------------------------------------------------------------------------------------
 
@@ -111,7 +118,7 @@ class Ticket:
         """What the prompt gave; raises the error if there is one. It must be done."""
         if self.error is not None:
             raise self.error
-        return request_output(self.samples, [text.text for text in self._texts], self.prompt)
+        return request_output(self.samples, [text.text for text in self._texts], self.prompt, self.index)
 
 
 class Inbox:

@@ -50,6 +50,11 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
 
 
 def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfig:
+    if pooling := keys.get("pooling_type", 0):
+        raise ModelLoadError(
+            f"{file.path} is an embedding model (pooling_type {pooling}): it makes vectors of texts, and cannot write "
+            "text; use a language model"
+        )
     hidden, heads = keys["embedding_length"], keys["attention.head_count"]
     head_dim = keys.get("attention.key_length", hidden // heads)
     context = keys["context_length"]

@@ -48,6 +48,7 @@ class GGUFModelKeys(CheckedKeys):
     embedding_scale: Factor | None = None
     residual_scale: Factor | None = None
     logit_scale: Factor | None = None
+    pooling_type: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     expert_count: ExpertCount | None = None
     expert_used_count: ExpertCount | None = None
     expert_feed_forward_length: Count | None = None
@@ -88,7 +89,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "leading_dense_block_count": (0,),
     "logit_scale": (0, 1),
     "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
     "residual_scale": (0, 1),
     "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_ext_factor": (-1, 1),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.embedding_models import refuse_other_tasks
 from fineserve_jax.loaders.hf_multimodal import text_part
 from fineserve_jax.loaders.hf_schema import (
     HARMLESS_KEYS,
@@ -38,6 +39,7 @@ def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
     raw = text_part(raw)
     checked = check_keys(HFConfigKeys, raw, _WHERE).model_dump()
     architecture = (checked.pop("architectures") or ["(none stated)"])[0]
+    refuse_other_tasks(architecture)
     family = family_of_hf_architecture(architecture)
     stated = {key: value for key, value in checked.items() if value is not None}
     if family.local_rope:

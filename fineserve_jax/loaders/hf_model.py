@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fineserve_jax.loaders.embedding_models import refuse_bare_tensors, refuse_embedding_directory
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_multimodal import has_text_part, text_part, text_tensor_name
 from fineserve_jax.loaders.json_file import read_json
@@ -35,6 +36,7 @@ class HFModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        refuse_embedding_directory(directory)
         raw = read_json(directory / "config.json")
         self.config = hf_config(raw)
         family = get_family(self.config.family)
@@ -42,6 +44,7 @@ class HFModel:
         self._files = SafetensorsFiles(directory)
         if has_text_part(raw):
             self._leave_out_images()
+        refuse_bare_tensors(directory, self._files.tensors, self.config.tie_embeddings)
         text = text_part(raw)
         method = quantization_method(text.get("quantization_config") or text.get("compression_config"))
         self._stored = MXFP4Stacks(PlainTensors(self._files, method))

@@ -35,7 +35,7 @@ class FP4:
         return "weight_packed" in parts and parts.dtype("weight_packed") == "U8"
 
     def shape(self, parts: MatrixParts) -> tuple[int, int]:
-        out, half = (*parts.shape("weight_packed"), 0)[:2]
+        out, half = parts.sides("weight_packed")
         parts.require("weight_packed", (out, half), ("U8",))
         parts.require("weight_scale", (out, 2 * half // self.group), FP8 if self.overall else ("U8", "F8_E8M0"))
         if self.overall:

@@ -3,7 +3,9 @@
 import pytest
 from engine_cases import serve
 
+from fineserve_jax.engine.build import kernel_implementation
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.pallas_kernels.cpu import library
 from fineserve_jax.sampling_params import SamplingParams
 
 FORMATS = ("fp32", "int8", "int4")
@@ -29,3 +31,14 @@ def test_unknown_kernels_are_refused_before_anything_is_allocated(make_engine, m
     monkeypatch.setenv("FINESERVE_ATTENTION", "cuda")
     with pytest.raises(ConfigError, match=r"FINESERVE_ATTENTION='cuda'.*xla, cpu, triton, mosaic_tpu"):
         make_engine()
+
+
+def test_where_compiled_kernels_are_missing_it_is_said(monkeypatch, caplog):
+    monkeypatch.delenv("FINESERVE_ATTENTION", raising=False)
+    monkeypatch.setattr(library, "why_unavailable", lambda: "they were not built")
+    assert kernel_implementation() == "xla"
+    assert "they were not built; until then XLA does their work, several times slower" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("FINESERVE_ATTENTION", "xla")
+    assert kernel_implementation() == "xla"
+    assert not caplog.text
