@@ -32,7 +32,9 @@ def main() -> None:
 
     ray.init(ignore_reinit_error=True)  # joins the cluster that RAY_ADDRESS names, or that this machine belongs to
     context = ray.data.DataContext.get_current()
-    context.checkpoint_config = CheckpointConfig(id_column="id", checkpoint_path=f"{output}.checkpoint")
+    context.checkpoint_config = CheckpointConfig(
+        id_column="id", checkpoint_path=f"{output}.checkpoint", delete_checkpoint_on_success=False
+    )
 
     answers = ray.data.read_json(arguments.input, lines=True).map_batches(
         FineServePredictor,

@@ -155,7 +155,8 @@ def _answer_columns(answer: Mapping[str, Any]) -> dict[str, Any]:
     """`ANSWER`'s values; of several samples the first."""
     first = answer.get("samples", [answer])[0]
     known = {**answer, **{name: first.get(name) for name in ("text", "finish_reason")}}
-    return {**{name: known.get(name) for name in ANSWER}, "answer": None if "error" in answer else json.dumps(answer)}
+    whole = {name: value for name, value in answer.items() if name != "id"}  # which is its place in the batch
+    return {**{name: known.get(name) for name in ANSWER}, "answer": None if "error" in answer else json.dumps(whole)}
 
 
 def _plain(value: Any) -> Any:
