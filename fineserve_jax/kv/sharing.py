@@ -43,19 +43,26 @@ class Sharing:
         prefix_cache: "exact" shares full pages between requests that begin alike, in one format; "convert" also
             serves a request from a prefix in a wider format, requantizing it, so that its tokens depend on what
             was cached; "off" shares nothing but what a sample finds computed of another one of its prompt.
+        chunk_pages: share only what was computed as each would compute it: whole chunks of prompts, of so many pages.
+            None: any full pages.
 
     Raises:
         ConfigError: another `prefix_cache`.
     """
 
     def __init__(
-        self, pool: PagePool, classes: PageClasses, held: Mapping[Request, RequestPages], prefix_cache: str
+        self,
+        pool: PagePool,
+        classes: PageClasses,
+        held: Mapping[Request, RequestPages],
+        prefix_cache: str,
+        chunk_pages: int | None = None,
     ) -> None:
         if prefix_cache not in PREFIX_CACHES:
             raise ConfigError(f"prefix_cache={prefix_cache!r}: choose one of {', '.join(PREFIX_CACHES)}")
         self._pool, self._classes, self._held = pool, classes, held
         self._cache = pool.prefix_cache
-        self.prefix_cache = prefix_cache
+        self.prefix_cache, self.chunk_pages = prefix_cache, chunk_pages
 
     # -- a request starts ------------------------------------------------------------------------------------
 
@@ -83,10 +90,10 @@ class Sharing:
     ) -> RequestPages | None:
         """Pages of a request that starts with what is cached of its prefix; None if they cannot be had."""
         rows = self._find(request, page_class, num_tokens)
-        prefix = self._longest(rows, page_class)
+        prefix = self._longest(request, rows, page_class)
         pages = self._take_beside(prefix, num_tokens, leaving)
         if pages is None and prefix.num_own < len(prefix.rows):  # the wider pages take room, too: start without them
-            prefix = self._longest(rows[: prefix.num_own], page_class)
+            prefix = self._longest(request, rows[: prefix.num_own], page_class)
             pages = self._take_beside(prefix, num_tokens, leaving)
         if pages is None:
             return None
@@ -118,7 +125,7 @@ class Sharing:
         Full pages are shared. The page that both would write to next is copied.
         """
         origin, known = request.fork_of, num_tokens - 1
-        if origin is None or origin_pages is None:
+        if origin is None or origin_pages is None or self.chunk_pages is not None:
             return None
         if not _can_fork(request, page_class, origin, origin_pages, num_tokens):
             return None
@@ -191,7 +198,7 @@ class Sharing:
         rows: list[Row] = []
         size = page_class.page_size
         # The last token is computed in any case, since what follows it is to be sampled.
-        known = (min(num_tokens, request.num_tokens) - 1) // size
+        known = self._shareable(request, (min(num_tokens, request.num_tokens) - 1) // size)
         for block_hash, tokens in hash_blocks(request.token_ids, size, request.prefix_root, 0, known):
             row = tuple(self._find_block(own, block_hash, tokens) for own in page_class.groups)
             if any(block is None and own.window is None for own, block in zip(page_class.groups, row, strict=True)):
@@ -199,13 +206,15 @@ class Sharing:
             rows.append(row)
         return rows
 
-    def _longest(self, rows: list[Row], page_class: PageClass) -> Prefix:
+    def _longest(self, request: Request, rows: list[Row], page_class: PageClass) -> Prefix:
         """As much of the rows as can be shared: what is ready as far as it goes, and then blocks that are yet to be
         computed, one after the other. Whoever takes over one of these computes what follows, too: nothing ready may be
         among it, and nothing that another computes without waiting for it."""
         num_ready = stop = num_ready_blocks(rows, page_class)
         while stop < len(rows) and is_to_come(rows[stop]) and (stop == num_ready or self._follows(rows, stop)):
             stop += 1
+        if (shareable := self._shareable(request, stop)) < stop:
+            return self._longest(request, rows[:shareable], page_class)
         return Prefix(page_class, rows[:stop], num_ready)
 
     def _follows(self, rows: list[Row], index: int) -> bool:
@@ -250,6 +259,7 @@ class Sharing:
         if self._caches(request, held):
             # Not the page of the last token, which this request writes in any case, perhaps after another has.
             stop = min((min(num_tokens, request.num_tokens) - 1) // size, held.num_pages)
+            stop = self._shareable(request, stop)
             self._cache_blocks(request, held, stop, ready=False)
 
     def _convert(self, block: CachedBlock, page_class: PageClass, handle: int) -> None:
@@ -289,8 +299,9 @@ class Sharing:
             for handle in group.handles(held.num_ready, min(full, held.num_cached_blocks)):
                 if (block := self._cache.by_handle.get(handle)) is not None:
                     block.writer, block.ready = None, True
-        if self._caches(request, held) and full > held.num_cached_blocks:
-            self._cache_blocks(request, held, full, ready=True)
+        stop = self._shareable(request, full)
+        if self._caches(request, held) and stop > held.num_cached_blocks:
+            self._cache_blocks(request, held, stop, ready=True)
         held.num_ready = full
 
     def stop_writing(self, request: Request, held: RequestPages) -> None:
@@ -300,6 +311,13 @@ class Sharing:
                 block = self._cache.by_handle.get(handle)
                 if block is not None and block.writer is request:
                     block.writer = None
+
+    def _shareable(self, request: Request, num_pages: int) -> int:
+        """How many of a request's first full pages may be shared."""
+        if self.chunk_pages is None:
+            return num_pages
+        of_prompt = request.num_prompt_tokens // self._classes[request.model, request.kv_precision].page_size
+        return min(num_pages, of_prompt) // self.chunk_pages * self.chunk_pages
 
     def _caches(self, request: Request, held: RequestPages) -> bool:
         """Whether others may share what the request computes."""
