@@ -56,7 +56,8 @@ def batch(
             done go on.
         overwrite: replace the output.
         ordered: write the answers in the order of the rows.
-        no_timing: leave out of the answers how long they took, so that equal jobs give equal files.
+        no_timing: leave out of the answers when they were made and how long they took, so that equal jobs give equal
+            files.
         max_retries: how often a row with which the engine fails is tried again by itself, before it becomes an error.
         check: answer nothing, and say of each row that cannot be answered why; weights are not loaded.
         model: alias, .gguf file, Hugging Face directory or converted directory. Several models are given as
