@@ -27,6 +27,7 @@ COMPILING = (
     "engine",
     "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
+    "loaders/test_gguf_split.py",
     "loaders/test_load_model.py",
     "loaders/test_quantized_checkpoints.py",
     "loaders/test_smollm2.py",

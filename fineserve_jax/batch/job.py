@@ -113,13 +113,17 @@ class BatchJob:
 
     def _stop(self) -> None:
         """Keeps what there is, and leaves the engine idle. What fails here must not hide why the job ends."""
-        for leave in (self._keep, self._take_out_all):
+        for leave in (self._keep_answers, self._keep_tokens, self._take_out_all):
             try:
                 leave()
             except Exception as error:
                 log.warning("the job could not be ended cleanly: %s: %s", type(error).__name__, error)
 
-    def _keep(self) -> None:
+    def _keep_answers(self) -> None:
+        with self.delivery.journal.explained():
+            self.delivery.save(now=True)
+
+    def _keep_tokens(self) -> None:
         self.engine.recover()  # an interrupt may have cut a step short
         with self.delivery.journal.explained():
             self._save(now=True)
@@ -170,9 +174,11 @@ class BatchJob:
         prepared = self.engine.prepare(*pending.request)
         pending.samples = self.engine.queue(prepared, pending.so_far)
         pending.attempts += 1
-        had = [len(part.token_ids) for part in pending.so_far]
-        pending.saved = pending.saved or (had + [0] * len(pending.samples))[: len(pending.samples)]
-        self._pending |= dict.fromkeys(pending.samples, pending)
+        if not pending.saved:
+            had = [len(part.token_ids) for part in pending.so_far]
+            pending.saved = had + [0] * (len(pending.samples) - len(had))
+        for sample in pending.samples:
+            self._pending[sample] = pending
         if pending.is_complete:  # it had come to its end, and its answer was not written
             self._finish(pending)
 

@@ -59,7 +59,7 @@ def run_batch(
             that were half done go on.
         overwrite: replace an existing output.
         ordered: write answers in the order of their rows.
-        timing: answers tell how long they took.
+        timing: answers tell how long they took, and when.
         max_retries: how often a row that makes the engine fail by itself is tried again.
         observers: told of all that happens, besides those on stderr.
         make_engine: makes the engine when nothing else can be refused; None: one of `model` and `config`.
@@ -94,7 +94,7 @@ def run_batch(
         for note in output.notes:
             _tell(note)
         records = inputs if inputs.can_be_read_again else interruption.reading(inputs)
-        created = output.journal.get("created")
+        created = output.journal.get("created") if timing else 0
         names_model = isinstance(model, Mapping) and len(model) > 1
         answer_rows = AnswerRows(inputs.names, names_model=names_model, timing=timing, created=created)
         shares_terminal = output.answers.path == STDOUT and sys.stdout.isatty()
@@ -105,6 +105,8 @@ def run_batch(
             summary = job.run(read_rows(remaining, inputs.names, inputs.openai))
     summary.signal = interruption.signal
     _tell(summary.table())
+    if summary.interrupted and output.answers.is_regular and inputs.can_be_read_again:
+        _tell("run the same command with --resume to go on")
     return summary
 
 

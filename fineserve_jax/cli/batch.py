@@ -75,7 +75,8 @@ def batch(
             done go on.
         overwrite: replace the output.
         ordered: write the answers in the order of the rows.
-        no_timing: leave out of the answers how long they took, so that equal jobs give equal files.
+        no_timing: leave out of the answers when they were made and how long they took, so that equal jobs give equal
+            files.
         max_retries: how often a row with which the engine fails is tried again by itself, before it becomes an error.
         report: write a page about the job when it ends: throughput, latencies, lengths, precisions, errors. It opens in
             any browser, without a network.

@@ -224,6 +224,8 @@ def _runner(
         implementation=implementation,
         check_finite=config.check_finite,
         eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
+        reproducible=config.reproducible,
+        formats=config.served_formats if config.reproducible else (),
     )
 
 
@@ -265,6 +267,7 @@ def _kv_manager(
         prefix_cache=config.prefix_cache,
         reserve_slabs=_reserve_slabs(allocator.num_slabs),
         host_bytes=_host_bytes(config, size),
+        chunk_pages=config.max_chunk_tokens // config.page_size if config.reproducible else None,
     )
 
 

@@ -31,6 +31,7 @@ class KVManager:
         reserve_slabs: free slabs that eviction and compaction keep at hand, and that admission leaves alone.
         host_bytes: most bytes of preempted requests' pages to keep in host memory.
         compacts: whether pages are moved together so that slabs become free; off only to compare.
+        chunk_pages: see `sharing`.
 
     Attributes:
         classes: page class of each model and KV format.
@@ -47,11 +48,12 @@ class KVManager:
         reserve_slabs: int = 0,
         host_bytes: int = 0,
         compacts: bool = True,
+        chunk_pages: int | None = None,
     ) -> None:
         self.classes = PageClasses()
         self.pool = PagePool(allocator, reserve_slabs, compacts)
         self.held: dict[Request, RequestPages] = {}
-        self.sharing = Sharing(self.pool, self.classes, prefix_cache)
+        self.sharing = Sharing(self.pool, self.classes, prefix_cache, chunk_pages)
         self.host = HostMemory(self.pool, host_bytes)
         self.num_narrowed_pages = 0
         for page_class in classes.values():
@@ -63,7 +65,7 @@ class KVManager:
         For when an operation was cut short and the books cannot be trusted: only what no operation changes is read.
         """
         pool = self.pool.emptied()
-        self.sharing = Sharing(pool, self.classes, self.sharing.prefix_cache)
+        self.sharing = Sharing(pool, self.classes, self.sharing.prefix_cache, self.sharing.chunk_pages)
         self.host = HostMemory(pool, self.host.max_bytes, self.host.num_saved)
         self.held = {}
         self.pool = pool

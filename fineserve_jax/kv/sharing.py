@@ -32,17 +32,19 @@ class Sharing:
         prefix_cache: "exact" shares full pages between requests that begin alike, in one format; "convert" also
             serves a request from a prefix in a wider format, requantizing it, so that its tokens depend on what
             was cached; "off" shares nothing but what a sample finds computed of another one of its prompt.
+        chunk_pages: share only what was computed as each would compute it: whole chunks of prompts, of so many pages.
+            None: any full pages.
 
     Raises:
         ConfigError: another `prefix_cache`.
     """
 
-    def __init__(self, pool: PagePool, classes: PageClasses, prefix_cache: str) -> None:
+    def __init__(self, pool: PagePool, classes: PageClasses, prefix_cache: str, chunk_pages: int | None = None) -> None:
         if prefix_cache not in PREFIX_CACHES:
             raise ConfigError(f"prefix_cache={prefix_cache!r}: choose one of {', '.join(PREFIX_CACHES)}")
         self._pool, self._classes = pool, classes
         self._cache = pool.prefix_cache
-        self.prefix_cache = prefix_cache
+        self.prefix_cache, self.chunk_pages = prefix_cache, chunk_pages
 
     # -- a request starts ------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ class Sharing:
         Full pages are shared. The page that both would write to next is copied.
         """
         origin, known = request.fork_of, num_tokens - 1
-        if origin is None or origin_pages is None:
+        if origin is None or origin_pages is None or self.chunk_pages is not None:
             return None
         if not _can_fork(request, page_class, origin, origin_pages, num_tokens):
             return None
@@ -153,7 +155,7 @@ class Sharing:
         found: list[CachedBlock] = []
         size = page_class.page_size
         # The last token is computed in any case, since what follows it is to be sampled.
-        known = (min(num_tokens, request.num_tokens) - 1) // size
+        known = self._shareable(request, (min(num_tokens, request.num_tokens) - 1) // size)
         for block_hash, tokens in hash_blocks(request.token_ids, size, request.prefix_root, 0, known):
             block = self._cache.find(page_class, block_hash, tokens)
             if block is None and self.prefix_cache == "convert":
@@ -162,7 +164,7 @@ class Sharing:
             if block is None or (block.ready and found and not found[-1].ready):
                 break
             found.append(block)
-        return found
+        return found[: self._shareable(request, len(found))]
 
     def _find_wider(self, page_class: PageClass, block_hash: bytes, tokens: bytes) -> CachedBlock | None:
         for other in self._classes.values():
@@ -193,6 +195,7 @@ class Sharing:
         if self._caches(request, held):
             # Not the page of the last token, which this request writes in any case, perhaps after another has.
             stop = min((min(num_tokens, request.num_tokens) - 1) // size, held.num_pages)
+            stop = self._shareable(request, stop)
             self._cache_blocks(request, held, stop, ready=False)
 
     # -- it goes on, and ends --------------------------------------------------------------------------------
@@ -224,8 +227,9 @@ class Sharing:
             for handle in run.handles:
                 if (block := self._cache.by_handle.get(handle)) is not None:
                     block.writer, block.ready = None, True
-        if self._caches(request, held) and full > held.num_cached_blocks:
-            self._cache_blocks(request, held, full, ready=True)
+        stop = self._shareable(request, full)
+        if self._caches(request, held) and stop > held.num_cached_blocks:
+            self._cache_blocks(request, held, stop, ready=True)
         held.num_ready = full
 
     def stop_writing(self, request: Request, held: RequestPages) -> None:
@@ -235,6 +239,13 @@ class Sharing:
                 block = self._cache.by_handle.get(handle)
                 if block is not None and block.writer is request:
                     block.writer = None
+
+    def _shareable(self, request: Request, num_pages: int) -> int:
+        """How many of a request's first full pages may be shared."""
+        if self.chunk_pages is None:
+            return num_pages
+        of_prompt = request.num_prompt_tokens // self._classes[request.model, request.kv_precision].page_size
+        return min(num_pages, of_prompt) // self.chunk_pages * self.chunk_pages
 
     def _caches(self, request: Request, held: RequestPages) -> bool:
         """Whether others may share what the request computes."""

@@ -41,6 +41,7 @@ class StepSpec:
         max_runs: most runs of pages of different formats that a request has, its residual page aside.
         implementation: of the kernels.
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
+        packs: see `AttentionSpec`.
     """
 
     model: CausalLM
@@ -51,6 +52,7 @@ class StepSpec:
     max_runs: int = 1
     implementation: Implementation = "xla"
     interpret: bool | None = None
+    packs: bool = True
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -107,6 +109,7 @@ class StepSpec:
             segments_per_row=self.max_runs + (1 if self.paged_formats else 0),
             window=group.window,
             soft_cap=self.model.config.attention_soft_cap,
+            packs=self.packs,
             implementation=self.implementation,
             interpret=self.interpret,
         )
