@@ -7,7 +7,8 @@ On the first machine `ray start --head`, on each other `ray start --address FIRS
 
 Rows need a column "id" and a "prompt", and may have any field of a row of `fineserve-jax batch`. Run again after an
 interruption, it goes on: Ray keeps the ids of the rows that are written. On one machine without GPUs, leave out
-`--engines` and `--gpus`.
+`--engines` and `--gpus`; if it has only two cores, give `--cpus 0`, since Ray wants one to read rows and, to go on,
+one to pass over those that are written.
 """
 
 import argparse
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="alias, or a path that all machines have")
     parser.add_argument("--engines", type=int, default=1, help="how many, over all machines")
     parser.add_argument("--gpus", type=float, default=0.0, help="that each engine takes")
+    parser.add_argument("--cpus", type=float, default=1.0, help="that each engine takes, in Ray's books")
     parser.add_argument("--max-tokens", type=int, default=128)
     arguments = parser.parse_args()
     output = os.path.abspath(arguments.output)
@@ -36,7 +38,7 @@ def main() -> None:
         id_column="id", checkpoint_path=f"{output}.checkpoint", delete_checkpoint_on_success=False
     )
 
-    answers = ray.data.read_json(arguments.input, lines=True).map_batches(
+    answers = ray.data.read_json(arguments.input).map_batches(
         FineServePredictor,
         fn_constructor_kwargs={
             "model": arguments.model,
@@ -45,6 +47,7 @@ def main() -> None:
         },
         batch_size=256,  # handed to an engine at once; it serves as many of them together as its memory holds
         compute=ray.data.ActorPoolStrategy(size=arguments.engines),
+        num_cpus=arguments.cpus,
         num_gpus=arguments.gpus,
     )
     answers.write_parquet(output)
