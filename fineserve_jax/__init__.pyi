@@ -3,6 +3,7 @@
 Type checkers read this file, and `__init__.py` imports from it what it is asked for.
 """
 
+from fineserve_jax.async_llm import AsyncLLM
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -10,6 +11,7 @@ from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import (
     ConfigError,
+    DeadEndError,
     EngineError,
     FineServeError,
     ModelLoadError,
@@ -31,6 +33,7 @@ from fineserve_jax.request import Request
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
+from fineserve_jax.structured.params import StructuredOutputsParams
 
 __version__: str
 
@@ -38,9 +41,11 @@ __all__ = [
     "KV_FORMATS",
     "LLM",
     "POLICIES",
+    "AsyncLLM",
     "ChatOptions",
     "CompletionOutput",
     "ConfigError",
+    "DeadEndError",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -65,6 +70,7 @@ __all__ = [
     "RequestOptions",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
     "bit_packing",
     "load_model",

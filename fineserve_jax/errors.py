@@ -17,6 +17,10 @@ class ModelLoadError(FineServeError):
     """A model, tokenizer or checkpoint that cannot be found, read or used."""
 
 
+class DeadEndError(FineServeError):
+    """An answer that cannot go on as its structured outputs ask."""
+
+
 class NonFiniteError(FineServeError):
     """NaN or infinity where a model should have computed a number."""
 

@@ -6,12 +6,14 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
+from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
 from fineserve_jax.engine.load import load_from
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.engine.tickets import Inbox, Ticket
+from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
@@ -74,9 +76,9 @@ class LLM:
             fields: of `RequestOptions`, those that `options` leaves unset: each one for all, or one for each prompt.
 
         Returns:
-            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, or its steps
-            failed again and again, the sample's `finish_reason` is "error", and its `error` says more; the others go
-            on.
+            an output for each prompt, in the order of the prompts. Where a model computed NaN or infinity, an answer
+            cannot go on as its `structured_outputs` ask, or steps failed again and again, the sample's `finish_reason`
+            is "error", and its `error` says more; the others go on.
 
         Raises:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
@@ -116,7 +118,8 @@ class LLM:
         """Yields the answer to one prompt, or to one conversation, piece by piece.
 
         Leaving the loop early ends the request. Raises `RequestError` at once, not at the first piece. Behind the last
-        piece, raises `NonFiniteError` if the model computes NaN or infinity, and `EngineError` if its steps fail.
+        piece, raises `NonFiniteError` if the model computes NaN or infinity, `DeadEndError` if the answer cannot go on
+        as its `structured_outputs` ask, and `EngineError` if its steps fail.
 
         Args:
             chat_options: how a conversation is rendered; not for a prompt, which is taken as it is.
@@ -126,13 +129,56 @@ class LLM:
         ticket = ticket_for_pieces(self.engine, inbox, prompt, sampling_params, options, chat_options, fields)
         return self._pieces(ticket, inbox)
 
-    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
-        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt | Conversation],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        options: RequestOptions | Iterable[RequestOptions] | None = None,
+        *,
+        ordered: bool = False,
+        look_ahead: int | None = None,
+        chat_options: ChatOptions | None = None,
+        **fields: Unpack[OptionKeywords],
+    ) -> Iterator[RequestOutput]:
+        """Yields the outputs of any number of prompts, each as soon as it is complete; they may go on for ever.
 
-        Returns:
-            how many programs that took. Serving those formats compiles nothing from then on.
+        Prompts are asked for as outputs are taken, so that neither they nor the outputs pile up: a source that waits
+        makes the outputs wait, too. Leaving the loop early aborts what is under way. A prompt that cannot be served
+        has an output with the `finish_reason` "error"; whatever `prompts` raises ends the iteration.
+
+        Args:
+            prompts: texts, token ids, tables or conversations, as `generate` and `chat` take them.
+            sampling_params, options: one for all, or an iterable with one for each prompt, asked for along with it.
+            ordered: give outputs out in the order of the prompts, instead of as they are complete; `index` of an output
+                is the number of its prompt either way.
+            look_ahead: most prompts that were asked for and whose outputs were not taken; None: five times
+                `max_batch_size`.
+            chat_options: how conversations are rendered.
+            fields: of `RequestOptions`, those that `options` leave unset, one for all prompts.
+
+        Raises:
+            RequestError: at once, for a bad `look_ahead` or keyword.
+            EngineError: the engine is closed, or cannot go on.
         """
-        return self._loop.call(lambda: self.engine.warm_up(kv_precisions, min_kv_precision))
+        self._loop.check_usable()
+        source = PromptSource(self.engine, prompts, sampling_params, options, chat_options, fields)
+        most = 5 * self.engine.config.max_batch_size if look_ahead is None else look_ahead
+        if most < 1:
+            raise RequestError(f"look_ahead={most}: at least 1 prompt is to be asked for")
+        return outputs_as_they_come(self._loop, source, most, ordered)
+
+    def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
+        """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
+        `Engine.warm_up`."""
+        return self._loop.call(
+            lambda: self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
+        )
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
@@ -152,6 +198,7 @@ class LLM:
 
     def _pieces(self, ticket: Ticket, inbox: Inbox) -> Iterator[str]:
         # Runs from the first piece asked for: a stream that nobody reads holds nothing.
+        self._loop.abort_with(inbox, [ticket])
         try:
             self._loop.submit([ticket])
             is_done = False
@@ -177,6 +224,7 @@ class LLM:
         self._loop.check_usable()
         inbox = Inbox(wants_stats=on_step is not None)
         tickets = tickets_of_all(self.engine, inbox, prompts, encode, sampling_params, options, fields)
+        self._loop.abort_with(inbox, tickets)
         try:
             self._loop.submit(tickets)
             num_left = len(tickets)

@@ -11,8 +11,10 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from fineserve_jax.errors import FineServeError
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.structured.matcher import TokenMatcher
 
 NO_OPTIONS = RequestOptions()
 
@@ -61,11 +63,14 @@ class Request:
         min_kv_precision: name of the narrowest KV format its older pages may be narrowed to when memory is short;
             None: they stay as they are.
         shares_prefix: whether it may start from pages that others computed, and leave its own to others.
-        error: what went wrong with it, if it has ended with the reason ERROR.
+        long_after: most tokens of a sequence that RoPE turns by its factors for short sequences, where the model has
+            others for longer ones (longrope): a request that outgrows it is computed again. None: it makes none.
+        error: what a caller may raise, if it has ended with the reason ERROR.
         kv_tokens: when it has ended, how many of its tokens were kept in each KV format then.
         fork_of: another sample of the same prompt, whose pages it may start from; None: there is none.
         options: what was asked for: tenant, priority and targets count; the model and the KV formats that this came to
             are those above.
+        matcher: how far its output has come in what `structured_outputs` ask for; None: any token may follow.
     """
 
     request_id: str
@@ -81,13 +86,15 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     min_kv_precision: str | None = None
     shares_prefix: bool = True
+    long_after: int | None = None
     fork_of: "Request | None" = None
     options: RequestOptions = NO_OPTIONS
+    matcher: TokenMatcher | None = None
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: FineServeError | None = None
     logprobs: list[Any] = field(default_factory=list)
     kv_tokens: dict[str, int] = field(default_factory=dict)
 
@@ -106,6 +113,16 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its tokens are turned by the factors for long sequences, see `long_after`."""
+        return self.long_after is not None and len(self.token_ids) > self.long_after
+
+    @property
+    def prefix_root(self) -> bytes:
+        """What the hashes of its blocks begin with: prefixes of different roots are never shared."""
+        return b"long" if self.is_long else b""
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -8,6 +8,8 @@ import numpy as np
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fineserve_jax.errors import FineServeError, RequestError
+from fineserve_jax.structured.params import StructuredOutputsParams
+from fineserve_jax.structured.response_format import structured_outputs_of
 from fineserve_jax.validation import Validated, given_values, token_id
 
 MAX_TOP_LOGPROBS = 20
@@ -15,8 +17,9 @@ MAX_LOGIT_BIAS = 256
 MAX_SEED = 2**32 - 1
 MAX_BIAS = 1e4
 MIN_TEMPERATURE = 1e-6
-OTHER_NAMES = ("max_completion_tokens", "top_logprobs")
-"""OpenAI's, for `max_tokens`, and for the number in `logprobs` where that is true; see `own_fields`."""
+OTHER_NAMES = ("max_completion_tokens", "top_logprobs", "response_format")
+"""OpenAI's, for `max_tokens`, for the number in `logprobs` where that is true, and for `structured_outputs`; see
+`own_fields`."""
 
 
 def _token_id(value: Any) -> Any:
@@ -26,13 +29,19 @@ def _token_id(value: Any) -> Any:
 TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 
+NUMBERS = (
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "seed", "n"),
+)
+
+
 class SamplingParams(Validated):
     """How the tokens of one request are chosen, and when it ends.
 
     Every field is checked on construction; a bad one raises `RequestError`. None stands for a field's default. The
     order of application is the usual one: penalties and `logit_bias` on the raw logits, then `temperature`, then
-    `top_k`, `top_p` and `min_p`. OpenAI's `max_completion_tokens` is taken for `max_tokens`, and `logprobs=True` with
-    `top_logprobs=k` for `logprobs=k`.
+    `top_k`, `top_p` and `min_p`. OpenAI's `max_completion_tokens` is taken for `max_tokens`, `logprobs=True` with
+    `top_logprobs=k` for `logprobs=k`, and `response_format` for `structured_outputs`.
 
     Attributes:
         max_tokens: most tokens to generate; None means up to the engine's `max_seq_len`.
@@ -55,7 +64,8 @@ class SamplingParams(Validated):
         stop_token_ids: tokens that end the output, besides the model's end-of-sequence tokens.
         ignore_eos: keep generating past the model's end-of-sequence tokens.
         logprobs: None for none; 0 for the sampled token's log-probability; k for the k most likely tokens' too.
-            They are those of the model, before penalties, bias and temperature.
+            They are those of the model, before penalties, bias, temperature and what `structured_outputs` excludes.
+        structured_outputs: what the text must be, e.g. JSON of a schema; see `StructuredOutputsParams`.
     """
 
     error_class: ClassVar[type[FineServeError]] = RequestError
@@ -78,11 +88,19 @@ class SamplingParams(Validated):
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    structured_outputs: StructuredOutputsParams | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _as_given(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         return given_values(own_fields(values), cls.model_fields)
+
+    @field_validator(*NUMBERS, mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a number is wanted, not true or false")
+        return value
 
     @field_validator("top_k")
     @classmethod
@@ -138,7 +156,7 @@ def own_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         given: fields, with `OTHER_NAMES` among them, and `logprobs` perhaps true or false.
 
     Raises:
-        RequestError: a field that is given twice, differently.
+        RequestError: a field that is given twice, differently, or a `response_format` that is none.
     """
     fields = dict(given)
     if "max_completion_tokens" in fields:
@@ -158,4 +176,11 @@ def own_fields(given: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError(f"top_logprobs={top} without logprobs gives none; set logprobs to true")
         elif logprobs and logprobs != top:
             raise RequestError(f"top_logprobs={top} is not logprobs={logprobs!r}; give one number, or logprobs as true")
+    if "response_format" in fields:
+        wanted = structured_outputs_of(fields.pop("response_format"))
+        if wanted is not None and fields.get("structured_outputs") is not None:
+            raise RequestError(
+                "response_format and structured_outputs both say what the text must be; give one of them"
+            )
+        fields["structured_outputs"] = fields.get("structured_outputs") if wanted is None else wanted
     return fields

@@ -36,16 +36,16 @@ def describe(error: ValidationError, settings: type[BaseModel]) -> str:
     """Pydantic's report as one clause a field: its name, the value given, the limit."""
     clauses = []
     for item in error.errors(include_url=False):
-        field = ".".join(str(part) for part in item["loc"])
+        place = ".".join(str(part) for part in item["loc"])
         if item["type"] == REFUSED:
             clauses.append(item["msg"])
             continue
         if item["type"] == "extra_forbidden":
-            known = ", ".join(sorted(settings.model_fields))
-            clauses.append(f"unknown setting {field!r}; the settings are: {known}")
+            known = ", ".join(sorted(field.alias or name for name, field in settings.model_fields.items()))
+            clauses.append(f"unknown setting {place!r}; the settings are: {known}")
             continue
         message = item["msg"].removeprefix("Value error, ")
-        clauses.append(f"{field}={shown(item['input'])}: {message[:1].lower()}{message[1:]}" if field else message)
+        clauses.append(f"{place}={shown(item['input'])}: {message[:1].lower()}{message[1:]}" if place else message)
     return "; ".join(clauses)
 
 
@@ -64,9 +64,14 @@ def refused_as(clause: str) -> WrapValidator:
             kind = json_kind(value)
             or_kind = shown(value) if kind == JSON_KINDS[float] else f"a JSON {kind}"
             text = clause.format(field=info.field_name, value=shown(value), kind=kind, shown=or_kind)
-            raise PydanticCustomError(REFUSED, "{text}", {"text": text}) from None
+            raise refusal(text) from None
 
     return WrapValidator(validate)
+
+
+def refusal(text: str) -> PydanticCustomError:
+    """What a validator raises to have the whole of what is said in its own words."""
+    return PydanticCustomError(REFUSED, "{text}", {"text": text})
 
 
 def json_kind(value: Any) -> str:

@@ -8,10 +8,11 @@ if __name__ == "models":  # imported from the repository's root: a second copy, 
     raise ImportError("import fineserve_jax.models instead of models; the folder is a package of fineserve_jax")
 
 
-from fineserve_jax.models.model_config import LayerGroup, ModelConfig, RopeScaling
+from fineserve_jax.models.model_config import LayerGroup, ModelConfig
 from fineserve_jax.models.params import abstract_params, pack_params, random_params
 from fineserve_jax.models.registry import build_model, get_family, register_family
-from fineserve_jax.models.transformer import Attend, CausalLM
+from fineserve_jax.models.rope_scaling import RopeScaling
+from fineserve_jax.models.transformer import Attend, CausalLM, block_of
 from fineserve_jax.models.weight_formats import WEIGHT_RECIPES
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "abstract_params",
+    "block_of",
     "build_model",
     "get_family",
     "pack_params",

@@ -6,6 +6,7 @@ from typing import Any
 
 from fineserve_jax.models.family import Family, GGUFKeys, HFConfig
 from fineserve_jax.models.layer_types import periodic_types, window_traits
+from fineserve_jax.models.tensor_layout import GGUF_WITH_POST_NORMS
 
 GGUF_TRAITS = {"post_norms": True, "activation": "gelu_tanh"}
 WINDOW_PERIOD = 2  # every second layer attends to all
@@ -75,5 +76,6 @@ FAMILY = Family(
     gguf_traits=GGUF_TRAITS,
     gguf_keys=_gguf_keys,
     hf_norm_offset=1.0,
+    gguf_layout=GGUF_WITH_POST_NORMS,
     gguf_defaults={"attention.sliding_window": 4096, "attention.sliding_window_pattern": WINDOW_PERIOD},
 )

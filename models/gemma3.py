@@ -11,6 +11,7 @@ from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models.family import Family, GGUFKeys, HFConfig
 from fineserve_jax.models.gemma2 import FAMILY as GEMMA2
 from fineserve_jax.models.gemma2 import GGUF_TRAITS, gemma_gguf_keys, gemma_traits
+from fineserve_jax.models.tensor_layout import GGUF_WITH_POST_NORMS
 
 WINDOW_PERIOD = 6
 LOCAL_ROPE_THETA = 10000.0
@@ -44,6 +45,7 @@ FAMILY = Family(
     gguf_traits={**GGUF_TRAITS, "qk_norm": True},
     gguf_keys=_gguf_keys,
     hf_norm_offset=1.0,
+    gguf_layout=GGUF_WITH_POST_NORMS,
     local_rope=True,
     gguf_defaults={"attention.sliding_window_pattern": WINDOW_PERIOD, "rope.freq_base_swa": LOCAL_ROPE_THETA},
 )

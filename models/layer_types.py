@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fineserve_jax.errors import ModelLoadError
@@ -26,6 +26,24 @@ def window_traits(layer_types: Sequence[str], num_layers: int, window: int | Non
     if window is None or len(full) == num_layers:
         return {"sliding_window": None}
     return {"sliding_window": window, "full_attention_layers": full}
+
+
+def window_of_all(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, of a config.json that gives all layers the window, unless `layer_types` says otherwise."""
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    return window_traits(types or [SLIDING] * layers, layers, config.get("sliding_window"))
+
+
+def pattern_types(num_layers: int, pattern: int | Sequence[bool]) -> list[str]:
+    """What GGUF's `sliding_window_pattern` says: a period, or of each layer whether it has the window."""
+    if isinstance(pattern, int):
+        return periodic_types(num_layers, pattern)
+    if len(pattern) != num_layers:
+        raise ModelLoadError(
+            f"the file's attention.sliding_window_pattern has {len(pattern)} entries for {num_layers} layers; "
+            "the file is damaged"
+        )
+    return [SLIDING if has_window else FULL for has_window in pattern]
 
 
 def periodic_types(num_layers: int, period: int) -> list[str]:

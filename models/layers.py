@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float32, Int32
 
+from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.weight_formats import Arrays, WeightFormat
 
 
@@ -23,7 +24,7 @@ class Matrix(nn.Module):
 
     def setup(self) -> None:
         shapes = self.format.declare(self.out_features, self.in_features)
-        self.stored: Arrays = {name: self.param(name, _zeros, shape) for name, shape in shapes.items()}
+        self.stored: Arrays = {name: self.param(name, declared, shape) for name, shape in shapes.items()}
 
     def dot(self, x: Float32[jax.Array, "N {self.in_features}"]) -> Float32[jax.Array, "N {self.out_features}"]:
         """The product with each of N vectors."""
@@ -42,7 +43,7 @@ class Linear(Matrix):
     def setup(self) -> None:
         super().setup()
         if self.use_bias:
-            self.bias = self.param("bias", _zeros, jax.ShapeDtypeStruct((self.out_features,), jnp.float32))
+            self.bias = self.param("bias", declared, jax.ShapeDtypeStruct((self.out_features,), jnp.float32))
 
     def __call__(self, x: Float32[jax.Array, "N {self.in_features}"]) -> Float32[jax.Array, "N {self.out_features}"]:
         y = self.dot(x)
@@ -61,6 +62,20 @@ class RMSNorm(nn.Module):
         return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
 
 
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale over the last axis, without a bias, all in f32."""
+
+    width: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float32[jax.Array, "*leading {self.width}"]) -> Float32[jax.Array, "*leading {self.width}"]:
+        scale = self.param("scale", nn.initializers.ones, (self.width,), jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        return centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps) * scale
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -72,6 +87,14 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _zeros(_: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Real values always come from `pack_params`; Flax only needs the declaration."""
+def declared(_: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """The initialiser of stored arrays. Real values always come from `pack_params`; Flax needs only the declaration."""
     return jnp.zeros(shape.shape, shape.dtype)
+
+
+def gated(config: ModelConfig, gate: Float32[jax.Array, "N inner"], up: Float32[jax.Array, "N inner"]) -> jax.Array:
+    """What an MLP makes of its gates and what they gate, f32[N, inner]: activation(gate) * up, or gpt-oss's form."""
+    if config.gate_limit is None:
+        return ACTIVATIONS[config.activation](gate) * up
+    gate, up = jnp.minimum(gate, config.gate_limit), jnp.clip(up, -config.gate_limit, config.gate_limit)
+    return gate * jax.nn.sigmoid(config.gate_slope * gate) * (up + 1.0)

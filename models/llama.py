@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
+from fineserve_jax.models.tensor_layout import TensorLayout
 
 
 def _traits(config: HFConfig) -> dict[str, Any]:
@@ -19,5 +20,5 @@ FAMILY = Family(
     hf_defaults={"max_position_embeddings": 2048},
     traits=_traits,
     gguf_defaults={"attention.sliding_window_pattern": 0},  # Mistral's, too: a window is that of every layer
-    gguf_permuted_qk=True,
+    gguf_layout=TensorLayout(interleaved_rope=True),
 )

@@ -8,18 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from fineserve_jax.models.family import Family, HFConfig
-from fineserve_jax.models.layer_types import SLIDING, window_traits
+from fineserve_jax.models.layer_types import window_of_all
 
 
 def _traits(config: HFConfig) -> dict[str, Any]:
-    layers, types = config["num_hidden_layers"], config.get("layer_types")
-    return window_traits(types or [SLIDING] * layers, layers, config.get("sliding_window", 4096))
+    return window_of_all(config)
 
 
 FAMILY = Family(
     name="mistral",
     hf_architectures=("MistralForCausalLM",),
     gguf_architectures=(),
-    hf_defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    hf_defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     traits=_traits,
 )

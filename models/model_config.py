@@ -7,65 +7,41 @@ import math
 from typing import Any, Literal
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.models.rope_scaling import RopeScaling
 
+NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu_tanh"]
-RopeKind = Literal["linear", "llama3", "yarn", "factors"]
-ROPE_KINDS: tuple[str, ...] = ("linear", "llama3", "yarn", "factors")
+
+
+MOST_EXPERTS = 1 << 16
+"""Of all layers of a model: four times as many as any published one has, so that a damaged file is known as one."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the context a model was trained on.
+class ExpertsConfig:
+    """A mixture of experts in the place of the MLP.
 
-    kind: `linear` divides every frequency by `factor`; `llama3` divides the slow ones and blends between
-        (Llama 3.1, section "long context"); `yarn` is arXiv 2309.00071; `factors` divides frequency i by
-        `factors[i]`, which is how GGUF files spell out `llama3`.
-    factor: the stretch, >= 1.
-    original_max_position: context length in tokens before stretching (llama3, yarn).
-    low_freq_factor, high_freq_factor: llama3's band, in turns per original context.
-    beta_fast, beta_slow: yarn's band, in turns per original context.
-    attention_factor: yarn's multiplier of cos and sin; None derives 0.1 ln(factor) + 1.
-    truncate: whether yarn rounds its band to whole dimensions.
-    factors: one divisor per frequency, `head_dim / 2` of them.
+    count: experts of a layer.
+    used: how many of them a token goes through, those that the router gives the largest logits.
+    intermediate_size: of one expert.
+    normalised: whether a token's experts are weighted by a softmax over their logits; else by one over all experts'.
+    router_bias: whether the router's logits have a bias.
+    dense_layers: numbers of the layers that have an MLP all the same, ascending.
     """
 
-    kind: RopeKind
-    factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
-    factors: tuple[float, ...] = ()
+    count: int
+    used: int
+    intermediate_size: int
+    normalised: bool = True
+    router_bias: bool = False
+    dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ROPE_KINDS:
-            raise ModelLoadError(f"RoPE scaling {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-        if self.kind in ("llama3", "yarn") and self.original_max_position <= 0:
-            raise ModelLoadError(
-                f"RoPE scaling {self.kind!r} needs the original context length, got "
-                f"{self.original_max_position}; set original_max_position_embeddings in config.json"
-            )
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        numbers = {"factor": self.factor, "attention_factor": self.attention_factor}
-        numbers |= {f"factors[{index}]": factor for index, factor in enumerate(self.factors)}
-        for name, value in numbers.items():
-            if value is not None and not 0.0 < value < math.inf:
-                raise ModelLoadError(f"RoPE scaling {self.kind!r}: {name} is {value}, must be a positive number")
-        if not 0.0 < self.low_freq_factor < self.high_freq_factor < math.inf:
-            raise ModelLoadError(
-                f"RoPE scaling {self.kind!r}: low_freq_factor {self.low_freq_factor} must be positive and less than "
-                f"high_freq_factor {self.high_freq_factor}"
-            )
-        if not 0.0 < self.beta_slow < self.beta_fast < math.inf:
-            raise ModelLoadError(
-                f"RoPE scaling {self.kind!r}: beta_slow {self.beta_slow} must be positive and less than "
-                f"beta_fast {self.beta_fast}"
-            )
+        for name in ("count", "used", "intermediate_size"):
+            if getattr(self, name) <= 0:
+                raise ModelLoadError(f"model config: {name} of experts is {getattr(self, name)}, must be at least 1")
+        if self.used > self.count:
+            raise ModelLoadError(f"model config: a token cannot use {self.used} of {self.count} experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +62,26 @@ class ModelConfig:
 
     family: name in the registry, such as `llama`.
     head_dim: values per head; need not be hidden_size / num_heads.
+    rotary_dim: how many values of a head RoPE turns, the first ones; None: all.
+    norm: of the residual stream: RMSNorm, or LayerNorm without bias (Cohere).
+    pre_norms, post_norms: whether what attention and MLP take, and what they give, is normalised. Olmo 2 has only the
+        latter.
+    parallel: attention and MLP take the same normalised input, and both are added at once (Cohere).
     qkv_bias, o_bias: whether the attention projections carry biases.
-    mlp_bias: whether the projections of the MLP carry biases.
+    mlp_bias: whether the projections of the MLP, or of the experts, carry biases.
+    experts: the mixture of experts that most layers have; None: all have an MLP.
     activation: of the MLP's gates; `gelu_tanh` is GELU's approximation by tanh (Gemma).
-    post_norms: whether what attention and MLP give is normalised, besides what they take (Gemma).
+    gate_limit: gates are clamped to at most this and what they gate to its amount, and they are joined in gpt-oss's
+        way (see `gated`); None: activation(gate) * up.
+    gate_slope: of the sigmoid in that.
     qk_norm: RMSNorm over head_dim on q and k before RoPE (Qwen3).
+    qk_norm_across_heads: that norm is over all heads together (Olmo 2).
     embedding_multiplier: of the embedded tokens.
     attention_multiplier: of the logits of attention; None: 1 / sqrt(head_dim).
+    residual_multiplier: of what attention and MLP add to the residual stream.
+    logit_multiplier: of the output head's logits.
     logit_soft_cap: the output head's logits are capped to cap * tanh(logit / cap); None: not.
+    no_rope_layers: numbers of the layers without RoPE, ascending.
     local_rope_theta: base of RoPE, without scaling, in the layers with a window; None: theirs is that of all.
     max_position: context length in tokens the checkpoint declares.
     sliding_window: attend only to that many newest tokens, a token itself included; None attends to all.
@@ -110,19 +98,30 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
+    rotary_dim: int | None = None
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
+    norm: NormKind = "rms"
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel: bool = False
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    experts: ExpertsConfig | None = None
     activation: Activation = "silu"
-    post_norms: bool = False
+    gate_limit: float | None = None
+    gate_slope: float = 1.702
     qk_norm: bool = False
+    qk_norm_across_heads: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     logit_soft_cap: float | None = None
+    no_rope_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
     max_position: int = 2048
     sliding_window: int | None = None
@@ -145,26 +144,71 @@ class ModelConfig:
             raise ModelLoadError(
                 f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"
             )
-        if self.head_dim % 2:
-            raise ModelLoadError(f"model config: head_dim is {self.head_dim}, RoPE needs an even number")
+        self._check_attention()
+        self._check_rope()
+        self._check_multipliers()
+
+    def _check_attention(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ModelLoadError(f"model config: sliding_window is {self.sliding_window}, must be at least 1")
-        full = self.full_attention_layers
-        if full and (list(full) != sorted({*full}) or full[0] < 0 or full[-1] >= self.num_layers):
+        if self.experts is not None and self.num_layers * self.experts.count > MOST_EXPERTS:
             raise ModelLoadError(
-                f"model config: full_attention_layers are {list(full)}; they must be ascending numbers of "
-                f"{self.num_layers} layers"
+                f"model config: {self.num_layers} layers of {self.experts.count} experts; "
+                f"at most {MOST_EXPERTS} in all are supported"
             )
-        names = ("embedding_multiplier", "attention_multiplier", "attention_soft_cap", "logit_soft_cap")
-        for name in names:
+        some = {"full_attention_layers": self.full_attention_layers, "no_rope_layers": self.no_rope_layers}
+        if self.experts is not None:
+            some["dense_layers"] = self.experts.dense_layers
+        for name, layers in some.items():
+            if layers and (list(layers) != sorted({*layers}) or layers[0] < 0 or layers[-1] >= self.num_layers):
+                raise ModelLoadError(
+                    f"model config: {name} are {list(layers)}; they must be ascending numbers of {self.num_layers} "
+                    "layers"
+                )
+
+    def _check_rope(self) -> None:
+        rotated = self.rotated
+        if rotated % 2 or not 0 < rotated <= self.head_dim:
+            raise ModelLoadError(
+                f"model config: head_dim is {self.head_dim}, of which RoPE turns {rotated} values; it needs an even "
+                f"number up to {self.head_dim}"
+            )
+        scaling = self.rope_scaling
+        for factors in (scaling.factors, scaling.long_factors) if scaling else ():
+            needed = scaling.kind == "longrope" if scaling else False
+            if (factors or needed) and len(factors) != rotated // 2:
+                raise ModelLoadError(
+                    f"model config: {len(factors)} RoPE factors for {rotated} rotated values of head_dim "
+                    f"{self.head_dim}, expected {rotated // 2}"
+                )
+
+    def _check_multipliers(self) -> None:
+        names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logit_multiplier")
+        for name in (*names, "gate_limit", "gate_slope", "attention_soft_cap", "logit_soft_cap"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ModelLoadError(f"model config: {name} is {value}, must be a positive number")
-        factors = self.rope_scaling.factors if self.rope_scaling else ()
-        if factors and len(factors) != self.head_dim // 2:
-            raise ModelLoadError(
-                f"model config: {len(factors)} RoPE factors for head_dim {self.head_dim}, expected {self.head_dim // 2}"
-            )
+
+    @property
+    def rotated(self) -> int:
+        """How many values of a head RoPE turns."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def mlp_width(self, layer: int) -> int:
+        """Width of what a token goes through in that layer's MLP, or in its experts together."""
+        if self.experts is None or not self.has_experts(layer):
+            return self.intermediate_size
+        return self.experts.used * self.experts.intermediate_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether that layer has a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def long_after(self) -> int | None:
+        """Most tokens of a sequence that RoPE turns by factors for short ones (longrope); None: there are no others."""
+        scaling = self.rope_scaling
+        return scaling.original_max_position if scaling is not None and scaling.kind == "longrope" else None
 
     @property
     def attention_scale(self) -> float:
@@ -193,6 +237,11 @@ class ModelConfig:
         """Output widths of q, k and v in the fused projection."""
         return (self.num_heads * self.head_dim, *(2 * (self.num_kv_heads * self.head_dim,)))
 
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """Over how many values q and k are normalised."""
+        return self.qkv_sizes[:2] if self.qk_norm_across_heads else (self.head_dim, self.head_dim)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, inverse of `from_dict`."""
         return dataclasses.asdict(self)
@@ -203,9 +252,12 @@ class ModelConfig:
         values = dict(values)
         try:
             if scaling := values.get("rope_scaling"):
-                scaling = {**scaling, "factors": tuple(scaling.get("factors", ()))}
-                values["rope_scaling"] = RopeScaling(**scaling)
-            values["full_attention_layers"] = tuple(values.get("full_attention_layers", ()))
+                lists = {name: tuple(scaling.get(name, ())) for name in ("factors", "long_factors")}
+                values["rope_scaling"] = RopeScaling(**{**scaling, **lists})
+            if experts := values.get("experts"):
+                values["experts"] = ExpertsConfig(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
+            for name in ("full_attention_layers", "no_rope_layers"):
+                values[name] = tuple(values.get(name, ()))
             return cls(**values)
         except TypeError as error:
             raise ModelLoadError(f"stored model config does not fit this version: {error}") from error

@@ -1,14 +1,16 @@
 """Parameter pytrees: their shapes, and packing of a checkpoint's tensors into them.
 
     embed/{kernel, ...}                                        [vocab, hidden]
-    layers_<i>/attn_norm/scale, mlp_norm/scale                 f32[hidden]
+    layers_<i>/{attn_norm, mlp_norm}/scale                     f32[hidden], with pre_norms
     layers_<i>/{attn_post_norm, mlp_post_norm}/scale           f32[hidden], with post_norms
     layers_<i>/attn/qkv/{kernel, ..., bias?}                   [(heads + 2 kv_heads) * head_dim, hidden]
     layers_<i>/attn/o/{kernel, ..., bias?}                     [hidden, heads * head_dim]
-    layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim], with qk_norm
+    layers_<i>/attn/{q_norm, k_norm}/scale                     f32[head_dim] or f32[heads * head_dim], with qk_norm
     layers_<i>/attn/sinks                                      f32[heads], with attention_sinks
     layers_<i>/mlp/gate_up/{kernel, ..., bias?}                [2 * intermediate, hidden]
     layers_<i>/mlp/down/{kernel, ..., bias?}                   [hidden, intermediate]
+    layers_<i>/mlp/router/{kernel, bias?}                      f32[experts, hidden], in layers with experts, whose
+    layers_<i>/mlp/{gate_up, down}                             have [experts] in front
     norm/scale                                                 f32[hidden]
     lm_head/{kernel, ...}                                      [vocab, hidden], unless tied
 
@@ -30,8 +32,8 @@ import numpy as np
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.registry import build_model
-from fineserve_jax.models.row_packing import LatestOfThread, pack_rows, to_device
-from fineserve_jax.models.weight_formats import WeightFormat, weight_recipe
+from fineserve_jax.models.row_packing import LatestOfThread, aligned_empty, pack_rows, to_device
+from fineserve_jax.models.weight_formats import Float32Weights, WeightFormat, weight_recipe
 
 Params = dict[str, Any]
 
@@ -88,25 +90,49 @@ def random_params(config: ModelConfig, weights: str, seed: int = 0, scale: float
 
 
 def tensor_names(config: ModelConfig) -> list[str]:
-    """The Hugging Face names of all tensors a checkpoint of `config` must have."""
-    layer = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    layer += ["pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"] if config.post_norms else []
-    layer += [f"self_attn.{part}_proj.weight" for part in "qkvo"]
-    layer += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
-    layer += [f"self_attn.{part}_proj.bias" for part in "qkv"] if config.qkv_bias else []
-    layer += ["self_attn.o_proj.bias"] if config.o_bias else []
-    layer += [f"mlp.{part}_proj.bias" for part in ("gate", "up", "down")] if config.mlp_bias else []
-    layer += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if config.qk_norm else []
-    layer += ["self_attn.sinks"] if config.attention_sinks else []
+    """The names of all tensors a checkpoint of `config` must have: as in Llama's Hugging Face checkpoints."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if config.tie_embeddings else ["lm_head.weight"]
-    return names + [f"model.layers.{index}.{name}" for index in range(config.num_layers) for name in layer]
+    for index in range(config.num_layers):
+        parts = _norm_names(config) + _attention_names(config) + _mlp_names(config, index)
+        names += [f"model.layers.{index}.{part}" for part in parts]
+    return names
+
+
+def _norm_names(config: ModelConfig) -> list[str]:
+    """Norms of the residual stream. The one ahead of the MLP has two names: Llama calls it as others do what follows
+    attention."""
+    before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    names = ["input_layernorm"] if config.pre_norms else []
+    names += [before_mlp] if config.pre_norms and not config.parallel else []
+    names += ["post_attention_layernorm", "post_feedforward_layernorm"] if config.post_norms else []
+    return [name + ".weight" for name in names]
+
+
+def _attention_names(config: ModelConfig) -> list[str]:
+    names = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
+    names += [f"self_attn.{part}_proj.bias" for part in "qkv"] if config.qkv_bias else []
+    names += ["self_attn.o_proj.bias"] if config.o_bias else []
+    names += ["self_attn.sinks"] if config.attention_sinks else []
+    return names + (["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if config.qk_norm else [])
+
+
+def _mlp_names(config: ModelConfig, layer: int) -> list[str]:
+    kinds = ("weight", "bias") if config.mlp_bias else ("weight",)
+    projections = [f"{part}_proj.{kind}" for part in ("gate", "up", "down") for kind in kinds]
+    if config.experts is None or not config.has_experts(layer):
+        return ["mlp." + name for name in projections]
+    router = ["mlp.gate.weight"] + (["mlp.gate.bias"] if config.experts.router_bias else [])
+    return router + [f"mlp.experts.{e}.{name}" for e in range(config.experts.count) for name in projections]
 
 
 def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
-    """The shape `config` implies for the tensor of that Hugging Face name."""
+    """The shape `config` implies for the tensor of that name."""
     hidden, mlp = config.hidden_size, config.intermediate_size
+    if config.experts is not None and ".experts." in name:
+        mlp = config.experts.intermediate_size
     q, k, v = config.qkv_sizes
+    q_norm, k_norm = config.qk_norm_sizes
     table = {
         "embed_tokens": (config.vocab_size, hidden),
         "lm_head": (config.vocab_size, hidden),
@@ -114,8 +140,9 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
         "k_proj": (k, hidden),
         "v_proj": (v, hidden),
         "o_proj": (hidden, q),
-        "q_norm": (config.head_dim,),
-        "k_norm": (config.head_dim,),
+        "q_norm": (q_norm,),
+        "k_norm": (k_norm,),
+        "gate": (config.experts.count if config.experts else 0, hidden),
         "gate_proj": (mlp, hidden),
         "up_proj": (mlp, hidden),
         "down_proj": (hidden, mlp),
@@ -125,6 +152,14 @@ def tensor_shape(config: ModelConfig, name: str) -> tuple[int, ...]:
         return (config.num_heads,)
     shape = table.get(part, (hidden,))  # every other tensor is a norm over the hidden size
     return shape[:1] if kind == "bias" else shape
+
+
+def shape_mismatch(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...]) -> ModelLoadError:
+    """What is said of a tensor whose shape is not what the configuration implies."""
+    return ModelLoadError(
+        f"tensor {name} has shape {list(found or ())}, the model's configuration implies {list(expected)}; "
+        "the checkpoint and its configuration do not belong together"
+    )
 
 
 class _Packer:
@@ -144,18 +179,16 @@ class _Packer:
             )
         for name, shape in found.items():
             if shape != (expected := tensor_shape(self.config, name)):
-                raise ModelLoadError(
-                    f"tensor {name} has shape {list(shape or ())}, the model's configuration implies "
-                    f"{list(expected)}; the checkpoint and its configuration do not belong together"
-                )
+                raise shape_mismatch(name, shape, expected)
         if left := self.source.unused(found):
             raise ModelLoadError(
                 f"the checkpoint has {len(left)} tensors that nothing here uses, among them "
                 f"{', '.join(ascii(name)[1:-1] for name in left[:4])}; without them the model would give other text, "
                 "so it is not supported"
             )
-        for inner in (self.config.hidden_size, self.config.qkv_sizes[0], self.config.intermediate_size):
-            self.recipe.linear.declare(1, inner)
+        for name in found:
+            if len(shape := tensor_shape(self.config, name)) == 2:
+                self.recipe.linear.declare(1, shape[1])
 
     def embed(self) -> Params:
         fmt = self.recipe.head if self.config.tie_embeddings else self.recipe.embedding
@@ -166,7 +199,7 @@ class _Packer:
 
     def layer(self, index: int) -> Params:
         prefix, cfg, fmt = f"model.layers.{index}.", self.config, self.recipe.linear
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        attention = prefix + "self_attn."
         attn: Params = {
             "qkv": self.linear(fmt, [f"{attention}{p}_proj" for p in "qkv"], cfg.qkv_bias),
             "o": self.linear(fmt, [attention + "o_proj"], cfg.o_bias),
@@ -175,34 +208,62 @@ class _Packer:
             attn["q_norm"] = self.norm(attention + "q_norm.weight")
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
         if cfg.attention_sinks:
-            attn["sinks"] = jnp.asarray(self.source.read(attention + "sinks"))
-        # Llama calls what is ahead of the MLP as others do what follows attention.
-        before_mlp = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
-        norms = {"attn_norm": "input_layernorm", "mlp_norm": before_mlp}
+            attn["sinks"] = to_device(self.source.read(attention + "sinks"))
+        mlp = self.experts(prefix + "mlp.") if cfg.has_experts(index) else self.mlp(prefix + "mlp.")
+        return {"attn": attn, "mlp": mlp, **self.residual_norms(prefix)}
+
+    def residual_norms(self, prefix: str) -> Params:
+        cfg = self.config
+        names = {"attn_norm": "input_layernorm"} if cfg.pre_norms else {}
+        if cfg.pre_norms and not cfg.parallel:
+            names["mlp_norm"] = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
         if cfg.post_norms:
-            norms |= {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+            names |= {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+        return {key: self.norm(f"{prefix}{name}.weight") for key, name in names.items()}
+
+    def mlp(self, prefix: str) -> Params:
+        fmt, bias = self.recipe.linear, self.config.mlp_bias
         return {
-            **{name: self.norm(f"{prefix}{stored}.weight") for name, stored in norms.items()},
-            "attn": attn,
-            "mlp": {
-                "gate_up": self.linear(fmt, [mlp + "gate_proj", mlp + "up_proj"], cfg.mlp_bias),
-                "down": self.linear(fmt, [mlp + "down_proj"], cfg.mlp_bias),
-            },
+            "gate_up": self.linear(fmt, [prefix + "gate_proj", prefix + "up_proj"], bias),
+            "down": self.linear(fmt, [prefix + "down_proj"], bias),
         }
 
-    def linear(self, fmt: WeightFormat, names: list[str], bias: bool) -> Params:
-        stored = self.matrix(fmt, *[name + ".weight" for name in names])
-        if bias:
-            stored["bias"] = jnp.asarray(np.concatenate([self.source.read(name + ".bias") for name in names]))
-        return stored
+    def experts(self, prefix: str) -> Params:
+        assert self.config.experts is not None, "only models with experts have such layers"
+        router_bias = self.config.experts.router_bias
+        return {
+            "router": self.linear(Float32Weights(), [prefix + "gate"], router_bias),
+            "gate_up": self.stack(prefix, ["gate_proj", "up_proj"]),
+            "down": self.stack(prefix, ["down_proj"]),
+        }
 
-    def matrix(self, fmt: WeightFormat, *names: str) -> Params:
-        shapes = [(name, tensor_shape(self.config, name)) for name in names]
-        packed = pack_rows(fmt, self.source, shapes, unit=self.config.head_dim)
-        return {name: to_device(array) for name, array in packed.items()}
+    def stack(self, prefix: str, parts: list[str]) -> Params:
+        """A matrix of every expert, encoded expert by expert, and their biases."""
+        assert self.config.experts is not None, "only models with experts have such layers"
+        count, fmt, stacked = self.config.experts.count, self.recipe.linear, dict[str, np.ndarray]()
+        for expert in range(count):
+            names = [f"{prefix}experts.{expert}.{part}" for part in parts]
+            for key, array in self.encode(fmt, names, self.config.mlp_bias).items():
+                if expert == 0:
+                    stacked[key] = aligned_empty((count, *array.shape), array.dtype)
+                stacked[key][expert] = array
+        return {key: to_device(array) for key, array in stacked.items()}
+
+    def linear(self, fmt: WeightFormat, names: list[str], bias: bool) -> Params:
+        return {key: to_device(array) for key, array in self.encode(fmt, names, bias).items()}
+
+    def encode(self, fmt: WeightFormat, names: list[str], bias: bool) -> dict[str, np.ndarray]:
+        """The matrices of these names as one, encoded, and their biases."""
+        shapes = [(name, tensor_shape(self.config, name)) for name in (f"{name}.weight" for name in names)]
+        stored = pack_rows(fmt, self.source, shapes, unit=self.config.head_dim)
+        return {**stored, "bias": np.concatenate([self.source.read(n + ".bias") for n in names])} if bias else stored
+
+    def matrix(self, fmt: WeightFormat, name: str) -> Params:
+        packed = pack_rows(fmt, self.source, [(name, tensor_shape(self.config, name))])
+        return {key: to_device(array) for key, array in packed.items()}
 
     def norm(self, name: str) -> Params:
-        return {"scale": jnp.asarray(self.source.read(name))}
+        return {"scale": to_device(self.source.read(name))}
 
 
 class _RandomSource:

@@ -9,7 +9,23 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
+from fineserve_jax.models import (
+    cohere2,
+    gemma2,
+    gemma3,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.transformer import CausalLM
@@ -32,6 +48,11 @@ def get_family(name: str) -> Family:
     if name not in _families:
         raise ModelLoadError(f"model family {name!r} is not known; known: {', '.join(sorted(_families))}")
     return _families[name]
+
+
+def families() -> list[Family]:
+    """All that are registered, in that order; those that installed packages offer only once they were asked for."""
+    return list(_families.values())
 
 
 def family_of_hf_architecture(architecture: str) -> Family:
@@ -74,5 +95,6 @@ def _register_offered() -> None:
             register_family(family)
 
 
-for _module in (gemma2, gemma3, llama, mistral, qwen2, qwen3):
+_DENSE = (llama, mistral, qwen2, qwen3, gemma2, gemma3, granite, phi3, olmo2, olmo3, smollm3, cohere2)
+for _module in (*_DENSE, mixtral, qwen3_moe, gpt_oss):
     register_family(_module.FAMILY)

@@ -33,7 +33,7 @@ def pack_rows(
     """
     inner = shapes[0][1][1]
     declared = fmt.declare(sum(shape[0] for _, shape in shapes), inner)
-    packed = {key: _aligned_empty(array.shape, np.dtype(array.dtype)) for key, array in declared.items()}
+    packed = {key: aligned_empty(array.shape, np.dtype(array.dtype)) for key, array in declared.items()}
     at = 0
     for name, shape in shapes:
         for rows in _pieces(shape[0], max(unit, _VALUES_AT_A_TIME // inner // unit * unit)):
@@ -66,7 +66,8 @@ def _pieces(count: int, step: int) -> Iterator[slice]:
     return (slice(at, min(at + step, count)) for at in range(0, count, step))
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array whose memory JAX can take as it is, see `to_device`; its values are whatever was there."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % _ALIGNMENT

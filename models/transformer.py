@@ -2,6 +2,8 @@
 
     tokens i32[N] -> embed -> num_layers x (norm, attention, +, norm, gated MLP, +) -> norm -> hidden f32[N, hidden]
 
+Families differ in which norms there are, in multipliers, and in whether attention and MLP work one after the other.
+
 N is a flat, ragged token axis: tokens of many requests side by side, told apart only by `attend`. Layers are
 unrolled, because a scan over stacked weights makes XLA copy each layer's weights in every step.
 """
@@ -9,15 +11,16 @@ unrolled, because a scan over stacked weights makes XLA copy each layer's weight
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 
-from fineserve_jax.models.layers import ACTIVATIONS, Linear, Matrix, RMSNorm, soft_cap
+from fineserve_jax.models.experts import Experts
+from fineserve_jax.models.layers import NORMS, Linear, Matrix, RMSNorm, gated, soft_cap
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.rope import RopeTables, apply_rope, rope_tables
 from fineserve_jax.models.weight_formats import weight_recipe
@@ -36,6 +39,7 @@ class Attend(Protocol):
 
 AttendLayer = Callable[..., jax.Array]  # `Attend` of one layer
 Tokens = Int32[jax.Array, " N"]
+Flags = Bool[jax.Array, " N"]
 Hidden = Float32[jax.Array, "N {self.config.hidden_size}"]
 Logits = Float32[jax.Array, "N {self.config.vocab_size}"]
 
@@ -52,25 +56,31 @@ class Attention(nn.Module):
         self.qkv = Linear(cfg.hidden_size, sum(cfg.qkv_sizes), fmt, use_bias=cfg.qkv_bias)
         self.o = Linear(q_size, cfg.hidden_size, fmt, use_bias=cfg.o_bias)
         if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
-            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+            q_width, k_width = cfg.qk_norm_sizes
+            self.q_norm = RMSNorm(q_width, cfg.norm_eps)
+            self.k_norm = RMSNorm(k_width, cfg.norm_eps)
         if cfg.attention_sinks:
             self.sinks = self.param("sinks", nn.initializers.zeros, (cfg.num_heads,), jnp.float32)
 
-    def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
+    def __call__(self, x: Hidden, rope: RopeTables | None, attend: AttendLayer) -> Hidden:
+        """rope: the rotations of the tokens' positions; None: q and k are not turned."""
         cfg = self.config
         q_size, k_size, _ = cfg.qkv_sizes
-        parts = jnp.split(self.qkv(x), (q_size, q_size + k_size), axis=-1)
-        q, k, v = (part.reshape(x.shape[0], -1, cfg.head_dim) for part in parts)
-        if cfg.qk_norm:
+        q, k, v = jnp.split(self.qkv(x), (q_size, q_size + k_size), axis=-1)
+        if cfg.qk_norm and cfg.qk_norm_across_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.reshape(x.shape[0], -1, cfg.head_dim) for part in (q, k, v))
+        if cfg.qk_norm and not cfg.qk_norm_across_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         sinks = (self.sinks,) if cfg.attention_sinks else ()
-        mixed = attend(apply_rope(q, *rope), apply_rope(k, *rope), v, *sinks)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        mixed = attend(q, k, v, *sinks)
         return self.o(mixed.reshape(x.shape[0], q_size))
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), gate and up in one fused product."""
+    """down(gated(gate(x), up(x))), gate and up in one fused product."""
 
     config: ModelConfig
     weights: str
@@ -82,30 +92,48 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: Hidden) -> Hidden:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(ACTIVATIONS[self.config.activation](gate) * up)
+        return self.down(gated(self.config, gate, up))
 
 
 class Block(nn.Module):
-    """One layer on a f32 residual stream: attention, then MLP, with norms before them and perhaps after them."""
+    """One layer on a f32 residual stream: attention, then MLP, or both at once, with norms before or after them.
+
+    has_experts: whether a mixture of experts takes the place of the MLP.
+    """
 
     config: ModelConfig
     weights: str
+    has_experts: bool = False
 
     def setup(self) -> None:
         cfg = self.config
-        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        if cfg.pre_norms:
+            self.attn_norm = residual_norm(cfg)
         self.attn = Attention(cfg, self.weights)
-        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.mlp = GatedMLP(cfg, self.weights)
         if cfg.post_norms:
-            self.attn_post_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-            self.mlp_post_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+            self.attn_post_norm = residual_norm(cfg)
+        if cfg.pre_norms and not cfg.parallel:
+            self.mlp_norm = residual_norm(cfg)
+        self.mlp = (Experts if self.has_experts else GatedMLP)(cfg, self.weights)
+        if cfg.post_norms:
+            self.mlp_post_norm = residual_norm(cfg)
 
-    def __call__(self, x: Hidden, rope: RopeTables, attend: AttendLayer) -> Hidden:
-        attended = self.attn(self.attn_norm(x), rope, attend)
-        x = x + (self.attn_post_norm(attended) if self.config.post_norms else attended)
-        widened = self.mlp(self.mlp_norm(x))
-        return x + (self.mlp_post_norm(widened) if self.config.post_norms else widened)
+    def __call__(self, x: Hidden, rope: RopeTables | None, attend: AttendLayer) -> Hidden:
+        cfg = self.config
+        taken = self.attn_norm(x) if cfg.pre_norms else x
+        attended = self.attn(taken, rope, attend)
+        attended = self.attn_post_norm(attended) if cfg.post_norms else attended
+        x = x + cfg.residual_multiplier * attended
+        if not cfg.parallel:
+            taken = self.mlp_norm(x) if cfg.pre_norms else x
+        widened = self.mlp(taken)
+        widened = self.mlp_post_norm(widened) if cfg.post_norms else widened
+        return x + cfg.residual_multiplier * widened
+
+
+def residual_norm(config: ModelConfig) -> nn.Module:
+    """The norm of `config` over the residual stream's width."""
+    return NORMS[config.norm](config.hidden_size, config.norm_eps)
 
 
 class CausalLM(nn.Module):
@@ -122,31 +150,35 @@ class CausalLM(nn.Module):
         cfg, recipe = self.config, weight_recipe(self.weights)
         table = recipe.head if cfg.tie_embeddings else recipe.embedding
         self.embed = Matrix(cfg.hidden_size, cfg.vocab_size, table)
-        self.layers = [Block(cfg, self.weights) for _ in range(cfg.num_layers)]
-        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.layers = [Block(cfg, self.weights, cfg.has_experts(layer)) for layer in range(cfg.num_layers)]
+        self.norm = residual_norm(cfg)
         if not cfg.tie_embeddings:
             self.lm_head = Matrix(cfg.hidden_size, cfg.vocab_size, recipe.head)
 
-    def __call__(self, tokens: Tokens, positions: Tokens, attend: Attend) -> Hidden:
-        """tokens i32[N] at positions i32[N] -> hidden f32[N, hidden_size], after the final norm."""
-        x, ropes = self.embed_tokens(tokens, positions)
+    def __call__(self, tokens: Tokens, positions: Tokens, attend: Attend, long: Flags | None = None) -> Hidden:
+        """tokens i32[N] at positions i32[N] -> hidden f32[N, hidden_size], after the final norm.
+
+        long: see `embed_tokens`.
+        """
+        x, ropes = self.embed_tokens(tokens, positions, long)
         groups = self.config.layer_groups
         rope_of = {layer: rope for group, rope in zip(groups, ropes, strict=True) for layer in group.layers}
         for index, block in enumerate(self.layers):
-            x = block(x, rope_of[index], functools.partial(attend, index))
+            rope = None if index in self.config.no_rope_layers else rope_of[index]
+            x = block(x, rope, functools.partial(attend, index))
         return self.norm(x)
 
-    def embed_tokens(self, tokens: Tokens, positions: Tokens) -> tuple[Hidden, tuple[RopeTables, ...]]:
+    def embed_tokens(
+        self, tokens: Tokens, positions: Tokens, long: Flags | None = None
+    ) -> tuple[Hidden, tuple[RopeTables, ...]]:
         """The residual stream f32[N, hidden_size] before the first layer, and for each of the configuration's
-        `layer_groups` the rotations of the positions."""
-        configs = [self.config.with_rope_of(group) for group in self.config.layer_groups]
-        ropes = tuple(rope_tables(config, positions) for config in configs)
-        return self.embed.rows(tokens) * self.config.embedding_multiplier, ropes
+        `layer_groups` the rotations of the positions.
 
-    @property
-    def block(self) -> Block:
-        """One layer by itself, for callers that run them one by one: its params are `params["layers_<i>"]`."""
-        return Block(self.config, self.weights)
+        long: bool[N], whether a token's sequence outgrows the original context of longrope; None: none does.
+        """
+        configs = [self.config.with_rope_of(group) for group in self.config.layer_groups]
+        ropes = tuple(rope_tables(config, positions, long) for config in configs)
+        return self.embed.rows(tokens) * self.config.embedding_multiplier, ropes
 
     def head(self, x: Hidden) -> Logits:
         """The residual stream after the last layer, f32[M, hidden_size] -> logits f32[M, vocab_size]."""
@@ -155,8 +187,13 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """hidden f32[M, hidden_size] -> f32[M, vocab_size]."""
         head = self.embed if self.config.tie_embeddings else self.lm_head
-        return soft_cap(head.dot(hidden), self.config.logit_soft_cap)
+        return soft_cap(head.dot(hidden) * self.config.logit_multiplier, self.config.logit_soft_cap)
 
     def declare(self, tokens: Tokens, positions: Tokens) -> Logits:
         """Touch every parameter once, with attention that keeps only q, so that `init` declares them all."""
         return self.logits(self(tokens, positions, lambda layer, q, k, v, *sinks: q))
+
+
+def block_of(model: CausalLM, params: Mapping[str, Any]) -> Block:
+    """A layer by itself, for callers that run them one by one, told from its params, `params["layers_<i>"]`."""
+    return Block(model.config, model.weights, has_experts="router" in params["mlp"])

@@ -23,6 +23,9 @@ from fineserve_jax.pallas_kernels.cpu.products import multiply_bf16, multiply_in
 
 INT4_GROUP = 32  # values along `in` that share a scale and a minimum
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
+_GROUPED = lax.RaggedDotDimensionNumbers(  # [N, in] in groups times [groups, out, in]
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
 
 Arrays = Mapping[str, jax.Array]
 Vectors = F32[jax.Array, "N inner"]
@@ -47,6 +50,19 @@ class WeightFormat(Protocol):
         """Rows `ids` i32[N] of the matrix, f32[N, in]: the embedding look-up."""
 
 
+@runtime_checkable
+class GroupedWeightFormat(WeightFormat, Protocol):
+    """One whose products with the matrices of several groups are one operation."""
+
+    def grouped_dot(
+        self, stored: Arrays, x: Vectors, sizes: Int32[jax.Array, " groups"], groups: Int32[jax.Array, " N"]
+    ) -> Products:
+        """x f32[N, in], sorted by group, times each row's group's matrix transposed, f32[N, out].
+
+        stored: the arrays of all groups' matrices, stacked. sizes: rows of each group. groups: of each row.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Float32Weights:
     """`kernel` f32[out, in]; products in full float32, also where TensorFloat-32 would be the default."""
@@ -59,6 +75,9 @@ class Float32Weights:
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
         return lax.dot_general(x, stored["kernel"], _CONTRACT_LAST, precision=lax.Precision.HIGHEST)
+
+    def grouped_dot(self, stored: Arrays, x: Vectors, sizes: jax.Array, groups: jax.Array) -> Products:
+        return lax.ragged_dot_general(x, stored["kernel"], sizes, _GROUPED, precision=lax.Precision.HIGHEST)
 
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         return jnp.take(stored["kernel"], ids, axis=0)
@@ -78,6 +97,9 @@ class BFloat16Weights:
         if uses_compiled("bf16", len(x)):
             return multiply_bf16(x, stored["kernel"])
         return _bf16_dot(x.astype(jnp.bfloat16), stored["kernel"])
+
+    def grouped_dot(self, stored: Arrays, x: Vectors, sizes: jax.Array, groups: jax.Array) -> Products:
+        return _grouped_bf16_dot(x.astype(jnp.bfloat16), stored["kernel"], sizes)
 
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         return jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
@@ -101,10 +123,14 @@ class Int8Weights:
     def dot(self, stored: Arrays, x: Vectors) -> Products:
         if uses_compiled("int8", len(x)):
             return multiply_int8(x, stored["kernel"], stored["scale"])
-        top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30)
-        codes = jnp.clip(jnp.round(x * (127.0 / top)), -127, 127).astype(jnp.int8)
+        codes, scale = _int8_codes(x)
         sums = lax.dot_general(codes, stored["kernel"], _CONTRACT_LAST, preferred_element_type=jnp.int32)
-        return sums.astype(jnp.float32) * (top / 127.0) * stored["scale"]
+        return sums.astype(jnp.float32) * scale * stored["scale"]
+
+    def grouped_dot(self, stored: Arrays, x: Vectors, sizes: jax.Array, groups: jax.Array) -> Products:
+        codes, scale = _int8_codes(x)
+        sums = lax.ragged_dot_general(codes, stored["kernel"], sizes, _GROUPED, preferred_element_type=jnp.int32)
+        return sums.astype(jnp.float32) * scale * stored["scale"][groups]
 
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         codes = jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
@@ -199,3 +225,13 @@ def weight_recipe(weights: str) -> WeightRecipe:
 
 def _bf16_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.dot_general(x, kernel, _CONTRACT_LAST, preferred_element_type=jnp.float32)
+
+
+def _grouped_bf16_dot(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    return lax.ragged_dot_general(x, kernels, sizes, _GROUPED, preferred_element_type=jnp.float32)
+
+
+def _int8_codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows quantised to 8 bits, i8[N, in], and the scale of each, f32[N, 1]."""
+    top = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30)
+    return jnp.clip(jnp.round(x * (127.0 / top)), -127, 127).astype(jnp.int8), top / 127.0

@@ -13,6 +13,8 @@ TESTS = Path(__file__).parent
 COMPILING = (
     "batch/test_batch_job.py",
     "batch/test_batch_models.py",
+    "batch/test_check.py",
+    "batch/test_half_done.py",
     "benchmarks/test_aot_parsers.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
     "cli/test_bench.py",

@@ -6,6 +6,7 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes of these modules' arrays are checked against their annotations at every call, in tests only: for
 # users they are mere comments. Runs before anything imports the modules.
 SHAPES_CHECKED = [
+    "fineserve_jax.models.experts",
     "fineserve_jax.models.layers",
     "fineserve_jax.models.rope",
     "fineserve_jax.models.transformer",

@@ -16,6 +16,7 @@ PACKAGE = "fineserve_jax"
 STOREYS = [
     {"errors"},
     {"validation"},
+    {"structured"},
     {"sampling_params", "request_options"},
     {"request"},
     {"pallas_kernels"},
@@ -23,7 +24,7 @@ STOREYS = [
     {"loaders", "scheduler"},
     {"runner"},
     {"engine"},
-    {"llm"},
+    {"llm", "async_llm"},
     {"batch", "sim"},
     {""},
     {"cli"},
@@ -31,7 +32,17 @@ STOREYS = [
 # What can be used without the rest: these import nothing else of the package.
 ALONE = {"pallas_kernels"}
 # What plans on the host, and so runs where no JAX is installed: nothing that they import when they run leads to JAX.
-WITHOUT_JAX = {"errors", "validation", "sampling_params", "request_options", "request", "kv", "scheduler", "sim"}
+WITHOUT_JAX = {
+    "errors",
+    "validation",
+    "structured",
+    "sampling_params",
+    "request_options",
+    "request",
+    "kv",
+    "scheduler",
+    "sim",
+}
 JAX = {"jax", "jaxlib", "flax", "jaxtyping", "orbax", "ml_dtypes"}
 
 
@@ -108,7 +119,7 @@ def test_the_hosts_rooms_do_without_jax(room):
 def test_every_package_that_is_imported_is_declared():
     """Directly, not by way of what another dependency happens to bring."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional = [name for extra in ("plot",) for name in project["optional-dependencies"][extra]]
+    optional = [name for extra in ("plot", "files", "remote") for name in project["optional-dependencies"][extra]]
     declared = {requirement.split(">")[0].split("[")[0].lower() for requirement in project["dependencies"] + optional}
     distributions = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "absl": "absl-py"}
     used = {name for imported in IMPORTS.values() for name in imported if room_of(name) is None}

@@ -9,7 +9,7 @@ from fineserve_jax.models.weight_formats import WEIGHT_RECIPES
 
 
 def test_dimensions_of_one_name_are_of_one_length():
-    with pytest.raises(TypeCheckError, match="N 1 head_dim/2"):
+    with pytest.raises(TypeCheckError, match="N 1 half_dim"):
         apply_rope(jnp.zeros((3, 2, 8)), jnp.zeros((3, 1, 4)), jnp.zeros((4, 1, 4)))
 
 

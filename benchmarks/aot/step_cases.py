@@ -78,10 +78,10 @@ def _stages(platform: Platform, model: Model, config: ModelConfig) -> Iterator[C
     arena, number = arena_shape(geometry), jax.ShapeDtypeStruct((), jnp.int32)
     stream = jax.eval_shape(functools.partial(step.embed, spec), params, inputs)
     of_layer = (params["layers_0"], stream, number, arena, inputs)
-    _, words = jax.eval_shape(functools.partial(step.layer, spec), *of_layer)
+    one_layer = functools.partial(step.layer, spec, 0, True)  # of the only group, with RoPE
+    _, words = jax.eval_shape(one_layer, *of_layer)
 
-    def stage(name: str, function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Case:
-        program = functools.partial(function, spec)
+    def stage(name: str, program: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Case:
         return Case(
             f"step: {name}",
             model.name,
@@ -93,7 +93,8 @@ def _stages(platform: Platform, model: Model, config: ModelConfig) -> Iterator[C
             donate=donate,
         )
 
-    yield stage("embed", step.embed, params, inputs)
-    yield stage("layer", step.layer, *of_layer)
-    yield stage("head", step.head, params, stream, inputs, sampling)
-    yield stage("commit", step.commit, arena, [words] * config.num_layers, inputs, donate=(0,))
+    yield stage("embed", functools.partial(step.embed, spec), params, inputs)
+    yield stage("layer", one_layer, *of_layer)
+    yield stage("head", functools.partial(step.head, spec), params, stream, inputs, sampling)
+    commit = functools.partial(step.commit, spec)
+    yield stage("commit", commit, arena, [words] * config.num_layers, inputs, donate=(0,))

@@ -1,21 +1,87 @@
 """The answer to a row, as it is written; see the package's docstring for its fields."""
 
+import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from fineserve_jax.batch.row_ids import RowId
-from fineserve_jax.engine.outputs import CompletionOutput, RequestOutput
+from fineserve_jax.batch.openai_answers import AnswerName, openai_answer, openai_error
+from fineserve_jax.batch.rows import BadRow, BatchRow
+from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.loaders import Tokenizer
+from fineserve_jax.request import FinishReason
 from fineserve_jax.runner.runner import TokenLogprobs
 
 
-def answer_row(row_id: RowId, output: RequestOutput, tokenizer: Tokenizer, names_model: bool) -> dict[str, Any]:
-    """What is written of an answered row.
+class AnswerRows:
+    """Makes answers of what the engine gives, each in the form of its row.
 
     Args:
-        tokenizer: of the model that answered.
-        names_model: whether the answer names it.
+        names: of the inputs, by their numbers; answers name them where there are several.
+        names_model: whether answers name their model.
+        timing: whether they tell how long they took.
+        created: when the job began, in seconds of Unix time.
     """
+
+    def __init__(
+        self, names: Sequence[str] = (), *, names_model: bool = False, timing: bool = True, created: int = 0
+    ) -> None:
+        self._names, self._names_model, self._timing, self._created = names, names_model, timing, created
+
+    def answer(self, row: BatchRow, output: RequestOutput, tokenizer: Tokenizer, attempts: int = 1) -> dict[str, Any]:
+        """What is written of an answered row. `tokenizer`: of the model; `attempts`: how often the row was begun."""
+        used: dict[str, Any] = {"kv_precision": output.kv_precision, "kv_tokens": output.kv_tokens}
+        if self._timing:
+            used["timing"] = _timing(output.metrics, attempts)
+        if row.form == "plain":
+            return answer_row(row.id, output, tokenizer, names_model=self._names_model, used=used)
+        if any(sample.finish_reason == FinishReason.LATE for sample in output.outputs):
+            return self.error(BadRow(row.line, row.id, LATE, "late", row.form, row.file))
+        entries = [_entries(sample, tokenizer) for sample in output.outputs]
+        return openai_answer(row.form, self._name(row), output, entries, used)
+
+    def error(self, bad: BadRow) -> dict[str, Any]:
+        """What is written of a row that cannot be answered."""
+        place = {**({"file": self._names[bad.file]} if len(self._names) > 1 else {}), "line": bad.line}
+        if bad.form == "plain":
+            return {"id": bad.id, **place, "error": bad.error}
+        return openai_error(self._name(bad), bad.error, bad.code, place)
+
+    def _name(self, row: BatchRow | BadRow) -> AnswerName:
+        return AnswerName(row.id, row.seq, self._created)
+
+
+def _timing(metrics: RequestMetrics, attempts: int) -> dict[str, Any]:
+    return {
+        "queue_s": round(metrics.queue_s, 6),
+        "ttft_s": round(metrics.ttft_s, 6),
+        "total_s": round(metrics.total_s, 6),
+        "num_preemptions": metrics.num_preemptions,
+        "attempts": attempts,
+    }
+
+
+LATE = (
+    "the first token could not be in time, and the request asked to be dropped then; give a longer ttft_slo_s, or "
+    "leave drop_when_late out"
+)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def as_line(row: dict[str, Any]) -> bytes:
+    """An answer as a line of JSON. It must hold neither NaN nor infinity, which JSON lacks."""
+    try:
+        return _ENCODER.encode(row).encode() + b"\n"
+    except UnicodeEncodeError:  # an id with half a surrogate pair
+        return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def answer_row(
+    row_id: Any, output: RequestOutput, tokenizer: Tokenizer, names_model: bool, used: dict[str, Any]
+) -> dict[str, Any]:
+    """The answer to a plain row. `used`: what is told of how it was made."""
     samples = [_sample(sample, tokenizer) for sample in output.outputs]
     return {
         "id": row_id,
@@ -23,8 +89,7 @@ def answer_row(row_id: RowId, output: RequestOutput, tokenizer: Tokenizer, names
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": sum(len(sample.token_ids) for sample in output.outputs),
         **({"model": output.model} if names_model else {}),
-        "kv_precision": output.kv_precision,
-        "kv_tokens": output.kv_tokens,
+        **used,
     }
 
 
@@ -34,10 +99,16 @@ def _sample(sample: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "output_tokens": len(sample.token_ids),
     }
-    if sample.logprobs is not None:
-        tokens = zip(sample.token_ids, sample.logprobs, strict=True)
-        written["logprobs"] = [_logprobs(tokenizer, token, entry) for token, entry in tokens]
+    if (entries := _entries(sample, tokenizer)) is not None:
+        written["logprobs"] = entries
     return written
+
+
+def _entries(sample: CompletionOutput, tokenizer: Tokenizer) -> list[dict[str, Any]] | None:
+    if sample.logprobs is None:
+        return None
+    tokens = zip(sample.token_ids, sample.logprobs, strict=True)
+    return [_logprobs(tokenizer, token, entry) for token, entry in tokens]
 
 
 def _logprobs(tokenizer: Tokenizer, token: int, entry: TokenLogprobs) -> dict[str, Any]:

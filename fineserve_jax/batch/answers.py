@@ -1,49 +1,64 @@
-"""The file of answers: refused before any work if it cannot be written, then written row by row."""
+"""The file of answers: refused before any work if it cannot be written, then written line by line."""
 
-import json
+import errno
 import os
 import stat
 import sys
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self, cast
 
-from fineserve_jax.batch.row_ids import id_key
+from fineserve_jax.batch.byte_streams import is_remote
+from fineserve_jax.batch.lock import OutputLock
 from fineserve_jax.errors import ConfigError, FineServeError
 
 STDOUT = "-"
+OTHER_FORMATS = (".gz", ".zst", ".bz2", ".xz", ".parquet", ".csv")
 
 
 class AnswerFile:
     """Where answer and error rows go, each written in one piece as soon as it is known.
 
-    Opening it checks that it can be written and leaves what is there untouched; `begin` then drops what is to
-    be dropped. A file that is created and never begun is removed again.
+    Opening it checks that it can be written, makes this process its only writer, and leaves what is there untouched;
+    `begin` then drops what is to be dropped, or creates the file.
 
     Args:
         path: a file, or "-" for stdout.
-        resume: go on with a file that an earlier run left, see `answered`.
+        resume: go on with a file that an earlier run left.
         overwrite: drop what an existing file holds.
 
     Raises:
-        ConfigError: a path that cannot be written, an existing file and neither `resume` nor `overwrite`, or,
-            to be resumed, one that is no file of answers.
+        ConfigError: a path that cannot be written, an existing file and neither `resume` nor `overwrite`, one that
+            another process writes, or, to be resumed, one that is no regular file.
 
     Attributes:
-        answered: with `resume`, the `id_key` of each row that the file has an answer to.
-        failed: with `resume`, (line, error) of its error rows.
+        is_regular: whether it is a file that can be resumed.
+        existed: whether it was there.
+        end: its length in bytes, as far as it is written here.
     """
 
     def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False) -> None:
-        self.path, self.overwrite = str(path), overwrite
-        self.answered: set[Hashable] = set()
-        self.failed: set[tuple[int, str]] = set()
-        self._keep_bytes, self._created, self._begun = 0, False, False
+        self.path = str(path)
+        self.is_regular, self.existed, self.end = False, False, 0
+        self._lock: OutputLock | None = None
+        self._opened: BinaryIO | None = None
         if resume and overwrite:
             raise ConfigError("--resume keeps what the output holds and --overwrite drops it; give one of them")
-        self._file = self._open_stdout(resume) if self.path == STDOUT else self._open(Path(path), resume, overwrite)
-
-    # -- opening -----------------------------------------------------------------------------------------
+        if self.path == STDOUT:
+            self._opened = self._open_stdout(resume)
+            return
+        _check_path(self.path, Path(path))
+        self.is_regular = not os.path.exists(path) or stat.S_ISREG(os.stat(path).st_mode)
+        if resume and not self.is_regular:
+            raise ConfigError(f"the output {path} is no regular file and cannot be resumed; name another")
+        if self.is_regular:
+            self._lock = OutputLock(Path(path))
+        try:
+            self._check_existing(resume, overwrite)
+            if self.existed:
+                self._opened = self._open("ab")
+        except BaseException:
+            self._unlock()
+            raise
 
     def _open_stdout(self, resume: bool) -> BinaryIO:
         if resume:
@@ -52,103 +67,115 @@ class AnswerFile:
             raise ConfigError("stdout is closed; give an output file with -o, or open it")
         return sys.stdout.buffer
 
-    def _open(self, path: Path, resume: bool, overwrite: bool) -> BinaryIO:
-        if os.path.isdir(path):  # unlike Path.is_dir, takes any name
-            raise ConfigError(f"the output {path} is a directory; give a file in it, e.g. {path / 'answers.jsonl'}")
-        if not os.path.isdir(path.parent):
-            raise ConfigError(f"the output {path} cannot be written: there is no directory {path.parent}; create it")
-        exists = os.path.exists(path)
-        regular = not exists or stat.S_ISREG(path.stat().st_mode)
-        if exists and regular and not resume and not overwrite:
+    def _check_existing(self, resume: bool, overwrite: bool) -> None:
+        self.existed = os.path.exists(self.path)
+        if self.existed and self.is_regular and not resume and not overwrite:
             raise ConfigError(
-                f"the output {path} exists; go on with it by --resume, replace it by --overwrite, or name another"
+                f"the output {self.path} exists; go on with it by --resume, replace it by --overwrite, or name another"
             )
-        if resume and not regular:
-            raise ConfigError(f"the output {path} is no regular file and cannot be resumed; name another")
-        if exists and resume:
-            self._read_earlier(path)
+
+    def _open(self, mode: str) -> BinaryIO:
         try:
             # Unbuffered: every write reaches the system at once.
-            file = path.open("ab" if exists else "xb", buffering=0)
+            return cast(BinaryIO, open(self.path, mode, buffering=0))
         except OSError as error:
-            raise ConfigError(f"the output {path} cannot be written: {error.strerror}; name another") from None
-        self._created = not exists
-        return file
+            raise ConfigError(f"the output {self.path} cannot be written: {error.strerror}; name another") from None
 
-    def _read_earlier(self, path: Path) -> None:
-        """Notes what was answered. A last line without an end is torn: a run was killed as it wrote it."""
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if not line.endswith(b"\n"):
-                        return
-                    self._note(path, number, line)
-                    self._keep_bytes += len(line)
-        except OSError as error:
-            raise ConfigError(f"the output {path} cannot be read to resume it: {error.strerror}") from None
-
-    def _note(self, path: Path, number: int, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-            if "error" in row:
-                self.failed.add((row["line"], row["error"]))
-            elif row["id"] is None:
-                raise ValueError("an answer bears its row's id")
-            else:
-                self.answered.add(id_key(row["id"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ConfigError(
-                f"line {number} of {path} is no answer, so it cannot be resumed; name another output, or mend the line"
-            ) from None
-
-    # -- writing -----------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        """Drops what is not to be kept. Call it when nothing can go wrong any more but single rows."""
-        self._begun = True
-        if self.path == STDOUT or not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+    def begin(self, keep_bytes: int = 0) -> None:
+        """Drops all but the first bytes. Call it when nothing can go wrong any more but single rows."""
+        if not self.is_regular:
             return
-        self._file.truncate(0 if self.overwrite else self._keep_bytes)
+        if not self.existed:
+            self._opened = self._open("xb")
+            _sync_folder(Path(self.path))
+        self._file.truncate(keep_bytes)
+        self.end = keep_bytes
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Writes a row so that others can read it at once. It must hold neither NaN nor infinity, which JSON lacks.
+    @property
+    def _file(self) -> BinaryIO:
+        if self._opened is None:
+            raise ValueError(f"{self.path} was not begun")
+        return self._opened
+
+    def write(self, line: bytes) -> int:
+        """Writes a line so that others can read it at once; returns `end`.
 
         Raises:
             FineServeError: the disk is full, or the system refuses for another reason.
         """
         try:
-            line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        except UnicodeEncodeError:  # an id with half a surrogate pair
-            line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        try:
-            self._write_all(line)
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            self._file.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
-            if self.path == STDOUT:
-                raise FineServeError(
-                    f"cannot write to stdout: {error.strerror}; give an output file, which can be resumed"
-                ) from None
-            raise FineServeError(
-                f"cannot write to {self.path}: {error.strerror}; what it holds so far is sound, "
-                "so make room and run the same command with --resume"
-            ) from None
+            raise self._refused(error) from None
+        self.end += len(line)
+        return self.end
 
-    def _write_all(self, line: bytes) -> None:
-        rest = memoryview(line)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        self._file.flush()
+    def sync(self) -> None:
+        """What is written survives a loss of power. Raises `FineServeError` if the disk fails."""
+        if self.is_regular:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> FineServeError:
+        if self.path == STDOUT:
+            return FineServeError(
+                f"cannot write to stdout: {error.strerror}; give an output file, which can be resumed"
+            )
+        if self.is_regular:
+            self._file.truncate(self.end)
+        return FineServeError(
+            f"cannot write to {self.path}: {error.strerror}; what it holds so far is sound, "
+            "so make room and run the same command with --resume"
+        )
 
     def close(self) -> None:
-        if self.path == STDOUT:
-            return
-        self._file.close()
-        if self._created and not self._begun:
-            Path(self.path).unlink(missing_ok=True)
+        """Closes the file, and lets others write it."""
+        if self._opened is not None and self.path != STDOUT:
+            self._opened.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _check_path(name: str, path: Path) -> None:
+    if is_remote(name):
+        raise ConfigError(
+            f"the output {name} is an address; answers are added line by line, so name a file on this machine and copy "
+            "it when the job has ended"
+        )
+    if os.path.isdir(path):  # unlike Path.is_dir, takes any name
+        raise ConfigError(f"the output {path} is a directory; give a file in it, e.g. {path / 'answers.jsonl'}")
+    if not os.path.isdir(path.parent):
+        raise ConfigError(f"the output {path} cannot be written: there is no directory {path.parent}; create it")
+    if path.suffix in OTHER_FORMATS:
+        raise ConfigError(
+            f"the output {path} would hold JSON lines, whatever its name says; call it "
+            f"{path.with_suffix('.jsonl').name}, say, and convert it when the job has ended"
+        )
+
+
+def _sync_folder(path: Path) -> None:
+    """The name of a new file survives a loss of power, too."""
+    folder = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do that
+            raise
+    finally:
+        os.close(folder)

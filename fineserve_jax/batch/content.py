@@ -1,26 +1,24 @@
-"""What a file of prompts is, told from how it begins: JSON lines, or something else."""
+"""What an input is, told from how it begins: JSON lines, CSV, Parquet, one of these compressed, or something else."""
 
+import csv
 import json
+from dataclasses import dataclass
+from typing import Literal
 
 SNIFFED = 1 << 16  # bytes
-TO_LINES = 'convert it, e.g. by pandas.{reader}(FILE).to_json(OUT, orient="records", lines=True)'
-UNPACK = "unpack it, or pipe it in: {command} FILE | fineserve-jax batch -i - ..."
+COMPRESSIONS = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ\x00", "xz"))
+PARQUET = b"PAR1"
 MAGIC = (
-    (b"\x1f\x8b", "is compressed with gzip", UNPACK.format(command="gzip -dc")),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", UNPACK.format(command="zstd -dc")),
-    (b"BZh", "is compressed with bzip2", UNPACK.format(command="bzip2 -dc")),
-    (b"\xfd7zXZ\x00", "is compressed with xz", UNPACK.format(command="xz -dc")),
-    (b"\x04\x22\x4d\x18", "is compressed with lz4", UNPACK.format(command="lz4 -dc")),
-    (b"PK\x03\x04", "is a ZIP archive (.zip, .xlsx, .npz)", "unpack it, and give a file of JSON lines"),
     (
-        b"PAR1",
-        "is a Parquet file",
-        TO_LINES.format(reader="read_parquet"),
+        b"\x04\x22\x4d\x18",
+        "is compressed with lz4",
+        "unpack it, or pipe it in: lz4 -dc FILE | fineserve-jax batch -i - ...",
     ),
+    (b"PK\x03\x04", "is a ZIP archive (.zip, .xlsx, .npz)", "unpack it, and give a file of JSON lines"),
     (
         b"ARROW1",
         "is an Arrow file",
-        TO_LINES.format(reader="read_feather"),
+        'convert it, e.g. by pandas.read_feather(FILE).to_json(OUT, orient="records", lines=True)',
     ),
     (b"SQLite format 3\x00", "is an SQLite database", "export its rows as JSON lines"),
     (b"%PDF-", "is a PDF document", "write its text as JSON lines"),
@@ -34,27 +32,80 @@ ENCODINGS = (
     (b"\xff\xfe", "UTF-16LE"),
     (b"\xfe\xff", "UTF-16BE"),
 )
+MARK = b"\xef\xbb\xbf"
 EXAMPLE = '{"prompt": "Hello"}'
+DELIMITERS = (",", "\t", ";", "|")
+COLUMNS = ("prompt", "messages", "body")
+"""A table has one of these; that is how a line of CSV is known to be a header."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an input holds.
+
+    Attributes:
+        kind: how its rows are written.
+        delimiter: between the cells of CSV.
+        openai: whether its rows are requests of OpenAI's batch API.
+    """
+
+    kind: Literal["lines", "csv", "parquet"] = "lines"
+    delimiter: str = ","
+    openai: bool = False
+
+
+def compression(head: bytes) -> str | None:
+    """By what an input that begins so is compressed."""
+    return next((name for magic, name in COMPRESSIONS if head.startswith(magic)), None)
+
+
+def content_of(head: bytes) -> Content:
+    """What an input holds in which nothing is wrong, see `what_is_wrong`."""
+    if head.startswith(PARQUET):
+        return Content("parquet")
+    delimiter = csv_delimiter(head)
+    return Content("lines" if delimiter is None else "csv", delimiter or ",", b"custom_id" in head)
+
+
+def csv_delimiter(head: bytes) -> str | None:
+    """What stands between the cells of CSV whose header names a column for prompts; None if it is no such."""
+    lines = [line for line in head.removeprefix(MARK).split(b"\n") if line.strip()]
+    if not lines or lines[0].lstrip().startswith((b"{", b"[")) or b"\x00" in lines[0]:
+        return None
+    header = lines[0].decode(errors="replace")
+    for delimiter in DELIMITERS:
+        try:
+            names = next(csv.reader([header.strip()], delimiter=delimiter), [])
+        except csv.Error:
+            return None
+        if any(name.strip() in COLUMNS for name in names):
+            return delimiter
+    return None
 
 
 def what_is_wrong(head: bytes, whole: bool) -> str | None:
-    """What the input is instead of JSON lines, and what to do; None if it may well be some.
+    """What the input is instead of rows, and what to do; None if it may well hold some.
 
     Single lines that are no rows are for the job to report: only what is wrong as a whole is said here.
 
     Args:
-        head: how the input begins, up to `SNIFFED` bytes.
+        head: how the input begins, unpacked, up to `SNIFFED` bytes.
         whole: whether more lines can be told from `head` than the first: it was not cut short by a slow writer.
     """
+    if head.startswith(PARQUET):
+        return None
+    if (packed := compression(head)) is not None:
+        return f"is compressed with {packed} more than once; unpack it"
     for magic, is_what, remedy in MAGIC:
         if head.startswith(magic):
             return f"{is_what}, not JSON lines; {remedy}"
     if (encoding := _encoding(head)) is not None:
         return f"is text in {encoding[:6]}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 FILE > OUT"
-    if b"\x00" in head:
+    lines = [line.strip() for line in head.removeprefix(MARK).split(b"\n")]
+    lines = [line for line in lines if line]
+    if b"\x00" in head and not any(line.startswith(b"{") for line in lines):
         return f"is binary, not JSON lines; give a file with an object such as {EXAMPLE} on each line"
-    lines = [line.strip() for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
-    return _wrong_text([line for line in lines if line], whole)
+    return None if csv_delimiter(head) is not None else _wrong_text(lines, whole)
 
 
 def _encoding(head: bytes) -> str | None:
@@ -88,7 +139,10 @@ def _wrong_text(lines: list[bytes], whole: bool) -> str | None:
         return f"is a JSON object over several lines, not JSON lines; {OBJECT}" if spread else None
     if whole and not rows_follow:
         shown = first[:60].decode(errors="replace")
-        return f"is no JSON lines: line 1 is {shown!r}; write an object such as {EXAMPLE} on each line"
+        return (
+            f"is no JSON lines: line 1 is {shown!r}; write an object such as {EXAMPLE} on each line, or CSV with a "
+            "header that names a column prompt"
+        )
     return None
 
 

@@ -1,159 +1,324 @@
 """The job itself: keeps the engine supplied with rows and writes each answer as soon as it is complete."""
 
+import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from fineserve_jax.batch.answer_rows import answer_row
-from fineserve_jax.batch.answers import AnswerFile
-from fineserve_jax.batch.row_ids import RowId, id_key
-from fineserve_jax.batch.rows import BadRow, BatchRow, prompt_tokens, row_sampling, unforeseen
+from fineserve_jax.batch.answer_rows import AnswerRows, as_line
+from fineserve_jax.batch.delivery import Delivery
+from fineserve_jax.batch.in_flight import RowInFlight, save_tokens, saved_tokens
+from fineserve_jax.batch.interruption import Interruption
+from fineserve_jax.batch.isolation import Isolation
+from fineserve_jax.batch.job_output import told_key
+from fineserve_jax.batch.journal import ADOPTED
+from fineserve_jax.batch.observers import JobObserver, Observers, RowOutcome
+from fineserve_jax.batch.records import SEQ_BITS
+from fineserve_jax.batch.requests import RowRequests
+from fineserve_jax.batch.row_ids import id_key
+from fineserve_jax.batch.rows import BadRow, BatchRow, unforeseen
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.prepare import PreparedRequest
-from fineserve_jax.errors import RequestError
-from fineserve_jax.request import FinishReason, Request, RequestStatus
-from fineserve_jax.validation import shown
+from fineserve_jax.engine.outputs import RequestOutput
+from fineserve_jax.errors import DeadEndError, FineServeError, NonFiniteError, RequestError
+from fineserve_jax.request import FinishReason, Request
+from fineserve_jax.validation import shortened, shown
+
+log = logging.getLogger(__name__)
 
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
-
-
-@dataclass(slots=True)
-class PendingRow:
-    """A row whose samples are in the engine."""
-
-    row: BatchRow
-    samples: list[Request]
+SAVE_TOKENS_EVERY_S = 2.0
+ERROR_CODES = {NonFiniteError: "not_finite", DeadEndError: "dead_end"}
 
 
 class BatchJob:
     """Answers rows with an engine that has nothing else to do.
 
     Args:
-        engine: its `config.seed` and a row's line make the seed of a row that has none, so that a row's
+        engine: its `config.seed` and a row's place make the seed of a row that has none, so that a row's
             answer does not depend on what was answered before it.
-        answers: open, and begun.
+        delivery: where answers go.
         sampling: fields of `SamplingParams` for rows that do not set them.
-        on_step: called after every step with the summary so far and the output tokens sampled so far.
+        max_retries: how often a row that makes the engine fail by itself is tried again.
+        answer_rows: forms the answers.
+        observers: told of all that happens.
+        interruption: asked between steps whether the job is to end early.
     """
 
     def __init__(
         self,
         engine: Engine,
-        answers: AnswerFile,
+        delivery: Delivery,
         sampling: Mapping[str, Any] | None = None,
-        on_step: Callable[[BatchSummary, int], None] | None = None,
+        *,
+        max_retries: int = 2,
+        answer_rows: AnswerRows | None = None,
+        observers: Iterable[JobObserver] = (),
+        interruption: Interruption | None = None,
     ) -> None:
-        self.engine, self.answers, self.sampling, self.on_step = engine, answers, sampling or {}, on_step
+        self.engine, self.delivery = engine, delivery
         self.summary = BatchSummary()
-        self._lines: dict[Hashable, int] = {}
-        self._pending: dict[Request, PendingRow] = {}
+        self.observers = Observers(observers)
+        self._requests = RowRequests(sampling, engine.config.seed)
+        self._interruption = Interruption() if interruption is None else interruption
+        self._answer_rows = answer_rows or AnswerRows(names_model=len(engine.models) > 1)
+        self._isolation = Isolation[RowInFlight](max_retries)
+        self._outside: deque[RowInFlight] = deque()  # taken out of the engine, to go on later
+        self._pending: dict[Request, RowInFlight] = {}
         self._stats = engine.stats()  # after the last step
+        self._goes_by_errors = bool(delivery.journal.get("adopted_bytes"))
+        self._saved_s = time.monotonic()
 
     def run(self, rows: Iterable[BatchRow | BadRow]) -> BatchSummary:
-        """Answers all rows. Ctrl-C ends it early: `summary.interrupted`, with all complete rows written."""
+        """Answers all rows. A signal ends it early: `summary.interrupted`, with all complete rows written, and what
+        the others have so far kept in the journal.
+
+        Raises:
+            FineServeError: the disk is full, or the engine fails whatever it is given.
+        """
         start = time.perf_counter()
-        remaining = iter(rows)
         try:
-            while self._supply(remaining) or self._pending:
-                self._step()
+            with self.delivery.journal.explained():
+                if self._answer_all(iter(rows)):
+                    self.delivery.end_of_rows()
+                else:
+                    self.summary.interrupted = True
         except KeyboardInterrupt:
             self.summary.interrupted = True
-            self._finish_complete(list(self._pending))
         finally:
-            for request in list(self._pending):
-                self.engine.abort(request)
-                self.engine.release(request)
+            self._stop()
             self.summary.seconds = time.perf_counter() - start
+            self.observers.ended(self.summary)
         return self.summary
 
-    # -- rows in -----------------------------------------------------------------------------------------
+    def _answer_all(self, rows: Iterator[BatchRow | BadRow]) -> bool:
+        """False if the job was asked to end before."""
+        while not self._interruption:
+            self._supply(rows)
+            if self._pending:
+                self._step()
+                self._save()
+            elif self._isolation.testing:
+                self._isolation.passed()
+            elif not self._outside and not self._interruption:
+                self._convict()
+                return True
+        return False
 
-    def _supply(self, rows: Iterator[BatchRow | BadRow]) -> bool:
-        """Fills the engine's queue; False if there is nothing left to fill it with."""
+    def _save(self, now: bool = False) -> None:
+        """Commits what was answered, and now and then the tokens of what is half done."""
+        if now or time.monotonic() - self._saved_s >= SAVE_TOKENS_EVERY_S:
+            save_tokens(self.delivery.journal, self._rows_in_engine())
+            self._saved_s = time.monotonic()
+        self.delivery.save(now)
+
+    def _stop(self) -> None:
+        """Keeps what there is, and leaves the engine idle. What fails here must not hide why the job ends."""
+        for leave in (self._keep, self._take_out_all):
+            try:
+                leave()
+            except Exception as error:
+                log.warning("the job could not be ended cleanly: %s: %s", type(error).__name__, error)
+
+    def _keep(self) -> None:
+        self.engine.recover()  # an interrupt may have cut a step short
+        with self.delivery.journal.explained():
+            self._save(now=True)
+
+    # -- rows in ---------------------------------------------------------------------------------------------------
+
+    def _supply(self, rows: Iterator[BatchRow | BadRow]) -> None:
+        """Fills the engine's queue: with a group under suspicion by itself, or with all that may be served."""
+        if self._isolation.testing:
+            return
+        if group := self._isolation.next_group():
+            for pending in group:
+                self._enter(pending)
+            return
         limit = WAITING_PER_ROW * self.engine.config.max_batch_size
-        while self.engine.scheduler.num_waiting < limit:
+        while self.engine.scheduler.num_waiting < limit and self._may_enter() and not self._interruption:
+            if self._outside:
+                self._enter(self._outside.popleft())
+                continue
             row = next(rows, None)
             if row is None:
-                return False
+                return
             self._accept(row)
-        return True
+            if self.delivery.journal.is_due:
+                self._save()
+
+    def _may_enter(self) -> bool:
+        limit = self._isolation.row_limit
+        return limit is None or len(self._rows_in_engine()) < limit
 
     def _accept(self, row: BatchRow | BadRow) -> None:
         """Puts a row into the engine, unless it is bad or was answered already."""
         if isinstance(row, BadRow):  # its id, perhaps only its line, stays free for a good row
-            self._fail(row.line, row.id, row.error)
+            self._fail(row)
             return
-        key = id_key(row.id)
-        first = self._lines.setdefault(key, row.line)
-        if first != row.line:
-            self._fail(
-                row.line,
-                row.id,
-                f"id {shown(row.id)} is that of line {first}; give every row an id of its own, or none",
+        first = self.delivery.journal.claim(id_key(row.id), row.seq)
+        if first == ADOPTED:
+            self.summary.note_skipped()
+            self.delivery.pass_over(row.seq)
+        elif first is not None:
+            whose = f"line {first & ((1 << SEQ_BITS) - 1)}" + (
+                f" of input {(first >> SEQ_BITS) + 1}" if first >> SEQ_BITS != row.file else ""
             )
-        elif key in self.answers.answered:
-            self.summary.skipped += 1
+            error = f"id {shown(row.id)} is that of {whose}; give every row an id of its own, or none"
+            self._fail(_bad(row, error, "duplicate_id"))
         else:
-            try:
-                prepared = self._prepare(row)
-            except RequestError as error:
-                self._fail(row.line, row.id, str(error))
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
-                self._fail(row.line, row.id, unforeseen(error))
-            else:
-                samples = self.engine.queue(prepared)
-                self._pending |= dict.fromkeys(samples, PendingRow(row, samples))
+            self.delivery.accept(row.seq)
+            self._admit(row)
 
-    def _prepare(self, row: BatchRow) -> PreparedRequest:
-        served = self.engine.served(row.options.model)
-        tokens = prompt_tokens(row, served.tokenizer, served.max_seq_len - 1)
-        sampling = row_sampling(row, self.sampling)
-        if sampling.seed is None:
-            seed = int(np.random.SeedSequence((self.engine.config.seed, row.line)).generate_state(1)[0])
-            sampling = sampling.model_copy(update={"seed": seed})
-        return self.engine.prepare(tokens, sampling, row.options)
+    def _admit(self, row: BatchRow) -> None:
+        try:
+            served = self.engine.served(row.options.model)
+            request = self._requests.request(row, served.tokenizer, served.max_seq_len - 1)
+            self._enter(RowInFlight(row, request, saved_tokens(self.delivery.journal, row.seq)))
+        except RequestError as error:
+            self._fail(_bad(row, str(error)))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+            self._fail(_bad(row, unforeseen(error), "internal_error"))
 
-    # -- answers out -------------------------------------------------------------------------------------
+    def _enter(self, pending: RowInFlight) -> None:
+        """Puts a row into the engine, with the tokens it has. Raises `RequestError` if that does not serve it."""
+        prepared = self.engine.prepare(*pending.request)
+        pending.samples = self.engine.queue(prepared, pending.so_far)
+        pending.attempts += 1
+        had = [len(part.token_ids) for part in pending.so_far]
+        pending.saved = pending.saved or (had + [0] * len(pending.samples))[: len(pending.samples)]
+        self._pending |= dict.fromkeys(pending.samples, pending)
+        if pending.is_complete:  # it had come to its end, and its answer was not written
+            self._finish(pending)
+
+    def _rows_in_engine(self) -> list[RowInFlight]:
+        return list(dict.fromkeys(self._pending.values()))
+
+    # -- a step ----------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        start = time.perf_counter()
-        advanced = self.engine.step()
+        start, fault, advanced = time.perf_counter(), "", list[Request]()
+        try:
+            advanced = self.engine.step()
+        except Exception as error:
+            fault = f"{type(error).__name__}: {shortened(str(error))}"
+            log.warning("the engine has failed", exc_info=error)
+        if fault:  # here nothing of the error holds on to the arena any more
+            self._recover(fault)
+            return
         seconds, before, after = time.perf_counter() - start, self._stats, self.engine.stats()
         self._stats = after
         self.summary.note_step(before, after, seconds)
         self._finish_complete(advanced)
-        if self.on_step is not None:
-            self.on_step(self.summary, after.num_output_tokens)
+        if not self._isolation.testing:
+            self._convict()
+        elif all(row.has_advanced for row in self._rows_in_engine()):
+            self._isolation.passed()
+            self._outside.extend(self._take_out_all())
+            self._convict()
+        self.observers.step(self.summary, after)
 
     def _finish_complete(self, requests: Iterable[Request]) -> None:
         """Writes those of the requests' rows all of whose samples are complete."""
         for request in requests:
             pending = self._pending.get(request)  # none if a sample of the same row came before
-            if pending is not None and all(s.status is RequestStatus.FINISHED for s in pending.samples):
+            if pending is not None and pending.is_complete:
                 self._finish(pending)
 
-    def _finish(self, pending: PendingRow) -> None:
+    # -- faults of the engine --------------------------------------------------------------------------------------
+
+    def _recover(self, fault: str) -> None:
+        """Goes on after a step that failed, and finds out which row it failed with."""
+        try:
+            self.engine.recover()
+        except Exception as error:
+            raise FineServeError(
+                f"the engine has failed: {fault}; it cannot go on: {error}; what is written is sound, so mend the "
+                "cause and run the same command with --resume"
+            ) from error
+        rows, computed = self._rows_in_engine(), set(self.engine.computing)
+        running = [row for row in rows if not computed.isdisjoint(row.samples)] or rows
+        save_tokens(self.delivery.journal, rows)
+        self._take_out_all()
+        self.summary.faults += 1
+        self.observers.note(f"the engine has failed with {len(running)} rows: {fault}; they are tried again")
+        self._isolation.fault(running, fault)
+        self._outside.extendleft(row for row in reversed(rows) if row not in running)
+        self._stats = self.engine.stats()
+
+    def _take_out_all(self) -> list[RowInFlight]:
+        """Takes all rows out of the engine, with the tokens they have."""
+        rows = self._rows_in_engine()
+        for row in rows:
+            samples = row.leave()
+            for sample in samples:
+                self.engine.abort(sample)
+                self.engine.release(sample)
+        self._pending.clear()
+        return rows
+
+    def _convict(self) -> None:
+        """Reports the rows that are to blame for faults."""
+        for pending, error in self._isolation.convicted():
+            attempts = f"in each of {pending.faults} attempts by itself"
+            self._fail(_bad(pending.row, f"the engine fails with this row, {attempts}: {error}", "engine_fault"))
+
+    # -- answers out -----------------------------------------------------------------------------------------------
+
+    def _finish(self, pending: RowInFlight) -> None:
         row, output = pending.row, self.engine.output(pending.samples)
         for request in pending.samples:
             del self._pending[request]
             self.engine.release(request)
-        if errors := [sample.error for sample in output.outputs if sample.error is not None]:
-            self._fail(row.line, row.id, errors[0])
+        if errors := [sample.error for sample in pending.samples if sample.error is not None]:
+            self._fail(_bad(row, str(errors[0]), ERROR_CODES.get(type(errors[0]), "internal_error")))
             return
-        tokenizer = self.engine.models[output.model].tokenizer
-        answer = answer_row(row.id, output, tokenizer, names_model=len(self.engine.models) > 1)
-        self.answers.write(answer)
-        self.summary.note_row(output.kv_precision, answer["prompt_tokens"], answer["output_tokens"])
+        try:
+            tokenizer = self.engine.models[output.model].tokenizer
+            line = as_line(self._answer_rows.answer(row, output, tokenizer, pending.attempts))
+        except Exception as error:
+            self._fail(_bad(row, unforeseen(error), "internal_error"))
+            return
+        self.delivery.deliver(row.seq, False, line)
+        tokens = tuple(len(sample.token_ids) for sample in output.outputs)
+        self.summary.note_row(output.kv_precision, len(output.prompt_token_ids), sum(tokens))
         self.summary.late += any(sample.finish_reason == FinishReason.LATE for sample in output.outputs)
+        if self.observers.take_rows:
+            self.observers.row(_outcome(pending, output, tokens))
 
-    def _fail(self, line: int, row_id: RowId, error: str) -> None:
-        self.summary.errors += 1
-        if (line, error) not in self.answers.failed:  # else an earlier run has said so
-            self.answers.write({"id": row_id, "line": line, "error": error})
+    def _fail(self, bad: BadRow) -> None:
+        self.summary.note_error(bad.code)
+        row = self._answer_rows.error(bad)
+        if self._goes_by_errors:
+            key = told_key(bad.line, bad.error, row.get("file"))
+            if self.delivery.journal.claim(key, bad.seq) == ADOPTED:  # an earlier run has said so
+                self.delivery.pass_over(bad.seq)
+                return
+        self.delivery.deliver(bad.seq, True, as_line(row))
+        self.observers.row(RowOutcome(bad.seq, bad.id, bad.line, bad.file, bad.error, bad.code))
+
+
+def _bad(row: BatchRow, error: str, code: str = "invalid_request") -> BadRow:
+    return BadRow(row.line, row.id, error, code, row.form, row.file)
+
+
+def _outcome(pending: RowInFlight, output: RequestOutput, tokens: tuple[int, ...]) -> RowOutcome:
+    row = pending.row
+    return RowOutcome(
+        seq=row.seq,
+        id=row.id,
+        line=row.line,
+        file=row.file,
+        model=output.model,
+        kv_precision=output.kv_precision,
+        kv_tokens=output.kv_tokens,
+        prompt_tokens=len(output.prompt_token_ids),
+        output_tokens=tokens,
+        finish_reasons=tuple(sample.finish_reason for sample in output.outputs),
+        metrics=output.metrics,
+        attempts=pending.attempts,
+    )

@@ -1,115 +1,111 @@
-"""Rows of a file of prompts: read one by one, checked, and turned into what the engine takes."""
+"""Rows of a job's inputs: checked as far as they can be by themselves, each by itself."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from pydantic import AfterValidator, InstanceOf, StrictInt, model_validator
-
+from fineserve_jax.batch.openai_rows import request_of
+from fineserve_jax.batch.records import Record, place
+from fineserve_jax.batch.row_fields import ROW_FIELDS, SAMPLING_FIELDS, Form, RowError
 from fineserve_jax.batch.row_ids import RowId, check_id
-from fineserve_jax.errors import FineServeError, RequestError
-from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
+from fineserve_jax.errors import RequestError
+from fineserve_jax.loaders import ChatOptions
 from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import OTHER_NAMES, SamplingParams, own_fields
-from fineserve_jax.validation import Validated, json_kind, refused_as, shortened
+from fineserve_jax.validation import Validated, json_kind, shortened, shown
 
-# InstanceOf: pydantic's own str refuses one with half of a surrogate pair, which is for the tokenizer to refuse.
-PromptField = Annotated[
-    InstanceOf[str] | list[StrictInt] | None,
-    refused_as("{field} is a JSON {kind}; give text, or a list of token ids"),
-]
-MessagesField = Annotated[
-    list[Any] | None, refused_as("{field} is a JSON {kind}; give a list of objects with role and content")
-]
+PLAIN_CHAT, PLAIN_OPTIONS = ChatOptions(), RequestOptions()
+REMEMBERED, REMEMBERED_LENGTH = 4096, 4096
+"""Most different settings that are remembered as checked, and most characters of each."""
 
 
-class RowName(Validated):
-    """By what a row is known.
-
-    Attributes:
-        line: where it stands, from 1 on.
-        id: its own, or the line.
-    """
-
-    error_class: ClassVar[type[FineServeError]] = RequestError
-
-    line: int
-    id: Annotated[RowId, AfterValidator(check_id)]
-
-
-class BatchRow(RowName):
+@dataclass(frozen=True, slots=True)
+class BatchRow:
     """A row as it was written, checked as far as it can be without the job's defaults and the model's tokenizer.
 
     Attributes:
+        line: where it stands in its file, from 1 on.
+        id: its own, or made of the line.
         prompt: text or token ids; None if there are messages.
         messages: a conversation; None if there is a prompt.
         chat: how its messages are rendered.
         options: what it asks of the engine.
-        sampling: the sampling fields it sets, unchecked; see `row_sampling`.
+        sampling: the sampling fields it sets, unchecked.
+        form: as what it came.
+        file: which of the inputs it is from.
     """
 
-    prompt: PromptField = None
-    messages: MessagesField = None
-    chat: InstanceOf[ChatOptions] = ChatOptions()
-    options: InstanceOf[RequestOptions]
-    sampling: dict[str, Any]
+    line: int
+    id: RowId
+    prompt: str | list[int] | None = None
+    messages: list[Any] | None = None
+    chat: ChatOptions = PLAIN_CHAT
+    options: RequestOptions = PLAIN_OPTIONS
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    form: Form = "plain"
+    file: int = 0
 
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            have = "neither prompt nor messages" if self.prompt is None else "both prompt and messages"
-            raise ValueError(f"the row has {have}; give one of them")
-        if self.messages is None and self.chat.model_fields_set:
-            raise ValueError(f"{min(self.chat.model_fields_set)} is for messages, the row has a prompt; leave it out")
-        return self
-
-
-ROW_FIELDS = (
-    *("id", "prompt", "messages"),
-    *ChatOptions.model_fields,
-    *RequestOptions.model_fields,
-    *SamplingParams.model_fields,
-    *OTHER_NAMES,
-)
+    @property
+    def seq(self) -> int:
+        """Its place among all rows."""
+        return place(self.file, self.line)
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be answered, and why. `id` is the line where the row has no usable one."""
+    """A row that cannot be answered.
+
+    Attributes:
+        line, file, form: as of `BatchRow`.
+        id: made of the line where the row has no usable one.
+        error: why, for people.
+        code: why, for programs: invalid_line, invalid_request, duplicate_id, not_finite, dead_end,
+            engine_fault, late or internal_error; and those of `openai_rows`.
+    """
 
     line: int
     id: RowId
     error: str
+    code: str = "invalid_request"
+    form: Form = "plain"
+    file: int = 0
+
+    @property
+    def seq(self) -> int:
+        return place(self.file, self.line)
 
 
-def read_rows(lines: Iterable[bytes]) -> Iterator[BatchRow | BadRow]:
-    """The rows of JSON lines; empty lines are passed over but count."""
-    for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield parse_row(line, number)
+def read_rows(
+    records: Iterable[Record], names: Sequence[str] = (), openai: bool = False
+) -> Iterator[BatchRow | BadRow]:
+    """The rows of records; see `parse_row`."""
+    return (parse_row(record, names, openai) for record in records)
 
 
-def parse_row(line: bytes, number: int) -> BatchRow | BadRow:
-    """One line as a row; never raises for what the line holds."""
+def parse_row(record: Record, names: Sequence[str] = (), openai: bool = False) -> BatchRow | BadRow:
+    """One record as a row; never raises for what it holds.
+
+    Args:
+        names: of the inputs, by their numbers; with more than one they are part of ids that are made of lines.
+        openai: whether what cannot be read at all is answered as OpenAI's batch API does.
+    """
+    line, file = record.line, record.file
+    row_id: RowId = line if len(names) < 2 else f"{names[file]}:{line}"
+    form: Form = "chat" if openai else "plain"
     try:
-        content = json.loads(line.decode(), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        return BadRow(number, number, f"line {number} is not UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        return BadRow(number, number, f"line {number} is not JSON: {error}")
-    if not isinstance(content, dict):
-        return BadRow(number, number, f"line {number} holds a JSON {json_kind(content)}, not an object with a prompt")
-    row_id: RowId = number
-    try:
-        row_id = RowName(line=number, id=number if content.get("id") is None else content["id"]).id
-        return _row(number, row_id, content)
+        content = _fields_of(record)
+        form = _form(content)
+        own_id = content.get("id" if form == "plain" else "custom_id")
+        if own_id is not None:
+            row_id = _checked("id", check_id, own_id)
+        if form == "plain":
+            return _row(content, line, row_id, "plain", file)
+        form, fields = request_of(content)
+        return _row(fields, line, row_id, form, file)
     except RequestError as error:
-        return BadRow(number, row_id, str(error))
+        return BadRow(line, row_id, str(error), getattr(error, "code", "invalid_request"), form, file)
     except Exception as error:
-        return BadRow(number, row_id, unforeseen(error))
+        return BadRow(line, row_id, unforeseen(error), "internal_error", form, file)
 
 
 def unforeseen(error: BaseException) -> str:
@@ -120,39 +116,111 @@ def unforeseen(error: BaseException) -> str:
     )
 
 
-def prompt_tokens(row: BatchRow, tokenizer: Tokenizer, max_tokens: int | None = None) -> list[int]:
-    """The row's prompt as token ids. Raises `RequestError`. `max_tokens`: see `Tokenizer.encode`."""
-    if row.messages is not None:
-        _, token_ids = encode_chat(tokenizer, row.messages, row.chat, max_tokens=max_tokens)
-        return token_ids
-    if isinstance(row.prompt, str):
-        return tokenizer.encode_prompt(row.prompt, max_tokens)
-    return list(row.prompt or ())
+def _fields_of(record: Record) -> Mapping[str, Any]:
+    content, line = record.content, record.line
+    if isinstance(content, Mapping):
+        return content
+    if isinstance(content, str):
+        raise RowError(content, "invalid_line")
+    try:
+        fields = _DECODER.decode(content.decode())
+    except UnicodeDecodeError as error:
+        raise RowError(f"line {line} is not UTF-8: {error.reason} at byte {error.start}", "invalid_line") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise RowError(f"line {line} is not JSON: {error}", "invalid_line") from None
+    if not isinstance(fields, dict):
+        raise RowError(f"line {line} holds a JSON {json_kind(fields)}, not an object with a prompt", "invalid_line")
+    return fields
 
 
-def row_sampling(row: BatchRow, defaults: Mapping[str, Any]) -> SamplingParams:
-    """How to sample the row: its own fields over `defaults`, null for a field's own default. Raises `RequestError`."""
-    return SamplingParams(**{**own_fields(defaults), **own_fields(row.sampling)})
+def _form(content: Mapping[str, Any]) -> Form:
+    return "chat" if "custom_id" in content or "body" in content else "plain"
 
 
-def _row(number: int, row_id: RowId, content: Mapping[str, Any]) -> BatchRow:
+def _row(content: Mapping[str, Any], line: int, row_id: RowId, form: Form, file: int) -> BatchRow:
     """The row that an object makes, its fields sorted by whose they are. Raises `RequestError`."""
-    if unknown := [name for name in content if name not in ROW_FIELDS]:
+    prompt = messages = None
+    chat, options, sampling = {}, {}, {}
+    unknown = []
+    for name, value in content.items():
+        if name in SAMPLING_FIELDS:
+            sampling[name] = value
+        elif name == "prompt":
+            prompt = _checked_prompt(value)
+        elif name == "messages":
+            messages = _checked_messages(value)
+        elif name in RequestOptions.model_fields:
+            options[name] = value
+        elif name in ChatOptions.model_fields:
+            chat[name] = value
+        elif name != "id" or form != "plain":
+            unknown.append(name)
+    if unknown:
         raise RequestError(f"unknown field {', '.join(map(repr, unknown))}; a row may have: {', '.join(ROW_FIELDS)}")
-    return BatchRow(
-        line=number,
-        id=row_id,
-        prompt=content.get("prompt"),
-        messages=content.get("messages"),
-        chat=ChatOptions(**_fields(content, ChatOptions.model_fields)),
-        options=RequestOptions(**_fields(content, RequestOptions.model_fields)),
-        sampling=_fields(content, (*SamplingParams.model_fields, *OTHER_NAMES)),
-    )
+    if (prompt is None) == (messages is None):
+        have = "neither prompt nor messages" if prompt is None else "both prompt and messages"
+        raise RequestError(f"the row has {have}; give one of them")
+    chat_options = REMEMBERED_CHAT(chat)
+    if messages is None and chat_options.model_fields_set:
+        raise RequestError(f"{min(chat_options.model_fields_set)} is for messages, the row has a prompt; leave it out")
+    return BatchRow(line, row_id, prompt, messages, chat_options, REMEMBERED_OPTIONS(options), sampling, form, file)
 
 
-def _fields(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name in names}
+def _checked_prompt(value: Any) -> str | list[int] | None:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)):
+        return value
+    raise RequestError(f"prompt is a JSON {json_kind(value)}; give text, or a list of token ids")
+
+
+def _checked_messages(value: Any) -> list[Any] | None:
+    if value is None or isinstance(value, list):
+        return value
+    raise RequestError(f"messages is a JSON {json_kind(value)}; give a list of objects with role and content")
+
+
+def _checked(name: str, check: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise RequestError(f"{name}={shown(value)}: {error}") from None
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+Settings = TypeVar("Settings", bound=Validated)
+
+
+class Remembered:
+    """Makes settings of fields, and remembers those it made: most rows of a file ask for the same.
+
+    Args:
+        make: of fields, raises `RequestError`.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make, self._made = make, dict[str, Any]()
+        self._default = make()
+
+    def __call__(self, fields: Mapping[str, Any]) -> Any:
+        if not fields:
+            return self._default
+        try:
+            key = repr(fields)
+        except RecursionError:
+            raise RequestError(f"{', '.join(fields)}: nested too deeply; give flatter values") from None
+        made = self._made.get(key)
+        if made is None:
+            made = self._make(**fields)
+            if len(self._made) >= REMEMBERED:
+                self._made.clear()
+            if len(key) <= REMEMBERED_LENGTH:
+                self._made[key] = made
+        return made
+
+
+REMEMBERED_CHAT, REMEMBERED_OPTIONS = Remembered(ChatOptions), Remembered(RequestOptions)

@@ -1,18 +1,24 @@
-"""From file to file: everything that can be refused is refused before the model is loaded."""
+"""From files to a file: everything that can be refused is refused before the model is loaded."""
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fineserve_jax.batch.answers import STDOUT, AnswerFile
+from fineserve_jax.batch.answer_rows import AnswerRows
+from fineserve_jax.batch.answers import STDOUT
+from fineserve_jax.batch.identity import job_identity
+from fineserve_jax.batch.inputs import Inputs
+from fineserve_jax.batch.interruption import Interruption
 from fineserve_jax.batch.job import BatchJob
+from fineserve_jax.batch.job_output import JobOutput
+from fineserve_jax.batch.observers import JobObserver, JobStart
 from fineserve_jax.batch.progress import reporter
-from fineserve_jax.batch.prompts import PromptFile
+from fineserve_jax.batch.resuming import unanswered
 from fineserve_jax.batch.rows import read_rows
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
@@ -24,45 +30,84 @@ from fineserve_jax.sampling_params import SamplingParams
 
 
 def run_batch(
-    model: str | Mapping[str, Any],
-    source: str | Path,
+    model: str | Path | Mapping[str, Any],
+    source: str | Path | Sequence[str | Path],
     target: str | Path,
     config: EngineConfig | None = None,
     sampling: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    ordered: bool = False,
+    timing: bool = True,
+    max_retries: int = 2,
+    observers: Iterable[JobObserver] = (),
+    make_engine: Callable[[], Engine] | None = None,
 ) -> BatchSummary:
-    """Answers a file of prompts; progress and a summary go to stderr.
+    """Answers files of prompts; progress and a summary go to stderr.
 
     Args:
         model: alias or path; or several models by name, see `LLM`, of which every row then names one.
-        source: JSON lines, or "-" for stdin.
+        source: one input or several, see `Inputs`; "-" for stdin.
         target: where the answers go, or "-" for stdout.
         config: the engine's settings.
         sampling: fields of `SamplingParams` for rows that do not set them.
-        resume: go on with an output that an earlier run left: rows with an answer there are passed over.
+        resume: go on with an output that an earlier run left: rows with an answer there are passed over, and those
+            that were half done go on.
         overwrite: replace an existing output.
+        ordered: write answers in the order of their rows.
+        timing: answers tell how long they took.
+        max_retries: how often a row that makes the engine fail by itself is tried again.
+        observers: told of all that happens, besides those on stderr.
+        make_engine: makes the engine when nothing else can be refused; None: one of `model` and `config`.
 
     Raises:
-        ConfigError: an input or output that cannot be used, or settings that cannot be honoured.
+        ConfigError: an input or output that cannot be used, settings that cannot be honoured, or, with `resume`, other
+            ones than those that the output was begun with.
         RequestError: bad values in `sampling`.
         ModelLoadError: see `load_model`.
-        FineServeError: the output could not be written to its end.
+        FineServeError: the output could not be written to its end, or the engine fails whatever it is given.
     """
     config, sampling = config or EngineConfig(), sampling or {}
     if isinstance(model, Mapping):
         model_sources(model)
     SamplingParams(**sampling)
-    with PromptFile(source) as prompts:
-        if prompts.is_empty:
-            _tell(f"the input {prompts.path} has no rows; a row is a JSON object on a line of its own")
-        if prompts.is_same_file(target):
-            raise ConfigError(f"{target} is the input, too; name another output")
-        with AnswerFile(target, resume, overwrite) as answers:
-            engine = load_engine(model, config)
-            answers.begin()
-            summary = _answer(engine, prompts, answers, sampling)
+    inputs = Inputs(source)
+    if inputs.is_empty:
+        _tell(f"the input {', '.join(inputs.names)} has no rows; a row is a JSON object on a line of its own")
+    if resume and not inputs.can_be_read_again:
+        raise ConfigError(
+            "stdin, or a pipe, cannot be resumed: nobody knows whether it holds the same rows again; write it to a file"
+        )
+    if inputs.is_same_file(target):
+        raise ConfigError(f"{target} is the input, too; name another output")
+    interruption = Interruption()
+    with JobOutput(target, resume, overwrite, ordered=ordered) as output:
+        identity = job_identity(model, config, sampling, inputs.survey().fingerprints, ordered)
+        output.check(identity, inputs.files)
+        engine = load_engine(model, config) if make_engine is None else make_engine()
+        delivery = output.begin(identity)
+        for note in output.notes:
+            _tell(note)
+        records = inputs if inputs.can_be_read_again else interruption.reading(inputs)
+        created = output.journal.get("created")
+        names_model = len(engine.models) > 1
+        answer_rows = AnswerRows(inputs.names, names_model=names_model, timing=timing, created=created)
+        shares_terminal = output.answers.path == STDOUT and sys.stdout.isatty()
+        with reporter(sys.stderr, plain=shares_terminal) as progress, interruption:
+            job = BatchJob(
+                engine,
+                delivery,
+                sampling,
+                max_retries=max_retries,
+                answer_rows=answer_rows,
+                observers=[progress, *observers],
+                interruption=interruption,
+            )
+            job.observers.began(JobStart(inputs.num_rows, tuple(inputs.names), str(target), identity))
+            remaining = unanswered(records, delivery, job.summary.note_skipped)
+            summary = job.run(read_rows(remaining, inputs.names, inputs.openai))
+    summary.signal = interruption.signal
     _tell(summary.table())
     return summary
 
@@ -70,11 +115,4 @@ def run_batch(
 def _tell(what: str | Table) -> None:
     """Prints to stderr. That nobody reads it is no reason to fail; rich would end the process."""
     with contextlib.suppress(OSError, SystemExit):
-        Console(stderr=True, soft_wrap=isinstance(what, str)).print(what)
-
-
-def _answer(engine: Engine, prompts: PromptFile, answers: AnswerFile, sampling: Mapping[str, Any]) -> BatchSummary:
-    shares_terminal = answers.path == STDOUT and sys.stdout.isatty()
-    with reporter(sys.stderr, prompts.num_lines, plain=shares_terminal) as progress:
-        job = BatchJob(engine, answers, sampling, on_step=lambda summary, tokens: progress.update(summary.rows, tokens))
-        return job.run(read_rows(prompts))
+        Console(stderr=True, soft_wrap=isinstance(what, str)).print(what, markup=False)

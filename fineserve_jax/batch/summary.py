@@ -34,28 +34,38 @@ class BatchSummary:
 
     Attributes:
         answered, errors, skipped: rows; skipped ones had been answered by an earlier run.
+        skipped_errors: rows of which an earlier run has written an error; they count as skipped.
+        error_kinds: how many errors there were of each `BadRow.code`.
         late: answered rows of which a sample was dropped, since it could not begin in time.
         formats: per KV precision. Bytes count under the format that the pages are in: the newest tokens of an
             int4 row lie in an int8 page.
         seconds: from the first row to the last.
         decode_tokens, decode_s: output tokens of the steps that did nothing but decode, and their time.
+        sampled_tokens: output tokens so far, those of rows that are not complete included.
         compilations, preemptions, narrowed_pages, hit_tokens: while the job ran; see `KVCounts`.
-        interrupted: whether rows are missing because of Ctrl-C.
+        faults: how often the engine failed.
+        interrupted: whether rows are missing because the process was asked to end.
+        signal: the number of the signal by which it was asked; None: by an exception, or not.
     """
 
     answered: int = 0
     errors: int = 0
     skipped: int = 0
+    skipped_errors: int = 0
+    error_kinds: Counter[str] = field(default_factory=Counter)
     late: int = 0
     formats: defaultdict[str, FormatSummary] = field(default_factory=lambda: defaultdict(FormatSummary))
     seconds: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    sampled_tokens: int = 0
     compilations: int = 0
     preemptions: int = 0
     narrowed_pages: int = 0
     hit_tokens: int = 0
+    faults: int = 0
     interrupted: bool = False
+    signal: int | None = None
 
     @property
     def rows(self) -> int:
@@ -81,12 +91,23 @@ class BatchSummary:
         part.prompt_tokens += prompt_tokens
         part.output_tokens += output_tokens
 
+    def note_skipped(self, failed: bool = False) -> None:
+        """Counts a row that an earlier run has answered, or has written an error of."""
+        self.skipped += 1
+        self.skipped_errors += failed
+
+    def note_error(self, kind: str) -> None:
+        """Counts a row that could not be answered."""
+        self.errors += 1
+        self.error_kinds[kind] += 1
+
     def note_step(self, before: EngineStats, after: EngineStats, seconds: float) -> None:
         """Counts a step of the engine."""
         compiled = after.num_compilations - before.num_compilations
         self.compilations += compiled
         self.preemptions += after.num_preemptions - before.num_preemptions
         self.narrowed_pages += after.kv_counts.narrowed_pages - before.kv_counts.narrowed_pages
+        self.sampled_tokens += after.num_output_tokens - before.num_output_tokens
         self.hit_tokens += after.kv_counts.hit_tokens - before.kv_counts.hit_tokens
         if not compiled and after.num_prompt_tokens == before.num_prompt_tokens:
             self.decode_tokens += after.num_output_tokens - before.num_output_tokens
@@ -113,7 +134,10 @@ class BatchSummary:
         answered = f"answered ({self.late} of them dropped as late)" if self.late else "answered"
         counts = Counter({answered: self.answered, "errors": self.errors})
         if self.skipped:
-            counts["answered earlier"] = self.skipped
+            earlier = f"answered earlier ({self.skipped_errors} of them errors)"
+            counts[earlier if self.skipped_errors else "answered earlier"] = self.skipped
+        if self.faults:
+            counts["faults of the engine"] = self.faults
         told = ", ".join(f"{count} {what}" for what, count in counts.items())
         return f"{'Interrupted: ' if self.interrupted else ''}{told}, in {self.seconds:.1f} s"
 

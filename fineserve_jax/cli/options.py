@@ -33,6 +33,9 @@ from fineserve_jax.errors import ConfigError
 from fineserve_jax.sampling_params import SamplingParams
 
 MODEL_KEYS = ("model", "models")
+NO_FLAG = ("seed", "structured_outputs")
+"""Fields of `SamplingParams` that are none. The flag `seed` is the engine's, from which those of requests are drawn;
+tables of tables are for a YAML file."""
 NOT_STREAMED = ("n", "logprobs")
 """Fields of `SamplingParams` that do not concern `generate`: it streams one answer, as text."""
 
@@ -94,11 +97,10 @@ if TYPE_CHECKING:
     PerplexityFlags: TypeAlias = Mapping[str, Any]
     BenchFlags: TypeAlias = Mapping[str, Any]
 else:
-    # The engine's and a request's seed would be one flag. It is the engine's, from which requests' seeds are drawn.
     # Quotas are tables of tables, which a YAML file holds well and a flag does not.
     EngineFlags = flags_of(EngineConfig, leave_out=["quotas"])
-    SamplingFlags = flags_of(SamplingParams, leave_out=["seed"])
-    GenerateFlags = flags_of(SamplingParams, leave_out=["seed", *NOT_STREAMED])
+    SamplingFlags = flags_of(SamplingParams, leave_out=NO_FLAG)
+    GenerateFlags = flags_of(SamplingParams, leave_out=[*NO_FLAG, *NOT_STREAMED])
     # One window at a time is scored, in memory of its own, and nothing is sampled.
     ONE_AT_A_TIME = [
         "prefix_cache",

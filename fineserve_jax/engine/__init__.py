@@ -2,7 +2,9 @@
 
 engine.py             the engine and its steps: schedule, execute, commit
 loop.py               the engine on a thread of its own, for callers on any threads
+isolation.py          which requests make steps fail
 tickets.py            what those callers hold: tickets, and the inbox where they wait
+iteration.py          outputs of any number of prompts, as they come
 intake.py             from prompts and all that goes with them to tickets
 engine_config.py      what a user may set of an engine
 model_settings.py     the models of an engine that serves several, and what is special about each

@@ -44,8 +44,8 @@ DEFAULT_MAX_SEQ_LEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model in an engine.
+class KnownModel:
+    """What requests for a model are checked against.
 
     Attributes:
         name: what requests call it.
@@ -54,7 +54,6 @@ class ServedModel:
         formats: KV formats that its requests may name, as of its construction: those registered later have no pages.
         geometry: of its pages.
         max_seq_len: most tokens of its requests.
-        runner: computes its steps.
     """
 
     name: str
@@ -63,11 +62,32 @@ class ServedModel:
     formats: tuple[str, ...]
     geometry: PageGeometry
     max_seq_len: int
-    runner: ModelRunner
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.model.tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel(KnownModel):
+    """A model in an engine. `runner`: computes its steps."""
+
+    runner: ModelRunner
+
+
+class EngineBooks(NamedTuple):
+    """What is known of an engine before it takes memory on a device.
+
+    Attributes:
+        models: by the names that requests use; their weights are not looked at.
+        kv: the host's half of the cache.
+    """
+
+    device: jax.Device
+    implementation: Implementation
+    models: dict[str, KnownModel]
+    allocator: SlabAllocator
+    kv: KVManager
 
 
 class EngineParts(NamedTuple):
@@ -78,15 +98,10 @@ class EngineParts(NamedTuple):
     models: dict[str, ServedModel]
 
 
-def build_engine(
+def build_books(
     models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
-) -> EngineParts:
-    """Builds the parts of an engine.
-
-    Args:
-        models: what it serves, by the names that requests use.
-        config: its settings.
-        settings: of single models, where they differ; by name.
+) -> EngineBooks:
+    """What can be said of an engine from its models' configurations; for the arguments see `build_engine`.
 
     Raises:
         ConfigError: settings that a model or the device rules out, or that are for no model.
@@ -103,17 +118,39 @@ def build_engine(
     unit_words = next(iter(geometries.values())).unit_words
     allocator = _allocator(config, unit_words, classes, size)
     kv = _kv_manager(config, allocator, classes, size)
-    for name in models:
+    known = {}
+    for name, model in models.items():
         _check_one_request_fits(kv, name, configs[name], limits[name], size)
+        formats = configs[name].served_formats
+        known[name] = KnownModel(name, model, configs[name], formats, geometries[name], limits[name])
+    return EngineBooks(device, implementation, known, allocator, kv)
+
+
+def build_engine(
+    models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
+) -> EngineParts:
+    """Builds the parts of an engine.
+
+    Args:
+        models: what it serves, by the names that requests use.
+        config: its settings.
+        settings: of single models, where they differ; by name.
+
+    Raises:
+        ConfigError: settings that a model or the device rules out, or that are for no model.
+    """
+    device, implementation, known, allocator, kv = build_books(models, config, settings)
+    geometries = {name: model.geometry for name, model in known.items()}
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
     scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind))
     arena = Arena(next(iter(geometries.values())), allocator.num_units)
     operations = PageOperations(arena, geometries, allocator.slab_units, implementation)
     served = {}
-    for name, model in models.items():
-        runner = _runner(model, geometries[name], arena, kv, config, limits[name], implementation)
-        formats = configs[name].served_formats
-        served[name] = ServedModel(name, model, configs[name], formats, geometries[name], limits[name], runner)
+    for name, model in known.items():
+        runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
+        served[name] = ServedModel(
+            name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner
+        )
     return EngineParts(kv, scheduler, arena, operations, served)
 
 
@@ -139,14 +176,15 @@ def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str
     """What a step of this model costs, for the scheduler's predictions."""
     leaves = jax.tree.leaves(model.params)
     shape = model.config
-    sizes = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.intermediate_size
+    attention = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    widths = [shape.mlp_width(layer) for layer in range(shape.num_layers)]
     costs = {}
     for name in formats:
         kv_format = get_format(name)
         token_bytes = geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES / geometry.page_size
         costs[name] = FormatCost(kv_format.bits_per_value(geometry), token_bytes)
     return ModelCost(
-        flops_per_token=2 * shape.num_layers * dense_layer_parameters(*sizes),
+        flops_per_token=2 * sum(dense_layer_parameters(*attention, width) for width in widths),
         flops_per_pair=pair_flops(shape.num_layers, shape.num_heads, shape.head_dim),
         weight_bytes=sum(leaf.nbytes for leaf in leaves),
         formats=costs,
@@ -185,6 +223,7 @@ def _runner(
         max_seq_len=max_seq_len,
         implementation=implementation,
         check_finite=config.check_finite,
+        eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
@@ -35,7 +35,7 @@ def token_list(token_ids: Any) -> list[int]:
 
 
 def check_tokens(
-    served: ServedModel, token_ids: Sequence[int], sampling: SamplingParams, stop_ids: Collection[int]
+    served: KnownModel, token_ids: Sequence[int], sampling: SamplingParams, stop_ids: Collection[int]
 ) -> None:
     """Raises `RequestError` for tokens that the model does not have, or too many of them.
 
@@ -67,7 +67,7 @@ def check_tokens(
         )
 
 
-def check_vocabulary(served: ServedModel, name: str, token_ids: Collection[int]) -> None:
+def check_vocabulary(served: KnownModel, name: str, token_ids: Collection[int]) -> None:
     """Raises `RequestError`, naming what holds them, for tokens that the model does not have."""
     vocab_size = served.model.config.vocab_size
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):

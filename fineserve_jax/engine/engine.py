@@ -3,20 +3,22 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fineserve_jax.engine.build import ServedModel, build_engine
+from fineserve_jax.engine.endings import dead_end, ending_with
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import ModelSettings
 from fineserve_jax.engine.nonfinite import nonfinite_message
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.outputs import RequestOutput, request_output
-from fineserve_jax.engine.prepare import PreparedRequest, prepare_request, use_precision
+from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
 from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats, StepTotals, engine_stats
 from fineserve_jax.engine.warm_up import warm_up
-from fineserve_jax.errors import RequestError
+from fineserve_jax.errors import FineServeError, NonFiniteError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
@@ -72,6 +74,7 @@ class Engine:
         self.detokenizers: dict[Request, RequestText] = {}
         self._num_requests, self._totals = 0, StepTotals()
         self.computing: tuple[Request, ...] = ()
+        self._served_only: set[Request] | None = None
         self._is_changing = False  # while the books change; still so at the next call if that was cut short
         record = self.config.record
         self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
@@ -80,14 +83,7 @@ class Engine:
 
     def served(self, model: str | None = None) -> ServedModel:
         """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
-        known = ", ".join(self.models)
-        if model is None:
-            if len(self.models) > 1:
-                raise RequestError(f"no model is named, and there are several; give model as one of {known}")
-            return next(iter(self.models.values()))
-        if model not in self.models:
-            raise RequestError(f"model={model!r} is not served; choose one of {known}")
-        return self.models[model]
+        return named_model(self.models, model)
 
     @property
     def model(self) -> LoadedModel:
@@ -124,13 +120,20 @@ class Engine:
         served = self.served(options.model)
         return prepare_request(served, self.kv, self.scheduler.quotas, token_ids, sampling, options)
 
-    def queue(self, prepared: PreparedRequest) -> list[Request]:
+    def queue(self, prepared: PreparedRequest, so_far: Sequence[SampleSoFar] = ()) -> list[Request]:
         """Lets all `n` samples of a prompt wait for their turn, or none if that is interrupted; all but the first may
-        start from its pages."""
+        start from its pages.
+
+        Args:
+            so_far: what samples had when they were interrupted, one each or none: they go on as a preempted request
+                does, and those that had come to their end are finished at once.
+        """
         samples: list[Request] = []
+        had = dict(enumerate(so_far))
         try:
             for index in range(prepared.sampling.n):
-                samples.append(self._queue_sample(prepared, None, index, samples[0] if samples else None))
+                first = samples[0] if samples else None
+                samples.append(self._queue_sample(prepared, None, index, first, had.get(index)))
         except BaseException:
             for request in samples:
                 self.abort(request)
@@ -167,17 +170,23 @@ class Engine:
         request_id: str | None = None,
         sample_index: int = 0,
         fork_of: Request | None = None,
+        so_far: SampleSoFar | None = None,
     ) -> Request:
         self.recover()
         sequence = self._num_requests
         own_id = self._unused_id() if request_id is None else request_id
         if own_id in self.scheduler:
             raise RequestError(f"request_id={own_id!r} is in use; give each request its own")
+        if so_far is not None and so_far.token_ids:
+            fork_of = None  # its tokens are no longer those of the other sample
         request = prepared.request(own_id, sequence, self.clock(), self.config.seed, sample_index, fork_of)
         text = RequestText(request, prepared.served.tokenizer)
+        if so_far is not None:
+            replay(request, text, so_far)
         self._is_changing = True
-        use_precision(prepared.served, self.kv, prepared.precision)
-        self.scheduler.add(request)
+        use_precision(self.models[prepared.served.name], self.kv, prepared.precision)
+        if request.status is not RequestStatus.FINISHED:
+            self.scheduler.add(request)
         self._num_requests += 1
         self.detokenizers[request] = text
         self._is_changing = False
@@ -196,11 +205,11 @@ class Engine:
         """Ends a request at once, whatever it is doing; its tokens so far stay in it."""
         self._end(request, FinishReason.ABORT)
 
-    def fail(self, request: Request, error: str) -> None:
+    def fail(self, request: Request, error: FineServeError) -> None:
         """Ends a request at once because of an error, of which it tells; its tokens so far stay in it."""
         self._end(request, FinishReason.ERROR, error)
 
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+    def _end(self, request: Request, reason: FinishReason, error: FineServeError | None = None) -> None:
         self.recover()
         if request.status is RequestStatus.FINISHED:
             return
@@ -220,21 +229,36 @@ class Engine:
         self.recover()
         return self.scheduler.has_unfinished
 
-    def warm_up(self, kv_precisions: Sequence[str] = (), min_kv_precision: str | None = None) -> int:
+    def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
 
         Args:
             kv_precisions: KV formats, or "auto".
             min_kv_precision: what requests in them will name as such; None: nothing.
+            structured_outputs: also what requests with such need.
 
         Returns:
-            how many programs that took. Serving those formats compiles nothing from then on.
+            how many programs that took. Serving those requests compiles nothing from then on.
         """
         self.recover()
         before = self._num_compilations
         converts = self.config.prefix_cache == "convert"
         self._is_changing = True
-        warm_up(self.models.values(), self.kv, self.page_operations, kv_precisions, min_kv_precision, converts=converts)
+        warm_up(
+            self.models.values(),
+            self.kv,
+            self.page_operations,
+            kv_precisions,
+            min_kv_precision,
+            converts=converts,
+            structured_outputs=structured_outputs,
+        )
         self._is_changing = False
         return self._num_compilations - before
 
@@ -242,7 +266,8 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
-        ended because they were late or because numbers were not finite."""
+        ended because they were late, because numbers were not finite, or because nothing may follow what they said."""
+        self.computing = ()
         self.recover()
         self._is_changing = True
         advanced = self._step()
@@ -251,7 +276,6 @@ class Engine:
 
     def _step(self) -> list[Request]:
         start, compiled_before = time.perf_counter(), self._num_compilations
-        self.computing = ()
         output = self.scheduler.schedule(self.clock())
         dropped = self.scheduler.take_dropped()
         for request in dropped:
@@ -299,8 +323,9 @@ class Engine:
         )
         # Before their tokens count as computed: no page with NaN in it is ever shared.
         for request, stage in result.nonfinite.items():
-            request.error = nonfinite_message(request.model, request.num_output_tokens, stage)
-            self._finish(request, FinishReason.ERROR)
+            self._fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
+        for request, reason in result.stuck.items():
+            self._fail(request, dead_end(request, reason))
         sampled = {token.request: token for token in result.tokens}
         tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self.scheduler.commit(output, tokens, self.clock())
@@ -308,25 +333,38 @@ class Engine:
             self._append_text(request, sampled[request])
         self._totals.prompt_tokens += prompt_tokens
         self._totals.output_tokens += len(advanced)
-        return [*advanced, *result.nonfinite]
+        return [*advanced, *result.nonfinite, *result.stuck]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:
-        """Adds a sampled token to the request's text, and ends the request if that is its end."""
+        """Adds a sampled token to the request's text, and ends the request if that is its end.
+
+        One that has just become long is computed again: all its tokens are turned by other factors from now on.
+        """
         if sampled.logprobs is not None:
             request.logprobs.append(sampled.logprobs)
         text = self.detokenizers[request]
-        if sampled.token in request.stop_ids or text.completes_stop_string():
-            self._finish(request, FinishReason.STOP)
-        elif request.num_tokens >= request.max_total_tokens:
-            self._finish(request, FinishReason.LENGTH)
+        ending = ending_with(request, text, sampled.token)
+        if isinstance(ending, FineServeError):
+            self._fail(request, ending)
+        elif ending is not None:
+            self._finish(request, ending)
         else:
             text.accept()
+            if request.is_long and request.num_tokens - 1 == request.long_after:
+                self.scheduler.restart(request)
+
+    def _fail(self, request: Request, error: FineServeError) -> None:
+        request.error = error
+        self._finish(request, FinishReason.ERROR)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.kv_tokens = self.kv.tokens_by_format(request)
         request.finish_reason = reason  # from here on it has ended, whatever happens to the rest; see `recover`
         self.detokenizers[request].end()
-        self.scheduler.finish(request, reason, self.clock())
+        if request.request_id in self.scheduler:
+            self.scheduler.finish(request, reason, self.clock())
+        else:
+            self._note_end(request)  # it is kept waiting, see `serve_only`
 
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
@@ -358,27 +396,44 @@ class Engine:
         unfinished = self._settle_requests()
         self.kv.start_over()
         self.scheduler.start_over(unfinished)
-        log.warning(
-            "a call was cut short%s; %d unfinished requests are computed again from their tokens",
-            ", and the KV arena was lost with it and is made anew" if lost else "",
-            len(unfinished),
-        )
+        what = "the KV arena was lost, and it and the books" if lost else "the books"
+        log.warning("%s are made anew; %d unfinished requests are computed again", what, len(unfinished))
         self._is_changing = False
 
     def _settle_requests(self) -> list[Request]:
-        """Takes back what is half done of each request; those that have not ended, in the order of arrival."""
+        """Takes back what is half done of each request; those to be served on, in the order of arrival."""
         unfinished = []
         for request, text in self.detokenizers.items():
             if request.finish_reason is None:
                 text.roll_back()
+                if request.matcher is not None:
+                    request.matcher.begin_with(request.output_token_ids)
                 request.error = None
                 unfinished.append(request)
-                continue
-            text.end()
-            if request.times.finished_s is None:
-                request.times.finished_s = self.clock()
-            request.status, request.fork_of = RequestStatus.FINISHED, None
-        return unfinished
+            else:
+                text.end()
+                self._note_end(request)
+        if self._served_only is None:
+            return unfinished
+        for request in unfinished:
+            if request not in self._served_only:
+                request.status, request.num_computed_tokens = RequestStatus.WAITING, 0
+        return [request for request in unfinished if request in self._served_only]
+
+    def _note_end(self, request: Request) -> None:
+        """What the scheduler notes of a request that ends, for one that it does not know."""
+        if request.times.finished_s is None:
+            request.times.finished_s = self.clock()
+        request.status, request.fork_of = RequestStatus.FINISHED, None
+
+    def serve_only(self, requests: Iterable[Request] | None) -> None:
+        """Serves these requests, and those that come from now on, with all others kept waiting; None: all again.
+
+        Those that are served from now on are computed again from their tokens.
+        """
+        wanted = None if requests is None else set(requests)
+        if wanted != self._served_only:
+            self._served_only, self._is_changing = wanted, True  # the next call makes the books anew
 
     # -- accounts --------------------------------------------------------------------------------------------------
 

@@ -16,21 +16,18 @@ import logging
 import os
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.isolation import Isolation
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import EngineError
 from fineserve_jax.request import Request, RequestStatus
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-MOST_FAILURES = 2
-"""Failed steps after which a request that was in each of them is ended; until then it is computed again."""
 
 
 class EngineLoop:
@@ -47,8 +44,9 @@ class EngineLoop:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its `put` may be called by finalizers, too
         self._tickets: dict[Request, Ticket] = {}  # by each sample that has not ended
         self._to_abort: list[Request] = []
-        self._watchers: Counter[Receiver] = Counter()  # those that want statistics, by their tickets
-        self._failures: Counter[Request] = Counter()
+        # Those that want statistics, and how many tickets each of them has.
+        self._watchers: weakref.WeakKeyDictionary[Receiver, int] = weakref.WeakKeyDictionary()
+        self._isolation = Isolation()
         self._lock = threading.RLock()  # reentrant: a finalizer may run while its thread holds it
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -72,6 +70,11 @@ class EngineLoop:
         with self._lock:
             if not self._is_closed:
                 self._commands.put(functools.partial(self._abort, tickets))
+
+    def abort_with(self, receiver: Receiver, tickets: Sequence[Ticket]) -> None:
+        """Aborts the tickets when nobody holds their receiver any more, should an interrupt have kept the caller from
+        doing so."""
+        weakref.finalize(receiver, self.abort, tickets).atexit = False
 
     def call(self, function: Callable[[], T]) -> T:
         """What the function returns or raises when it is called between two steps.
@@ -145,7 +148,9 @@ class EngineLoop:
                     self._commands.get()()
                 self._carry_out_aborts()
                 if self._tickets:
-                    self._deliver(self.engine.step())
+                    advanced = self.engine.step()
+                    self._note_progress(advanced)
+                    self._deliver(advanced)
             except BaseException as error:  # a step calls policies and formats of others; nobody is left waiting
                 self._go_on_after(error)
 
@@ -159,8 +164,7 @@ class EngineLoop:
                 self._notify(ticket.receiver, [ticket])
                 continue
             self._tickets |= dict.fromkeys(samples, ticket)
-            if ticket.receiver.wants_stats:
-                self._watchers[ticket.receiver] += 1
+            self._watch(ticket, +1)
 
     def _abort(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
@@ -172,16 +176,23 @@ class EngineLoop:
 
     def _carry_out_aborts(self) -> None:
         while self._to_abort:
-            self.engine.abort(self._to_abort[-1])
-            self.engine.release(self._to_abort[-1])
-            self._failures.pop(self._to_abort.pop(), None)
+            request = self._to_abort[-1]
+            self.engine.abort(request)
+            self.engine.release(request)
+            self._note_progress([request])
+            self._to_abort.pop()
 
     def _leave(self, ticket: Ticket) -> None:
         """Nothing more will come of the ticket."""
         ticket.is_done = True
-        if ticket.receiver.wants_stats:
-            self._watchers[ticket.receiver] -= 1
-            self._watchers = +self._watchers
+        self._watch(ticket, -1)
+
+    def _watch(self, ticket: Ticket, difference: int) -> None:
+        receiver = ticket.receiver
+        if receiver is not None and receiver.wants_stats:
+            self._watchers[receiver] = self._watchers.get(receiver, 0) + difference
+            if not self._watchers[receiver]:
+                del self._watchers[receiver]
 
     def _deliver(self, advanced: Iterable[Request]) -> None:
         """Tells receivers of requests that got a token or ended."""
@@ -191,7 +202,6 @@ class EngineLoop:
             ticket = self._tickets.get(request)
             if ticket is None:
                 continue
-            self._failures.pop(request, None)
             if request.status is RequestStatus.FINISHED:
                 del self._tickets[request]
                 self.engine.release(request)
@@ -200,8 +210,9 @@ class EngineLoop:
                 self._leave(ticket)
             elif not ticket.wants_pieces:
                 continue
-            if ticket.announce():
-                news.setdefault(ticket.receiver, []).append(ticket)
+            receiver = ticket.receiver
+            if receiver is not None and ticket.announce():
+                news.setdefault(receiver, []).append(ticket)
         if watchers:
             stats = self.engine.stats()
             for receiver in watchers:
@@ -209,7 +220,9 @@ class EngineLoop:
         for receiver, tickets in news.items():
             self._notify(receiver, tickets)
 
-    def _notify(self, receiver: Receiver, tickets: Sequence[Ticket]) -> None:
+    def _notify(self, receiver: Receiver | None, tickets: Sequence[Ticket]) -> None:
+        if receiver is None:
+            return
         try:
             receiver.notify(tickets)
         except Exception as error:  # such as an asyncio loop that was closed under its tasks
@@ -218,16 +231,24 @@ class EngineLoop:
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
 
+    def _note_progress(self, requests: Iterable[Request]) -> None:
+        if self._isolation.note_progress(requests):
+            self.engine.serve_only(self._isolation.served)
+
     def _go_on_after(self, error: BaseException) -> None:
-        """The engine computes its requests again; those that were in too many steps that failed end with the error."""
+        """The engine computes its requests again, in groups until it is known which of them it fails with."""
         log.warning("a step failed", exc_info=error)
         try:
-            suspects = [request for request in self.engine.computing if request in self._tickets]
-            self._failures.update(suspects or list(self._tickets))
-            for request, ticket in self._tickets.items():
-                if self._failures[request] >= MOST_FAILURES:
-                    ticket.cause = error
-                    self.engine.fail(request, f"the engine failed: {type(error).__name__}: {error}")
+            computing = [request for request in self.engine.computing if request in self._tickets]
+            unfinished = [request for request in computing if request.finish_reason is None]
+            if suspects := unfinished or self._isolation.served or list(self._tickets):
+                culprit = self._isolation.note_failure(suspects)
+                if culprit is not None:
+                    failed = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+                    failed.__cause__ = error
+                    self.engine.fail(culprit, failed)
+                self.engine.serve_only(self._isolation.served)
+            self.engine.recover()
             self._deliver([request for request in self._tickets if request.status is RequestStatus.FINISHED])
         except BaseException as fatal:
             fatal.__context__ = error
@@ -239,8 +260,9 @@ class EngineLoop:
         tickets = dict.fromkeys(self._tickets.values())
         for request in [*self._tickets, *self._to_abort]:
             self.engine.release(request)
-        self._tickets, self._to_abort, self._watchers = {}, [], Counter()
-        self._failures.clear()
+        self._tickets, self._to_abort, self._watchers = {}, [], weakref.WeakKeyDictionary()
+        self._isolation = Isolation()
+        self.engine.serve_only(None)
         for ticket in tickets:
             ticket.error = EngineError(message)
             ticket.error.__cause__ = cause

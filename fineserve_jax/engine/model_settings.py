@@ -1,7 +1,7 @@
 """The models of an engine that serves several: what each is called, where it comes from, what is special about it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,15 @@ def model_sources(models: Mapping[str, Any] | None) -> dict[str, ModelSource]:
     return {_checked_name(name): _model_source(name, value) for name, value in models.items()}
 
 
-def load_models(sources: Mapping[str, ModelSource], config: EngineConfig) -> dict[str, LoadedModel]:
+def load_models(
+    sources: Mapping[str, ModelSource],
+    config: EngineConfig,
+    load: Callable[[str, str | None], LoadedModel] = load_model,
+) -> dict[str, LoadedModel]:
     """Loads models by name. Those of one file in one precision share their weights.
+
+    Args:
+        load: `load_model`, or `describe_model`, of a source in a precision.
 
     Raises:
         ConfigError: settings of a model that the engine's contradict.
@@ -84,7 +91,7 @@ def load_models(sources: Mapping[str, ModelSource], config: EngineConfig) -> dic
     loaded: dict[tuple[Path, str | None], LoadedModel] = {}
     for name, key in keys.items():
         if key not in loaded:
-            loaded[key] = load_model(sources[name].model, key[1])
+            loaded[key] = load(sources[name].model, key[1])
     return {name: dataclasses.replace(loaded[key], name=name) for name, key in keys.items()}
 
 

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fineserve_jax.request import Request
+from fineserve_jax.request import FinishReason, Request
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.runner.runner import TokenLogprobs
 
 
@@ -17,10 +18,11 @@ class CompletionOutput:
         text: without the stop string or end-of-sequence token that ended it.
         token_ids: all tokens that were sampled, the last one included.
         logprobs: one entry a token, if asked for.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", "late" for one that
-            asked to be dropped when its first token could not be in time, or "error".
-        error: with the reason "error", what went wrong: the model computed NaN or infinity. `text` and `token_ids` are
-            what it gave before.
+        finish_reason: "stop" (end of sequence, stop token, stop string, or the end of what `structured_outputs` allow),
+            "length", "abort", "late" for one that asked to be dropped when its first token could not be in time, or
+            "error".
+        error: with the reason "error", what went wrong: the model computed NaN or infinity, or nothing may follow that
+            `structured_outputs` allow. `text` and `token_ids` are what it gave before.
     """
 
     index: int
@@ -60,6 +62,7 @@ class RequestOutput:
         kv_tokens: how many of its samples' tokens were kept in each KV format at the end: more than one if it was
             narrowed, or if its format keeps the newest tokens in another.
         outputs: its `n` samples.
+        index: which of the call's prompts it was.
     """
 
     request_id: str
@@ -70,15 +73,19 @@ class RequestOutput:
     kv_tokens: dict[str, int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
+    index: int = 0
 
 
-def request_output(samples: Sequence[Request], texts: Sequence[str], prompt: str | None) -> RequestOutput:
+def request_output(
+    samples: Sequence[Request], texts: Sequence[str], prompt: str | None, index: int = 0
+) -> RequestOutput:
     """The output of a prompt.
 
     Args:
         samples: its samples, all finished.
         texts: what each said.
         prompt: its text, None if it came as tokens.
+        index: which of the call's prompts it was.
     """
     first = samples[0]
     return RequestOutput(
@@ -95,11 +102,27 @@ def request_output(samples: Sequence[Request], texts: Sequence[str], prompt: str
                 token_ids=request.output_token_ids,
                 logprobs=None if request.sampling.logprobs is None else list(request.logprobs),
                 finish_reason=str(request.finish_reason),
-                error=request.error,
+                error=None if request.error is None else str(request.error),
             )
             for i, (request, text) in enumerate(zip(samples, texts, strict=True))
         ],
         metrics=_metrics(samples),
+        index=index,
+    )
+
+
+def refused_output(prompt: str | None, options: RequestOptions, index: int, error: str) -> RequestOutput:
+    """The output of a prompt that cannot be served, among others that can: one sample, whose error says why not."""
+    return RequestOutput(
+        request_id="",
+        prompt=prompt,
+        prompt_token_ids=[],
+        model=options.model or "",
+        kv_precision=options.kv_precision or "",
+        kv_tokens={},
+        outputs=[CompletionOutput(0, "", [], None, str(FinishReason.ERROR), error)],
+        metrics=RequestMetrics(0.0, 0.0, 0.0, 0),
+        index=index,
     )
 
 

@@ -175,6 +175,7 @@ def _score_window(
         sequence=0,
         times=RequestTimes(engine.clock()),
         shares_prefix=False,
+        long_after=served.model.config.long_after,
     )
     if not kv.grow(request, len(token_ids)):
         raise RequestError(f"no KV memory is free for a window of {len(token_ids)} tokens; let other requests finish")

@@ -3,12 +3,13 @@
 A request is prepared once. What is wrong with it is known then, before it takes any place or memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from fineserve_jax.engine.build import ServedModel
+from fineserve_jax.engine.build import KnownModel, ServedModel
 from fineserve_jax.engine.checks import check_memory, check_tokens, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
@@ -19,6 +20,9 @@ from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.quotas import Quotas
+from fineserve_jax.structured.matcher import TokenMatcher
+
+Known = TypeVar("Known", bound=KnownModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +37,17 @@ class PreparedRequest:
         max_total_tokens: length at which a sample ends: the lesser of prompt plus `max_tokens` and `max_seq_len`.
         stop_ids: tokens that end a sample: the model's end-of-sequence tokens unless ignored, `stop_token_ids`, and
             special tokens that are stop strings.
+        matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
     """
 
-    served: ServedModel
+    served: KnownModel
     token_ids: list[int]
     sampling: SamplingParams
     options: RequestOptions
     precision: Precision
     max_total_tokens: int
     stop_ids: frozenset[int]
+    matcher: TokenMatcher | None = None
 
     def request(
         self,
@@ -82,13 +88,15 @@ class PreparedRequest:
             times=RequestTimes(arrival_s),
             seed=_seed(self.sampling.seed, engine_seed, sequence, sample_index),
             stop_ids=self.stop_ids,
+            long_after=self.served.model.config.long_after,
             fork_of=fork_of,
             options=self.options,
+            matcher=None if self.matcher is None else self.matcher.copy(),
         )
 
 
 def prepare_request(
-    served: ServedModel,
+    served: KnownModel,
     kv: KVManager,
     quotas: Quotas,
     token_ids: Sequence[int],
@@ -118,11 +126,31 @@ def prepare_request(
     check_tokens(served, token_ids, sampling, stop_ids)
     check_memory(kv, served.name, precision.start, max_total_tokens)
     quotas.check(served.name, precision.start, options.tenant, max_total_tokens)
-    return PreparedRequest(served, token_ids, sampling, options, precision, max_total_tokens, stop_ids)
+    matcher = matcher_of(served, sampling)
+    return PreparedRequest(served, token_ids, sampling, options, precision, max_total_tokens, stop_ids, matcher)
+
+
+def matcher_of(served: KnownModel, sampling: SamplingParams) -> TokenMatcher | None:
+    """What keeps a text to `structured_outputs`, if there are such. Raises `RequestError` if they cannot be had."""
+    if sampling.structured_outputs is None:
+        return None
+    return served.tokenizer.vocabulary(served.model.config.vocab_size).matcher(sampling.structured_outputs)
+
+
+def named_model(models: Mapping[str, Known], name: str | None) -> Known:
+    """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
+    known = ", ".join(models)
+    if name is None:
+        if len(models) > 1:
+            raise RequestError(f"no model is named, and there are several; give model as one of {known}")
+        return next(iter(models.values()))
+    if name not in models:
+        raise RequestError(f"model={name!r} is not served; choose one of {known}")
+    return models[name]
 
 
 def precision_of(
-    served: ServedModel, kv: KVManager, kv_precision: str | None, min_kv_precision: str | None, num_tokens: int = 1
+    served: KnownModel, kv: KVManager, kv_precision: str | None, min_kv_precision: str | None, num_tokens: int = 1
 ) -> Precision:
     """What a request's wishes come to, where None stands for the model's own; see `resolve_precision`.
 

@@ -24,9 +24,12 @@ def prompt_list(prompts: Any) -> list[Any]:
     """
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts is a {type(prompts).__name__}; give text, a list of token ids, or a list of these")
-    listed = list(_plain(prompts))
+    plain = _plain(prompts)
+    if isinstance(plain, bytes | bytearray | set | frozenset) or not isinstance(plain, Iterable):
+        raise RequestError(f"prompts is a {type(plain).__name__}; give text, a list of token ids, or a list of these")
+    if isinstance(plain, str):
+        return [plain]
+    listed = list(plain)
     # Whatever its numbers are, a list of numbers is one prompt: it is refused for its numbers, if at all.
     return [listed] if listed and _is_number(listed[0]) else listed
 

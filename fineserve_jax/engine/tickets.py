@@ -1,5 +1,6 @@
 """Tickets: what callers of the engine loop hold of the prompts that they handed in."""
 
+import weakref
 from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
@@ -8,7 +9,6 @@ from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import EngineError, NonFiniteError
 from fineserve_jax.request import Request
 
 
@@ -33,7 +33,7 @@ class Ticket:
 
     Args:
         prepared: the prompt, checked.
-        receiver: who is told.
+        receiver: who is told, as long as somebody else holds it.
         prompt: its text, None if it came as tokens.
         index: which of the caller's prompts it is.
         wants_pieces: whether the receiver is told of each token, and not only of the end.
@@ -42,20 +42,18 @@ class Ticket:
         samples: in the engine; empty until the loop has taken the ticket.
         is_done: all samples have ended, or there is an `error`.
         error: why there is no output; None: there is one, or it is not done yet.
-        cause: what the engine failed of, where a sample has ended because of that.
     """
 
     __slots__ = (
         "_is_announced",
         "_num_left",
+        "_receiver",
         "_texts",
-        "cause",
         "error",
         "index",
         "is_done",
         "prepared",
         "prompt",
-        "receiver",
         "samples",
         "wants_pieces",
     )
@@ -69,15 +67,20 @@ class Ticket:
         *,
         wants_pieces: bool = False,
     ) -> None:
-        self.prepared, self.receiver, self.prompt, self.index = prepared, receiver, prompt, index
+        self.prepared, self.prompt, self.index = prepared, prompt, index
+        self._receiver = weakref.ref(receiver)
         self.wants_pieces = wants_pieces
         self.samples: list[Request] = []
         self._texts: list[RequestText] = []
         self.is_done = False
         self.error: BaseException | None = None
-        self.cause: BaseException | None = None
         self._num_left = 0
         self._is_announced = False
+
+    @property
+    def receiver(self) -> Receiver | None:
+        """Who is told; None: nobody is there any more."""
+        return self._receiver()
 
     # -- the loop's thread ---------------------------------------------------------------------------------------
 
@@ -109,13 +112,13 @@ class Ticket:
             raise self.error
         (sample,) = self.samples
         if sample.error is not None:
-            raise (EngineError if self.cause else NonFiniteError)(sample.error) from self.cause
+            raise sample.error
 
     def output(self) -> RequestOutput:
         """What the prompt gave; raises the error if there is one. It must be done."""
         if self.error is not None:
             raise self.error
-        return request_output(self.samples, [text.text for text in self._texts], self.prompt)
+        return request_output(self.samples, [text.text for text in self._texts], self.prompt, self.index)
 
 
 class Inbox:

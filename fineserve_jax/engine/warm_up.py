@@ -20,6 +20,7 @@ def warm_up(
     min_kv_precision: str | None,
     *,
     converts: bool,
+    structured_outputs: bool,
 ) -> None:
     """Compiles steps and page operations for these KV formats and each model's own.
 
@@ -27,6 +28,7 @@ def warm_up(
         kv_precisions: KV formats, or "auto".
         min_kv_precision: what requests in them will name as such; None: nothing.
         converts: whether the prefix cache serves a request from pages in a wider format.
+        structured_outputs: whether requests with such are to be served.
     """
     pairs: list[PagePair] = []
     for served in models:
@@ -34,7 +36,9 @@ def warm_up(
         precisions += [precision_of(served, kv, name, min_kv_precision) for name in kv_precisions]
         for precision in precisions:
             pairs += _copies_and_requantizations(use_precision(served, kv, precision))
-        served.runner.warm_up()
+        served.runner.warm_up(structured_outputs)
+        if structured_outputs:
+            served.tokenizer.vocabulary(served.model.config.vocab_size)
     if converts:
         used = {page_class for pair in pairs for page_class in pair}
         pairs += [(a, b) for a in used for b in used if a.model == b.model and a.page_bytes > b.page_bytes]

@@ -73,7 +73,7 @@ class HostMemory:
         pages = self._pool.take(demand, leaving)
         if pages is None:
             return None
-        held = RequestPages(saved.page_class, exact=saved.exact)
+        held = RequestPages(saved.page_class, block_hash=request.prefix_root, exact=saved.exact)
         if saved.has_residual and saved.page_class.residual is not None:
             held.residual = pages[saved.page_class.residual].pop()
         units = []

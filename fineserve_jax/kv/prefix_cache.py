@@ -137,8 +137,8 @@ def hash_blocks(
     """Hash and tokens (their ids, i32 as bytes) of each block from `first` to `stop`, all of them full.
 
     Args:
-        block_hash: of the block before `first`; b"" for none. 16 bytes, so that two prefixes practically never share
-            one.
+        block_hash: of the block before `first`; where that is the request's first, its `prefix_root`. 16 bytes, so that
+            two prefixes practically never share one.
     """
     for begin in range(first, stop, PAGES_AT_A_TIME):
         end = min(begin + PAGES_AT_A_TIME, stop)

@@ -48,7 +48,7 @@ class RequestPages:
         residual: handle of the residual page; None for a format without one, and before the first page.
         num_cached_blocks: leading pages that are cached blocks, or were when another one had the same tokens.
         num_ready: leading pages of those that are known to hold their keys and values.
-        block_hash: of the last cached block; b"" for none.
+        block_hash: of the last cached block; the request's `prefix_root` for none.
         waits: whether some of its leading pages are yet to be computed by another request.
         exact: whether its keys and values are what computing it alone in its format would have given: not after
             pages that later tokens see were converted from another format. Unless `prefix_cache` is "convert", only

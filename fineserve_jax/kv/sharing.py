@@ -78,7 +78,7 @@ class Sharing:
             pages = self._take_beside(found, demand, page_class, leaving)
         if pages is None:
             return None
-        held = RequestPages(page_class)
+        held = RequestPages(page_class, block_hash=request.prefix_root)
         if page_class.residual is not None:
             (held.residual,) = pages[page_class.residual]
         new = iter(pages.get(page_class, ()))
@@ -114,7 +114,7 @@ class Sharing:
         if pages is None:
             self._pool.decref(shared[::-1])
             return None
-        own = RequestPages(page_class, num_ready=full)
+        own = RequestPages(page_class, num_ready=full, block_hash=request.prefix_root)
         own.append(page_class, shared)
         own.append(page_class, pages.get(page_class, array("i")))
         if page_class.residual is not None:
@@ -127,7 +127,7 @@ class Sharing:
             self._pool.copy(origin_pages.page(full)[1], own.page(full)[1], page_class, page_class)
         if self._caches(request, own):
             own.num_cached_blocks = full
-            for own.block_hash, _ in hash_blocks(request.token_ids, page_class.page_size, b"", 0, full):
+            for own.block_hash, _ in hash_blocks(request.token_ids, page_class.page_size, request.prefix_root, 0, full):
                 pass
         request.num_computed_tokens = known
         return own
@@ -154,7 +154,7 @@ class Sharing:
         size = page_class.page_size
         # The last token is computed in any case, since what follows it is to be sampled.
         known = (min(num_tokens, request.num_tokens) - 1) // size
-        for block_hash, tokens in hash_blocks(request.token_ids, size, b"", 0, known):
+        for block_hash, tokens in hash_blocks(request.token_ids, size, request.prefix_root, 0, known):
             block = self._cache.find(page_class, block_hash, tokens)
             if block is None and self.prefix_cache == "convert":
                 block = self._find_wider(page_class, block_hash, tokens)
@@ -255,7 +255,7 @@ class Sharing:
 
 def _can_fork(request: Request, page_class: PageClass, origin: Request, pages: RequestPages, num_tokens: int) -> bool:
     """Whether the origin still has all but the last of `num_tokens` tokens, as they were computed."""
-    if pages.page_class is not page_class or not pages.exact:
+    if pages.page_class is not page_class or not pages.exact or origin.is_long != request.is_long:
         return False
     known, size = num_tokens - 1, page_class.page_size
     full, begun = divmod(known, size)

@@ -10,7 +10,7 @@ from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.loaders.chat_messages import check_messages, cut_after, with_parsed_arguments, with_text
 from fineserve_jax.loaders.chat_templates import RENDERER
 from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.validation import Validated, given_values
+from fineserve_jax.validation import Validated, given_values, refusal
 
 Messages = Sequence[Mapping[str, Any]]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
@@ -21,6 +21,7 @@ class ChatOptions(Validated):
 
     Attributes:
         tools: functions that the model may call, JSON schemas as OpenAI's API and transformers have them; None: none.
+            A call is whatever the model writes: `strict` is refused.
         documents: texts to answer from, for templates that know such; None: none.
         chat_template: name of one of the model's templates, or the source of another one; None: the template "tool_use"
             where there are tools and such a template, else the default.
@@ -49,6 +50,18 @@ class ChatOptions(Validated):
     def _none_reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := [name for name in RESERVED if name in value]:
             raise ValueError(f"{taken[0]!r} is set by other options; leave it out here")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _none_strict(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for place, tool in enumerate(value or ()):
+            function = tool.get("function")
+            if isinstance(function, Mapping) and function.get("strict"):
+                raise refusal(
+                    f"tools.{place}.function.strict is true, and what a model calls is not constrained; leave strict "
+                    "out, or ask for the arguments' JSON by structured_outputs"
+                )
         return value
 
     @model_validator(mode="after")

@@ -70,6 +70,12 @@ def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, 
     weights: what the caller asked for; another precision than the stored one raises ModelLoadError, None takes what
         is stored.
     """
+    config, tokenizer, stored = describe_checkpoint(directory, weights)
+    return config, _read_params(directory / "params", abstract_params(config, stored)), tokenizer, stored
+
+
+def describe_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, Tokenizer, str]:
+    """What `load_checkpoint` returns, but for the parameters, which are not read."""
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format_version") != _FORMAT_VERSION:
         raise ModelLoadError(
@@ -83,10 +89,7 @@ def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, 
             f"{directory} holds {stored} weights, {weights} was asked for; use weights={stored!r}, "
             f"or convert the original model again with {weights}"
         )
-    config = ModelConfig.from_dict(stated.config)
-    tokenizer = hf_tokenizer(directory)
-    params = _read_params(directory / "params", abstract_params(config, stored))
-    return config, params, tokenizer, stored
+    return ModelConfig.from_dict(stated.config), hf_tokenizer(directory), stored
 
 
 def _write(model: LoadedModel, directory: Path) -> None:

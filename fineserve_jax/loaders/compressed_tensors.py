@@ -69,11 +69,11 @@ class PackedIntegers:
     def shape(self, parts: MatrixParts) -> tuple[int, int]:
         self._bits_of(parts)
         out, inner = (int(size) for size in parts.read("weight_shape"))
-        groups = parts.shape("weight_scale")[-1] if len(parts.shape("weight_scale")) == 2 else 0
+        _, groups = parts.sides("weight_scale")
         parts.require("weight_scale", (out, groups), FLOATS)
         if "weight_g_idx" in parts:
             parts.require("weight_g_idx", (inner,), ("I32", "I64"))
-        elif groups == 0 or inner % groups:
+        elif inner % groups:
             raise parts.error(f"has {inner} inputs, which do not fall into {groups} groups")
         return out, inner
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,12 +13,15 @@ from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_schema import HARMLESS_KEYS, NEUTRAL_VALUES, GGUFGeneralKeys, GGUFModelKeys
 from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.models.family import Family
-from fineserve_jax.models.layer_types import FULL, SLIDING, periodic_types, window_traits
-from fineserve_jax.models.model_config import ModelConfig, RopeScaling
+from fineserve_jax.models.layer_types import pattern_types, window_traits
+from fineserve_jax.models.model_config import ExpertsConfig, ModelConfig
 from fineserve_jax.models.registry import family_of_gguf_architecture
 from fineserve_jax.models.rope import yarn_attention_factor
+from fineserve_jax.models.rope_scaling import RopeScaling
 
+_NORM_EPSILON = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 ROPE_FACTORS = "rope_freqs.weight"
+SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
@@ -35,7 +39,8 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     where = f"{file.path}: {prefix}"
     checked = check_keys(GGUFModelKeys, own, where).model_dump(by_alias=True, exclude_none=True)
-    keys = KeyReader({**family.gguf_defaults, **checked}, where)
+    decimals = {key: _decimal(value) for key, value in checked.items()}
+    keys = KeyReader({**family.gguf_defaults, **decimals}, where)
     try:
         config = _model_config(file, family, keys)
     except KeyError as error:
@@ -45,11 +50,15 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
 
 
 def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfig:
-    _refuse_unsupported(file, keys)
+    if pooling := keys.get("pooling_type", 0):
+        raise ModelLoadError(
+            f"{file.path} is an embedding model (pooling_type {pooling}): it makes vectors of texts, and cannot write "
+            "text; use a language model"
+        )
     hidden, heads = keys["embedding_length"], keys["attention.head_count"]
     head_dim = keys.get("attention.key_length", hidden // heads)
     context = keys["context_length"]
-    config = ModelConfig(
+    fields: dict[str, Any] = dict(
         family=family.name,
         vocab_size=_vocab_size(file, keys),
         hidden_size=hidden,
@@ -57,22 +66,25 @@ def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfi
         num_heads=heads,
         num_kv_heads=keys.get("attention.head_count_kv", heads),
         head_dim=head_dim,
+        rotary_dim=_rotary_dim(keys, family, head_dim),
         intermediate_size=keys["feed_forward_length"],
         rope_theta=keys.get("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file, keys, context),
-        # Stored as f32: give back the decimal it was written from.
-        norm_eps=float(np.format_float_scientific(np.float32(keys["attention.layer_norm_rms_epsilon"]), unique=True)),
+        rope_scaling=_rope_scaling(file, family, keys, context),
+        norm_eps=keys[_NORM_EPSILON[family.gguf_traits.get("norm", "rms")]],
         tie_embeddings="output.weight" not in file.tensors,
         max_position=context,
-        **{
-            **_biases(file),
-            **_windows(keys, keys["block_count"], context),
-            **family.gguf_keys(keys),
-            **family.gguf_traits,
-        },
+        experts=_experts(file, keys),
+        **_biases(file),
+        **_windows(keys, keys["block_count"], context),
     )
+    config = ModelConfig(**{**fields, **family.gguf_keys(keys), **family.gguf_traits})
     _refuse_other_heads(keys, config)
     return config
+
+
+def _decimal(value: Any) -> Any:
+    """Numbers are stored as f32: gives back the decimal that one was written from."""
+    return float(np.format_float_scientific(np.float32(value), unique=True)) if isinstance(value, float) else value
 
 
 def _missing(file: GGUFFile, key: str) -> ModelLoadError:
@@ -93,26 +105,47 @@ def _vocab_size(file: GGUFFile, keys: KeyReader) -> int:
 
 def _biases(file: GGUFFile) -> dict[str, bool]:
     """Which groups of projections carry biases: those of which any layer has one."""
-    kinds = {name.split(".", 2)[2] for name in file.tensors if name.startswith("blk.") and name.count(".") >= 3}
+    kinds = _kinds(file)
+    mlp = {f"ffn_{part}{stacked}.bias" for part in ("gate", "up", "down") for stacked in ("", "_exps")}
     return {
-        "qkv_bias": not kinds.isdisjoint({"attn_q.bias", "attn_k.bias", "attn_v.bias"}),
+        "qkv_bias": not kinds.isdisjoint({"attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_qkv.bias"}),
         "o_bias": "attn_output.bias" in kinds,
-        "mlp_bias": not kinds.isdisjoint({"ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"}),
+        "mlp_bias": not kinds.isdisjoint(mlp),
     }
 
 
-def _refuse_unsupported(file: GGUFFile, keys: KeyReader) -> None:
-    """Features that have a clearer word than that their key is unknown."""
-    if keys.get("expert_count", 0) > 0:
-        raise ModelLoadError(f"{file.path} is a mixture of experts, which is not supported; use a dense model")
+def _kinds(file: GGUFFile) -> set[str]:
+    """The tensors that layers have, without the layers' prefixes."""
+    return {name.split(".", 2)[2] for name in file.tensors if name.startswith("blk.") and name.count(".") >= 3}
+
+
+def _experts(file: GGUFFile, keys: KeyReader) -> ExpertsConfig | None:
+    """The mixture of experts; all layers have it. As llama.cpp has it, a token's experts' weights add up to 1."""
+    if not (count := keys.get("expert_count", 0)):
+        return None
+    return ExpertsConfig(
+        count,
+        keys["expert_used_count"],
+        keys.get("expert_feed_forward_length", keys["feed_forward_length"]),
+        router_bias="ffn_gate_inp.bias" in _kinds(file),
+    )
+
+
+def _rotary_dim(keys: KeyReader, family: Family, head_dim: int) -> int | None:
+    """How many values of a head are turned; None: all."""
+    rotated = keys.get("rope.dimension_count")
+    if rotated in (None, head_dim):
+        return None
+    if not (family.partial_rotary and rotated < head_dim):
+        raise ModelLoadError(
+            f"the file rotates {rotated} of {head_dim} values of a head (partial RoPE), which is not supported in "
+            f"models of the family {family.name}"
+        )
+    return int(rotated)
 
 
 def _refuse_other_heads(keys: KeyReader, config: ModelConfig) -> None:
-    rotated, values = keys.get("rope.dimension_count"), keys.get("attention.value_length")
-    if rotated not in (None, config.head_dim):
-        raise ModelLoadError(
-            f"the file rotates {rotated} of {config.head_dim} values of a head (partial RoPE), which is not supported"
-        )
+    values = keys.get("attention.value_length")
     if values not in (None, config.head_dim):
         raise ModelLoadError(
             f"the file has keys of {config.head_dim} and values of {values} numbers a head, which is not supported"
@@ -120,8 +153,8 @@ def _refuse_other_heads(keys: KeyReader, config: ModelConfig) -> None:
     scale = keys.get("attention.scale", 0.0)
     if scale and not math.isclose(scale, config.attention_scale, rel_tol=1e-6):
         raise ModelLoadError(
-            f"the file's attention.scale is {scale}, which is not supported; only 1 / sqrt(head size) is, "
-            f"{config.attention_scale}"
+            f"the file's attention.scale is {scale}, which is not supported in models of the family {config.family}; "
+            f"only 1 / sqrt(head size) is, {config.attention_scale}"
         )
 
 
@@ -136,28 +169,47 @@ def _windows(keys: KeyReader, num_layers: int, context: int) -> dict[str, Any]:
             f"the file's attention.sliding_window is {window}, without attention.sliding_window_pattern, which says "
             "what layers have the window; such files are not supported"
         )
-    if isinstance(pattern, int):
-        return window_traits(periodic_types(num_layers, pattern), num_layers, window)
-    if len(pattern) != num_layers:
-        raise ModelLoadError(
-            f"the file's attention.sliding_window_pattern has {len(pattern)} entries for {num_layers} layers; "
-            "the file is damaged"
-        )
-    return window_traits([SLIDING if has_window else FULL for has_window in pattern], num_layers, window)
+    return window_traits(pattern_types(num_layers, pattern), num_layers, window)
 
 
-def _rope_scaling(file: GGUFFile, keys: KeyReader, context: int) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, family: Family, keys: KeyReader, context: int) -> RopeScaling | None:
+    if LONG_ROPE_FACTORS in file.tensors and SHORT_ROPE_FACTORS in file.tensors:
+        return _longrope(file, keys, context)
     stated = _stated_scaling(file, keys, context)
+    if stated is not None and stated.kind == "yarn":
+        stated = dataclasses.replace(stated, truncate=family.yarn_truncates)
     if ROPE_FACTORS not in file.tensors:
         return stated
     if stated is not None:
         raise ModelLoadError(
             f"{file.path} has {ROPE_FACTORS} and RoPE scaling {stated.kind!r} besides, which is not supported"
         )
-    shape = file.tensors[ROPE_FACTORS].shape
+    return RopeScaling("factors", factors=_factors(file, ROPE_FACTORS))
+
+
+def _longrope(file: GGUFFile, keys: KeyReader, context: int) -> RopeScaling:
+    """Factors for sequences within and beyond the original context. The converter has worked out attn_factor."""
+    original = keys.get("rope.scaling.original_context_length", context)
+    kind, factor = keys.get("rope.scaling.type", "longrope"), keys.get("rope.scaling.factor", 0.0)
+    if kind not in ("longrope", "none"):
+        raise ModelLoadError(
+            f"{file.path} has {LONG_ROPE_FACTORS} and RoPE scaling {shown(kind)} besides, which is not supported"
+        )
+    return RopeScaling(
+        "longrope",
+        factor or context / original,
+        original,
+        attention_factor=keys.get("rope.scaling.attn_factor", 1.0),
+        factors=_factors(file, SHORT_ROPE_FACTORS),
+        long_factors=_factors(file, LONG_ROPE_FACTORS),
+    )
+
+
+def _factors(file: GGUFFile, name: str) -> tuple[float, ...]:
+    shape = file.tensors[name].shape
     if math.prod(shape) > 2**16:
-        raise ModelLoadError(f"{file.path}: {ROPE_FACTORS} has shape {list(shape)}, far more than a head's pairs")
-    return RopeScaling("factors", factors=tuple(float(f) for f in file.read(ROPE_FACTORS).ravel()))
+        raise ModelLoadError(f"{file.path}: {name} has shape {list(shape)}, far more than a head's pairs")
+    return tuple(float(f) for f in file.read(name).ravel())
 
 
 def _stated_scaling(file: GGUFFile, keys: KeyReader, context: int) -> RopeScaling | None:

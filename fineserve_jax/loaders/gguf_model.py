@@ -1,17 +1,20 @@
-"""The tensors of a GGUF file as a model's: by Hugging Face name, in Hugging Face's layout."""
+"""The tensors of a GGUF file as a model's: by their usual names, in the usual layout."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection
 
 import numpy as np
 
-from fineserve_jax.loaders.gguf_config import ROPE_FACTORS, gguf_config
+from fineserve_jax.loaders.gguf_config import LONG_ROPE_FACTORS, ROPE_FACTORS, SHORT_ROPE_FACTORS, gguf_config
 from fineserve_jax.loaders.gguf_file import GGUFFile
-from fineserve_jax.loaders.gguf_names import gguf_tensor_name
+from fineserve_jax.loaders.gguf_names import NAMES, STACKS, gguf_name
+from fineserve_jax.loaders.laid_out_tensors import LaidOutTensors
 from fineserve_jax.models.params import tensor_shape
 from fineserve_jax.models.registry import get_family
+from fineserve_jax.models.tensor_layout import TensorLayout
 
 # Tables of rotations, which older converters stored: they follow from the metadata.
 _HARMLESS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
@@ -30,40 +33,43 @@ class GGUFModel:
         self.file = file
         self.config = gguf_config(file)
         family = get_family(self.config.family)
-        self._unpermute = family.gguf_permuted_qk
         self._all_biases_required = bool(family.gguf_traits.get("qkv_bias"))
+        own = family.gguf_layout
+        layout = TensorLayout(NAMES | dict(own.names), (*own.joined, *STACKS), own.interleaved_rope)
+        self._tensors = LaidOutTensors(self.config, layout, _Stored(file), gguf_name)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of the tensor of that Hugging Face name; None when the file lacks it."""
-        info = self.file.tensors.get(self._stored_name(name))
-        if info is None and self._is_zero(name):
-            return tensor_shape(self.config, name)
-        return info.shape if info else None
+        """Shape of a tensor; None when the file lacks it."""
+        shape = self._tensors.shape(name)
+        return tensor_shape(self.config, name) if shape is None and self._may_be_zero(name) else shape
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """The tensor of that Hugging Face name, f32, or these rows of it; of q and k whole heads."""
-        if self._is_zero(name):
+        """The tensor, f32, or these rows of it; of q and k whole heads."""
+        if self._may_be_zero(name) and self._tensors.shape(name) is None:
             return np.zeros(tensor_shape(self.config, name), np.float32)
-        tensor = self.file.read(self._stored_name(name), rows=rows)
-        if self._unpermute and (".q_proj." in name or ".k_proj." in name):
-            return unpermute_heads(tensor, len(tensor) // self.config.head_dim)
-        return tensor
+        return self._tensors.read(name, rows)
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used`, by their GGUF names, that would change the model's numbers."""
-        known = {ROPE_FACTORS, *map(self._stored_name, used)}
+        known = {ROPE_FACTORS, *self._tensors.stored_names(used)}
+        if self.config.long_after is not None:
+            known |= {SHORT_ROPE_FACTORS, LONG_ROPE_FACTORS}
         return sorted(name for name in self.file.tensors if name not in known and not _HARMLESS.fullmatch(name))
 
-    def _stored_name(self, name: str) -> str:
-        return gguf_tensor_name(name, self.config.post_norms)
-
-    def _is_zero(self, name: str) -> bool:
+    def _may_be_zero(self, name: str) -> bool:
         """Each bias may be there or not, as in llama.cpp, unless the family always has them."""
-        absent = name.endswith(".bias") and self._stored_name(name) not in self.file.tensors
-        return absent and not self._all_biases_required
+        return name.endswith(".bias") and not self._all_biases_required
 
 
-def unpermute_heads(tensor: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from interleaved order (0, d/2, 1, d/2 + 1, ...) to half-rotation order."""
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """See `StoredTensors`."""
+
+    file: GGUFFile
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        info = self.file.tensors.get(name)
+        return info.shape if info else None
+
+    def read(self, name: str, index: int | None, rows: slice | None) -> np.ndarray:
+        return self.file.read(name, index, rows)

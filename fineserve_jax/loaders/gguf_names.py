@@ -1,20 +1,19 @@
-"""GGUF names of tensors, from their Hugging Face names."""
+"""GGUF names of tensors: what llama.cpp's converter calls the parts of a model."""
 
 from __future__ import annotations
 
-import re
+from fineserve_jax.models.tensor_layout import Joined
 
-_TOP_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.sinks": "attn_sinks",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -23,23 +22,19 @@ _LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.*.gate_proj": "ffn_gate.*",  # files of before stacks
+    "mlp.experts.*.up_proj": "ffn_up.*",
+    "mlp.experts.*.down_proj": "ffn_down.*",
 }
-_LAYER_PATTERN = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
-_SINKS_PATTERN = re.compile(r"model\.layers\.(\d+)\.self_attn\.sinks")
+STACKS = (
+    Joined("ffn_gate_exps", ("mlp.experts.*.gate_proj",)),
+    Joined("ffn_up_exps", ("mlp.experts.*.up_proj",)),
+    Joined("ffn_down_exps", ("mlp.experts.*.down_proj",)),
+)
 
 
-def gguf_tensor_name(name: str, post_norms: bool = False) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`.
-
-    post_norms: whether the model has norms after attention. Llama calls what is ahead of the MLP as others do those.
-    """
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    if sinks := _SINKS_PATTERN.fullmatch(name):
-        return f"blk.{sinks[1]}.attn_sinks.weight"
-    match = _LAYER_PATTERN.fullmatch(name)
-    if match is None or match[2] not in _LAYER_NAMES:
-        raise KeyError(f"no GGUF name is known for tensor {name}")
-    if post_norms and match[2] == "post_attention_layernorm":
-        return f"blk.{match[1]}.post_attention_norm.{match[3]}"
-    return f"blk.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+def gguf_name(prefix: str, part: str, kind: str, stacked: bool = False) -> str:
+    """("model.layers.3.", "ffn_up", "weight") -> "blk.3.ffn_up.weight". Whether it is a stack of experts shows in the
+    part's name already."""
+    return f"{prefix.replace('model.layers', 'blk')}{part}.{kind or 'weight'}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fineserve_jax.loaders.hf_schema import Count, Layers, NormEpsilon, Positions, PositiveNumber, RopeBase
+from fineserve_jax.loaders.hf_schema import Count, ExpertCount, Layers, NormEpsilon, Positions, PositiveNumber, RopeBase
 from fineserve_jax.loaders.known_keys import CheckedKeys
 
 Heads = Annotated[int, Field(ge=1, le=2**16)]
@@ -27,6 +27,7 @@ class GGUFModelKeys(CheckedKeys):
     key_length: HeadSize | None = Field(None, alias="attention.key_length")
     value_length: HeadSize | None = Field(None, alias="attention.value_length")
     norm_eps: NormEpsilon | None = Field(None, alias="attention.layer_norm_rms_epsilon")
+    layer_norm_eps: Factor | None = Field(None, alias="attention.layer_norm_epsilon")
     scale: Factor | None = Field(None, alias="attention.scale")
     window: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, alias="attention.sliding_window")
     window_pattern: Annotated[int, Field(ge=0, le=4096)] | Annotated[list[bool], Field(max_length=4096)] | None = Field(
@@ -44,7 +45,13 @@ class GGUFModelKeys(CheckedKeys):
     attn_factor: PositiveNumber | None = Field(None, alias="rope.scaling.attn_factor")
     beta_fast: PositiveNumber | None = Field(None, alias="rope.scaling.yarn_beta_fast")
     beta_slow: PositiveNumber | None = Field(None, alias="rope.scaling.yarn_beta_slow")
-    expert_count: Annotated[int, Field(ge=0, le=2**16)] | None = None
+    embedding_scale: Factor | None = None
+    residual_scale: Factor | None = None
+    logit_scale: Factor | None = None
+    pooling_type: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    expert_count: ExpertCount | None = None
+    expert_used_count: ExpertCount | None = None
+    expert_feed_forward_length: Count | None = None
 
 
 class GGUFGeneralKeys(CheckedKeys):
@@ -73,12 +80,15 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention.temperature_scale": (0,),
     "attn_logit_softcapping": (0,),
     "embedding_scale": (0, 1),
+    "expert_gating_func": (0, 1, 3),  # a softmax, over all experts' logits or those of the chosen
+    "expert_shared_count": (0,),
     "expert_used_count": (0,),
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "leading_dense_block_count": (0,),
     "logit_scale": (0, 1),
     "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
     "residual_scale": (0, 1),
     "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_ext_factor": (-1, 1),

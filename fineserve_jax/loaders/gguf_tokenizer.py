@@ -24,6 +24,24 @@ log = logging.getLogger(__name__)
 _UNKNOWN, _CONTROL = 2, 3  # values of tokenizer.ggml.token_type
 
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+_KNOWN_KEYS = {field.alias for field in GGUFTokenizerKeys.model_fields.values()}
+# Beginnings of keys of other kinds of tokenizers, of tokens that only filling in the middle uses, and of copies.
+_HARMLESS_KEYS = tuple(
+    f"tokenizer.{key}"
+    for key in (
+        *(
+            "chat_template.",
+            "chat_templates",
+            "huggingface.",
+            "rwkv.",
+            "ggml.fim_",
+            "ggml.prefix_token",
+            "ggml.suffix_token",
+        ),
+        *("ggml.middle_token", "ggml.seperator_token", "ggml.cls_token", "ggml.mask_token", "ggml.token_type_count"),
+        *("ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap", "ggml.normalizer.", "ggml.add_sep_token"),
+    )
+)
 _LOOKS_SPECIAL = re.compile(r"<\|[^\s|<>]+\|>")
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -63,6 +81,9 @@ def _checked_metadata(file: GGUFFile) -> dict[str, Any]:
     where = f"{file.path}: "
     own = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
     meta = check_keys(GGUFTokenizerKeys, own, where).model_dump(by_alias=True, exclude_none=True)
+    for key in sorted(meta.keys() - _KNOWN_KEYS):
+        if not key.startswith(_HARMLESS_KEYS):
+            log.warning("%s has %a, which nothing here reads: tokens may be others than the file means", file.path, key)
     kind, tokens = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.tokens")
     if kind is None or not tokens:
         raise ModelLoadError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.embedding_models import refuse_other_tasks
 from fineserve_jax.loaders.hf_multimodal import text_part
 from fineserve_jax.loaders.hf_schema import (
     HARMLESS_KEYS,
@@ -19,8 +20,9 @@ from fineserve_jax.loaders.known_keys import KeyReader, check_keys, shown
 from fineserve_jax.loaders.quantization import quantization_method
 from fineserve_jax.models.family import Family
 from fineserve_jax.models.layer_types import FULL, SLIDING
-from fineserve_jax.models.model_config import Activation, ModelConfig, RopeScaling
+from fineserve_jax.models.model_config import Activation, ModelConfig
 from fineserve_jax.models.registry import family_of_hf_architecture
+from fineserve_jax.models.rope_scaling import RopeScaling
 
 _WHERE = "config.json: "
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -37,41 +39,45 @@ def hf_config(raw: Mapping[str, Any]) -> ModelConfig:
     raw = text_part(raw)
     checked = check_keys(HFConfigKeys, raw, _WHERE).model_dump()
     architecture = (checked.pop("architectures") or ["(none stated)"])[0]
+    refuse_other_tasks(architecture)
     family = family_of_hf_architecture(architecture)
     stated = {key: value for key, value in checked.items() if value is not None}
     if family.local_rope:
         stated = _with_plain_rope(stated)
     nulls = {key: None for key in _NULL_MEANS_NONE if key in raw and raw[key] is None}
-    reader = KeyReader({**family.hf_defaults, **stated, **nulls}, _WHERE)
+    defaults = {k: v for k, v in family.hf_defaults.items() if k != "rope_parameters" or "rope_scaling" not in stated}
+    reader = KeyReader({**defaults, **stated, **nulls}, _WHERE)
     _refuse_unsupported(reader)
     try:
         config = _model_config(family, reader)
     except KeyError as error:
         raise ModelLoadError(f"config.json has no {error.args[0]!r}, which {architecture} needs") from error
-    reader.refuse_unread(HARMLESS_KEYS, _neutral_values(config))
+    reader.refuse_unread(HARMLESS_KEYS, _neutral_values(config) | dict(family.hf_neutral))
     return config
 
 
 def _model_config(family: Family, keys: KeyReader) -> ModelConfig:
     heads, hidden = keys["num_attention_heads"], keys["hidden_size"]
-    theta, scaling = _rope(keys)
-    return ModelConfig(
-        family=family.name,
-        vocab_size=keys["vocab_size"],
-        hidden_size=hidden,
-        num_layers=keys["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=keys.get("num_key_value_heads", heads),
-        head_dim=keys.get("head_dim", hidden // heads),
-        intermediate_size=keys["intermediate_size"],
-        activation=_activation(keys),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=keys.get("rms_norm_eps", 1e-6),
-        tie_embeddings=keys.get("tie_word_embeddings", False),
-        max_position=keys["max_position_embeddings"],
-        **family.traits(keys),
-    )
+    head_dim = keys.get("head_dim", hidden // heads)
+    theta, scaling, partial = _rope(keys, family)
+    fields: dict[str, Any] = {
+        "family": family.name,
+        "vocab_size": keys["vocab_size"],
+        "hidden_size": hidden,
+        "num_layers": keys["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": keys.get("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "rotary_dim": None if partial == 1.0 else int(head_dim * partial),
+        "intermediate_size": keys["intermediate_size"],
+        "activation": _activation(keys),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": keys.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": keys.get("tie_word_embeddings", False),
+        "max_position": keys["max_position_embeddings"],
+    }
+    return ModelConfig(**{**fields, **family.traits(keys)})
 
 
 def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
@@ -80,9 +86,11 @@ def _neutral_values(config: ModelConfig) -> dict[str, tuple[Any, ...]]:
         **NEUTRAL_VALUES,
         "layer_types": ([FULL] * config.num_layers,),
         "query_pre_attn_scalar": (config.head_dim,),
-        "rotary_dim": (config.head_dim,),
+        "rotary_dim": (config.rotated,),
         "num_kv_heads": (config.num_kv_heads,),
         "rope_ratio": (1.0,),
+        "experts_per_token": (config.experts.used,) if config.experts else (),
+        "initial_context_length": (config.rope_scaling.original_max_position,) if config.rope_scaling else (),
     }
 
 
@@ -122,8 +130,9 @@ def _with_plain_rope(stated: dict[str, Any]) -> dict[str, Any]:
     return {**stated, "rope_parameters": parts[FULL] or {}, **{k: v for k, v in base.items() if v is not None}}
 
 
-def _rope(keys: KeyReader) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from the newer form (`rope_parameters`) or the older (`rope_theta` and `rope_scaling`)."""
+def _rope(keys: KeyReader, family: Family) -> tuple[float, RopeScaling | None, float]:
+    """Base, scaling and the part of a head that is turned, from the newer form (`rope_parameters`) or the older
+    (`rope_theta` and `rope_scaling`)."""
     newer, older = keys.get("rope_parameters"), keys.get("rope_scaling")
     if newer and older and newer != older:
         raise ModelLoadError(
@@ -138,12 +147,14 @@ def _rope(keys: KeyReader) -> tuple[float, RopeScaling | None]:
     if (original := keys.get("original_max_position_embeddings")) is not None:
         checked["original_max_position_embeddings"] = original  # stated beside the table it has precedence
     rope = KeyReader(checked, where)
-    if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelLoadError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if not (partial == 1.0 or (family.partial_rotary and partial < 1.0)):
+        allowed = "at most 1" if family.partial_rotary else f"only 1 in models of the family {family.name}"
+        raise ModelLoadError(f"config.json: partial_rotary_factor {partial} is not supported, {allowed}")
     theta = rope.get("rope_theta", 10000.0)
     scaling = _rope_scaling(rope, keys["max_position_embeddings"])
     rope.refuse_unread((), _ROPE_NEUTRAL)
-    return theta, scaling
+    return theta, scaling, partial
 
 
 # Left over from another kind of scaling, or written by rule.
@@ -166,11 +177,27 @@ def _rope_scaling(rope: KeyReader, max_position: int) -> RopeScaling | None:
             return RopeScaling("linear", rope["factor"], original)
         if kind == "llama3":
             return RopeScaling("llama3", rope["factor"], original, rope["low_freq_factor"], rope["high_freq_factor"])
+        if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in rope):  # names of older files
+            return _longrope(rope, original, max_position)
         if kind == "yarn":
             return _yarn(rope, original, max_position)
     except KeyError as error:
         raise ModelLoadError(f"config.json: RoPE scaling {kind!a} has no {error.args[0]!r}, which it needs") from error
-    raise ModelLoadError(f"config.json: RoPE scaling {kind!a} is not supported; supported: linear, llama3, yarn")
+    raise ModelLoadError(
+        f"config.json: RoPE scaling {kind!a} is not supported; supported: linear, llama3, yarn, longrope"
+    )
+
+
+def _longrope(rope: KeyReader, original: int, max_position: int) -> RopeScaling:
+    short, long = rope["short_factor"], rope["long_factor"]
+    return RopeScaling(
+        "longrope",
+        rope.get("factor", max_position / original),
+        original,
+        attention_factor=rope.get("attention_factor"),
+        factors=tuple(short),
+        long_factors=tuple(long),
+    )
 
 
 def _yarn(rope: KeyReader, original: int, max_position: int) -> RopeScaling:

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fineserve_jax.loaders.embedding_models import refuse_bare_tensors, refuse_embedding_directory
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_multimodal import has_text_part, text_part, text_tensor_name
 from fineserve_jax.loaders.json_file import read_json
+from fineserve_jax.loaders.laid_out_tensors import LaidOutTensors
 from fineserve_jax.loaders.quantization import PlainTensors, quantization_method
+from fineserve_jax.loaders.quantized_mxfp4 import MXFP4Stacks
 from fineserve_jax.loaders.safetensors_files import SafetensorsFiles
 from fineserve_jax.models.registry import get_family
 
@@ -33,15 +36,19 @@ class HFModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        refuse_embedding_directory(directory)
         raw = read_json(directory / "config.json")
         self.config = hf_config(raw)
-        self._norm_offset = np.float32(get_family(self.config.family).hf_norm_offset)
+        family = get_family(self.config.family)
+        self._norm_offset = np.float32(family.hf_norm_offset)
         self._files = SafetensorsFiles(directory)
         if has_text_part(raw):
             self._leave_out_images()
+        refuse_bare_tensors(directory, self._files.tensors, self.config.tie_embeddings)
         text = text_part(raw)
         method = quantization_method(text.get("quantization_config") or text.get("compression_config"))
-        self._tensors = PlainTensors(self._files, method)
+        self._stored = MXFP4Stacks(PlainTensors(self._files, method))
+        self._tensors = LaidOutTensors(self.config, family.hf_layout, self._stored, _stored_name)
         if self.config.tie_embeddings and self._tensors.shape(_HEAD) is not None and not self._head_is_the_embedding():
             # The flag is often left at its default; a head that was stored and differs is meant.
             self.config = dataclasses.replace(self.config, tie_embeddings=False)
@@ -51,13 +58,14 @@ class HFModel:
         return self._tensors.shape(name)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Tensor `name` as f32, or these rows of it."""
-        tensor = self._tensors.read(name, rows=rows)
+        """The tensor, f32, or these rows of it; of q and k whole heads."""
+        tensor = self._tensors.read(name, rows)
         return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def unused(self, used: Collection[str]) -> list[str]:
-        """Tensors beside `used` that would change the model's numbers."""
-        known = self._tensors.stored_names([*used, _HEAD] if self.config.tie_embeddings else used)
+        """Tensors beside `used` that would change the model's numbers, by the names that the files have for them."""
+        names = self._tensors.stored_names([*used, _HEAD] if self.config.tie_embeddings else used)
+        known = self._stored.stored_names(names)
         return sorted(name for name in self._files.tensors if name not in known and not _HARMLESS.fullmatch(name))
 
     def _leave_out_images(self) -> None:
@@ -75,3 +83,10 @@ class HFModel:
         rows = (self.shape(_HEAD) or (0,))[0]
         pieces = (slice(at, min(at + _ROWS_AT_A_TIME, rows)) for at in range(0, rows, _ROWS_AT_A_TIME))
         return all(np.array_equal(self.read(_EMBEDDING, piece), self.read(_HEAD, piece)) for piece in pieces)
+
+
+def _stored_name(prefix: str, part: str, kind: str, stacked: bool) -> str:
+    """Stacks of experts are parameters of one module: their names end in the part's, those of biases in `_bias`."""
+    if stacked:
+        return f"{prefix}{part}{'_bias' if kind == 'bias' else ''}"
+    return f"{prefix}{part}.{kind}" if kind else f"{prefix}{part}"

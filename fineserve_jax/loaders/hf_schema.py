@@ -15,6 +15,8 @@ PositiveNumber = Annotated[float, Field(gt=0, le=1e12)]
 SoftCap = Annotated[float, Field(ge=0, le=1e12)]  # 0 is written for none
 RopeBase = Annotated[float, Field(gt=1, le=1e15)]
 NormEpsilon = Annotated[float, Field(gt=0, lt=1)]
+ExpertCount = Annotated[int, Field(ge=0, le=1024)]
+RopeFactors = Annotated[list[PositiveNumber], Field(max_length=2**15)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -53,6 +55,24 @@ class HFConfigKeys(CheckedKeys):
     layer_types: Annotated[list[str], Field(max_length=4096)] | None = None
     quantization_config: dict[str, Any] | None = None
     compression_config: dict[str, Any] | None = None
+    embedding_multiplier: PositiveNumber | None = None
+    attention_multiplier: PositiveNumber | None = None
+    residual_multiplier: PositiveNumber | None = None
+    logits_scaling: PositiveNumber | None = None
+    num_experts: ExpertCount | None = None
+    num_local_experts: ExpertCount | None = None
+    num_experts_per_tok: ExpertCount | None = None
+    moe_intermediate_size: Count | None = None
+    norm_topk_prob: bool | None = None
+    decoder_sparse_step: Layers | None = None
+    no_rope_layers: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(max_length=4096)] | None = None
+    no_rope_layer_interval: Layers | None = None
+    layer_norm_eps: NormEpsilon | None = None
+    logit_scale: PositiveNumber | None = None
+    layer_switch: Layers | None = None
+    swiglu_limit: PositiveNumber | None = None
+    swiglu_alpha: PositiveNumber | None = None
+    mlp_only_layers: Annotated[list[Annotated[int, Field(ge=0, lt=4096)]], Field(max_length=4096)] | None = None
 
 
 class HFRopeKeys(CheckedKeys):
@@ -72,6 +92,8 @@ class HFRopeKeys(CheckedKeys):
     mscale: Annotated[float, Field(ge=0, le=1e6)] | None = None
     mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
     truncate: bool | None = None
+    short_factor: RopeFactors | None = None
+    long_factor: RopeFactors | None = None
 
 
 class HFLocalRopeKeys(CheckedKeys):
@@ -162,11 +184,11 @@ _HARMLESS = """
     initializer_range is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
     max_length max_new_tokens max_sequence_length min_length mlp_dropout model_max_length model_type
     name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
-    pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
-    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
-    unsloth_version use_bfloat16 use_cache
+    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 HARMLESS_KEYS = frozenset(_HARMLESS.split())
 # The values at which a key changes nothing in the supported families.
@@ -177,7 +199,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0,),
     "embedding_multiplier": (1.0,),
     "final_logit_softcapping": (0,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_decoder": (True, False),  # a decoder-only model is one either way
+    "lm_head_bias": (False,),
     "logit_scale": (1.0,),
     "logits_scaling": (1.0,),
     "mlp_bias": (False,),

@@ -49,6 +49,7 @@ def hf_tokenizer(directory: Path) -> Tokenizer:
     named = _checked(NamedTokenKeys, directory / "special_tokens_map.json").texts() | settings.texts()
     _add_tokens(backend, settings, directory)
     bos = named.get("bos_token")
+    _warn_of_absent(directory, backend, named)
     templates = _chat_templates(directory, settings)
     return Tokenizer(
         backend=backend,
@@ -81,6 +82,13 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: HFTokenizerKeys, direct
             )  # fmt: skip
 
 
+def _warn_of_absent(directory: Path, backend: tokenizers.Tokenizer, named: dict[str, str]) -> None:
+    """A text is begun and ended by tokens; those that are named and do not exist are not added, nor waited for."""
+    for name in ("bos_token", "eos_token"):
+        if (text := named.get(name)) and backend.token_to_id(text) is None:
+            log.warning("%s: %s is %a, which is no token of tokenizer.json; it is not used", directory, name, text)
+
+
 def _index(text: str) -> int:
     """A token id that JSON holds as a key."""
     if not (text.isascii() and text.isdigit() and len(text) < 11):
@@ -111,6 +119,8 @@ def _eos_token_ids(directory: Path, backend: tokenizers.Tokenizer, eos_text: str
     for name in ("generation_config.json", "config.json"):
         stated = _checked(HFTokenIds, directory / name).eos_token_id
         found += stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if beyond := [index for index in found if backend.id_to_token(index) is None]:
+        log.warning("%s: eos_token_id %d is no token of tokenizer.json; no text will end by it", directory, beyond[0])
     if eos_text is not None and (index := backend.token_to_id(eos_text)) is not None:
         found.append(index)
     return tuple(dict.fromkeys([*found, *end_of_turn_ids(backend)]))

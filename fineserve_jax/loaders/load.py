@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.loaders.checkpoint import MANIFEST, check_target, load_checkpoint, save_checkpoint
+from fineserve_jax.loaders.checkpoint import (
+    MANIFEST,
+    check_target,
+    describe_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fineserve_jax.loaders.fetch import ALIASES, fetch
 from fineserve_jax.loaders.gguf_model import GGUFModel
 from fineserve_jax.loaders.gguf_split import open_gguf
@@ -28,15 +34,27 @@ def load_model(source: str | Path, weights: str | None = "bf16") -> LoadedModel:
     An alias is fetched into the cache when it is not there yet. Configuration, tokenizer, and the presence, shapes and
     extents of tensors are checked before tensors are read. Raises ModelLoadError.
     """
+    return _load(source, weights, with_params=True)
+
+
+def describe_model(source: str | Path, weights: str | None = "bf16") -> LoadedModel:
+    """The model as `load_model` gives it, but with `params` empty: its weights are not read, which would take time."""
+    return _load(source, weights, with_params=False)
+
+
+def _load(source: str | Path, weights: str | None, *, with_params: bool) -> LoadedModel:
     weight_recipe(weights or DEFAULT_WEIGHTS)
     path = resolve_source(source)
     name = _name(source, path)
     if path.is_file():
-        return _load_gguf(path, weights or DEFAULT_WEIGHTS, name)
+        return _load_gguf(path, weights or DEFAULT_WEIGHTS, name, with_params)
     if (path / MANIFEST).exists():
-        return LoadedModel(name, *load_checkpoint(path, weights))
+        if with_params:
+            return LoadedModel(name, *load_checkpoint(path, weights))
+        config, tokenizer, stored = describe_checkpoint(path, weights)
+        return LoadedModel(name, config, {}, tokenizer, stored)
     if (path / "config.json").exists():
-        return _load_hf(path, weights or DEFAULT_WEIGHTS, name)
+        return _load_hf(path, weights or DEFAULT_WEIGHTS, name, with_params)
     raise ModelLoadError(
         f"{path} is a directory without config.json or {MANIFEST}; "
         "give a Hugging Face directory (config.json and *.safetensors), one made by `fineserve-jax convert`, "
@@ -70,18 +88,18 @@ def _name(source: str | Path, path: Path) -> str:
     return str(source) if str(source) in ALIASES else path.stem if path.is_file() else path.resolve().name
 
 
-def _load_gguf(path: Path, weights: str, name: str) -> LoadedModel:
+def _load_gguf(path: Path, weights: str, name: str, with_params: bool) -> LoadedModel:
     file = open_gguf(path)
     model = GGUFModel(file)
     tokenizer = gguf_tokenizer(file)
-    params = pack_params(model.config, weights, model)
+    params = pack_params(model.config, weights, model) if with_params else {}
     return LoadedModel(name, model.config, params, tokenizer, weights)
 
 
-def _load_hf(path: Path, weights: str, name: str) -> LoadedModel:
+def _load_hf(path: Path, weights: str, name: str, with_params: bool) -> LoadedModel:
     model = HFModel(path)
     tokenizer = hf_tokenizer(path)
-    params = pack_params(model.config, weights, model)
+    params = pack_params(model.config, weights, model) if with_params else {}
     return LoadedModel(name, model.config, params, tokenizer, weights)
 
 

@@ -30,6 +30,15 @@ class MatrixParts:
         """The tensor's shape."""
         return self._files.tensors[f"{self.module}.{end}"].shape
 
+    def sides(self, end: str) -> tuple[int, int]:
+        """The shape of a tensor that is a matrix with something in it; raises ModelLoadError for another one."""
+        if end not in self:
+            raise self.error(f"has no {end}")
+        shape = self.shape(end)
+        if len(shape) != 2 or 0 in shape:
+            raise self.error(f"has {end} of shape {list(shape)}, must be a matrix")
+        return shape[0], shape[1]
+
     def read(self, end: str, rows: slice | None = None) -> np.ndarray:
         """The tensor, or these rows, as stored."""
         return self._files.read(f"{self.module}.{end}", rows=rows)

@@ -28,6 +28,7 @@ _METHODS: dict[str, tuple[type[CheckedKeys], Callable[[Any], Method], Collection
         compressed_tensors.HARMLESS,
     ),
 }
+_STACKS = "mxfp4"  # of experts only, told from their names: see `quantized_mxfp4`
 # Which layers are not quantised is seen from their tensors.
 _HARMLESS = frozenset(("quant_method", "modules_to_not_convert"))
 # Scales of a KV cache that is kept in fp8: the precision of the cache is chosen here.
@@ -35,7 +36,7 @@ _KV_SCALES = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "kv_scal
 
 
 def quantization_method(settings: Mapping[str, Any] | None) -> Method | None:
-    """The method of a config.json's `quantization_config`; None where there is none.
+    """The method of a config.json's `quantization_config`; None where there is none, or for experts alone.
 
     Raises ModelLoadError, naming it, for a method or a form of one that is not supported, and for settings that are not
     known.
@@ -43,12 +44,15 @@ def quantization_method(settings: Mapping[str, Any] | None) -> Method | None:
     if not settings:
         return None
     name = settings.get("quant_method", "compressed-tensors" if "config_groups" in settings else "unknown")
-    if not isinstance(name, str) or name not in _METHODS:
+    if not isinstance(name, str) or name not in (*_METHODS, _STACKS):
         raise ModelLoadError(
             f"the checkpoint is quantised ({shown(name).strip(_QUOTE)}), in a way which is not supported; supported: "
-            f"{', '.join(_METHODS)}; use one of these, or the unquantised checkpoint and choose a precision with "
-            "weights=..."
+            f"{', '.join((*_METHODS, _STACKS))}; use one of these, or the unquantised checkpoint and choose a "
+            "precision with weights=..."
         )
+    if name == _STACKS:
+        KeyReader(settings, _WHERE).refuse_unread(_HARMLESS, {})
+        return None
     schema, make, harmless = _METHODS[name]
     keys = check_keys(schema, settings, _WHERE)
     method = make(keys)

@@ -45,7 +45,7 @@ class AWQ:
         return "qweight" in parts
 
     def shape(self, parts: MatrixParts) -> tuple[int, int]:
-        inner, words = (*parts.shape("qweight"), 0)[:2]
+        inner, words = parts.sides("qweight")
         group = inner if self.group_size == -1 else self.group_size
         if inner % group:
             raise parts.error(f"has {inner} inputs, which are no multiple of the groups of {group}")

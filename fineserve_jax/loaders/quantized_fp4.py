@@ -15,7 +15,7 @@ from fineserve_jax.loaders.matrix_parts import MatrixParts, RowSource
 from fineserve_jax.loaders.quantized_scaled import ACTIVATION_ENDS, FP8, spread
 
 # Sign, two bits of exponent, one of mantissa.
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _EXPONENT_BIAS = 127
 
 
@@ -35,7 +35,7 @@ class FP4:
         return "weight_packed" in parts and parts.dtype("weight_packed") == "U8"
 
     def shape(self, parts: MatrixParts) -> tuple[int, int]:
-        out, half = (*parts.shape("weight_packed"), 0)[:2]
+        out, half = parts.sides("weight_packed")
         parts.require("weight_packed", (out, half), ("U8",))
         parts.require("weight_scale", (out, 2 * half // self.group), FP8 if self.overall else ("U8", "F8_E8M0"))
         if self.overall:
@@ -46,8 +46,7 @@ class FP4:
         self.shape(parts)
         if self.overall:
             return FP4Matrix(parts, parts.read_f32("weight_scale") / parts.read_f32("weight_global_scale"))
-        exponents = parts.read("weight_scale").view(np.uint8).astype(np.int32) - _EXPONENT_BIAS
-        return FP4Matrix(parts, np.ldexp(np.float32(1), exponents))
+        return FP4Matrix(parts, exponent_scales(parts.read("weight_scale")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +58,14 @@ class FP4Matrix:
 
     def rows(self, rows: slice) -> np.ndarray:
         packed = self.parts.read("weight_packed", rows)
-        values = _E2M1[np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)]
+        values = E2M1[np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)]
         return values * spread(self.scales, rows, values.shape[1], None)
 
 
 FP4_FORMATS = {"nvfp4-pack-quantized": FP4(16, overall=True), "mxfp4-pack-quantized": FP4(32, overall=False)}
 """By their names in `compressed-tensors`."""
+
+
+def exponent_scales(stored: np.ndarray) -> np.ndarray:
+    """Powers of two, f32, from exponents stored as u8 or e8m0."""
+    return np.ldexp(np.float32(1), stored.view(np.uint8).astype(np.int32) - _EXPONENT_BIAS)

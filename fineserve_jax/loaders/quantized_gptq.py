@@ -61,7 +61,7 @@ class GPTQ:
         return "qweight" in parts
 
     def shape(self, parts: MatrixParts) -> tuple[int, int]:
-        words, out = (*parts.shape("qweight"), 0)[:2]
+        words, out = parts.sides("qweight")
         inner = words * WORD_BITS // self.bits
         groups = 1 if self.group_size == -1 else -(-inner // self.group_size)
         parts.require("qweight", (words, out), ("I32",))

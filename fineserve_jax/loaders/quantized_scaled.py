@@ -44,9 +44,7 @@ class Scaled:
         return "weight" in parts and parts.dtype("weight") in self.types
 
     def shape(self, parts: MatrixParts) -> tuple[int, int]:
-        if len(parts.shape("weight")) != 2:
-            raise parts.error(f"has {len(parts.shape('weight'))} dimensions")
-        out, inner = parts.shape("weight")
+        out, inner = parts.sides("weight")
         stated = [end for end in _SCALES if end in parts]
         if len(stated) != 1:
             raise parts.error(f"has {len(stated)} of weight_scale_inv and weight_scale, must have one")

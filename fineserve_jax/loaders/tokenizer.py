@@ -10,6 +10,7 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
 from fineserve_jax.loaders.token_bound import TokenBound, token_bound
 from fineserve_jax.loaders.token_bytes import ByteRule, byte_rule
+from fineserve_jax.structured.vocabulary import Vocabulary
 
 # Tokens by which chat models end a turn; generation stops at them although only some files list them.
 END_OF_TURN_TOKENS = (
@@ -115,6 +116,27 @@ class Tokenizer:
             return self.decode([token_id], skip_special_tokens=False).encode()
         return self._rule.to_bytes(text)
 
+    def vocabulary(self, size: int) -> Vocabulary:
+        """What grammars need to know of the first `size` ids, some of which may be no tokens.
+
+        Made when first asked for, which takes half a second for 50,000 tokens.
+
+        Raises RequestError for a tokenizer whose tokens have no bytes of their own: the text of each depends on others.
+        """
+        if size not in self._vocabularies:
+            self._vocabularies[size] = self._vocabulary(size)
+        return self._vocabularies[size]
+
+    def _vocabulary(self, size: int) -> Vocabulary:
+        if self._rule is None:
+            raise RequestError(
+                "structured_outputs need a tokenizer each of whose tokens stands for the same bytes everywhere, which "
+                "this model's does not; leave them out, or use another model"
+            )
+        special = frozenset(self.special_ids.values())
+        encode = functools.partial(self.encode, add_special_tokens=False)
+        return Vocabulary([self.token_bytes(i) for i in range(size)], [i for i in range(size) if i in special], encode)
+
     def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for tokens that arrive one by one.
 
@@ -157,4 +179,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _known_bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @functools.cached_property
+    def _vocabularies(self) -> dict[int, Vocabulary]:
         return {}

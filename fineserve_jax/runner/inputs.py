@@ -74,12 +74,14 @@ class StepInputs(NamedTuple):
     """Everything about a step's tokens, but how to sample.
 
     Attributes:
+        long: bool[rows + chunk_tokens], whether each slot's token is of a request that `is_long`.
         sample_slots: i32[rows], the slot (decode rows first, then chunk slots) each sampled token follows.
     """
 
     decode: DecodeInputs
     chunk: ChunkInputs | None
     closing: ClosingInputs
+    long: Array
     sample_slots: Array
 
 
@@ -125,7 +127,7 @@ class _Builder:
 
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
         self.tokens, self.positions = np.zeros(rows + slots, np.int32), np.zeros(rows + slots, np.int32)
-        self.targets = np.zeros(slots, np.int32)
+        self.long, self.targets = np.zeros(rows + slots, np.bool_), np.zeros(slots, np.int32)
         self.row_pages, self.row_formats = np.full(rows, NOWHERE, np.int32), np.zeros(rows, np.int32)
         self.chunk_of_page, self.chunk_pages = np.full(pages, -1, np.int32), np.full(pages, NOWHERE, np.int32)
         self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
@@ -134,6 +136,7 @@ class _Builder:
         row, position, request = self.num_decodes, scheduled.start, scheduled.request
         self.num_decodes += 1
         self.tokens[row], self.positions[row] = request.token_ids[position], position
+        self.long[row] = request.is_long
         residual, page = self.kv.residual_unit(request), position // self.page_size
         if residual is None:
             self.row_pages[row] = self.kv.page_unit(request, page)
@@ -155,6 +158,7 @@ class _Builder:
         where = slice(self.spec.shape.rows + slot, self.spec.shape.rows + slot + scheduled.count)
         self.tokens[where] = request.token_ids[scheduled.start : scheduled.start + scheduled.count]
         self.positions[where] = np.arange(scheduled.start, scheduled.start + scheduled.count)
+        self.long[where] = request.is_long
         successors = request.token_ids[scheduled.start + 1 : scheduled.start + scheduled.count + 1]
         self.targets[slot : slot + len(successors)] = successors
 
@@ -196,7 +200,7 @@ class _Builder:
             tiles=plan_attention(spec.decode_attention(spec.groups[0]), self.decode_segments, self.decode_queries),
         )
         if not spec.chunk_pages:
-            return StepInputs(decode, None, self._closing_inputs(), self.sample_slots)
+            return StepInputs(decode, None, self._closing_inputs(), self.long, self.sample_slots)
         chunk = ChunkInputs(
             tokens=self.tokens[rows:],
             positions=self.positions[rows:],
@@ -208,7 +212,7 @@ class _Builder:
             full_format_ids=self.full,
             tiles=plan_attention(spec.chunk_attention(spec.groups[0]), self.chunk_segments, self.chunk_queries),
         )
-        return StepInputs(decode, chunk, self._closing_inputs(), self.sample_slots)
+        return StepInputs(decode, chunk, self._closing_inputs(), self.long, self.sample_slots)
 
     def _closing_inputs(self) -> ClosingInputs:
         pages = np.zeros((2, len(self.closing), self.spec.shape.rows), np.int32)

@@ -1,6 +1,7 @@
 """Runs steps on the device: the only holder of compiled programs."""
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ from fineserve_jax.runner.nonfinite import find_nonfinite
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.sampler import Sampled, build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
+from fineserve_jax.runner.token_masks import build_masks
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +62,13 @@ class StepResult:
         tokens: the sampled tokens.
         nonfinite: the requests for which the step computed NaN or infinity, be it for one token of a chunk; nothing is
             sampled for them. Each with the stage whose output was the first such, or None without `check_finite`.
+        stuck: the requests that may sample nothing by their structured outputs, each with the reason.
         scores: f32, the log-probability of each chunk token's successor, chunk slots in order; None if not asked for.
     """
 
     tokens: list[SampledToken]
     nonfinite: dict[Request, str | None]
+    stuck: dict[Request, str]
     scores: np.ndarray | None
 
 
@@ -81,6 +85,7 @@ class ModelRunner:
         max_seq_len: most tokens of a request.
         implementation: of the kernels.
         check_finite: whether to find the stage (embedding, layer or head) that first gives NaN or infinity.
+        eos_ids: the model's end-of-sequence tokens, for structured outputs.
     """
 
     def __init__(
@@ -96,13 +101,15 @@ class ModelRunner:
         max_seq_len: int,
         implementation: Implementation = "xla",
         check_finite: bool = False,
+        eos_ids: Sequence[int] = (),
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
-        groups = enumerate(model.config.layer_groups)
-        self.group_of_layer = {layer: number for number, group in groups for layer in group.layers}
+        groups, without = enumerate(model.config.layer_groups), model.config.no_rope_layers
+        self.layer_kinds = {layer: (number, layer not in without) for number, group in groups for layer in group.layers}
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
+        self.eos_ids = tuple(eos_ids)
         self.row_buckets = row_buckets(max_rows, single=model.weights != "fp32" and compiled_products())
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
         self.format_names: tuple[str, ...] = ()
@@ -122,14 +129,20 @@ class ModelRunner:
         """Makes the steps from now on serve requests with pages in several formats."""
         self.max_runs = MAX_RUNS
 
-    def warm_up(self) -> int:
-        """Compiles all shapes that steps of the formats in use can take; returns how many programs that took."""
+    def warm_up(self, structured_outputs: bool = False) -> int:
+        """Compiles all shapes that steps of the formats in use can take; returns how many programs that took.
+
+        Args:
+            structured_outputs: also for steps in which some request may not sample any token.
+        """
         before = self.num_compilations
         shapes = [StepShape(rows, 0) for rows in self.row_buckets]
         shapes += [StepShape(self.row_buckets[-1], chunk) for chunk in self.chunk_buckets]
         empty = SchedulerOutput((), ())
         for shape in shapes:
             self._run(self._spec(shape), empty)
+            if structured_outputs:
+                self._run(self._spec(shape), empty, masked=True)
         return self.num_compilations - before
 
     def execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
@@ -155,7 +168,8 @@ class ModelRunner:
             self.model, self.geometry, self.format_names, shape, max_pages, self.max_runs, self.implementation
         )
 
-    def _run(self, spec: StepSpec, output: SchedulerOutput, scores: bool = False) -> StepResult:
+    def _run(self, spec: StepSpec, output: SchedulerOutput, scores: bool = False, masked: bool = False) -> StepResult:
+        """Computes a step. `masked`: with masks of tokens even if no request needs them."""
         host_inputs, requests = build_inputs(spec, output, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
@@ -164,12 +178,15 @@ class ModelRunner:
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
         for index, params in enumerate(self.layer_params):
-            layer = programs.layers[self.group_of_layer[index]]
+            layer = programs.layers[self.layer_kinds[index]]
             stream, encoded = layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
             words.append(encoded)
             if self.check_finite:
                 checks.append(programs.finite_slots(stream))
-        outputs = programs.head(self.params, stream, inputs, sampling)
+        # The layers are being computed while the host finds out what may be sampled.
+        masks = build_masks(requests, spec.shape.rows, self.model.config.vocab_size, self.eos_ids, always=masked)
+        allowed, stuck = (None, {}) if masks is None else (jax.device_put(masks.allowed), masks.stuck)
+        outputs = programs.head(self.params, stream, inputs, sampling, allowed)
         scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
         self.arena.units = programs.commit(self.arena.units, words, inputs)
         (sampled, finite), scored, checked = jax.device_get((outputs, scored, checks))
@@ -180,9 +197,11 @@ class ModelRunner:
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
         tokens = _collect(requests, sampled)
         finite_logits = dict(zip(requests, sampled.finite.tolist(), strict=False))  # padding rows follow
-        if not (nonfinite := find_nonfinite(spec, output, finite_logits, finite, checked)):
-            return StepResult(tokens, nonfinite, scored)
-        return StepResult([token for token in tokens if token.request not in nonfinite], nonfinite, scored)
+        nonfinite = find_nonfinite(spec, output, finite_logits, finite, checked)
+        stuck = {request: reason for request, reason in stuck.items() if request not in nonfinite}
+        if ended := nonfinite.keys() | stuck.keys():
+            tokens = [token for token in tokens if token.request not in ended]
+        return StepResult(tokens, nonfinite, stuck, scored)
 
 
 @functools.cache
@@ -196,7 +215,7 @@ class _Programs:
 
     Attributes:
         num_compiled: how many programs were compiled, or loaded from JAX's compilation cache.
-        layers: a layer of each group.
+        layers: a layer of each group, with RoPE and without.
     """
 
     def __init__(self, spec: StepSpec) -> None:
@@ -206,7 +225,8 @@ class _Programs:
             return compile_counted(functools.partial(stage, spec, *static), self._count, donate_argnums)
 
         self.embed, self.head = compiled(stages.embed), compiled(stages.head)
-        self.layers = [compiled(stages.layer, group) for group in range(len(spec.groups))]
+        kinds = itertools.product(range(len(spec.groups)), (True, False))
+        self.layers = {kind: compiled(stages.layer, *kind) for kind in kinds}
         self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
         self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
 

@@ -15,12 +15,14 @@ from jax import lax
 from jaxtyping import Bool, Float32, Int32, UInt32
 
 from fineserve_jax.request import Request
+from fineserve_jax.runner.token_masks import WORD_BITS
 from fineserve_jax.sampling_params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
 
 Array = Any  # numpy on the host, jax.Array in the step
 Logits = Float32[jax.Array, "rows vocab"]  # or what they have become: shaped logits, probabilities
 Tokens = Int32[jax.Array, " rows"]
 Finite = Bool[jax.Array, " rows"]
+Masks = UInt32[jax.Array, "rows words"]
 MAX_STOP_IDS = 64  # tokens that `min_tokens` can hold back, besides those of `logit_bias`
 
 
@@ -127,7 +129,8 @@ def _bias(requests: Sequence[Request], rows: int) -> tuple[np.ndarray, np.ndarra
     any_bias = False
     for row, request in enumerate(requests):
         entries = list(request.sampling.logit_bias.items())
-        if request.num_output_tokens < request.sampling.min_tokens:
+        held_back = request.matcher is None and request.num_output_tokens < request.sampling.min_tokens
+        if held_back:  # else `token_masks` see to it, which know what else may follow
             entries += [(token, -np.inf) for token in sorted(request.stop_ids)]
         if entries:
             ids[row, : len(entries)], values[row, : len(entries)] = zip(*entries, strict=True)
@@ -135,11 +138,29 @@ def _bias(requests: Sequence[Request], rows: int) -> tuple[np.ndarray, np.ndarra
     return ids, values, any_bias
 
 
-def sample(logits: Logits, inputs: SamplingInputs) -> Sampled:
-    """Chooses a token for each row of f32[S, vocab] logits."""
+def sample(logits: Logits, inputs: SamplingInputs, allowed: Masks | None = None) -> Sampled:
+    """Chooses a token for each row of f32[S, vocab] logits.
+
+    Args:
+        allowed: u32[S, words], the tokens that a row may sample, see `token_masks`; None: any.
+    """
+
+    def candidates() -> Logits:
+        return logits if allowed is None else _exclude(logits, allowed)
+
     # One branch for the common case: each one taken apart would copy the logits.
-    asks = inputs.any_penalty | inputs.any_bias | inputs.any_random | inputs.any_logprobs
-    return lax.cond(asks, lambda: _sample_as_asked(logits, inputs), lambda: _without_logprobs(logits, *_greedy(logits)))
+    return lax.cond(
+        inputs.any_penalty | inputs.any_bias | inputs.any_random | inputs.any_logprobs,
+        lambda: _sample_as_asked(logits, candidates(), inputs),
+        lambda: _without_logprobs(logits, *_greedy(candidates())),
+    )
+
+
+def _exclude(logits: Logits, allowed: Masks) -> Logits:
+    """Minus infinity for tokens whose bit is not set. It is added, so that what is not finite stays so."""
+    bits = (allowed[:, :, None] >> jnp.arange(WORD_BITS, dtype=jnp.uint32)) & 1
+    bits = bits.reshape(allowed.shape[0], -1)[:, : logits.shape[-1]]
+    return logits + jnp.where(bits == 1, 0.0, -jnp.inf)
 
 
 def _greedy(logits: Logits) -> tuple[Tokens, Finite]:
@@ -152,8 +173,8 @@ def _greedy(logits: Logits) -> tuple[Tokens, Finite]:
     return tokens, jnp.isfinite(jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
 
 
-def _sample_as_asked(logits: Logits, inputs: SamplingInputs) -> Sampled:
-    shaped = _when(inputs.any_penalty, lambda x: _penalise(x, inputs), logits)
+def _sample_as_asked(logits: Logits, candidates: Logits, inputs: SamplingInputs) -> Sampled:
+    shaped = _when(inputs.any_penalty, lambda x: _penalise(x, inputs), candidates)
     shaped = _when(inputs.any_bias, lambda x: _add_bias(x, inputs), shaped)
     greedy, finite = _greedy(shaped)  # what is not finite of the logits has stayed so
     tokens = lax.cond(inputs.any_random, lambda: _draw(shaped, greedy, inputs), lambda: greedy)

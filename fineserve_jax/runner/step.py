@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fineserve_jax.models import block_of
 from fineserve_jax.models.rope import RopeTables
 from fineserve_jax.pallas_kernels.formats import PageWords
 from fineserve_jax.pallas_kernels.operations import requantize, write_pages, write_tokens
@@ -40,21 +41,24 @@ def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
     if inputs.chunk is not None:
         tokens = jnp.concatenate([tokens, inputs.chunk.tokens])
         positions = jnp.concatenate([positions, inputs.chunk.positions])
-    return Stream(*_apply(spec.model, params, tokens, positions, method="embed_tokens"))
+    return Stream(*_apply(spec.model, params, tokens, positions, inputs.long, method="embed_tokens"))
 
 
 def layer(
     spec: StepSpec,
     group: int,
+    has_rope: bool,
     params: Params,
     stream: Stream,
     index: jax.Array,
     arena: jax.Array,
     inputs: StepInputs,
 ) -> tuple[Stream, LayerWords]:
-    """One layer. `group`: number of its group, static; `params`: of that layer alone; `index`: i32[], its number."""
+    """One layer. `group`: number of its group, and `has_rope`, static; `params`: of that layer alone; `index`: i32[],
+    its number."""
     attention = LayerAttention(spec, spec.groups[group], index, arena, inputs)
-    x = _apply(spec.model.block, params, stream.x, stream.ropes[group], attention)
+    rope = stream.ropes[group] if has_rope else None
+    x = _apply(block_of(spec.model, params), params, stream.x, rope, attention)
     return stream._replace(x=x), attention.words
 
 
@@ -68,11 +72,16 @@ def finite_slots(spec: StepSpec, stream: Stream) -> jax.Array:
 
 
 def head(
-    spec: StepSpec, params: Params, stream: Stream, inputs: StepInputs, sampling: SamplingInputs
+    spec: StepSpec,
+    params: Params,
+    stream: Stream,
+    inputs: StepInputs,
+    sampling: SamplingInputs,
+    allowed: jax.Array | None = None,
 ) -> tuple[Sampled, jax.Array]:
-    """The sampled tokens, and `finite_slots` of the last layer."""
+    """The sampled tokens, and `finite_slots` of the last layer. `allowed`: see `sample`."""
     logits = _apply(spec.model, params, stream.x[inputs.sample_slots], method="head")
-    return sample(logits, sampling), finite_slots(spec, stream)
+    return sample(logits, sampling, allowed), finite_slots(spec, stream)
 
 
 def score(spec: StepSpec, params: Params, stream: Stream, targets: jax.Array) -> jax.Array:

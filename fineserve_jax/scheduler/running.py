@@ -79,6 +79,14 @@ class RunningRequests:
         self.num_preemptions += 1
         self._queue.push(request)
 
+    def restart(self, running: RunningRequest) -> None:
+        """Take a request's pages, to be computed again whatever host memory has room for; its tokens stay."""
+        request = running.request
+        self.remove(running)
+        self._swapping.drop_pages(request)
+        self._quotas.note(request)
+        self._queue.push(request)
+
     def least_urgent_first(self) -> Iterable[RunningRequest]:
         """Those of the largest priority number first, and of one priority the latest admitted first."""
         if len(self._num_of_priority) <= 1:

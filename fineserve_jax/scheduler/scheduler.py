@@ -176,6 +176,13 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         self._admission_may_help = True
 
+    def restart(self, request: Request) -> None:
+        """Let a running request be computed again from its first token on: what it has computed no longer holds."""
+        if (running := self._running.get(request)) is None:
+            raise ValueError(f"request {request.request_id!r} does not run")
+        self._running.restart(running)
+        self._admission_may_help = True
+
     def take_dropped(self) -> list[Request]:
         """Requests that were dropped since the last call because they missed their deadline."""
         dropped, self._dropped = self._dropped, []

@@ -34,8 +34,12 @@ class Swapping:
         if self._saves(request):
             self._kv.save(request)
         else:
-            self._kv.release(request)
-            request.num_computed_tokens = 0
+            self.drop_pages(request)
+
+    def drop_pages(self, request: Request) -> None:
+        """Take all pages of a request, whose tokens will be computed again."""
+        self._kv.release(request)
+        request.num_computed_tokens = 0
 
     def _saves(self, request: Request) -> bool:
         if self._config.preemption == "recompute" or not request.num_computed_tokens:

@@ -4,12 +4,13 @@ import json
 import math
 
 import pytest
-from job_cases import GREEDY, alone, by_id
+from job_cases import GREEDY, OnStep, alone, by_id, run_job, without_timing, written
 from tiny_model import tiny_tokenizer, with_nan
 
 from fineserve_jax import CompletionOutput, Engine, RequestError, RequestMetrics, RequestOutput
-from fineserve_jax.batch import AnswerFile, BatchJob, read_rows
-from fineserve_jax.batch.answer_rows import answer_row
+from fineserve_jax.batch.answer_rows import AnswerRows, as_line
+from fineserve_jax.batch.journal import journal_path
+from fineserve_jax.batch.rows import BatchRow
 from fineserve_jax.runner.runner import TokenLogprobs
 
 
@@ -18,13 +19,9 @@ def answer(engine, tmp_path):
     """Answers rows (objects, or raw lines) and gives the rows of the output, in order; and the summary."""
 
     def run(rows, sampling=GREEDY, resume=False, on_step=None):
-        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        with AnswerFile(tmp_path / "answers.jsonl", resume=resume, overwrite=not resume) as answers:
-            answers.begin()
-            job = BatchJob(engine, answers, sampling, on_step)
-            summary = job.run(read_rows(lines))
-        written = (tmp_path / "answers.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in written], summary
+        observers = [] if on_step is None else [OnStep(on_step)]
+        summary = run_job(engine, rows, tmp_path / "answers.jsonl", sampling, resume=resume, observers=observers)
+        return written(tmp_path / "answers.jsonl"), summary
 
     return run
 
@@ -39,6 +36,9 @@ def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
         kv_precision = precisions[i % 3] or "int4"
         kept = len(prompt) + 2 + i  # all but the last token
         in_pages = kept // 16 * 16 if kv_precision == "int4" else 0
+        timing = answers[i + 1].pop("timing")
+        assert 0 <= timing["queue_s"] <= timing["ttft_s"] <= timing["total_s"]
+        assert (timing["num_preemptions"], timing["attempts"]) == (0, 1)
         assert answers[i + 1] == {
             "id": i + 1,
             "text": alone(engine, prompt, kv_precision, max_tokens=3 + i),
@@ -55,6 +55,29 @@ def test_every_row_is_answered_in_its_own_precision_as_if_alone(engine, answer):
     for part in summary.formats.values():
         assert 0 < part.peak_needed_bytes <= part.peak_reserved_bytes
     assert summary.decode_tokens_per_s > 0
+
+
+def test_rows_have_the_form_that_they_ask_for_or_an_error_that_names_what_is_not_supported(answer):
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}
+    json_schema = {"type": "json_schema", "json_schema": {"name": "pair", "schema": schema, "strict": True}}
+    rows = [
+        {"id": "choice", "prompt": "abc", "structured_outputs": {"choice": ["one", "two"]}},
+        {"id": "schema", "prompt": "abc", "max_tokens": 50, "response_format": json_schema},
+        {"id": "none", "prompt": "abc", "response_format": {"type": "text"}},
+        {"id": "default", "prompt": "abc"},
+        {"id": "place", "prompt": "a", "structured_outputs": {"json": {"items": {"uniqueItems": True}}}},
+        {"id": "brace", "prompt": "a", "structured_outputs": {"regex": "a}"}},
+    ]
+    answers, summary = answer(rows, {**GREEDY, "structured_outputs": {"regex": "[x-z]{3}"}})
+    answers = by_id(answers)
+    assert answers["choice"]["text"] in ("one", "two")
+    assert json.loads(answers["schema"]["text"]) in ([1, 1], [1, 2], [2, 1], [2, 2])
+    assert set(answers["default"]["text"]) <= set("xyz")
+    assert len(answers["default"]["text"]) == 3
+    assert not set(answers["none"]["text"]) <= set("xyz")
+    assert 'at #/items/uniqueItems: "uniqueItems" is not supported' in answers["place"]["error"]
+    assert "no token of the model continues the text" in answers["brace"]["error"]  # it has no } at all
+    assert (summary.answered, summary.errors) == (4, 2)
 
 
 def test_bad_rows_become_error_rows_and_the_others_are_answered(answer):
@@ -106,32 +129,27 @@ def test_a_row_whose_numbers_are_not_finite_is_an_error_row_and_the_others_are_a
         {"id": "good", "prompt": "abc", "logprobs": 2, "logit_bias": {bad: -100.0}},
         {"id": "samples", "prompt": "{", "n": 2, "temperature": 1.0},
     ]
-    with AnswerFile(tmp_path / "answers.jsonl") as answers:
-        answers.begin()
-        summary = BatchJob(spoilt, answers, GREEDY).run(read_rows(json.dumps(row).encode() for row in rows))
-    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
-    written = by_id([json.loads(line, parse_constant=pytest.fail) for line in lines])
+    summary = run_job(spoilt, rows, tmp_path / "answers.jsonl", GREEDY)
+    answers = by_id(written(tmp_path / "answers.jsonl"))
     for name, line in (("nan", 1), ("samples", 3)):
-        assert written[name].keys() == {"id", "line", "error"}
-        assert written[name]["line"] == line
-        assert "the logits of model 'tiny' are not finite" in written[name]["error"]
-    assert written["good"]["text"] == alone(engine, "abc", None)
+        assert answers[name].keys() == {"id", "line", "error"}
+        assert answers[name]["line"] == line
+        assert "the logits of model 'tiny' are not finite" in answers[name]["error"]
+    assert answers["good"]["text"] == alone(engine, "abc", None)
     assert (summary.answered, summary.errors) == (1, 2)
     assert not spoilt.has_unfinished
     assert not spoilt.detokenizers
 
 
-def test_a_log_probability_of_minus_infinity_is_null(engine, tmp_path):
+def test_a_log_probability_of_minus_infinity_is_null(engine):
     """A model may exclude a token; JSON has no infinity."""
     sample = CompletionOutput(0, "a", [5], [TokenLogprobs(-0.5, {5: -0.5, 6: -math.inf})], "length")
     output = RequestOutput("r", None, [4], "tiny", "int4", {}, [sample], RequestMetrics(0.0, 0.0, 0.0, 0))
-    with AnswerFile(tmp_path / "answers.jsonl") as answers:
-        answers.begin()
-        answers.write(answer_row("r", output, engine.tokenizer, names_model=False))
-        with pytest.raises(ValueError, match="not JSON compliant"):
-            answers.write({"id": "r", "logprob": math.nan})
-    (entry,) = json.loads((tmp_path / "answers.jsonl").read_text(), parse_constant=pytest.fail)["logprobs"]
+    line = as_line(AnswerRows().answer(BatchRow(1, "r", "a"), output, engine.tokenizer))
+    (entry,) = json.loads(line, parse_constant=pytest.fail)["logprobs"]
     assert [other["logprob"] for other in entry["top"]] == [-0.5, None]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        as_line({"id": "r", "logprob": math.nan})
 
 
 def test_ids_must_differ(answer):
@@ -238,8 +256,8 @@ def test_a_bad_row_leaves_its_id_to_a_good_one(answer):
 def test_latency_targets_reach_the_engine_with_every_sample(engine, answer, monkeypatch):
     targets, queue = [], engine.queue
 
-    def note(prepared):
-        samples = queue(prepared)
+    def note(prepared, so_far):
+        samples = queue(prepared, so_far)
         asked = [request.options for request in samples]
         targets.extend((options.ttft_slo_s, options.tpot_slo_s, options.drop_when_late) for options in asked)
         return samples
@@ -275,7 +293,7 @@ def test_dropping_without_a_target_is_refused_and_disturbs_nobody(answer):
 def test_statistics_are_taken_once_a_step(engine, answer, monkeypatch):
     taken, steps, stats = [], [], engine.stats
     monkeypatch.setattr(engine, "stats", lambda: taken.append(stats()) or taken[-1])
-    _, summary = answer([{"prompt": "abc"}, {"prompt": "de"}], on_step=lambda *_: steps.append(1))
+    _, summary = answer([{"prompt": "abc"}, {"prompt": "de"}], on_step=lambda _: steps.append(1))
     assert len(taken) == len(steps) + 1
     assert taken[-1].num_output_tokens - taken[0].num_output_tokens == summary.output_tokens
 
@@ -288,7 +306,8 @@ def test_several_samples_come_together(engine, answer):
     assert [sample["text"] for sample in several["samples"]] == [texts[1], texts[2], texts[3]]
     assert len(set(texts.values())) > 1
     assert several["output_tokens"] == summary.output_tokens == 24
-    assert set(several) == {"id", "samples", "prompt_tokens", "output_tokens", "kv_precision", "kv_tokens"}
+    fields = {"id", "samples", "prompt_tokens", "output_tokens", "kv_precision", "kv_tokens", "timing"}
+    assert set(several) == fields
 
 
 def test_log_probabilities_come_with_the_tokens_they_are_of(answer):
@@ -308,12 +327,13 @@ def test_log_probabilities_come_with_the_tokens_they_are_of(answer):
 def test_sampled_answers_depend_on_line_and_seed_but_not_on_what_was_resumed(answer, tmp_path):
     rows = [{"prompt": "abc"} for _ in range(6)]
     sampling = {"temperature": 1.0, "max_tokens": 8, "ignore_eos": True}
-    whole = by_id(answer(rows, sampling)[0])
+    whole = by_id(without_timing(answer(rows, sampling)[0]))
     assert len({row["text"] for row in whole.values()}) > 1
     path = tmp_path / "answers.jsonl"
+    journal_path(path).unlink()
     path.write_text("".join(json.dumps(whole[i]) + "\n" for i in (2, 3)) + '{"id": 1, "te')
     resumed, summary = answer(rows, sampling, resume=True)
-    assert by_id(resumed) == whole
+    assert by_id(without_timing(resumed)) == whole
     assert (summary.answered, summary.skipped) == (4, 2)
 
 
@@ -322,20 +342,10 @@ def test_resuming_reports_an_error_once(answer):
     first, _ = answer(rows)
     again, summary = answer(rows, resume=True)
     assert again == first
-    assert (summary.answered, summary.errors, summary.skipped) == (0, 1, 1)
+    assert (summary.answered, summary.errors, summary.skipped, summary.skipped_errors) == (0, 0, 2, 1)
 
 
-class Nowhere:
-    """An output that keeps nothing."""
-
-    answered: frozenset = frozenset()
-    failed: frozenset = frozenset()
-
-    def write(self, row):
-        pass
-
-
-def test_rows_are_read_only_as_far_ahead_as_the_engine_needs(engine):
+def test_rows_are_read_only_as_far_ahead_as_the_engine_needs(engine, tmp_path):
     read, ahead = 0, []
 
     def lines():
@@ -344,15 +354,15 @@ def test_rows_are_read_only_as_far_ahead_as_the_engine_needs(engine):
             read += 1
             yield b'{"prompt": "ab", "max_tokens": 2}'
 
-    job = BatchJob(engine, Nowhere(), GREEDY, lambda summary, tokens: ahead.append(read - summary.rows))
-    assert job.run(read_rows(lines())).answered == read == 60
+    look = OnStep(lambda summary: ahead.append(read - summary.rows))
+    assert run_job(engine, lines(), tmp_path / "answers.jsonl", GREEDY, observers=[look]).answered == read == 60
     assert max(ahead) <= 4 * 4 + 4 + 1  # waiting, running, and one in hand
 
 
 def test_an_answer_is_there_while_others_are_still_computed(answer, tmp_path):
     seen = []
 
-    def look(summary, tokens):
+    def look(summary):
         seen.append(len((tmp_path / "answers.jsonl").read_text().splitlines()))
 
     answer([{"prompt": "a", "max_tokens": 2}, {"prompt": "b", "max_tokens": 20}], on_step=look)
@@ -360,7 +370,7 @@ def test_an_answer_is_there_while_others_are_still_computed(answer, tmp_path):
 
 
 def test_ctrl_c_leaves_the_complete_rows_and_an_idle_engine(answer, engine):
-    def interrupt(summary, tokens):
+    def interrupt(summary):
         if summary.answered:
             raise KeyboardInterrupt
 

@@ -1,13 +1,11 @@
 """The batch job with several models: every row is answered by the one it names."""
 
-import json
-
 import pytest
-from job_cases import GREEDY, alone, by_id
+from job_cases import GREEDY, alone, by_id, run_job, written
 from tiny_model import OPTIONS
 
 from fineserve_jax import ConfigError, Engine, EngineConfig, ModelLoadError
-from fineserve_jax.batch import AnswerFile, BatchJob, read_rows, run_batch
+from fineserve_jax.batch import run_batch
 from fineserve_jax.loaders import load_model
 
 PROMPTS = ["abc", "prompt number 2", "x" * 40]
@@ -29,10 +27,8 @@ def test_every_row_is_answered_by_its_model_as_if_that_were_alone(engine, models
         for i, prompt in enumerate(PROMPTS)
         for name in models
     ]
-    with AnswerFile(tmp_path / "answers.jsonl") as answers:
-        answers.begin()
-        summary = BatchJob(engine, answers, GREEDY).run(read_rows([json.dumps(row).encode() for row in rows]))
-    answers = by_id([json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()])
+    summary = run_job(engine, rows, tmp_path / "answers.jsonl", GREEDY)
+    answers = by_id(written(tmp_path / "answers.jsonl"))
     assert (summary.answered, summary.errors) == (len(rows), 0)
     for name, model in models.items():
         own = Engine(model, EngineConfig(**OPTIONS))
@@ -45,11 +41,8 @@ def test_every_row_is_answered_by_its_model_as_if_that_were_alone(engine, models
 
 def test_a_row_that_names_no_model_or_an_unknown_one_is_an_error(engine, tmp_path):
     rows = [{"prompt": "a"}, {"prompt": "a", "model": "round"}, {"prompt": "a", "model": 5}]
-    with AnswerFile(tmp_path / "answers.jsonl") as answers:
-        answers.begin()
-        BatchJob(engine, answers, GREEDY).run(read_rows([json.dumps(row).encode() for row in rows]))
-    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [answer["error"] for answer in written] == [
+    run_job(engine, rows, tmp_path / "answers.jsonl", GREEDY)
+    assert [answer["error"] for answer in written(tmp_path / "answers.jsonl")] == [
         "no model is named, and there are several; give model as one of exact, rough",
         "model='round' is not served; choose one of exact, rough",
         'model=5 is a JSON number; give text such as "smollm2-135m"',

@@ -10,8 +10,11 @@ from tiny_model import tiny_tokenizer
 
 from fineserve_jax import RequestError, SamplingParams
 from fineserve_jax.batch import rows
+from fineserve_jax.batch.records import Record, line_records
+from fineserve_jax.batch.requests import RowRequests, prompt_tokens
+from fineserve_jax.batch.row_fields import ROW_FIELDS
 from fineserve_jax.batch.row_ids import id_key
-from fineserve_jax.batch.rows import ROW_FIELDS, BadRow, BatchRow, parse_row, prompt_tokens, read_rows, row_sampling
+from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row, read_rows
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import OTHER_NAMES
 
@@ -19,8 +22,16 @@ TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "Hi"}]
 
 
+def parsed(line, number=7):
+    return parse_row(Record(number, line))
+
+
 def row(**fields):
-    return parse_row(json.dumps(fields).encode(), 7)
+    return parsed(json.dumps(fields).encode())
+
+
+def row_sampling(row, defaults):
+    return RowRequests(defaults).sampling(row)
 
 
 def test_a_row_has_the_line_as_id_unless_it_brings_one():
@@ -66,6 +77,10 @@ def test_null_stands_for_the_default_of_any_field():
         ({"logprobs": False, "top_logprobs": 0}, {"max_tokens": 9}),
         ({"logprobs": 3, "top_logprobs": 3}, {"max_tokens": 9, "logprobs": 3}),
         ({"top_logprobs": None}, {"max_tokens": 9, "logprobs": 2}),
+        (
+            {"response_format": {"type": "json_object"}},
+            {"max_tokens": 9, "logprobs": 2, "structured_outputs": {"json_object": True}},
+        ),
     ],
 )
 def test_openais_names_and_forms_are_taken_and_beat_the_defaults(fields, expected):
@@ -86,6 +101,11 @@ def test_openais_names_and_forms_are_taken_and_beat_the_defaults(fields, expecte
         ({"stop_token_ids": [5, True]}, "stop_token_ids.1=True: a token id is a whole number, not a bool"),
         ({"stop_token_ids": [1.0]}, "stop_token_ids.0=1.0: a token id is a whole number, not a float"),
         ({"stop_token_ids": [None]}, "stop_token_ids.0=None: a token id is a whole number, not a NoneType"),
+        ({"temperature": True}, "temperature=True: a number is wanted, not true or false"),
+        ({"n": True}, "n=True: a number is wanted, not true or false"),
+        ({"max_completion_tokens": True}, "max_tokens=True: a number is wanted, not true or false"),
+        ({"response_format": {"type": "yaml"}}, ".*its type is text, json_object or json_schema"),
+        ({"structured_outputs": {"json": {"items": {"not": {}}}}}, '.*at #/items/not: "not" is not supported'),
         ({"temperature": ["x" * 10_000]}, r"temperature=\['x{198}\.\.\.: "),
     ],
 )
@@ -118,10 +138,10 @@ def test_ids_that_differ():
 
 
 def test_a_fault_in_checking_a_row_is_that_rows(monkeypatch):
-    monkeypatch.setattr(rows, "RequestOptions", None)
+    monkeypatch.setattr(rows, "REMEMBERED_OPTIONS", None)
     bad = row(id="x", prompt="a")
     assert (bad.line, bad.id) == (7, "x")
-    assert bad.error.startswith("the row cannot be prepared: AttributeError: ")
+    assert bad.error.startswith("the row cannot be prepared: TypeError: ")
     assert bad.error.endswith("this is a fault of fineserve-jax, please report it with the row")
 
 
@@ -157,7 +177,7 @@ def test_a_fault_in_checking_a_row_is_that_rows(monkeypatch):
     ],
 )
 def test_a_line_that_is_no_row_says_why(line, error):
-    bad = parse_row(line, 7)
+    bad = parsed(line)
     assert isinstance(bad, BadRow)
     assert bad.line == 7
     assert_matches(bad.error, error)
@@ -172,12 +192,12 @@ def test_a_bad_row_keeps_its_id():
     assert row(id="mine").id == "mine"
     assert row(id="mine", prompt="a", heat=1).id == "mine"
     assert row(id=True).id is True
-    assert parse_row(b'{"id": 1e400}', 7).id == 7
+    assert parsed(b'{"id": 1e400}').id == 7
 
 
 @given(st.binary())
 def test_no_line_whatever_raises(line):
-    assert isinstance(parse_row(line, 1), BatchRow | BadRow)
+    assert isinstance(parsed(line, 1), BatchRow | BadRow)
 
 
 @given(
@@ -189,7 +209,7 @@ def test_no_line_whatever_raises(line):
     )
 )
 def test_no_json_whatever_raises(content):
-    assert isinstance(parse_row(json.dumps(content).encode(), 1), BatchRow | BadRow)
+    assert isinstance(parsed(json.dumps(content).encode(), 1), BatchRow | BadRow)
 
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=4)  # half of a surrogate pair is JSON, too
@@ -203,7 +223,7 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from(ROW_FIELDS), JSON, max_size=4))
 def test_any_json_in_any_field_is_taken_or_refused(fields):
-    found = parse_row(json.dumps({"prompt": "a", **fields}).encode(), 1)
+    found = parsed(json.dumps({"prompt": "a", **fields}).encode(), 1)
     if isinstance(found, BatchRow):
         with contextlib.suppress(RequestError):
             row_sampling(found, {})
@@ -231,7 +251,7 @@ def test_every_option_may_stand_in_a_row_and_null_unsets_it():
 
 def test_empty_lines_count_and_a_byte_order_mark_does_not():
     lines = [b'\xef\xbb\xbf{"prompt": "a"}\n', b"\n", b"  \r\n", b'{"prompt": "b"}']
-    assert [(r.line, r.prompt) for r in read_rows(lines)] == [(1, "a"), (4, "b")]
+    assert [(r.line, r.prompt) for r in read_rows(line_records(lines))] == [(1, "a"), (4, "b")]
 
 
 def test_prompts_become_tokens():
@@ -265,12 +285,12 @@ def test_messages_need_a_template():
 def test_what_is_said_of_rendering_is_for_messages():
     messages = [{"role": "user", "content": "hi"}]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    row = parse_row(json.dumps({"messages": messages, "tools": tools, "chat_template": None}).encode(), 1)
+    row = parsed(json.dumps({"messages": messages, "tools": tools, "chat_template": None}).encode(), 1)
     assert isinstance(row, BatchRow)
     assert (row.chat.tools, row.chat.chat_template) == (tools, None)
-    bad = parse_row(json.dumps({"prompt": "hi", "tools": tools}).encode(), 1)
+    bad = parsed(json.dumps({"prompt": "hi", "tools": tools}).encode(), 1)
     assert isinstance(bad, BadRow)
     assert bad.error == "tools is for messages, the row has a prompt; leave it out"
-    wrong = parse_row(json.dumps({"messages": messages, "tools": "f"}).encode(), 1)
+    wrong = parsed(json.dumps({"messages": messages, "tools": "f"}).encode(), 1)
     assert isinstance(wrong, BadRow)
     assert wrong.error.startswith("tools='f': ")

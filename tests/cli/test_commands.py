@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import pytest
 from tiny_model import OPTIONS
 
 from fineserve_jax import LLM, Engine, EngineConfig, SamplingParams
-from fineserve_jax.batch import AnswerFile
+from fineserve_jax.batch.answers import AnswerFile
 from fineserve_jax.cli import main
 from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import load_model
@@ -50,14 +51,17 @@ def test_batch_answers_a_file_and_tells_what_it_did(run, prompts, tmp_path):
     assert (answers["plain"]["kv_precision"], answers["chat"]["kv_precision"]) == ("int4", "int8")
     assert answers[4]["error"].startswith("line 4 is not JSON")
     assert "2 answered, 2 errors" in err
-    assert "4 of 4 rows" in err
+    assert "rows=4 of=4 errors=2" in err
 
     status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output)
     assert status == 2
     assert "exists" in one_line_error(err)
     status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output, "--resume")
+    assert status == 2
+    assert "was begun otherwise: max_tokens was 5 and is None" in one_line_error(err)
+    status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output, "--max-tokens", 5, "--resume")
     assert status == 0
-    assert "0 answered, 2 errors, 2 answered earlier" in err
+    assert "0 answered, 0 errors, 4 answered earlier (2 of them errors)" in err
     assert len(output.read_text().splitlines()) == 4
 
 
@@ -80,6 +84,12 @@ def test_batch_reads_stdin_and_writes_stdout(run, monkeypatch):
         (["-i", "prompts.jsonl", "-o", "."], "the output . is a directory"),
         (["-i", "prompts.jsonl", "-o", "prompts.jsonl", "--overwrite"], "prompts.jsonl is the input, too"),
         (["-i", "prompts.jsonl", "-o", "out", "--resume", "--overwrite"], "give one of them"),
+        (["-i", "prompts.jsonl"], "there is no output; give a file with -o, - for stdout, or --check"),
+        (["-i", "prompts.jsonl", "-o", "out.csv"], "would hold JSON lines, whatever its name says; call it out.jsonl"),
+        (["-i", "prompts.jsonl", "-o", "s3://bucket/out"], "the output s3://bucket/out is an address; answers are"),
+        (["-i", "none-*.jsonl", "-o", "out"], "the input none-*.jsonl matches no file"),
+        (["-i", "-", "-o", "out", "--resume"], "stdin, or a pipe, cannot be resumed"),
+        (["-i", "prompts.jsonl", "-o", "out", "--max-retries", "-1"], "max_retries=-1 is less than 0"),
         (["-i", "prompts.jsonl", "-o", "out", "--kv-precision", "int3"], "kv_precision='int3'"),
         (["-i", "prompts.jsonl", "-o", "out", "--temperature", "-1"], "temperature=-1.0"),
         (["-i", "prompts.jsonl", "-o", "out", "--config", "none.yaml"], "cannot read the configuration"),
@@ -99,9 +109,9 @@ def test_batch_refuses_before_it_loads_a_model(run, prompts, tmp_path, monkeypat
 
 
 def test_ctrl_c_in_a_batch_leaves_what_was_written(run, prompts, tmp_path, monkeypatch):
-    def interrupt(self, row):
-        write(self, row)
-        if row["id"] == "bad":
+    def interrupt(self, line):
+        write(self, line)
+        if json.loads(line)["id"] == "bad":
             raise KeyboardInterrupt
 
     write = AnswerFile.write
@@ -112,6 +122,50 @@ def test_ctrl_c_in_a_batch_leaves_what_was_written(run, prompts, tmp_path, monke
     assert "Interrupted: 0 answered, 1 errors" in err
     assert "Traceback" not in err
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["bad"]
+
+
+def test_sigterm_ends_a_batch_as_cleanly_and_tells_so_by_its_status(run, prompts, tmp_path, monkeypatch):
+    def terminate(self, line):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, line)
+
+    write = AnswerFile.write
+    monkeypatch.setattr(AnswerFile, "write", terminate)
+    output = tmp_path / "answers.jsonl"
+    status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output)
+    assert status == 128 + signal.SIGTERM
+    assert "Interrupted: " in err
+    monkeypatch.setattr(AnswerFile, "write", write)
+    status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output, "--resume")
+    assert status == 0
+    assert len(output.read_text().splitlines()) == 4
+
+
+def test_a_check_names_each_bad_row_by_its_line_and_answers_nothing(run, prompts, tmp_path):
+    status, out, err = run("batch", "MODEL", "-i", prompts, "--check")
+    assert status == 1
+    bad, broken = out.splitlines()
+    assert bad.startswith(f"{prompts}:3: kv_precision='int3' is not served; choose one of ")
+    assert broken.startswith(f"{prompts}:4: line 4 is not JSON")
+    assert "4 rows, 2 of them bad, " in err
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"prompt": "abc"}\n')
+    status, out, err = run("batch", "MODEL", "-i", good, "--check")
+    assert (status, out, err) == (0, "", "1 rows, 0 of them bad, 3 prompt tokens\n")
+
+
+def test_batch_takes_several_inputs_and_keeps_their_order(run, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            f'{{"id": "{name}1", "prompt": "x"}}\n{{"id": "{name}2", "prompt": "y"}}\n'
+        )
+    output = tmp_path / "answers.jsonl"
+    files = ["-i", tmp_path / "b.jsonl", "-i", tmp_path / "a.jsonl", "-o", output]
+    status, _, _ = run("batch", "MODEL", *files, "--ordered", "--no-timing", "--max-tokens", 2)
+    assert status == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["b1", "b2", "a1", "a2"]
+    assert all("timing" not in row for row in rows)
 
 
 # -- generate ----------------------------------------------------------------------------------------------

@@ -1,14 +1,20 @@
 """Fixtures of the engine tests."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_cases import random_model
 
+from fineserve_jax.engine import load as load_engine
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch")]
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +32,20 @@ def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
         return engine
 
     return make
+
+
+@pytest.fixture(scope="module")
+def make_llm(tiny_model: LoadedModel) -> Iterator[Callable[..., LLM]]:
+    """LLMs of the tiny model, all with the same programs."""
+    formats = ("bf16", "int8", "int4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_engine, "load_model", lambda source, weights: tiny_model)
+        patch.setattr(load_engine, "use_compilation_cache", lambda: None)
+
+        def make(**settings: Any) -> LLM:
+            defaults = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
+            llm = LLM("tiny", **(defaults | {"kv_formats": formats} | settings))
+            llm.engine.runner.use_formats(formats)
+            return llm
+
+        yield make

@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.kv.integrity import check_integrity
+from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import ModelConfig, random_params
 from fineserve_jax.request import Request
@@ -63,3 +64,12 @@ def serve(
         engine.step()
         check_integrity(engine.kv)
     return requests
+
+
+def check_nothing_is_left(llm: LLM) -> None:
+    """Nobody is served, and nothing is left of those who were."""
+    engine = llm.engine
+    assert not engine.has_unfinished
+    assert engine.detokenizers == {}
+    assert not engine.kv.held
+    check_integrity(engine.kv)

@@ -10,12 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engine_cases import random_model
+from engine_cases import check_nothing_is_left
 
-from fineserve_jax.engine import load as load_engine
 from fineserve_jax.errors import EngineError, RequestError
-from fineserve_jax.kv.integrity import check_integrity
-from fineserve_jax.llm import LLM
 from fineserve_jax.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
@@ -23,37 +20,11 @@ FORMATS = ["bf16", "int8", "int4"]
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def make_llm():
-    """LLMs of the tiny model, all with the same programs."""
-    model = random_model()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_engine, "load_model", lambda source, weights: model)
-        patch.setattr(load_engine, "use_compilation_cache", lambda: None)
-
-        def make(**settings) -> LLM:
-            defaults = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
-            llm = LLM("tiny", **(defaults | {"kv_formats": FORMATS} | settings))
-            llm.engine.runner.use_formats(FORMATS)
-            return llm
-
-        yield make
-
-
 @pytest.fixture
 def llm(make_llm):
     with make_llm() as llm:
         yield llm
-    check_books(llm)
-
-
-def check_books(llm):
-    """Nobody is served, and nothing is left of those who were."""
-    engine = llm.engine
-    assert not engine.has_unfinished
-    assert engine.detokenizers == {}
-    assert not engine.kv.held
-    check_integrity(engine.kv)
+    check_nothing_is_left(llm)
 
 
 def sampling_of(i: int) -> SamplingParams:
@@ -154,7 +125,7 @@ def test_whoever_waits_is_told_when_the_llm_is_closed(make_llm):
     for call in (lambda: llm.generate("a"), lambda: llm.stream("a"), llm.stats, llm.warm_up):
         with pytest.raises(EngineError, match="this engine is closed; make another one"):
             call()
-    check_books(llm)
+    check_nothing_is_left(llm)
 
 
 def test_an_llm_that_nobody_holds_any_more_takes_its_thread_and_memory_along(make_llm):

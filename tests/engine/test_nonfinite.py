@@ -80,7 +80,7 @@ def test_a_bad_row_ends_with_an_error_and_the_others_go_on(model, value, max_chu
     assert {request.finish_reason for request in found[:8]} == {FinishReason.LENGTH}
     for request in found[8:]:
         assert (request.finish_reason, request.output_token_ids) == (FinishReason.ERROR, [])
-        assert "the logits of model 'tiny' are not finite (NaN or infinity) after 0 output tokens" in request.error
+        assert "the logits of model 'tiny' are not finite (NaN or infinity) after 0 output tokens" in str(request.error)
 
 
 def test_tokens_that_pad_a_step_do_no_harm(model):
@@ -124,7 +124,7 @@ def test_one_that_goes_bad_while_it_decodes_keeps_what_it_had(model, spoilt_mode
     advanced = engine.step()
     assert requests[1] in advanced
     assert requests[1].finish_reason is FinishReason.ERROR
-    assert "after 5 output tokens" in requests[1].error
+    assert "after 5 output tokens" in str(requests[1].error)
     assert len(requests[1].logprobs) == requests[1].num_output_tokens == 5
     while engine.has_unfinished:
         engine.step()
@@ -147,9 +147,9 @@ def test_the_error_names_the_first_bad_stage_when_asked(model, path, row, stage,
     engine = engine_of(spoilt(model, *path, row=row), check_finite=True)
     params = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
     requests = serve(engine, [[5, 6], [7, 8, 5, 9], [5], [*range(7, 40), 5]], ["int8", "int4", "bf16", "fp32"], params)
-    assert all(f"the output of {stage} is the first such" in request.error for request in requests)
+    assert all(f"the output of {stage} is the first such" in str(request.error) for request in requests)
     unasked = serve(engine_of(spoilt(model, *path, row=row)), [[5, 6]], ["int8"], params)
-    assert "set check_finite to be told which layer" in unasked[0].error
+    assert "set check_finite to be told which layer" in str(unasked[0].error)
 
 
 def test_samples_that_fork_a_bad_prompt_all_fail(spoilt_model):

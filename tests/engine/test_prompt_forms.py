@@ -59,6 +59,7 @@ def test_token_ids_of_any_kind_of_whole_number(prompt):
         ((ids for ids in (IDS, IDS, IDS)), 3),
         (np.array([IDS, IDS]), 2),
         (np.array(["a", "b"]), 2),
+        (np.array("a"), 1),
         ([np.array(IDS)], 1),
         ([], 0),
         (iter(()), 0),
@@ -98,6 +99,9 @@ def test_several_prompts_are_told_from_one(prompts, count):
         (b"bytes", "prompts is a bytes; give text"),
         (None, "prompts is a NoneType; give text"),
         (5, "prompts is a int; give text"),
+        (np.array(5), "prompts is a int; give text"),
+        ([np.array(5)], "the prompt is a int; give a list of token ids"),
+        ({5, 6}, "prompts is a set; give text, a list of token ids"),
     ],
 )
 def test_other_prompts_are_refused_by_their_type(prompt, error):

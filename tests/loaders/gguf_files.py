@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from model_oracle import case_config, case_tensors
+from model_oracle import Tensors, case_config, case_tensors
 
-from fineserve_jax.loaders.gguf_names import gguf_tensor_name
 from fineserve_jax.loaders.hf_config import hf_config
+from fineserve_jax.models import ModelConfig
 from fineserve_jax.models.rope import rope_frequencies
 
-ARCHITECTURES = {"llama": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "smollm2": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3",
+    "granite": "granite",
+    "phi3": "phi3",
+    "phi3_short": "phi3",
+    "phi3_long": "phi3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "smollm3": "smollm3",
+    "cohere2": "cohere2",
+    "gpt_oss": "gpt-oss",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+}
+PERMUTED = ("llama", "granite", "smollm3")
+_EXPERT = re.compile(r"(model\.layers\.\d+\..*experts)\.\d+\.(.*)")
 
 
 def permuted(tensor: np.ndarray, heads: int) -> np.ndarray:
@@ -26,6 +48,95 @@ def permuted(tensor: np.ndarray, heads: int) -> np.ndarray:
             out[head * size + 2 * i] = tensor[head * size + i]
             out[head * size + 2 * i + 1] = tensor[head * size + size // 2 + i]
     return out
+
+
+def converted(case: str) -> Tensors:
+    """The tensors of a fixture case by the names that llama.cpp's converter gives them."""
+    config, architecture = hf_config(case_config(case)), ARCHITECTURES[case]
+    kind = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(kind, config.num_layers)
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name, tensor in (_apart(case_tensors(case)) if case == "gpt_oss" else case_tensors(case)).items():
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        if architecture in PERMUTED and heads:
+            tensor = permuted(tensor, heads)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor.astype(np.float32) + 1.0
+        # Experts are in the order of their numbers, of which there are fewer than ten.
+        stacked = _EXPERT.sub(r"\1.\2", name).replace("block_sparse_moe.experts", "feed_forward.experts")
+        found = names.get_name(
+            stacked.removeprefix("model.") if "feed_forward" in stacked else stacked, (".weight", ".bias")
+        )
+        assert found is not None, f"llama.cpp has no name for {name}"
+        stacks.setdefault(found + (".weight" if name.endswith("sinks") else ""), []).append(tensor)
+    return {name: tensors[0] if len(tensors) == 1 else np.stack(tensors) for name, tensors in stacks.items()}
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """gpt-oss's gates and what they gate, whose columns alternate, apart and `[out, in]`."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        bias, part = name.endswith("_bias"), name.removesuffix("_bias")
+        if not part.endswith("experts.gate_up_proj") and not part.endswith("experts.down_proj"):
+            found[name] = tensor
+            continue
+        end = ".bias" if bias else ".weight"
+        rows = tensor if bias else tensor.swapaxes(1, 2)
+        if part.endswith("down_proj"):
+            found[part + end] = rows
+        else:
+            gate, up = part.replace("gate_up", "gate") + end, part.replace("gate_up", "up") + end
+            found |= {gate: rows[:, 0::2], up: rows[:, 1::2]}
+    return found
+
+
+def numbers(case: str) -> dict[str, int | float]:
+    """Metadata under the architecture's name."""
+    raw = case_config(case)
+    config = hf_config(raw)
+    found: dict[str, int | float] = {
+        "context_length": config.max_position,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "rope.dimension_count": config.rotated,
+        f"attention.layer_norm_{'rms_' if config.norm == 'rms' else ''}epsilon": config.norm_eps,
+        "rope.freq_base": config.rope_theta,
+    }
+    keys = {
+        "embedding_scale": "embedding_multiplier",
+        "attention.scale": "attention_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logit_scale" if "logit_scale" in raw else "logits_scaling",
+    }
+    found |= {key: float(raw[name]) for key, name in keys.items() if name in raw}
+    if config.local_rope_theta is not None:
+        found["rope.freq_base_swa"] = config.local_rope_theta
+    if config.experts is not None:
+        found |= {"expert_count": config.experts.count, "expert_used_count": config.experts.used}
+    if "moe_intermediate_size" in raw:
+        found["expert_feed_forward_length"] = raw["moe_intermediate_size"]
+    if config.long_after is not None:
+        original = raw["original_max_position_embeddings"]
+        found["rope.scaling.original_context_length"] = original
+        stretch = math.log(config.max_position / original) / math.log(original)
+        found["rope.scaling.attn_factor"] = math.sqrt(1 + stretch)
+    return found
+
+
+def rope_tensors(config: ModelConfig) -> Tensors:
+    """Factors of rotations, where the converter spells them out."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind in ("linear", "yarn"):
+        return {}
+    if scaling.kind == "longrope":
+        lists = {"rope_factors_short.weight": scaling.factors, "rope_factors_long.weight": scaling.long_factors}
+        return {name: np.array(factors, np.float32) for name, factors in lists.items()}
+    plain, _ = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+    return {"rope_freqs.weight": plain / rope_frequencies(config)[0]}
 
 
 def write_gguf(
@@ -40,45 +151,29 @@ def write_gguf(
 
     more: adds keys and tensors.
     """
-    config, architecture = hf_config(case_config(case)), ARCHITECTURES[case]
+    architecture = ARCHITECTURES[case]
     writer = gguf.GGUFWriter(path, architecture)
-    numbers = {
-        "context_length": config.max_position,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
-    }
-    for key, number in numbers.items():
+    for key, number in numbers(case).items():
         if key not in leave_out:
-            writer.add_uint32(f"{architecture}.{key}", number)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config.norm_eps)
-    writer.add_float32(f"{architecture}.rope.freq_base", config.rope_theta)
+            add = writer.add_float32 if isinstance(number, float) else writer.add_uint32
+            add(f"{architecture}.{key}", number)
     if tokenizer:
-        add_byte_tokenizer(writer)
+        add_byte_tokenizer(writer, hf_config(case_config(case)).vocab_size)
+    config = hf_config(case_config(case))
     if config.sliding_window is not None:
         writer.add_uint32(f"{architecture}.attention.sliding_window", config.sliding_window)
         full = [layer in config.full_attention_layers for layer in range(config.num_layers)]
         writer.add_array(f"{architecture}.attention.sliding_window_pattern", [not attends for attends in full])
     scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        writer.add_string(f"{architecture}.rope.scaling.type", "linear")
+    if scaling is not None and scaling.kind in ("linear", "yarn"):
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling.kind)
         writer.add_float32(f"{architecture}.rope.scaling.factor", scaling.factor)
-    for name, tensor in case_tensors(case).items():
-        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-        if architecture == "llama" and heads:
-            tensor = permuted(tensor, heads)
-        if architecture == "gemma3" and name.endswith("norm.weight"):
-            tensor = tensor.astype(np.float32) + 1.0
-        stored = gguf_tensor_name(name, config.post_norms)
-        if stored not in leave_out:
-            add_tensor(writer, stored, tensor.astype(np.float32), quant)
-    if scaling is not None and scaling.kind != "linear":
-        factors = config.rope_theta ** (-np.arange(config.head_dim // 2) / (config.head_dim // 2))
-        add_tensor(writer, "rope_freqs.weight", (factors / rope_frequencies(config)[0]).astype(np.float32))
+        writer.add_uint32(f"{architecture}.rope.scaling.original_context_length", scaling.original_max_position)
+        writer.add_float32(f"{architecture}.rope.scaling.yarn_beta_fast", scaling.beta_fast)
+        writer.add_float32(f"{architecture}.rope.scaling.yarn_beta_slow", scaling.beta_slow)
+    for name, tensor in (converted(case) | rope_tensors(config)).items():
+        if name not in leave_out:
+            add_tensor(writer, name, tensor.astype(np.float32), quant)
     more(writer)
     return finish(writer, path)
 
@@ -97,14 +192,14 @@ def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
-def add_byte_tokenizer(writer: gguf.GGUFWriter, pre: str = "default") -> None:
-    """96 tokens of byte-level BPE: printable letters, one merge, and three control tokens."""
+def add_byte_tokenizer(writer: gguf.GGUFWriter, vocab_size: int = 96, pre: str = "default") -> None:
+    """96 tokens of byte-level BPE, printable letters, one merge, and control tokens; and more of those if need be."""
     letters = [chr(code) for code in range(33, 125)]
-    tokens = [*letters, "he", "<|end|>", "<|start|>", "Ġ"]
+    tokens = [*letters, "he", "<|end|>", "<|start|>", "Ġ", *(f"<|{i}|>" for i in range(96, vocab_size))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 93 + [3, 3, 1])
+    writer.add_token_types([1] * 93 + [3, 3, 1] + [3] * (vocab_size - 96))
     writer.add_token_merges(["h e"])
     writer.add_eos_token_id(93)
     writer.add_bos_token_id(94)

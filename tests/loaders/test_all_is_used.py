@@ -386,6 +386,31 @@ def test_an_added_token_that_cannot_have_its_id_is_warned_of(tmp_path, caplog):
     assert "'<other>'" in " ".join(caplog.messages)
 
 
+def test_named_tokens_and_ends_that_do_not_exist_are_warned_of(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        tokenizer = _companions(
+            tmp_path,
+            tokenizer_config={"eos_token": "<none>", "bos_token": "<s>"},
+            generation_config={"eos_token_id": [2, 99]},
+        )
+    assert tokenizer.eos_token_ids == (2, 99)
+    assert "eos_token is '<none>', which is no token of tokenizer.json" in " ".join(caplog.messages)
+    assert "eos_token_id 99 is no token of tokenizer.json" in " ".join(caplog.messages)
+    assert "bos_token" not in " ".join(caplog.messages)
+
+
+def test_keys_of_a_gguf_tokenizer_that_nothing_reads_are_warned_of(tmp_path, caplog):
+    def more(writer):
+        writer.add_array("tokenizer.ggml.suppress_tokens", [1, 2])
+        writer.add_uint32("tokenizer.ggml.fim_pre_token_id", 1)
+        writer.add_string("tokenizer.chat_template.rag", "{{ messages }}")
+
+    with caplog.at_level(logging.WARNING):
+        gguf_tokenizer(GGUFFile(write_gguf(tmp_path / "t.gguf", "smollm2", more=more)))
+    assert caplog.text.count("which nothing here reads") == 1
+    assert "'tokenizer.ggml.suppress_tokens', which nothing here reads" in caplog.text
+
+
 def test_merges_of_unknown_tokens_are_refused(tmp_path):
     for merge in ("he", "h x", "e h", " "):
         file = _tokenizer_file(tmp_path / "t.gguf", ["h", "e", "he"], [1] * 3, merges=(merge,))

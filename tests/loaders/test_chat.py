@@ -265,3 +265,11 @@ def test_the_process_that_renders_ends_by_itself_when_nobody_waits_for_it():
 def test_values_that_json_does_not_have_are_refused():
     with pytest.raises(RequestError, match="must be JSON values"):
         render("x", chat_template_kwargs={"a": object()})
+
+
+def test_tools_that_are_to_be_strict_are_refused():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": False}}
+    assert ChatOptions(tools=[tool]).tools == [tool]
+    strict = {**tool, "function": {**tool["function"], "strict": True}}
+    with pytest.raises(RequestError, match=r"^tools\.1\.function\.strict is true, and what a model calls is not"):
+        ChatOptions(tools=[tool, strict])

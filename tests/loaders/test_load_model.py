@@ -211,10 +211,44 @@ def test_a_mistral_window_of_null_means_none():
     assert hf_config(case_config("mistral")).sliding_window == 12
 
 
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [
+        ("Qwen3Model", "a model without an output head, as embedding models are"),
+        ("Qwen2ForSequenceClassification", "a model that scores or classifies texts"),
+        ("Qwen2ForRewardModel", "a model that scores or classifies texts"),
+    ],
+)
+def test_models_of_other_tasks_are_refused_with_a_word_that_they_are(architecture, what):
+    with pytest.raises(ModelLoadError, match=rf"'{architecture}' is {what}.*use a language model"):
+        hf_config({**case_config("qwen3"), "architectures": [architecture]})
+
+
+def test_embedding_models_are_refused_with_a_word_that_they_are(tmp_path):
+    """By the files of sentence-transformers, and by tensors of a model without a head."""
+    for number, case in enumerate(("qwen2", "qwen3", "qwen3")):
+        directory = shutil.copytree(FIXTURES / case, tmp_path / str(number))
+        tensors = {name: tensor for name, tensor in case_tensors(case).items() if name != "lm_head.weight"}
+        if number == 0:
+            (directory / "modules.json").write_text("[]")
+        if number == 1:
+            tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"is an embedding model: modules\.json of sentence-transformers"):
+        load_model(tmp_path / "0")
+    with pytest.raises(ModelLoadError, match=r"no output head.*embed_tokens\.weight.*embedding model"):
+        load_model(tmp_path / "1")
+    with pytest.raises(ModelLoadError, match=r"no output head: it has no lm_head\.weight.*embedding model"):
+        load_model(tmp_path / "2")
+
+
 def test_every_case_reads_its_rope_scaling():
     kinds = {case: hf_config(case_config(case)).rope_scaling for case in CASES}
     assert kinds["mistral"] == RopeScaling("linear", 2.0, 131072)
     assert kinds["llama"] == RopeScaling("llama3", 8.0, 16, 1.0, 4.0)
     assert kinds["qwen3_yarn"] == RopeScaling("yarn", 4.0, 32)
     assert kinds["gemma3"] == RopeScaling("linear", 8.0, 131072)
-    assert [case for case, scaling in kinds.items() if scaling is None] == ["smollm2", "qwen2", "qwen3", "gemma2"]
+    assert (kinds["phi3_long"].kind, kinds["phi3_long"].original_max_position) == ("longrope", 16)
+    stated = {case for case, scaling in kinds.items() if scaling is not None}
+    older = {"llama", "llama_biases", "mistral", "qwen3_yarn"}
+    assert stated == older | {"phi3_short", "phi3_long", "gemma3", "olmo3", "gpt_oss"}

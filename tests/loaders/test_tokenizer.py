@@ -37,7 +37,7 @@ def spm_gguf(path, **changes):
 
 def byte_gguf(path, pre="default", **flags):
     writer = gguf.GGUFWriter(path, "llama")
-    add_byte_tokenizer(writer, pre)
+    add_byte_tokenizer(writer, pre=pre)
     for key, value in flags.items():
         writer.add_bool(f"tokenizer.ggml.{key}", value)
     return GGUFFile(finish(writer, path))

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from fineserve_jax.models import Attend, CausalLM, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("llama", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "qwen3_yarn", "gemma2", "gemma3")
+CASES = tuple(sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz")))
+EXPERTS = ("gpt_oss", "mixtral", "qwen3_moe", "qwen3_moe_dense")
 
 Tensors = dict[str, np.ndarray]
 
@@ -49,7 +50,7 @@ def causal_attend(
     group = config.num_heads // config.num_kv_heads
     exact = jax.lax.Precision.HIGHEST
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
         window = window_of[layer]
         hidden = jnp.where(seen if window is None else seen & (distance < window), 0.0, -1e30)
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
@@ -57,7 +58,10 @@ def causal_attend(
         if (cap := config.attention_soft_cap) is not None:
             scores = cap * jnp.tanh(scores / cap)
         scores += hidden
-        return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v, precision=exact)
+        if sinks is not None:  # a further logit, of no value
+            scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], axis=2)
+        weights = jax.nn.softmax(scores, axis=-1)[:, :, : len(k)]
+        return jnp.einsum("hqk,khd->qhd", weights, v, precision=exact)
 
     return attend
 
@@ -69,13 +73,19 @@ def flax_logits(
     positions: np.ndarray | None = None,
     attend: Attend | None = None,
 ) -> np.ndarray:
-    """Logits of every token; of one sequence unless positions and attention say otherwise."""
+    """Logits of every token; of one sequence unless positions and attention say otherwise.
+
+    With longrope, all tokens are taken to be of sequences as long as the longest.
+    """
     positions = np.arange(len(tokens), dtype=np.int32) if positions is None else positions
     attend = attend or causal_attend(model.config, positions)
 
+    scaling = model.config.rope_scaling
+    long = jnp.full(len(tokens), scaling is not None and max(positions) >= scaling.original_max_position)
+
     @jax.jit
     def step(params: dict[str, Any], tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        hidden = model.apply({"params": params}, tokens, positions, attend)
+        hidden = model.apply({"params": params}, tokens, positions, attend, long)
         return model.apply({"params": params}, hidden, method="logits")
 
     return np.asarray(step(params, jnp.asarray(tokens), jnp.asarray(positions)))

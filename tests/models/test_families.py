@@ -62,7 +62,7 @@ def test_attend_is_called_once_per_layer_with_heads_apart(case):
     cfg, calls = hf_config(case_config(case)), []
     model, params = build_model(cfg), abstract_params(cfg, "fp32")
 
-    def attend(layer, q, k, v):
+    def attend(layer, q, k, v, *sinks):
         calls.append((layer, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype))
         return q
 

@@ -10,6 +10,7 @@ from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.models import CausalLM, ModelConfig, RopeScaling, build_model, get_family, register_family
 from fineserve_jax.models.family import Family
+from fineserve_jax.models.model_config import ExpertsConfig
 from fineserve_jax.models.registry import family_of_gguf_architecture, family_of_hf_architecture
 
 BASE = ModelConfig("llama", 96, 64, 2, 4, 2, 16, 64)
@@ -33,6 +34,10 @@ def test_rope_factors_survive_json():
         ({"num_layers": 0}, "num_layers is 0"),
         ({"num_kv_heads": 3}, "4 query heads cannot share 3 KV heads"),
         ({"head_dim": 15}, "head_dim is 15"),
+        ({"rotary_dim": 18}, "head_dim is 16, of which RoPE turns 18 values"),
+        ({"logit_multiplier": 0.0}, "logit_multiplier is 0.0, must be a positive number"),
+        ({"no_rope_layers": (2,)}, r"no_rope_layers are \[2\]; they must be ascending numbers of 2 layers"),
+        ({"experts": ExpertsConfig(2**15 + 1, 1, 8)}, "2 layers of 32769 experts; at most 65536"),
         ({"rope_scaling": RopeScaling("factors", factors=(1.0, 2.0))}, "2 RoPE factors.*expected 8"),
     ],
 )
@@ -42,8 +47,13 @@ def test_impossible_configurations_are_refused(change, message):
 
 
 def test_unknown_rope_scaling_is_refused_by_name():
-    with pytest.raises(ModelLoadError, match=r"'longrope' is not supported; supported: linear, llama3, yarn"):
-        RopeScaling("longrope")
+    with pytest.raises(ModelLoadError, match=r"'dynamic' is not supported; supported: linear, llama3, yarn"):
+        RopeScaling("dynamic")
+
+
+def test_a_token_cannot_use_more_experts_than_there_are():
+    with pytest.raises(ModelLoadError, match=r"cannot use 3 of 2 experts"):
+        ExpertsConfig(2, 3, 8)
 
 
 def test_rope_scaling_without_the_original_context_is_refused():
@@ -72,7 +82,7 @@ def test_families_are_found_by_their_checkpoint_names(name):
 def test_unknown_architectures_are_refused_with_the_supported_ones():
     with pytest.raises(ModelLoadError, match=r"'GPT2LMHeadModel'.*LlamaForCausalLM.*Qwen3ForCausalLM"):
         family_of_hf_architecture("GPT2LMHeadModel")
-    with pytest.raises(ModelLoadError, match=r"'gpt2'.*llama, qwen2, qwen3"):
+    with pytest.raises(ModelLoadError, match=r"'gpt2'.*llama, olmo2, phi3, qwen2, qwen3"):
         family_of_gguf_architecture("gpt2")
     with pytest.raises(ModelLoadError, match=r"'nobody'.*llama, mistral"):
         build_model(dataclasses.replace(BASE, family="nobody"))

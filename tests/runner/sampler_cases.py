@@ -38,13 +38,16 @@ def make_request(
     )
 
 
-def draw(logits, requests: list[Request], rows: int | None = None) -> Sampled:
-    """Samples for requests, `logits` f32[vocab] for all or f32[requests, vocab]; padded to `rows`."""
+def draw(logits, requests: list[Request], rows: int | None = None, allowed: np.ndarray | None = None) -> Sampled:
+    """Samples for requests, `logits` f32[vocab] for all or f32[requests, vocab]; padded to `rows`.
+
+    allowed: u32[rows, words], see `sample`.
+    """
     rows = len(requests) if rows is None else rows
     logits = np.asarray(logits, np.float32)
     padded = np.full((rows, logits.shape[-1]), 3.0, np.float32)
     padded[: len(requests)] = logits
-    sampled = _sample(padded, build_sampling(requests, rows, MAX_SEQ_LEN))
+    sampled = _sample(padded, build_sampling(requests, rows, MAX_SEQ_LEN), allowed)
     return jax.tree.map(lambda part: np.asarray(part)[: len(requests)], sampled)
 
 

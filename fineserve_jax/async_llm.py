@@ -1,0 +1,198 @@
+"""The asynchronous front door: prompts in and answers out for asyncio's tasks, which no step holds up."""
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
+from fineserve_jax.engine.load import load_from
+from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.outputs import RequestOutput
+from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
+from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.engine.tickets import Ticket
+from fineserve_jax.loaders import ChatOptions, Tokenizer
+from fineserve_jax.request_options import OptionKeywords, RequestOptions
+from fineserve_jax.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+
+class AsyncLLM:
+    """A model, or several, for any number of asyncio tasks at once; they are served together.
+
+    >>> llm = AsyncLLM("smollm2-135m", kv_memory="256MiB")
+    >>> async for piece in llm.stream("The sky is", SamplingParams(max_tokens=32), kv_precision="int8"):
+    ...     print(piece, end="")
+
+    Prompts are encoded on other threads, and steps are computed on one of their own. A task that is cancelled, or that
+    leaves a stream, ends its requests, and their memory is free before the next step. Options say how urgent each is.
+
+    Args: see `LLM`. The model is loaded here, before anything can be awaited.
+
+    Raises: see `LLM`.
+    """
+
+    def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        self.engine = load_from(model, models, settings)
+        self._loop = EngineLoop(self.engine)
+        self._inboxes: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, AsyncInbox] = (
+            weakref.WeakValueDictionary()
+        )
+        weakref.finalize(self, self._loop.close_without_waiting).atexit = False  # the loop sees to that itself
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The only model's; those of several are in `engine.models`."""
+        return self.engine.tokenizer
+
+    async def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[RequestOutput]:
+        """Answers one prompt or several; see `LLM.generate`."""
+        return await self._answer(prompt_list(prompts), encode_prompt, sampling_params, options, fields)
+
+    async def chat(
+        self,
+        conversations: Conversation | Iterable[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+        *,
+        chat_options: ChatOptions | None = None,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[RequestOutput]:
+        """Continues one conversation or several; see `LLM.chat`."""
+        encode = chat_encoder(chat_options)
+        return await self._answer(conversation_list(conversations), encode, sampling_params, options, fields)
+
+    async def stream(
+        self,
+        prompt: Prompt | Conversation,
+        sampling_params: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        *,
+        chat_options: ChatOptions | None = None,
+        **fields: Unpack[OptionKeywords],
+    ) -> AsyncIterator[str]:
+        """Yields the answer to one prompt, or to one conversation, piece by piece; see `LLM.stream`.
+
+        A reader that is slower than the model gets larger pieces. Errors are raised when the first piece is asked for.
+        """
+        inbox = self._inbox()
+        ticket = await asyncio.to_thread(
+            ticket_for_pieces, self.engine, inbox, prompt, sampling_params, options, chat_options, fields
+        )
+        with inbox.expecting([ticket]) as news:
+            try:
+                self._loop.submit([ticket])
+                is_done = False
+                while not is_done:
+                    await news.wait()
+                    news.clear()
+                    piece, is_done = ticket.take()
+                    if piece:
+                        yield piece
+                ticket.check()
+            finally:
+                self._loop.abort([ticket])
+
+    async def warm_up(
+        self,
+        kv_precisions: Sequence[str] = (),
+        min_kv_precision: str | None = None,
+        *,
+        structured_outputs: bool = False,
+    ) -> int:
+        """Compiles ahead all programs that requests in these KV formats can need; see `Engine.warm_up`."""
+        return await self._call(
+            lambda: self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
+        )
+
+    async def stats(self) -> EngineStats:
+        """Where the engine stands between two steps; see `LLM.stats`."""
+        return await self._call(self.engine.stats)
+
+    async def close(self) -> None:
+        """Ends the thread that computes; whoever waits, and later calls, get an `EngineError`."""
+        await asyncio.to_thread(self._loop.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        return await asyncio.to_thread(self._loop.call, function)
+
+    async def _answer(
+        self,
+        prompts: Sequence[Any],
+        encode: Encode,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        options: RequestOptions | Sequence[RequestOptions] | None,
+        fields: OptionKeywords,
+    ) -> list[RequestOutput]:
+        self._loop.check_usable()
+        inbox = self._inbox()
+        tickets = await asyncio.to_thread(
+            tickets_of_all, self.engine, inbox, prompts, encode, sampling_params, options, fields
+        )
+        with inbox.expecting(tickets) as news:
+            try:
+                self._loop.submit(tickets)
+                while not all(ticket.is_done for ticket in tickets):
+                    await news.wait()
+                    news.clear()
+                return [ticket.output() for ticket in tickets]
+            finally:
+                self._loop.abort(tickets)
+
+    def _inbox(self) -> "AsyncInbox":
+        """That of the running event loop: what a step has for its tasks is handed over in one go."""
+        event_loop = asyncio.get_running_loop()
+        inbox = self._inboxes.get(event_loop)
+        if inbox is None:
+            inbox = self._inboxes[event_loop] = AsyncInbox(event_loop)
+        return inbox
+
+
+class AsyncInbox:
+    """The receiver for the tasks of an event loop. Its methods, but for `notify`, are called on that loop's thread."""
+
+    wants_stats = False
+
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        self._event_loop = event_loop
+        self._expected: dict[Ticket, asyncio.Event] = {}
+
+    def notify(self, tickets: Sequence[Ticket]) -> None:
+        self._event_loop.call_soon_threadsafe(self._wake, tickets)  # raises if the event loop is closed
+
+    def show(self, stats: EngineStats) -> None:
+        """Nobody is shown statistics."""
+
+    def _wake(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket in self._expected:
+                self._expected[ticket].set()
+
+    @contextlib.contextmanager
+    def expecting(self, tickets: Sequence[Ticket]) -> Iterator[asyncio.Event]:
+        """Set whenever there is news of one of the tickets."""
+        news = asyncio.Event()
+        self._expected |= dict.fromkeys(tickets, news)
+        try:
+            yield news
+        finally:
+            for ticket in tickets:
+                del self._expected[ticket]

@@ -1,0 +1,97 @@
+"""Rows that were interrupted in the middle go on with the tokens they had, on a real engine with a tiny model."""
+
+import pytest
+from job_cases import OnStep, by_id, run_job, without_timing, written
+
+from fineserve_jax.batch.in_flight import RowInFlight, save_tokens, saved_tokens
+from fineserve_jax.batch.journal import Journal
+from fineserve_jax.batch.requests import RowRequests
+from fineserve_jax.batch.rows import BatchRow
+from fineserve_jax.engine.resuming import SampleSoFar
+
+LONG = {"max_tokens": 40, "ignore_eos": True}
+ROWS = [
+    {"id": "greedy", "prompt": "one two three", **LONG},
+    {"id": "random", "prompt": "four five", "temperature": 1.0, **LONG},
+    {"id": "penalties", "prompt": "aaaa", "repetition_penalty": 1.3, "frequency_penalty": 0.5, **LONG},
+    {"id": "samples", "prompt": "a prompt of several pages, of sixteen tokens", "n": 3, "temperature": 1.5, **LONG},
+    {"id": "logprobs", "prompt": "six", "logprobs": 2, "kv_precision": "int8", **LONG},
+    {"id": "stops", "prompt": "seven", "temperature": 2.0, "stop": ["a", "e", "Q"], "min_tokens": 9, "max_tokens": 60},
+    {"id": "filters", "prompt": [9, 9, 9], "temperature": 0.9, "top_p": 0.8, "top_k": 20, "seed": 11, **LONG},
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    run_job(engine, ROWS, path)
+    return by_id(without_timing(written(path)))
+
+
+@pytest.mark.parametrize("every", [1, 7, 16])
+def test_rows_that_are_interrupted_again_and_again_give_the_same_answers(engine, tmp_path, undisturbed, every):
+    """The same tokens, texts, log-probabilities to some digits, and formats."""
+    path, steps, sampled, runs = tmp_path / "out.jsonl", 0, 0, 0
+
+    def interrupt(summary):
+        nonlocal steps
+        steps += 1
+        if steps % every == 0 and runs < 12:
+            raise KeyboardInterrupt
+
+    while True:
+        summary = run_job(engine, ROWS, path, resume=runs > 0, observers=[OnStep(interrupt)])
+        runs, sampled = runs + 1, sampled + summary.sampled_tokens
+        assert not engine.has_unfinished
+        assert engine.detokenizers == {}
+        if not summary.interrupted:
+            break
+    assert runs > 3
+    found = by_id(without_timing(written(path)))
+    assert sampled == sum(row["output_tokens"] for row in undisturbed.values())
+    for row, whole in ((found[name], undisturbed[name]) for name in undisturbed):
+        entries = zip(row.pop("logprobs", ()), {**whole}.get("logprobs", ()), strict=True)
+        for entry, expected in entries:
+            assert (entry["token"], entry["text"]) == (expected["token"], expected["text"])
+            assert entry["logprob"] == pytest.approx(expected["logprob"], abs=1e-3)
+        assert row == {name: value for name, value in whole.items() if name != "logprobs"}
+
+
+def test_a_sample_that_had_ended_is_finished_at_once(engine):
+    requests = RowRequests({"max_tokens": 6, "ignore_eos": True})
+    prepared = engine.prepare(*requests.request(BatchRow(1, 1, "abc", sampling={"n": 2}), engine.tokenizer))
+    whole = engine.queue(prepared)
+    while engine.has_unfinished:
+        engine.step()
+    expected = engine.output(whole)
+    for sample in whole:
+        engine.release(sample)
+    had = [SampleSoFar(sample.output_token_ids, (), sample.kv_tokens) for sample in whole]
+    again = engine.queue(prepared, had)
+    assert not engine.has_unfinished
+    found = engine.output(again)
+    assert (found.outputs, found.kv_tokens) == (expected.outputs, expected.kv_tokens)
+    for sample in again:
+        engine.release(sample)
+
+
+def test_what_the_journal_keeps_of_samples_comes_back_as_it_was(engine):
+    journal = Journal(None)
+    row = BatchRow(3, "x", "abc", sampling={"n": 2, "logprobs": 1, "temperature": 1.0, "max_tokens": 9})
+    request = RowRequests().request(row, engine.tokenizer)
+    pending = RowInFlight(row, request)
+    pending.samples, pending.saved = engine.queue(engine.prepare(*request)), [0, 0]
+    try:
+        for _ in range(4):
+            engine.step()
+            save_tokens(journal, [pending])
+            save_tokens(journal, [pending])
+        kept = saved_tokens(journal, row.seq)
+        assert [part.token_ids for part in kept] == [sample.output_token_ids for sample in pending.samples]
+        assert [part.logprobs for part in kept] == [sample.logprobs for sample in pending.samples]
+        assert saved_tokens(journal, row.seq + 1) == []
+    finally:
+        for sample in pending.samples:
+            engine.abort(sample)
+            engine.release(sample)
+        journal.close()

@@ -1,0 +1,153 @@
+"""The asynchronous front door: many tasks at once, none of which holds up another."""
+
+import asyncio
+import time
+
+import pytest
+from engine_cases import check_nothing_is_left
+
+from fineserve_jax.async_llm import AsyncLLM
+from fineserve_jax.errors import EngineError, RequestError
+from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.sampling_params import SamplingParams
+
+FORMATS = ("bf16", "int8", "int4")
+LONG = SamplingParams(max_tokens=100, ignore_eos=True)
+
+
+@pytest.fixture
+def make_async(make_llm):
+    """As `make_llm`, whose models the loader has been replaced for."""
+
+    def make(**settings) -> AsyncLLM:
+        defaults = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
+        llm = AsyncLLM("tiny", **(defaults | {"kv_formats": FORMATS} | settings))
+        llm.engine.runner.use_formats(FORMATS)
+        return llm
+
+    return make
+
+
+def sampling(i: int) -> SamplingParams:
+    return SamplingParams(max_tokens=3 + i % 9, temperature=1.0, seed=i, ignore_eos=True)
+
+
+async def text_of(llm, prompt, *arguments, **options) -> str:
+    return "".join([piece async for piece in llm.stream(prompt, *arguments, **options)])
+
+
+def test_hundreds_of_tasks_get_what_each_would_get_alone(make_async, make_llm):
+    with make_llm() as alone:
+        expected = [
+            output.outputs[0].text
+            for output in alone.generate(
+                [f"task {i}" for i in range(200)],
+                [sampling(i) for i in range(200)],
+                kv_precision=[FORMATS[i % 3] for i in range(200)],
+            )
+        ]
+
+    async def ask(llm, i):
+        if i % 2:
+            return await text_of(llm, f"task {i}", sampling(i), kv_precision=FORMATS[i % 3])
+        (output,) = await llm.generate(f"task {i}", sampling(i), kv_precision=FORMATS[i % 3])
+        return output.outputs[0].text
+
+    async def main():
+        async with make_async() as llm:
+            found = await asyncio.gather(*(ask(llm, i) for i in range(200)))
+            stats = await llm.stats()
+        check_nothing_is_left(llm)
+        return found, stats.num_steps
+
+    found, num_steps = asyncio.run(main())
+    assert found == expected
+    assert num_steps < 200 * 7 / 3, "they were meant to be served together"
+
+
+def test_the_event_loop_goes_on_while_a_step_is_computed(make_async, monkeypatch):
+    """A step that takes 0.2 s holds nobody up for a tenth of that."""
+
+    async def main():
+        async with make_async() as llm:
+            await llm.generate("warm", SamplingParams(max_tokens=2))
+            schedule = llm.engine.scheduler.schedule
+            monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda now: (time.sleep(0.2), schedule(now))[1])
+            task, ticks = asyncio.create_task(llm.generate("slow", SamplingParams(max_tokens=3, ignore_eos=True))), 0
+            while not task.done():
+                await asyncio.sleep(0.005)
+                ticks += 1
+            return ticks
+
+    assert asyncio.run(main()) > 30  # of about 120
+
+
+def test_a_task_that_is_cancelled_frees_its_memory_before_the_next_step(make_async):
+    async def main():
+        async with make_async() as llm:
+            begun = asyncio.Event()
+
+            async def read():
+                async for _ in llm.stream("one", LONG):
+                    begun.set()
+
+            tasks = [asyncio.create_task(read()), asyncio.create_task(llm.generate(["two", "three"], LONG))]
+            await begun.wait()
+            steps = (await llm.stats()).num_steps
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            stats = await llm.stats()
+            assert all(task.cancelled() for task in tasks)
+            assert stats.num_running == stats.num_waiting == 0
+            assert stats.num_steps < steps + 20, "the answers were not computed to their end"
+        check_nothing_is_left(llm)
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_is_left_early_ends_its_request(make_async):
+    async def main():
+        async with make_async() as llm:
+            stream = llm.stream("one", LONG)
+            async for _ in stream:
+                break
+            await stream.aclose()
+            assert (await llm.stats()).num_running == 0
+
+    asyncio.run(main())
+
+
+def test_one_llm_serves_several_event_loops_also_one_after_another(make_async):
+    llm = make_async()
+    first, second = (asyncio.run(text_of(llm, "hello", LONG)) for _ in range(2))
+    assert first == second
+    abandoned = asyncio.new_event_loop()
+    task = abandoned.create_task(llm.generate("nobody waits for it", LONG))
+    while not task.done() and not llm.engine.detokenizers:
+        abandoned.run_until_complete(asyncio.sleep(0.001))
+    task.cancel()
+    abandoned.run_until_complete(asyncio.gather(task, return_exceptions=True))
+    abandoned.close()
+    assert asyncio.run(text_of(llm, "hello", LONG)) == first
+    asyncio.run(llm.close())
+    with pytest.raises(EngineError, match="closed"):
+        asyncio.run(llm.generate("a"))
+    check_nothing_is_left(llm)
+
+
+def test_options_and_refusals_are_those_of_the_synchronous_front_door(make_async):
+    async def main():
+        async with make_async() as llm:
+            late = RequestOptions(ttft_slo_s=1e-9, drop_when_late=True, priority=4)
+            first, second = await llm.generate(["a", "b"], LONG, [late, RequestOptions(kv_precision="int8")])
+            assert [first.outputs[0].finish_reason, second.outputs[0].finish_reason] == ["late", "length"]
+            with pytest.raises(RequestError, match="prompt 1: the prompt has 200 tokens"):
+                await llm.generate(["fine", "x" * 200])
+            with pytest.raises(RequestError, match="no chat template"):
+                await llm.chat([{"role": "user", "content": "Hi"}])
+            with pytest.raises(RequestError, match="n=2"):
+                await text_of(llm, "a", SamplingParams(n=2))
+            assert await llm.warm_up() >= 0
+
+    asyncio.run(main())
