@@ -67,7 +67,7 @@ def test_logprobs_are_those_of_the_model_before_bias(make_engine):
     plain = SamplingParams(max_tokens=1, logprobs=3, ignore_eos=True)
     biased = SamplingParams(max_tokens=1, logprobs=3, ignore_eos=True, logit_bias=only("a"))
     (first,), (second,) = (serve(engine, [PROMPT], ["fp32"], sampling) for sampling in (plain, biased))
-    assert first.logprobs[0].top == pytest.approx(second.logprobs[0].top)
+    assert first.logprobs[0].top == pytest.approx(second.logprobs[0].top, abs=1e-5)  # of cached pages: other sums
     assert first.logprobs[0].logprob == pytest.approx(max(first.logprobs[0].top.values()))
     assert second.logprobs[0].logprob < first.logprobs[0].logprob
 

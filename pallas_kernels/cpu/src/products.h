@@ -403,6 +403,14 @@ INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float
 #endif
 }
 
+// Up to W numbers of fp16.
+INLINE F fp16_of(const uint16_t* words, int64_t count) {
+  if (count == W) return fp16(widen(words));
+  uint16_t padded[W] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = words[i];
+  return fp16(widen(padded));
+}
+
 // `to` bf16[outputs, inner], of outputs from `o` on.
 INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16_t* to) {
   const int64_t half = p.inner / 2, groups = p.inner / kGroup, groups_of_half = groups / 2;
@@ -411,25 +419,16 @@ INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16
     const auto* scale_words = static_cast<const uint16_t*>(p.scale) + (o + c) * groups;
     const auto* minimum_words = static_cast<const uint16_t*>(p.minimum) + (o + c) * groups;
     for (int64_t g = 0; g < groups_of_half; g += W) {
-      float scales[W][2], minima[W][2];
       const int64_t count = groups_of_half - g < W ? groups_of_half - g : W;
-      if (count == W) {
-        for (int plane = 0; plane < 2; ++plane) {
-          const F s = fp16(widen(scale_words + plane * groups_of_half + g));
-          const F m = fp16(widen(minimum_words + plane * groups_of_half + g));
-          for (int i = 0; i < W; ++i) scales[i][plane] = s[i], minima[i][plane] = m[i];
-        }
-      } else {
-        for (int64_t i = 0; i < count; ++i) {
-          for (int plane = 0; plane < 2; ++plane) {
-            scales[i][plane] = fp16(scale_words[plane * groups_of_half + g + i]);
-            minima[i][plane] = fp16(minimum_words[plane * groups_of_half + g + i]);
-          }
-        }
+      float scales[2][W], minima[2][W];
+      for (int plane = 0; plane < 2; ++plane) {
+        store(scales[plane], fp16_of(scale_words + plane * groups_of_half + g, count));
+        store(minima[plane], fp16_of(minimum_words + plane * groups_of_half + g, count));
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (g + i) * kGroup;
-        decode_groups(bytes + at, scales[i], minima[i], to + at, to + half + at);
+        const float own_scales[2] = {scales[0][i], scales[1][i]}, own_minima[2] = {minima[0][i], minima[1][i]};
+        decode_groups(bytes + at, own_scales, own_minima, to + at, to + half + at);
       }
     }
   }
