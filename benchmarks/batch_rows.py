@@ -107,6 +107,8 @@ class InstantEngine:
 
     def release(self, request: Answering) -> None: ...
 
+    def recover(self) -> None: ...
+
     def stats(self) -> EngineStats:
         return EngineStats({}, 1, NOTHING, 0, 0, 0, self._count, 0.0, self._steps, 0, 0, None, {})
 

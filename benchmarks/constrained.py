@@ -145,6 +145,8 @@ def decode(engine: Engine, prompts: list[list[int]], sampling: list[SamplingPara
     ]
     while any(request.num_output_tokens == 0 for request in requests):
         engine.step()
+    if any(request.finish_reason for request in requests):
+        raise SystemExit("rows have ended before all had begun; give more --new-tokens, or fewer --prompt-tokens")
     start, early = time.perf_counter(), sum(request.num_output_tokens for request in requests)
     while not any(request.finish_reason for request in requests):
         engine.step()

@@ -120,15 +120,14 @@ def measure(arguments: Arguments, engine: Engine, requests: list[Request]) -> di
     def layers() -> object:
         x = stream
         for index, params in enumerate(runner.layer_params):
-            own = programs.layers[runner.group_of_layer[index]]
-            x, _ = own(params, x, runner.layer_numbers[index], runner.arena.units, inputs)
+            kind, number = runner.place_of_layer[index]
+            x, _ = programs.layers[kind](params, x, number, runner.arena.units, inputs)
         return x
 
+    places = [runner.place_of_layer[index] for index in range(len(runner.layer_params))]
     words = [
-        programs.layers[runner.group_of_layer[i]](params, stream, runner.layer_numbers[i], runner.arena.units, inputs)[
-            1
-        ]
-        for i, params in enumerate(runner.layer_params)
+        programs.layers[kind](params, stream, number, runner.arena.units, inputs)[1]
+        for params, (kind, number) in zip(runner.layer_params, places, strict=True)
     ]
 
     def commit() -> object:
@@ -178,8 +177,8 @@ def attention_call(engine: Engine, spec: stages.StepSpec, inputs: StepInputs) ->
     attends = [jax.jit(functools.partial(paged_attention, spec.decode_attention(group))) for group in spec.groups]
 
     def call() -> object:
-        tiles, arena = inputs.decode.tiles, runner.arena.units
-        return [attends[runner.group_of_layer[i]](q, arena, tiles, n) for i, n in enumerate(runner.layer_numbers)]
+        places, arena = runner.place_of_layer.values(), runner.arena.units
+        return [attends[group](q, arena, inputs.groups[group].decode_tiles, number) for (group, _), number in places]
 
     return call
 

@@ -4,6 +4,7 @@ Type checkers read this file, and `__init__.py` imports from it what it is asked
 """
 
 from fineserve_jax.async_llm import AsyncLLM
+from fineserve_jax.batch.predictor import FineServePredictor
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -51,6 +52,7 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "FineServeError",
+    "FineServePredictor",
     "Granularity",
     "KVFormat",
     "LoadedModel",

@@ -28,6 +28,7 @@ class AttentionSpec:
         num_queries: length of the query axis; None: one a row, query r for row r (decoding).
         segments_per_row: most segments a row has.
         window: a query sees keys less than this many positions back; None: all before it.
+        packs: whether a tile may hold KV splits of several rows; if not, a row's sums are taken as if it were alone.
         soft_cap: logits are capped to soft_cap * tanh(logit / soft_cap); None: not.
         implementation: xla, cpu, triton or mosaic_tpu.
         interpret: run Pallas kernels in Python and XLA, on any platform; None: if this platform cannot compile them.
@@ -41,6 +42,7 @@ class AttentionSpec:
     segments_per_row: int = 1
     window: int | None = None
     soft_cap: float | None = None
+    packs: bool = True
     implementation: Implementation = field(default_factory=default_implementation)
     interpret: bool | None = None
 

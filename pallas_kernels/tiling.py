@@ -31,7 +31,7 @@ class Tiling:
             max_pages=spec.max_pages,
             num_formats=len(spec.formats),
             segments_per_row=spec.segments_per_row,
-            splits=min(sizes.splits, spec.num_rows),
+            splits=min(sizes.splits, spec.num_rows) if spec.packs else 1,
             pages=max(1, min(sizes.tokens // spec.geometry.page_size, spec.max_pages)),
             queries=min(sizes.queries, 1 << (spec.query_axis_size - 1).bit_length()),
         )

@@ -15,6 +15,7 @@ COMPILING = (
     "batch/test_batch_models.py",
     "batch/test_check.py",
     "batch/test_half_done.py",
+    "batch/test_ray_job.py",
     "benchmarks/test_aot_parsers.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
     "cli/test_bench.py",
@@ -26,6 +27,7 @@ COMPILING = (
     "engine",
     "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
+    "loaders/test_gguf_split.py",
     "loaders/test_load_model.py",
     "loaders/test_quantized_checkpoints.py",
     "loaders/test_smollm2.py",

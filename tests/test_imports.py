@@ -119,7 +119,9 @@ def test_the_hosts_rooms_do_without_jax(room):
 def test_every_package_that_is_imported_is_declared():
     """Directly, not by way of what another dependency happens to bring."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional = [name for extra in ("plot", "files", "remote") for name in project["optional-dependencies"][extra]]
+    optional = [
+        name for extra in ("plot", "files", "remote", "ray") for name in project["optional-dependencies"][extra]
+    ]
     declared = {requirement.split(">")[0].split("[")[0].lower() for requirement in project["dependencies"] + optional}
     distributions = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "absl": "absl-py"}
     used = {name for imported in IMPORTS.values() for name in imported if room_of(name) is None}

@@ -47,6 +47,7 @@ from fineserve_jax.batch.inputs import Inputs
 from fineserve_jax.batch.job import BatchJob
 from fineserve_jax.batch.job_output import JobOutput
 from fineserve_jax.batch.observers import JobObserver, JobStart, RowOutcome
+from fineserve_jax.batch.predictor import FineServePredictor
 from fineserve_jax.batch.rows import BadRow, BatchRow, read_rows
 from fineserve_jax.batch.run import run_batch
 from fineserve_jax.batch.summary import BatchSummary, FormatSummary
@@ -58,6 +59,7 @@ __all__ = [
     "BatchRow",
     "BatchSummary",
     "Finding",
+    "FineServePredictor",
     "FormatSummary",
     "Inputs",
     "JobObserver",

@@ -81,10 +81,12 @@ def save_tokens(journal: Journal, rows: Iterable[RowInFlight]) -> None:
 
 def saved_tokens(journal: Journal, seq: int) -> list[SampleSoFar]:
     """What the journal has of a row's samples, one for each up to the last that has any."""
+    if not (pieces := journal.saved_tokens(seq)):
+        return []
     tokens: dict[int, list[int]] = {}
     logprobs: dict[int, list[TokenLogprobs]] = {}
     kv_tokens: dict[int, dict[str, int]] = {}
-    for sample, start, piece, entries, kept in journal.saved_tokens(seq):
+    for sample, start, piece, entries, kept in pieces:
         so_far = tokens.setdefault(sample, [])
         if start != len(so_far):
             raise ValueError(f"tokens of sample {sample} of row {seq} are missing in the journal before {start}")

@@ -9,21 +9,18 @@ from typing import Any
 from fineserve_jax.batch.answer_rows import AnswerRows, as_line
 from fineserve_jax.batch.delivery import Delivery
 from fineserve_jax.batch.in_flight import RowInFlight, save_tokens, saved_tokens
+from fineserve_jax.batch.intake import Intake, bad_row
 from fineserve_jax.batch.interruption import Interruption
 from fineserve_jax.batch.isolation import Isolation
-from fineserve_jax.batch.job_output import told_key
-from fineserve_jax.batch.journal import ADOPTED
 from fineserve_jax.batch.observers import JobObserver, Observers, RowOutcome
-from fineserve_jax.batch.records import SEQ_BITS
 from fineserve_jax.batch.requests import RowRequests
-from fineserve_jax.batch.row_ids import id_key
 from fineserve_jax.batch.rows import BadRow, BatchRow, unforeseen
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.errors import DeadEndError, FineServeError, NonFiniteError, RequestError
 from fineserve_jax.request import FinishReason, Request
-from fineserve_jax.validation import shortened, shown
+from fineserve_jax.validation import shortened
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +65,7 @@ class BatchJob:
         self._outside: deque[RowInFlight] = deque()  # taken out of the engine, to go on later
         self._pending: dict[Request, RowInFlight] = {}
         self._stats = engine.stats()  # after the last step
-        self._goes_by_errors = bool(delivery.journal.get("adopted_bytes"))
+        self._intake = Intake(delivery, self._answer_rows, self.summary, self.observers)
         self._saved_s = time.monotonic()
 
     def run(self, rows: Iterable[BatchRow | BadRow]) -> BatchSummary:
@@ -116,13 +113,17 @@ class BatchJob:
 
     def _stop(self) -> None:
         """Keeps what there is, and leaves the engine idle. What fails here must not hide why the job ends."""
-        for leave in (self._keep, self._take_out_all):
+        for leave in (self._keep_answers, self._keep_tokens, self._take_out_all):
             try:
                 leave()
             except Exception as error:
                 log.warning("the job could not be ended cleanly: %s: %s", type(error).__name__, error)
 
-    def _keep(self) -> None:
+    def _keep_answers(self) -> None:
+        with self.delivery.journal.explained():
+            self.delivery.save(now=True)
+
+    def _keep_tokens(self) -> None:
         self.engine.recover()  # an interrupt may have cut a step short
         with self.delivery.journal.explained():
             self._save(now=True)
@@ -145,7 +146,10 @@ class BatchJob:
             row = next(rows, None)
             if row is None:
                 return
-            self._accept(row)
+            if isinstance(row, BadRow):
+                self._intake.fail(row)
+            elif self._intake.admits(row):
+                self._admit(row)
             if self.delivery.journal.is_due:
                 self._save()
 
@@ -153,45 +157,28 @@ class BatchJob:
         limit = self._isolation.row_limit
         return limit is None or len(self._rows_in_engine()) < limit
 
-    def _accept(self, row: BatchRow | BadRow) -> None:
-        """Puts a row into the engine, unless it is bad or was answered already."""
-        if isinstance(row, BadRow):  # its id, perhaps only its line, stays free for a good row
-            self._fail(row)
-            return
-        first = self.delivery.journal.claim(id_key(row.id), row.seq)
-        if first == ADOPTED:
-            self.summary.note_skipped()
-            self.delivery.pass_over(row.seq)
-        elif first is not None:
-            whose = f"line {first & ((1 << SEQ_BITS) - 1)}" + (
-                f" of input {(first >> SEQ_BITS) + 1}" if first >> SEQ_BITS != row.file else ""
-            )
-            error = f"id {shown(row.id)} is that of {whose}; give every row an id of its own, or none"
-            self._fail(_bad(row, error, "duplicate_id"))
-        else:
-            self.delivery.accept(row.seq)
-            self._admit(row)
-
     def _admit(self, row: BatchRow) -> None:
         try:
             served = self.engine.served(row.options.model)
             request = self._requests.request(row, served.tokenizer, served.max_seq_len - 1)
             self._enter(RowInFlight(row, request, saved_tokens(self.delivery.journal, row.seq)))
         except RequestError as error:
-            self._fail(_bad(row, str(error)))
+            self._intake.fail(bad_row(row, str(error)))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
-            self._fail(_bad(row, unforeseen(error), "internal_error"))
+            self._intake.fail(bad_row(row, unforeseen(error), "internal_error"))
 
     def _enter(self, pending: RowInFlight) -> None:
         """Puts a row into the engine, with the tokens it has. Raises `RequestError` if that does not serve it."""
         prepared = self.engine.prepare(*pending.request)
         pending.samples = self.engine.queue(prepared, pending.so_far)
         pending.attempts += 1
-        had = [len(part.token_ids) for part in pending.so_far]
-        pending.saved = pending.saved or (had + [0] * len(pending.samples))[: len(pending.samples)]
-        self._pending |= dict.fromkeys(pending.samples, pending)
+        if not pending.saved:
+            had = [len(part.token_ids) for part in pending.so_far]
+            pending.saved = had + [0] * (len(pending.samples) - len(had))
+        for sample in pending.samples:
+            self._pending[sample] = pending
         if pending.is_complete:  # it had come to its end, and its answer was not written
             self._finish(pending)
 
@@ -265,7 +252,9 @@ class BatchJob:
         """Reports the rows that are to blame for faults."""
         for pending, error in self._isolation.convicted():
             attempts = f"in each of {pending.faults} attempts by itself"
-            self._fail(_bad(pending.row, f"the engine fails with this row, {attempts}: {error}", "engine_fault"))
+            self._intake.fail(
+                bad_row(pending.row, f"the engine fails with this row, {attempts}: {error}", "engine_fault")
+            )
 
     # -- answers out -----------------------------------------------------------------------------------------------
 
@@ -275,13 +264,13 @@ class BatchJob:
             del self._pending[request]
             self.engine.release(request)
         if errors := [sample.error for sample in pending.samples if sample.error is not None]:
-            self._fail(_bad(row, str(errors[0]), ERROR_CODES.get(type(errors[0]), "internal_error")))
+            self._intake.fail(bad_row(row, str(errors[0]), ERROR_CODES.get(type(errors[0]), "internal_error")))
             return
         try:
             tokenizer = self.engine.models[output.model].tokenizer
             line = as_line(self._answer_rows.answer(row, output, tokenizer, pending.attempts))
         except Exception as error:
-            self._fail(_bad(row, unforeseen(error), "internal_error"))
+            self._intake.fail(bad_row(row, unforeseen(error), "internal_error"))
             return
         self.delivery.deliver(row.seq, False, line)
         tokens = tuple(len(sample.token_ids) for sample in output.outputs)
@@ -289,21 +278,6 @@ class BatchJob:
         self.summary.late += any(sample.finish_reason == FinishReason.LATE for sample in output.outputs)
         if self.observers.take_rows:
             self.observers.row(_outcome(pending, output, tokens))
-
-    def _fail(self, bad: BadRow) -> None:
-        self.summary.note_error(bad.code)
-        row = self._answer_rows.error(bad)
-        if self._goes_by_errors:
-            key = told_key(bad.line, bad.error, row.get("file"))
-            if self.delivery.journal.claim(key, bad.seq) == ADOPTED:  # an earlier run has said so
-                self.delivery.pass_over(bad.seq)
-                return
-        self.delivery.deliver(bad.seq, True, as_line(row))
-        self.observers.row(RowOutcome(bad.seq, bad.id, bad.line, bad.file, bad.error, bad.code))
-
-
-def _bad(row: BatchRow, error: str, code: str = "invalid_request") -> BadRow:
-    return BadRow(row.line, row.id, error, code, row.form, row.file)
 
 
 def _outcome(pending: RowInFlight, output: RequestOutput, tokens: tuple[int, ...]) -> RowOutcome:

@@ -50,9 +50,12 @@ class JobOutput:
 
     def _look_at_earlier(self, path: Path) -> None:
         if journal_path(path).exists():
-            self._journal = Journal(journal_path(path))
-            self._keep_bytes = _sound_bytes(path, self._journal)
-        elif self.answers.existed and path.stat().st_size:
+            journal = Journal(journal_path(path))
+            if journal.get("durable_bytes") is not None:
+                self._journal, self._keep_bytes = journal, _sound_bytes(path, journal)
+                return
+            journal.close()  # its job had not begun, and it knows nothing of what the output holds
+        if self.answers.existed and path.stat().st_size:
             self._keep_bytes = sum(len(line) for line in _whole_lines(path) if _answer_of(path, line) is not None)
             self.notes.append(
                 f"{path} has no journal: its rows are known by their ids, and rows that failed are tried again"

@@ -11,6 +11,7 @@ Form = Literal["plain", "chat", "completions"]
 """As what a row came and is answered: the project's own, or a request of one of OpenAI's endpoints."""
 
 SAMPLING_FIELDS = {*SamplingParams.model_fields, *OTHER_NAMES}
+OPTION_FIELDS, CHAT_FIELDS = {*RequestOptions.model_fields}, {*ChatOptions.model_fields}
 ROW_FIELDS = (
     *("id", "prompt", "messages"),
     *ChatOptions.model_fields,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from fineserve_jax.batch.openai_rows import request_of
 from fineserve_jax.batch.records import Record, place
-from fineserve_jax.batch.row_fields import ROW_FIELDS, SAMPLING_FIELDS, Form, RowError
+from fineserve_jax.batch.row_fields import CHAT_FIELDS, OPTION_FIELDS, ROW_FIELDS, SAMPLING_FIELDS, Form, RowError
 from fineserve_jax.batch.row_ids import RowId, check_id
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions
@@ -118,10 +118,10 @@ def unforeseen(error: BaseException) -> str:
 
 def _fields_of(record: Record) -> Mapping[str, Any]:
     content, line = record.content, record.line
-    if isinstance(content, Mapping):
+    if not isinstance(content, bytes):
+        if isinstance(content, str):
+            raise RowError(content, "invalid_line")
         return content
-    if isinstance(content, str):
-        raise RowError(content, "invalid_line")
     try:
         fields = _DECODER.decode(content.decode())
     except UnicodeDecodeError as error:
@@ -149,9 +149,9 @@ def _row(content: Mapping[str, Any], line: int, row_id: RowId, form: Form, file:
             prompt = _checked_prompt(value)
         elif name == "messages":
             messages = _checked_messages(value)
-        elif name in RequestOptions.model_fields:
+        elif name in OPTION_FIELDS:
             options[name] = value
-        elif name in ChatOptions.model_fields:
+        elif name in CHAT_FIELDS:
             chat[name] = value
         elif name != "id" or form != "plain":
             unknown.append(name)
@@ -161,7 +161,7 @@ def _row(content: Mapping[str, Any], line: int, row_id: RowId, form: Form, file:
         have = "neither prompt nor messages" if prompt is None else "both prompt and messages"
         raise RequestError(f"the row has {have}; give one of them")
     chat_options = REMEMBERED_CHAT(chat)
-    if messages is None and chat_options.model_fields_set:
+    if messages is None and chat and chat_options.model_fields_set:
         raise RequestError(f"{min(chat_options.model_fields_set)} is for messages, the row has a prompt; leave it out")
     return BatchRow(line, row_id, prompt, messages, chat_options, REMEMBERED_OPTIONS(options), sampling, form, file)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fineserve_jax.batch.answer_rows import AnswerRows
 from fineserve_jax.batch.answers import STDOUT
+from fineserve_jax.batch.delivery import Delivery
 from fineserve_jax.batch.identity import job_identity
 from fineserve_jax.batch.inputs import Inputs
 from fineserve_jax.batch.interruption import Interruption
@@ -18,6 +19,7 @@ from fineserve_jax.batch.job import BatchJob
 from fineserve_jax.batch.job_output import JobOutput
 from fineserve_jax.batch.observers import JobObserver, JobStart
 from fineserve_jax.batch.progress import reporter
+from fineserve_jax.batch.ray_job import RayJob, RayOptions, import_ray, predictor_arguments
 from fineserve_jax.batch.resuming import unanswered
 from fineserve_jax.batch.rows import read_rows
 from fineserve_jax.batch.summary import BatchSummary
@@ -43,6 +45,7 @@ def run_batch(
     max_retries: int = 2,
     observers: Iterable[JobObserver] = (),
     make_engine: Callable[[], Engine] | None = None,
+    ray: RayOptions | None = None,
 ) -> BatchSummary:
     """Answers files of prompts; progress and a summary go to stderr.
 
@@ -56,10 +59,11 @@ def run_batch(
             that were half done go on.
         overwrite: replace an existing output.
         ordered: write answers in the order of their rows.
-        timing: answers tell how long they took.
+        timing: answers tell how long they took, and when.
         max_retries: how often a row that makes the engine fail by itself is tried again.
         observers: told of all that happens, besides those on stderr.
         make_engine: makes the engine when nothing else can be refused; None: one of `model` and `config`.
+        ray: have the rows answered by engines on a Ray cluster; None: by one in this process.
 
     Raises:
         ConfigError: an input or output that cannot be used, settings that cannot be honoured, or, with `resume`, other
@@ -85,31 +89,55 @@ def run_batch(
     with JobOutput(target, resume, overwrite, ordered=ordered) as output:
         identity = job_identity(model, config, sampling, inputs.survey().fingerprints, ordered)
         output.check(identity, inputs.files)
-        engine = load_engine(model, config) if make_engine is None else make_engine()
+        answer = _answering(model, config, sampling, max_retries, make_engine, ray)
         delivery = output.begin(identity)
         for note in output.notes:
             _tell(note)
         records = inputs if inputs.can_be_read_again else interruption.reading(inputs)
-        created = output.journal.get("created")
-        names_model = len(engine.models) > 1
+        created = output.journal.get("created") if timing else 0
+        names_model = isinstance(model, Mapping) and len(model) > 1
         answer_rows = AnswerRows(inputs.names, names_model=names_model, timing=timing, created=created)
         shares_terminal = output.answers.path == STDOUT and sys.stdout.isatty()
         with reporter(sys.stderr, plain=shares_terminal) as progress, interruption:
-            job = BatchJob(
-                engine,
-                delivery,
-                sampling,
-                max_retries=max_retries,
-                answer_rows=answer_rows,
-                observers=[progress, *observers],
-                interruption=interruption,
-            )
+            job = answer(delivery, answer_rows, [progress, *observers], interruption)
             job.observers.began(JobStart(inputs.num_rows, tuple(inputs.names), str(target), identity))
             remaining = unanswered(records, delivery, job.summary.note_skipped)
             summary = job.run(read_rows(remaining, inputs.names, inputs.openai))
     summary.signal = interruption.signal
     _tell(summary.table())
+    if summary.interrupted and output.answers.is_regular and inputs.can_be_read_again:
+        _tell("run the same command with --resume to go on")
     return summary
+
+
+Answering = Callable[[Delivery, AnswerRows, Iterable[JobObserver], Interruption], BatchJob | RayJob]
+
+
+def _answering(
+    model: str | Path | Mapping[str, Any],
+    config: EngineConfig,
+    sampling: Mapping[str, Any],
+    max_retries: int,
+    make_engine: Callable[[], Engine] | None,
+    ray: RayOptions | None,
+) -> Answering:
+    """What answers the rows, as soon as it is known where to. Loads the model, unless others do."""
+    if ray is None:
+        engine = load_engine(model, config) if make_engine is None else make_engine()
+        return lambda delivery, answer_rows, observers, interruption: BatchJob(
+            engine,
+            delivery,
+            sampling,
+            max_retries=max_retries,
+            answer_rows=answer_rows,
+            observers=observers,
+            interruption=interruption,
+        )
+    predictor = predictor_arguments(model, config, sampling, max_retries, make_engine)
+    cluster = import_ray()
+    return lambda delivery, answer_rows, observers, interruption: RayJob(
+        cluster, ray, predictor, delivery, answer_rows, observers, interruption
+    )
 
 
 def _tell(what: str | Table) -> None:

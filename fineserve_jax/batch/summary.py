@@ -143,8 +143,10 @@ class BatchSummary:
 
     def _footnote(self) -> str:
         overall = self.output_tokens / self.seconds if self.seconds else 0.0
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.error_kinds.most_common())
+        errors = f"errors: {kinds}; " if kinds else ""
         return (
-            f"{self.decode_tokens_per_s:.0f} tokens/s decoding, {overall:.0f} over the whole run; "
+            f"{errors}{self.decode_tokens_per_s:.0f} tokens/s decoding, {overall:.0f} over the whole run; "
             f"{self.compilations} compilations, {self.preemptions} preemptions, "
             f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} prompt tokens shared"
         )

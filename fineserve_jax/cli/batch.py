@@ -2,14 +2,23 @@
 
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
 from fineserve_jax.batch import BatchCheck, run_batch
+from fineserve_jax.batch.ray_job import RayOptions
+from fineserve_jax.cli.batch_observers import job_observers
 from fineserve_jax.cli.flag_types import Switch
-from fineserve_jax.cli.options import ConfigFlag, EngineFlags, ModelFlags, SamplingFlags, settle
+from fineserve_jax.cli.options import ConfigFlag, EngineFlags, ModelFlags, SamplingFlags, flags_of, settle
 from fineserve_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    RayFlags: TypeAlias = Mapping[str, Any]
+else:
+    RayFlags = flags_of(RayOptions)
 
 EXIT_BAD_ROWS = 1
 EXIT_BY_SIGNAL = 128  # plus its number, as shells report it
@@ -18,6 +27,11 @@ Input = Annotated[
     tuple[str, ...],
     tyro.conf.UseAppendAction,
     tyro.conf.arg(aliases=["-i"], metavar="FILE", help_behavior_hint="(repeatable)"),
+]
+ReportFlag = Annotated[Path | None, tyro.conf.arg(metavar="FILE.html", help_behavior_hint="")]
+PortFlag = Annotated[int | None, tyro.conf.arg(metavar="PORT", help_behavior_hint="")]
+HostFlag = Annotated[
+    str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="(default: 127.0.0.1, the loopback address)")
 ]
 Output = Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")]
 
@@ -31,7 +45,12 @@ def batch(
     ordered: Switch = False,
     no_timing: Switch = False,
     max_retries: int = 2,
+    report: ReportFlag = None,
+    metrics_port: PortFlag = None,
+    metrics_host: HostFlag = None,
     check: Switch = False,
+    ray: Switch = False,
+    ray_options: RayFlags,
     model: ModelFlags = (),
     config: ConfigFlag = None,
     engine: EngineFlags,
@@ -56,9 +75,16 @@ def batch(
             done go on.
         overwrite: replace the output.
         ordered: write the answers in the order of the rows.
-        no_timing: leave out of the answers how long they took, so that equal jobs give equal files.
+        no_timing: leave out of the answers when they were made and how long they took, so that equal jobs give equal
+            files.
         max_retries: how often a row with which the engine fails is tried again by itself, before it becomes an error.
+        report: write a page about the job when it ends: throughput, latencies, lengths, precisions, errors. It opens in
+            any browser, without a network.
+        metrics_port: tell Prometheus how the job stands, at this port, as long as it runs; 0 takes any that is free.
+        metrics_host: the address to listen at for that; anybody who can reach it can read.
         check: answer nothing, and say of each row that cannot be answered why; weights are not loaded.
+        ray: have the rows answered by engines on a Ray cluster, here and elsewhere; the answers are written here. Needs
+            pip install 'fineserve-jax[ray]'.
         model: alias, .gguf file, Hugging Face directory or converted directory. Several models are given as
             NAME=MODEL or NAME=MODEL:WEIGHTS, e.g. small=smollm2-135m:int8, and rows name theirs as "model".
         config: YAML file with `model` or `models` and defaults for the options below.
@@ -72,18 +98,24 @@ def batch(
         return
     if output is None:
         raise ConfigError("there is no output; give a file with -o, - for stdout, or --check to answer nothing")
-    summary = run_batch(
-        models,
-        input,
-        output,
-        settings.config(),
-        settings.sampling,
-        resume=resume,
-        overwrite=overwrite,
-        ordered=ordered,
-        timing=not no_timing,
-        max_retries=max_retries,
-    )
+    if ray_options and not ray:
+        raise ConfigError(f"{min(ray_options)} says where on a Ray cluster, and there is no --ray; give it, too")
+    cluster = RayOptions(**ray_options) if ray else None
+    with job_observers(report, metrics_port, metrics_host) as observers:
+        summary = run_batch(
+            models,
+            input,
+            output,
+            settings.config(),
+            settings.sampling,
+            resume=resume,
+            overwrite=overwrite,
+            ordered=ordered,
+            timing=not no_timing,
+            max_retries=max_retries,
+            observers=observers,
+            ray=cluster,
+        )
     if summary.interrupted:
         if summary.signal in (None, signal.SIGINT):
             raise KeyboardInterrupt

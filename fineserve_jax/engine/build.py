@@ -11,7 +11,7 @@ import jax
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.memory import format_bytes, host_capacity_bytes, host_memory_bytes, kv_memory_bytes
 from fineserve_jax.engine.model_settings import ModelSettings
-from fineserve_jax.engine.page_shapes import WORD_BYTES, page_classes, page_geometries
+from fineserve_jax.engine.page_shapes import WORD_BYTES, group_geometry, page_classes, page_geometries
 from fineserve_jax.engine.precision import resolve_precision
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.allocator import SlabAllocator
@@ -113,7 +113,8 @@ def build_books(
     geometries = page_geometries(models, config.page_size, tpu=get_backend(implementation).tile_units)
     classes: dict[tuple[str, str], PageClass] = {}
     for name, geometry in geometries.items():
-        classes |= page_classes(name, geometry, config.served_formats)
+        groups, step_tokens = models[name].config.layer_groups, _max_chunk_tokens(config, limits[name])
+        classes |= page_classes(name, geometry, config.served_formats, groups, step_tokens)
     size = kv_memory_bytes(config.kv_memory, device)
     unit_words = next(iter(geometries.values())).unit_words
     allocator = _allocator(config, unit_words, classes, size)
@@ -144,7 +145,12 @@ def build_engine(
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
     scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind))
     arena = Arena(next(iter(geometries.values())), allocator.num_units)
-    operations = PageOperations(arena, geometries, allocator.slab_units, implementation)
+    shapes = {
+        (name, number): group_geometry(geometries[name], group)
+        for name, model in models.items()
+        for number, group in enumerate(model.config.layer_groups)
+    }
+    operations = PageOperations(arena, shapes, allocator.slab_units, implementation)
     served = {}
     for name, model in known.items():
         runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
@@ -211,7 +217,6 @@ def _runner(
     max_seq_len: int,
     implementation: Implementation,
 ) -> ModelRunner:
-    longest = -(-max_seq_len // config.page_size) * config.page_size
     return ModelRunner(
         build_model(model.config, model.weights),
         model.params,
@@ -219,12 +224,20 @@ def _runner(
         arena,
         kv,
         max_rows=config.max_batch_size,
-        max_chunk_tokens=config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens),
+        max_chunk_tokens=_max_chunk_tokens(config, max_seq_len),
         max_seq_len=max_seq_len,
         implementation=implementation,
         check_finite=config.check_finite,
         eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
+        reproducible=config.reproducible,
+        formats=config.served_formats if config.reproducible else (),
     )
+
+
+def _max_chunk_tokens(config: EngineConfig, max_seq_len: int) -> int:
+    """Most prefill tokens of a step: without chunks a whole prompt's."""
+    longest = -(-max_seq_len // config.page_size) * config.page_size
+    return config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens)
 
 
 def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:
@@ -244,13 +257,14 @@ def _allocator(
 ) -> SlabAllocator:
     unit_bytes = unit_words * WORD_BYTES
     num_units = min(size // unit_bytes, NOWHERE)
-    longest = max(page_class.page_units for page_class in classes.values())
+    lengths = [group.page_units for page_class in classes.values() for group in page_class.groups]
+    longest = max(lengths)
     if num_units < 2 * longest:
         raise ConfigError(
             f"kv_memory={format_bytes(size)} is too small for one request: a page alone takes up to "
             f"{format_bytes(longest * unit_bytes)}; give at least {format_bytes(64 * longest * unit_bytes)}"
         )
-    slab_units = choose_slab_units([page_class.page_units for page_class in classes.values()], num_units)
+    slab_units = choose_slab_units(lengths, num_units)
     return SlabAllocator(
         num_units, slab_units, config.slab_policy, classes.values(), config.slab_shares, unit_bytes=unit_bytes
     )
@@ -265,6 +279,7 @@ def _kv_manager(
         prefix_cache=config.prefix_cache,
         reserve_slabs=_reserve_slabs(allocator.num_slabs),
         host_bytes=_host_bytes(config, size),
+        chunk_pages=config.max_chunk_tokens // config.page_size if config.reproducible else None,
     )
 
 

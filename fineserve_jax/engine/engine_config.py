@@ -99,6 +99,15 @@ class EngineConfig(SchedulerConfig):
                 f"kv_precision='auto' and min_kv_precision have no meaning with slab_policy={self.slab_policy!r}: "
                 "narrower pages would free no memory for others; use slab_policy='elastic', or a fixed precision"
             )
+        if self.reproducible and self.narrows:
+            raise ValueError(
+                "reproducible with kv_precision='auto' or min_kv_precision: what is narrowed, and so what is said, "
+                "depends on how much memory is free; use a fixed kv_precision, and no min_kv_precision"
+            )
+        if self.reproducible and self.prefix_cache == "convert":
+            raise ValueError(
+                "reproducible with prefix_cache='convert': tokens depend on what was cached; use 'exact' or 'off'"
+            )
         if self.preemption == "recompute" and self.swap_memory not in (None, 0, "0"):
             raise ValueError(f"swap_memory={self.swap_memory!r} is not used with preemption='recompute'; leave it out")
         if self.preemption == "swap" and self.swap_memory in (0, "0"):

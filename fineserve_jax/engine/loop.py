@@ -197,7 +197,10 @@ class EngineLoop:
     def _deliver(self, advanced: Iterable[Request]) -> None:
         """Tells receivers of requests that got a token or ended."""
         news: dict[Receiver, list[Ticket]] = {}
-        watchers = list(self._watchers)
+        if watchers := list(self._watchers):
+            stats = self.engine.stats()  # before a ticket is taken off the books: what follows cannot fail
+            for watcher in watchers:
+                watcher.show(stats)
         for request in advanced:
             ticket = self._tickets.get(request)
             if ticket is None:
@@ -213,10 +216,6 @@ class EngineLoop:
             receiver = ticket.receiver
             if receiver is not None and ticket.announce():
                 news.setdefault(receiver, []).append(ticket)
-        if watchers:
-            stats = self.engine.stats()
-            for receiver in watchers:
-                receiver.show(stats)
         for receiver, tickets in news.items():
             self._notify(receiver, tickets)
 

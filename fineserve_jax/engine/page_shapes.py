@@ -1,11 +1,11 @@
 """The shapes of models' pages: how a page lies in the arena, and how long it is in each KV format."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.loaders import LoadedModel
-from fineserve_jax.models import ModelConfig
+from fineserve_jax.models import LayerGroup, ModelConfig
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry, choose_unit_words
 
@@ -40,22 +40,60 @@ def page_geometries(models: Mapping[str, LoadedModel], page_size: int, *, tpu: b
     return {name: dataclasses.replace(geometry, unit_words=unit_words) for name, geometry in alone.items()}
 
 
-def page_classes(model: str, geometry: PageGeometry, formats: Iterable[str]) -> dict[tuple[str, str], PageClass]:
-    """The page class of each format, and of the residuals they need, by model and format name."""
-    classes: dict[tuple[str, str], PageClass] = {}
+def group_geometry(geometry: PageGeometry, group: LayerGroup) -> PageGeometry:
+    """How the pages of one layer group lie in the arena, where `geometry` is that of pages of all layers."""
+    return dataclasses.replace(geometry, num_layers=len(group.layers))
+
+
+def page_classes(
+    model: str,
+    geometry: PageGeometry,
+    formats: Iterable[str],
+    groups: Sequence[LayerGroup] = (),
+    step_tokens: int | None = None,
+) -> dict[tuple[str, str], PageClass]:
+    """The page class of each format, and of the residuals they need, by model and format name.
+
+    Args:
+        geometry: of pages of all layers.
+        groups: the model's layers by how far back they attend; none: all attend to everything.
+        step_tokens: most tokens of a request that a step computes; None: all of them.
+    """
+    groups = groups or [LayerGroup(tuple(range(geometry.num_layers)), None)]
+    classes: dict[str, PageClass] = {}
+    for number, group in reversed(list(enumerate(groups))):  # since a class names those of the groups behind it
+        shape = group_geometry(geometry, group)
+        window = None if group.window is None else max(2, group.window)
+        span = None if window is None or step_tokens is None else window + step_tokens
+        like = PageClass(model, "", 1, shape.page_size, 1, group=number, window=window, span=span)
+        classes = _classes_of_group(like, shape, formats, classes)
+    return {(model, name): page_class for name, page_class in classes.items()}
+
+
+def _classes_of_group(
+    like: PageClass, geometry: PageGeometry, formats: Iterable[str], others: Mapping[str, PageClass]
+) -> dict[str, PageClass]:
+    """The page classes of a layer group, by format.
+
+    Args:
+        like: says all but what follows from the format.
+        geometry: of the group's pages.
+        others: the classes of the groups behind it, each naming those that follow.
+    """
+    classes: dict[str, PageClass] = {}
 
     def add(name: str) -> PageClass:
-        if (model, name) not in classes:
+        if name not in classes:
             kv_format = get_format(name)
-            classes[model, name] = PageClass(
-                model=model,
+            classes[name] = dataclasses.replace(
+                like,
                 kv_format=name,
                 page_units=kv_format.page_units(geometry),
-                page_size=geometry.page_size,
                 page_bytes=geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES,
                 residual=None if kv_format.residual is None else add(kv_format.residual),
+                others=others[name].groups if name in others else (),
             )
-        return classes[model, name]
+        return classes[name]
 
     for name in formats:
         add(name)

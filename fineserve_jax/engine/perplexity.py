@@ -184,6 +184,8 @@ def _score_window(
         while (count := min(largest_chunk, request.num_uncomputed_tokens)) > 1:  # a last token alone predicts nothing
             if narrow_to is not None and request.num_computed_tokens < half:
                 count = min(count, half - request.num_computed_tokens)
+            if not kv.grow(request, len(token_ids)):  # where there is a window, for this chunk
+                raise RequestError(f"no KV memory is free for a window of {len(token_ids)} tokens; raise kv_memory")
             chunk = ScheduledChunk(request, request.num_computed_tokens, count)
             result = engine.execute(SchedulerOutput((), (chunk,)), scores=True)
             scores = result.scores

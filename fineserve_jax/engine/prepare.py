@@ -86,13 +86,21 @@ class PreparedRequest:
             max_total_tokens=self.max_total_tokens,
             sequence=sequence,
             times=RequestTimes(arrival_s),
-            seed=_seed(self.sampling.seed, engine_seed, sequence, sample_index),
+            seed=self._seed(engine_seed, sequence, sample_index),
             stop_ids=self.stop_ids,
             long_after=self.served.model.config.long_after,
             fork_of=fork_of,
             options=self.options,
             matcher=None if self.matcher is None else self.matcher.copy(),
         )
+
+    def _seed(self, engine_seed: int, sequence: int, sample_index: int) -> int:
+        """Of a sample's random numbers: its request's, or drawn from the engine's. Where answers are reproducible the
+        order of arrival has no part in it, but the prompt."""
+        if self.sampling.seed is not None:
+            return (self.sampling.seed + sample_index) % 2**32
+        own = (sample_index, *self.token_ids) if self.served.config.reproducible else (sequence,)
+        return int(np.random.SeedSequence((engine_seed, *own)).generate_state(1)[0])
 
 
 def prepare_request(
@@ -167,6 +175,11 @@ def precision_of(
             f"a request in {name} that may be narrowed to {precision.floor} cannot be served with "
             f"slab_policy={config.slab_policy!r}, where that frees nothing; give a fixed kv_precision"
         )
+    if precision.floor is not None and config.reproducible:
+        raise RequestError(
+            f"the tokens of a request in {name} that may be narrowed to {precision.floor} depend on how much memory is "
+            "free, and the engine is reproducible; give a fixed kv_precision"
+        )
     return precision
 
 
@@ -177,10 +190,3 @@ def use_precision(served: ServedModel, kv: KVManager, precision: Precision) -> l
     if precision.floor is not None:
         served.runner.use_narrowing()
     return classes
-
-
-def _seed(requests_own: int | None, engine_seed: int, sequence: int, sample_index: int) -> int:
-    """Of a sample's random numbers: its request's, or drawn from the engine's."""
-    if requests_own is not None:
-        return (requests_own + sample_index) % 2**32
-    return int(np.random.SeedSequence((engine_seed, sequence)).generate_state(1)[0])

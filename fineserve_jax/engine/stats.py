@@ -16,7 +16,8 @@ class ModelStats:
 
     Attributes:
         weights: precision of its weights.
-        kv: per KV format, what its pages take of the arena.
+        kv: per KV format, what its pages take of the arena; of layers with a window, where others have none, under a
+            name such as "int8 (group 1)".
         prediction_error: typical relative error of its predicted step times; None before there is one.
     """
 
@@ -103,7 +104,7 @@ def engine_stats(
 def _model_stats(models: Mapping[str, ServedModel], kv: KVManager, scheduler: Scheduler) -> dict[str, ModelStats]:
     by_format: dict[str, dict[str, ClassStats]] = {name: {} for name in models}
     for page_class, stats in measure_classes(kv).items():
-        by_format[page_class.model][page_class.kv_format] = stats
+        by_format[page_class.model][page_class.format_and_group] = stats
     return {
         name: ModelStats(served.model.weights, by_format[name], scheduler.profiles[name].error)
         for name, served in models.items()

@@ -41,11 +41,15 @@ def warm_up(
             served.tokenizer.vocabulary(served.model.config.vocab_size)
     if converts:
         used = {page_class for pair in pairs for page_class in pair}
-        pairs += [(a, b) for a in used for b in used if a.model == b.model and a.page_bytes > b.page_bytes]
+        alike = ((a, b) for a in used for b in used if (a.model, a.group) == (b.model, b.group))
+        pairs += [(a, b) for a, b in alike if a.page_bytes > b.page_bytes]
     operations.warm_up(pairs, transfers=kv.host_bytes > 0)
 
 
 def _copies_and_requantizations(classes: Sequence[PageClass]) -> list[PagePair]:
     """(source, target) of what is done to a request's pages: copied within a class, or encoded anew in the next."""
-    residuals = [page_class.residual for page_class in classes if page_class.residual]
-    return [*itertools.pairwise(classes), *((page_class, page_class) for page_class in (*classes, *residuals))]
+    pairs: list[PagePair] = []
+    for group in zip(*(page_class.groups for page_class in classes), strict=True):
+        residuals = [page_class.residual for page_class in group if page_class.residual]
+        pairs += [*itertools.pairwise(group), *((page_class, page_class) for page_class in (*group, *residuals))]
+    return pairs

@@ -7,7 +7,7 @@ which slab), `slab_size` (how long a slab is) and `errors` are used by all of th
                 quotas      what tenants and precisions hold   recording      a record of a run
 
     requests    manager        what each request holds, as `request_pages`
-                sharing        how requests come to share pages, and who computes them
+                sharing        how requests come to share pages, as `shared_prefix`, and who computes them
                 host_memory    pages of preempted requests     narrowing      older pages in a narrower format
 
     pages       page_pool      pages are taken, shared, released and evicted here

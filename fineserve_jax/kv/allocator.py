@@ -86,7 +86,8 @@ class SlabAllocator:
     # -- classes -------------------------------------------------------------------------------------------
 
     def register(self, page_class: PageClass) -> None:
-        """Make a class, and that of its residual pages, known; a class known already changes nothing.
+        """Make a class, that of its residual pages, and those of other layer groups known; a class known already
+        changes nothing.
 
         Raises:
             ConfigError: longer than a slab, another class of that model and format, too many classes, no
@@ -94,6 +95,8 @@ class SlabAllocator:
         """
         if page_class.residual is not None:
             self.register(page_class.residual)
+        for other in page_class.others:
+            self.register(other)
         if page_class in self.members:
             return
         self._check_class(page_class)
@@ -112,8 +115,8 @@ class SlabAllocator:
 
     def _check_class(self, page_class: PageClass) -> None:
         for known in self.members:
-            if (known.model, known.kv_format) == (page_class.model, page_class.kv_format):
-                raise ConfigError(f"{page_class!r} differs from {known!r}; a model and format have one class")
+            if str(known) == str(page_class):
+                raise ConfigError(f"{page_class!r} differs from {known!r}; a model and format have one class a group")
         if len(self.members) == MAX_CLASSES:
             raise ConfigError(f"{page_class} would be class {MAX_CLASSES + 1} of the arena; use a second arena")
         length, room = page_class.page_units, page_class.page_units * self.unit_bytes
@@ -151,9 +154,10 @@ class SlabAllocator:
         return self.member(page_class).pool.page_units
 
     def share_names(self, page_class: PageClass) -> frozenset[str]:
-        """Shares that pages of the class and their residual pages count against."""
-        classes = [page_class] if page_class.residual is None else [page_class, page_class.residual]
-        return frozenset(map(self.policy.share_name, classes))
+        """Shares that pages of a request in the class count against, those of all groups and residual ones included."""
+        groups = page_class.groups
+        residuals = [group.residual for group in groups if group.residual is not None]
+        return frozenset(map(self.policy.share_name, [*groups, *residuals]))
 
     # -- what fits -----------------------------------------------------------------------------------------
 

@@ -1,23 +1,40 @@
 """Pages of preempted requests in host memory, to be copied back instead of computed again."""
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.operations import HostPages, Load, Save
 from fineserve_jax.kv.page_pool import Demand, PagePool
-from fineserve_jax.kv.request_pages import RequestPages
+from fineserve_jax.kv.request_pages import GroupPages, RequestPages
 from fineserve_jax.request import Request
+
+Runs = list[tuple[PageClass, int]]  # class, pages
+
+
+@dataclass(frozen=True, slots=True)
+class SavedGroup:
+    """What a request held for a layer group: its runs of pages in the order of positions, behind the dropped ones, and
+    then its residual page if any."""
+
+    page_class: PageClass
+    num_dropped: int
+    runs: Runs
+    residual: Runs
+
+    @property
+    def num_pages(self) -> int:
+        """Number behind the last page."""
+        return self.num_dropped + sum(count for _, count in self.runs)
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a request held: `runs` (class, pages) in the order of positions, and then its residual page if any."""
+    """What a request held, group by group."""
 
     pages: HostPages
-    page_class: PageClass
-    runs: list[tuple[PageClass, int]]
-    has_residual: bool
+    groups: list[SavedGroup]
     exact: bool
 
 
@@ -44,7 +61,7 @@ class HostMemory:
 
     def num_bytes(self, request: Request, held: RequestPages) -> int:
         """Bytes that saving the request would take: the pages of its computed tokens, and its residual page."""
-        return self._bytes([*_computed_runs(request, held), *_residual(held)])
+        return self._bytes(_all_runs(_computed(request, held)))
 
     def has_room(self, request: Request, held: RequestPages) -> bool:
         """Whether the request may be saved without exceeding `max_bytes`."""
@@ -52,43 +69,57 @@ class HostMemory:
 
     def save(self, request: Request, held: RequestPages) -> None:
         """Queue the copy of a request's pages to host memory, which must have room. They may be released then."""
-        runs = _computed_runs(request, held)
-        handles = [list(run.handles) for run in held.parts(0, sum(count for _, count in runs))]
-        pages = [*runs, *_residual(held)]
-        if held.residual is not None:
-            handles.append([held.residual])
+        groups, handles = _computed(request, held), []
+        for group, saved in zip(held.groups, groups, strict=True):
+            handles += [list(run.handles) for run in group.parts(0, saved.num_pages)]
+            handles += [] if group.residual is None else [[group.residual]]
+        pages = _all_runs(groups)
         host = HostPages([page_class for page_class, _ in pages], [count for _, count in pages])
         self._pool.enqueue(Save(host, [self._pool.table.units_of(part) for part in handles]))
-        self.saved[request] = Saved(host, held.page_class, runs, held.residual is not None, held.exact)
+        self.saved[request] = Saved(host, groups, held.exact)
         self.used_bytes += self._bytes(pages)
         self.num_saved += 1
 
     def load(self, request: Request, num_tokens: int, leaving: Demand | None) -> RequestPages | None:
         """Pages for the first `num_tokens` tokens of a saved request, with the copy of what was saved queued; None if
         they cannot be had."""
-        saved = self.saved[request]
-        demand: dict[PageClass, int] = {}
-        for page_class, count in _wanted(saved, num_tokens):
-            demand[page_class] = demand.get(page_class, 0) + count
-        pages = self._pool.take(demand, leaving)
+        saved, computed = self.saved[request], request.num_computed_tokens
+        demand: Counter[PageClass] = Counter()
+        for group in saved.groups:
+            more = group.page_class.end_page(num_tokens, computed) - group.num_pages
+            for page_class, count in [*group.runs, *group.residual, (group.page_class, max(0, more))]:
+                demand[page_class] += count
+        pages = self._pool.take(+demand, leaving)
         if pages is None:
             return None
-        held = RequestPages(saved.page_class, block_hash=request.prefix_root, exact=saved.exact)
-        if saved.has_residual and saved.page_class.residual is not None:
-            held.residual = pages[saved.page_class.residual].pop()
-        units = []
+        units: list[list[int]] = []
+        groups = [self._load_group(group, pages, units) for group in saved.groups]
+        held = RequestPages(
+            groups,
+            num_ready=computed // groups[0].page_class.page_size,
+            block_hash=request.prefix_root,
+            exact=saved.exact,
+        )
+        self._pool.enqueue(Load(saved.pages, units))
+        self.forget(request)
+        return held
+
+    def _load_group(
+        self, saved: SavedGroup, pages: "dict[PageClass, array[int]]", units: list[list[int]]
+    ) -> GroupPages:
+        """A group's pages, out of new ones of its classes; `units` is told where its saved ones go to."""
+        group = GroupPages(saved.page_class, num_dropped=saved.num_dropped)
+        for page_class, _ in saved.residual:
+            group.residual = pages[page_class].pop()
         for page_class, count in saved.runs:
             own = pages[page_class]
             units.append(self._pool.table.units_of(own[:count]))
-            held.append(page_class, own[:count])
+            group.append(page_class, own[:count])
             del own[:count]
-        held.append(saved.page_class, pages.get(saved.page_class, array("i")))
-        if held.residual is not None:
-            units.append(self._pool.table.units_of([held.residual]))
-        self._pool.enqueue(Load(saved.pages, units))
-        held.num_ready = request.num_computed_tokens // saved.page_class.page_size
-        self.forget(request)
-        return held
+        group.append(saved.page_class, pages.get(saved.page_class, array("i")))
+        if group.residual is not None:
+            units.append(self._pool.table.units_of([group.residual]))
+        return group
 
     def forget(self, request: Request) -> None:
         """Give up what is saved of a request, if anything is."""
@@ -96,29 +127,22 @@ class HostMemory:
         if saved is not None:
             self.used_bytes -= saved.pages.num_units * self._pool.allocator.unit_bytes
 
-    def _bytes(self, runs: list[tuple[PageClass, int]]) -> int:
+    def _bytes(self, runs: Runs) -> int:
         return sum(page_class.page_units * count for page_class, count in runs) * self._pool.allocator.unit_bytes
 
 
-def _computed_runs(request: Request, held: RequestPages) -> list[tuple[PageClass, int]]:
-    """Class and number of the pages that hold computed tokens, run by run."""
-    computed = held.page_class.num_pages(request.num_computed_tokens)
-    return [(run.page_class, len(run.handles)) for run in held.parts(0, computed)]
+def _computed(request: Request, held: RequestPages) -> list[SavedGroup]:
+    """What holds the request's computed tokens: pages that are full or begun, and residual pages."""
+    return [_computed_of(request, group) for group in held.groups]
 
 
-def _residual(held: RequestPages) -> list[tuple[PageClass, int]]:
-    """Class and number, 1, of the residual page; empty if there is none."""
-    if held.residual is None or held.page_class.residual is None:
-        return []
-    return [(held.page_class.residual, 1)]
+def _computed_of(request: Request, group: GroupPages) -> SavedGroup:
+    own = group.page_class
+    runs = [(run.page_class, len(run.handles)) for run in group.parts(0, own.num_pages(request.num_computed_tokens))]
+    residual = [] if group.residual is None or own.residual is None else [(own.residual, 1)]
+    return SavedGroup(own, group.num_dropped, runs, residual)
 
 
-def _wanted(saved: Saved, num_tokens: int) -> list[tuple[PageClass, int]]:
-    """Pages by class that a saved request needs: those it had, and more for tokens not computed yet."""
-    more = saved.page_class.num_pages(num_tokens) - sum(count for _, count in saved.runs)
-    wanted = [*saved.runs]
-    if more > 0:
-        wanted.append((saved.page_class, more))
-    if saved.has_residual and saved.page_class.residual is not None:
-        wanted.append((saved.page_class.residual, 1))
-    return wanted
+def _all_runs(groups: list[SavedGroup]) -> Runs:
+    """The runs of all groups, each group's residual page behind its others."""
+    return [run for group in groups for run in (*group.runs, *group.residual)]

@@ -27,6 +27,7 @@ def check_integrity(kv: KVManager, thorough: bool = True) -> None:
     units, tags = np.array(table.units), np.frombuffer(bytes(table.tags), np.uint8)
     _check_table(kv, units, tags)
     _check_ref_counts(kv, units, tags)
+    _check_windows(kv)
     if thorough:
         _check_prefix_cache(kv)
 
@@ -61,8 +62,9 @@ def _name_odd_page(page_class: PageClass, recorded: np.ndarray, owned: np.ndarra
 def _check_ref_counts(kv: KVManager, units: np.ndarray, tags: np.ndarray) -> None:
     """Each page is held by as many requests as its reference count says; one that nobody holds is evictable."""
     evictable = kv.pool.prefix_cache.evictable
-    runs = [run for held in kv.held.values() for run in held.runs]
-    residuals = [held.residual for held in kv.held.values() if held.residual is not None]
+    groups = [group for held in kv.held.values() for group in held.groups]
+    runs = [run for group in groups for run in group.runs]
+    residuals = [group.residual for group in groups if group.residual is not None]
     in_runs = np.frombuffer(b"".join([run.handles for run in runs]), np.int32)
     counted = np.bincount(np.concatenate([in_runs, np.array(residuals, np.int32)]), minlength=len(units))
     _equal("highest handle", max(len(units), len(counted)), len(units))
@@ -80,6 +82,19 @@ def _check_ref_counts(kv: KVManager, units: np.ndarray, tags: np.ndarray) -> Non
     for i in np.flatnonzero(tags[in_runs] != expected).tolist():
         handle = int(in_runs[i])
         _equal(f"the tag of page {handle}, which is in a request's run", int(tags[handle]), int(expected[i]))
+
+
+def _check_windows(kv: KVManager) -> None:
+    """No page is dropped that is still attended to, and no group lacks pages of computed tokens."""
+    for request, held in kv.held.items():
+        computed = request.num_computed_tokens
+        for group in held.groups:
+            first = group.page_class.first_page(computed)
+            if group.num_dropped > first:
+                raise IntegrityError(
+                    f"request {request.request_id}: {group.num_dropped} pages of {group.page_class} are dropped, but "
+                    f"those from page {first} on are attended to"
+                )
 
 
 def _check_prefix_cache(kv: KVManager) -> None:

@@ -16,7 +16,7 @@ from fineserve_jax.kv.host_memory import HostMemory
 from fineserve_jax.kv.narrowing import Requantization
 from fineserve_jax.kv.operations import PageOperation
 from fineserve_jax.kv.page_pool import Demand, PagePool
-from fineserve_jax.kv.request_pages import RequestPages, Segment
+from fineserve_jax.kv.request_pages import RequestPages, Segment, no_pages
 from fineserve_jax.kv.sharing import Sharing
 from fineserve_jax.request import Request
 
@@ -31,6 +31,7 @@ class KVManager:
         reserve_slabs: free slabs that eviction and compaction keep at hand, and that admission leaves alone.
         host_bytes: most bytes of preempted requests' pages to keep in host memory.
         compacts: whether pages are moved together so that slabs become free; off only to compare.
+        chunk_pages: see `sharing`.
 
     Attributes:
         classes: page class of each model and KV format.
@@ -47,11 +48,12 @@ class KVManager:
         reserve_slabs: int = 0,
         host_bytes: int = 0,
         compacts: bool = True,
+        chunk_pages: int | None = None,
     ) -> None:
         self.classes = PageClasses()
         self.pool = PagePool(allocator, reserve_slabs, compacts)
         self.held: dict[Request, RequestPages] = {}
-        self.sharing = Sharing(self.pool, self.classes, prefix_cache)
+        self.sharing = Sharing(self.pool, self.classes, self.held, prefix_cache, chunk_pages)
         self.host = HostMemory(self.pool, host_bytes)
         self.num_narrowed_pages = 0
         for page_class in classes.values():
@@ -63,9 +65,9 @@ class KVManager:
         For when an operation was cut short and the books cannot be trusted: only what no operation changes is read.
         """
         pool = self.pool.emptied()
-        self.sharing = Sharing(pool, self.classes, self.sharing.prefix_cache)
-        self.host = HostMemory(pool, self.host.max_bytes, self.host.num_saved)
         self.held = {}
+        self.sharing = Sharing(pool, self.classes, self.held, self.sharing.prefix_cache, self.sharing.chunk_pages)
+        self.host = HostMemory(pool, self.host.max_bytes, self.host.num_saved)
         self.pool = pool
 
     # -- classes of pages ----------------------------------------------------------------------------------
@@ -97,19 +99,25 @@ class KVManager:
     def holds(self, request: Request) -> RequestPages:
         """What the request holds, to read only; empty for one that holds nothing."""
         held = self.held.get(request)
-        return RequestPages(self.class_of(request.model, request.kv_precision)) if held is None else held
+        return no_pages(self.class_of(request.model, request.kv_precision)) if held is None else held
 
     def demand(self, request: Request, num_tokens: int) -> dict[PageClass, int]:
-        """Pages the request still lacks, by class, so that its first `num_tokens` tokens have a home; for one that
-        holds nothing, as if it shared nothing."""
+        """Pages the request still lacks, by class, so that its first `num_tokens` tokens have a home, or in layers with
+        a window those that the next step computes; for one that holds nothing, as if it shared nothing."""
         held = self.held.get(request)
+        demand: dict[PageClass, int] = {}
         if held is None:
-            return self.class_of(request.model, request.kv_precision).demand(num_tokens)
-        lacking = held.page_class.num_pages(num_tokens) - held.num_pages
-        return {held.page_class: lacking} if lacking > 0 else {}
+            for page_class in self.class_of(request.model, request.kv_precision).groups if num_tokens > 0 else ():
+                demand |= page_class.with_residual(page_class.end_page(num_tokens, 0))
+            return demand
+        for group in held.groups:
+            lacking = group.page_class.end_page(num_tokens, request.num_computed_tokens) - group.num_pages
+            if lacking > 0:
+                demand[group.page_class] = lacking
+        return demand
 
     def grow(self, request: Request, num_tokens: int, leaving: Demand | None = None) -> bool:
-        """Give the request all pages that its first `num_tokens` tokens need, or none; it never shrinks.
+        """Give the request all pages of `demand`, or none. Pages behind a window go back to the pool.
 
         A request that holds nothing may find some of them: saved in host memory, held by the sample it is forked
         from, or in the prefix cache. Its `num_computed_tokens` is set to what these hold.
@@ -120,14 +128,23 @@ class KVManager:
         held = self.held.get(request)
         if held is None:
             return self._start(request, num_tokens, leaving)
+        self._drop_behind_windows(request, held)
         demand = self.demand(request, num_tokens)
         if not demand:
             return True
         pages = self.pool.take(demand, leaving)
         if pages is None:
             return False
-        held.append(held.page_class, pages[held.page_class])
+        for group in held.groups:
+            if group.page_class in demand:
+                group.append(group.page_class, pages[group.page_class])
         return True
+
+    def _drop_behind_windows(self, request: Request, held: RequestPages) -> None:
+        """Give back the pages that nothing the request has still to compute attends to."""
+        for group in held.groups:
+            if group.page_class.window is not None:
+                self.pool.decref(group.drop(group.page_class.first_page(request.num_computed_tokens)))
 
     def _start(self, request: Request, num_tokens: int, leaving: Demand | None) -> bool:
         page_class = self.class_of(request.model, request.kv_precision)
@@ -143,7 +160,10 @@ class KVManager:
         return held is not None
 
     def grow_together(self, requests: Sequence[Request]) -> bool:
-        """Give each of some requests that hold pages all those that its known tokens need, or none of them any."""
+        """Give each of some requests that hold pages all those that its known tokens need, or none of them any; see
+        `grow`."""
+        for request in requests:
+            self._drop_behind_windows(request, self.held[request])
         lacking = [(self.held[request], self.demand(request, request.num_tokens)) for request in requests]
         joint: Counter[PageClass] = Counter()
         for _, demand in lacking:
@@ -153,9 +173,10 @@ class KVManager:
         if pages is None:
             return False
         for held, demand in lacking:
-            for page_class, count in demand.items():
-                held.append(page_class, pages[page_class][-count:])
-                del pages[page_class][-count:]
+            for group in held.groups:
+                if count := demand.get(group.page_class, 0):
+                    group.append(group.page_class, pages[group.page_class][-count:])
+                    del pages[group.page_class][-count:]
         return True
 
     def release(self, request: Request) -> None:
@@ -167,12 +188,13 @@ class KVManager:
     def _take_back(self, request: Request) -> None:
         held = self.held.pop(request)
         self.sharing.stop_writing(request, held)
-        handles = array("i")
-        for run in held.runs:
-            handles.extend(run.handles)
-        self.pool.decref(handles[::-1])  # so that a prefix is evicted from its end on
-        if held.residual is not None:
-            self.pool.decref([held.residual])
+        for group in held.groups:
+            handles = array("i")
+            for run in group.runs:
+                handles.extend(run.handles)
+            self.pool.decref(handles[::-1])  # so that a prefix is evicted from its end on
+            if group.residual is not None:
+                self.pool.decref([group.residual])
 
     # -- computed, saved, narrowed -------------------------------------------------------------------------
 
@@ -200,6 +222,7 @@ class KVManager:
 
     def save(self, request: Request) -> None:
         """Queue the copy of a request's pages to host memory, and take them back; only what `can_save` allows."""
+        self._drop_behind_windows(request, self.held[request])
         self.host.save(request, self.held[request])
         self._take_back(request)
 
@@ -213,6 +236,14 @@ class KVManager:
             return None
         steps = self.ladder(request.model, request.kv_precision, request.min_kv_precision)
         return narrowing.next_requantization(self.pool, request, self.held[request], steps, most, keep_pages)
+
+    def most_narrowed_units(self, request: Request, keep_pages: int) -> int:
+        """Units that narrowing a request as far as it allows would free, those of pages that others share too."""
+        if request.min_kv_precision is None:
+            return 0
+        held, floor = self.holds(request), self.class_of(request.model, request.min_kv_precision)
+        stop = request.num_computed_tokens // held.page_class.page_size - keep_pages
+        return narrowing.most_freed_units(held, floor, stop)
 
     def requantize_pages(self, request: Request, what: Requantization) -> int:
         """Requantize pages as `next_requantization` said; how many, perhaps fewer than `what.count`, or 0."""
@@ -272,33 +303,41 @@ class KVManager:
 
     # -- where tokens are ----------------------------------------------------------------------------------
 
-    def segments(self, request: Request, num_cached: int) -> list[Segment]:
-        """Where the first `num_cached` tokens of a request are, in the order of positions; no empty segments.
+    def segments(self, request: Request, num_cached: int, group: int = 0) -> list[Segment]:
+        """Where the first `num_cached` tokens of a request are for a layer group, in the order of positions; no empty
+        segments, and none of what was dropped behind a window.
 
         Raises:
             PageError: more tokens than the request has pages for.
         """
-        if lacking := self.demand(request, num_cached):
+        pages = self.holds(request).groups[group]
+        own, residual = pages.page_class, pages.residual
+        lacking = own.with_residual(own.num_pages(num_cached) - pages.num_pages) if num_cached > 0 else {}
+        if residual is not None and own.residual is not None:
+            lacking.pop(own.residual, None)
+        if lacking:
             short = ", ".join(f"{count} of {page_class}" for page_class, count in lacking.items())
             raise PageError(f"request {request.request_id}: {num_cached} tokens need {short} more; grow it first")
-        return self.holds(request).segments(num_cached, self.pool.table.units_of)
+        return pages.segments(num_cached, self.pool.table.units_of)
 
-    def first_units(self, request: Request, first: int, count: int) -> list[int]:
-        """First units of `count` of the request's pages from the page `first` on, the residual page aside."""
-        parts = self.holds(request).parts(first, first + count)
+    def first_units(self, request: Request, first: int, count: int, group: int = 0) -> list[int]:
+        """First units of `count` of the request's pages in a layer group, from the page `first` on, the residual page
+        aside."""
+        parts = self.holds(request).groups[group].parts(first, first + count)
         return [unit for run in parts for unit in self.pool.table.units_of(run.handles)]
 
-    def page_unit(self, request: Request, page: int) -> int:
-        """First unit of one of the request's pages, the residual page aside."""
-        return self.pool.table.units[self.held[request].page(page)[1]]
+    def page_unit(self, request: Request, page: int, group: int = 0) -> int:
+        """First unit of one of the request's pages in a layer group, the residual page aside."""
+        return self.pool.table.units[self.held[request].groups[group].page(page)[1]]
 
-    def residual_unit(self, request: Request) -> int | None:
-        """First unit of the request's residual page, if it has one."""
-        residual = self.holds(request).residual
+    def residual_unit(self, request: Request, group: int = 0) -> int | None:
+        """First unit of the request's residual page in a layer group, if it has one."""
+        residual = self.holds(request).groups[group].residual
         return None if residual is None else self.pool.table.units[residual]
 
     def tokens_by_format(self, request: Request) -> dict[str, int]:
-        """How many of the request's computed tokens are kept in each KV format, oldest first."""
+        """How many of the request's computed tokens are kept in each KV format, oldest first; where layers differ, in
+        the first group of them."""
         tokens: Counter[str] = Counter()
         for segment in self.segments(request, request.num_computed_tokens if request in self.held else 0):
             tokens[segment.kv_format] += segment.num_tokens

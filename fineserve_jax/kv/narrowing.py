@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from fineserve_jax.kv.classes import PageClass, PageClasses
 from fineserve_jax.kv.page_pool import PagePool
-from fineserve_jax.kv.request_pages import RequestPages
+from fineserve_jax.kv.request_pages import GroupPages, RequestPages
 from fineserve_jax.request import Request
 
 MAX_RUNS = 4
-"""Most runs of pages a narrowed request has, each a segment of attention; the residual page is one more."""
+"""Most runs of pages a narrowed request has in a layer group, each a segment of attention; the residual page is one
+more."""
 
 
 def ladder(classes: PageClasses, model: str, kv_format: str, floor_format: str | None) -> list[PageClass]:
@@ -37,14 +38,16 @@ def ladder(classes: PageClasses, model: str, kv_format: str, floor_format: str |
 
 @dataclass(frozen=True, slots=True)
 class Requantization:
-    """Pages of a request that can be requantized next: its oldest ones of its widest class.
+    """Pages of a request that can be requantized next: the oldest ones of its widest format.
 
     Attributes:
+        group: the layer group whose pages they are.
         first: the first of them, counted from the first position on.
         count: how many adjacent ones there are, up to as many as were asked for.
         source, target: class they are in, and the next narrower one.
     """
 
+    group: int
     first: int
     count: int
     source: PageClass
@@ -65,19 +68,38 @@ def next_requantization(
     if held.waits or held.num_ready < held.num_cached_blocks:
         return None
     ref_counts, stop = pool.table.ref_counts, request.num_computed_tokens // held.page_class.page_size - keep_pages
-    for source, target in itertools.pairwise(steps):
-        if pool.allocator.page_units(target) >= pool.allocator.page_units(source):
-            continue  # with pages of one length for all, narrowing frees nothing
-        first = 0
-        for run in held.parts(0, stop):
-            if run.page_class is source:
-                alone = [ref_counts[handle] == 1 for handle in run.handles]
-                if any(alone):
-                    start = alone.index(True)
-                    count = sum(1 for _ in itertools.takewhile(bool, alone[start : start + most]))
-                    return Requantization(first + start, count, source, target)
-            first += len(run.handles)
+    for wider, narrower in itertools.pairwise(steps):
+        for number, (group, source, target) in enumerate(zip(held.groups, wider.groups, narrower.groups, strict=True)):
+            if pool.allocator.page_units(target) >= pool.allocator.page_units(source):
+                continue  # with pages of one length for all, narrowing frees nothing
+            if (found := _oldest_alone(group, source, stop, most, ref_counts)) is not None:
+                return Requantization(number, *found, source, target)
     return None
+
+
+def _oldest_alone(
+    group: GroupPages, source: PageClass, stop: int, most: int, ref_counts: Sequence[int]
+) -> tuple[int, int] | None:
+    """The first of the oldest pages of a class ahead of `stop` that nobody else holds, and how many adjacent ones there
+    are, up to `most`; None if there is none."""
+    first = group.num_dropped
+    for run in group.parts(0, stop):
+        if run.page_class is source:
+            alone = [ref_counts[handle] == 1 for handle in run.handles]
+            if any(alone):
+                start = alone.index(True)
+                return first + start, sum(1 for _ in itertools.takewhile(bool, alone[start : start + most]))
+        first += len(run.handles)
+    return None
+
+
+def most_freed_units(held: RequestPages, floor: PageClass, stop: int) -> int:
+    """Units that requantizing all pages ahead of `stop` to the class `floor` would free, shared ones too."""
+    total = 0
+    for group, narrowest in zip(held.groups, floor.groups, strict=True):
+        least = narrowest.page_units
+        total += sum(max(0, run.page_class.page_units - least) * len(run.handles) for run in group.parts(0, stop))
+    return total
 
 
 def requantize_pages(pool: PagePool, held: RequestPages, what: Requantization) -> int:
@@ -87,13 +109,13 @@ def requantize_pages(pool: PagePool, held: RequestPages, what: Requantization) -
         how many pages it was: fewer than `what.count` if there is no room for more narrower ones; 0 if there is room
         for none, or if the request would have more than `MAX_RUNS` runs.
     """
-    target = what.target
+    target, group = what.target, held.groups[what.group]
     count = min(what.count, pool.allocator.allocatable(target))
-    if not count or not _few_runs(held, what.first, target, count):
+    if not count or not _few_runs(group, what.first, target, count):
         return 0
     pages = pool.take({target: count})
     assert pages is not None, "that many were allocatable"
-    old = held.replace(what.first, target, pages[target])
+    old = group.replace(what.first, target, pages[target])
     for before, after in zip(old, pages[target], strict=True):
         pool.copy(before, after, what.source, target)
         pool.prefix_cache.remove(before)
@@ -102,9 +124,9 @@ def requantize_pages(pool: PagePool, held: RequestPages, what: Requantization) -
     return count
 
 
-def _few_runs(held: RequestPages, first: int, target: PageClass, count: int) -> bool:
+def _few_runs(group: GroupPages, first: int, target: PageClass, count: int) -> bool:
     """Whether the request still has few enough runs once `count` pages from `first` on are of the class `target`."""
-    trial = RequestPages(held.page_class)
-    trial.runs = list(held.parts(0, held.num_pages))
+    runs = list(group.parts(0, group.num_pages))
+    trial = GroupPages(group.page_class, runs, num_dropped=group.num_dropped)
     trial.replace(first, target, array("i", [0] * count))
     return len(trial.runs) <= MAX_RUNS

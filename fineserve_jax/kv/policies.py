@@ -28,7 +28,7 @@ class Elastic:
     """A pool a class, and any pool may grow into any free slab."""
 
     def pool_name(self, page_class: PageClass) -> tuple[str, ...]:
-        return (page_class.model, page_class.kv_format)
+        return (page_class.model, page_class.format_and_group)
 
     def share_name(self, page_class: PageClass) -> str:
         return "arena"

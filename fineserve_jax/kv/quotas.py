@@ -112,7 +112,7 @@ class QuotaAccount:
             self._charged.pop(request, None)
 
     def units(self, model: str, kv_precision: str, num_tokens: int) -> int:
-        """Units that so many tokens of a request take."""
+        """Most units that a request takes until so many of its tokens are computed."""
         page_class = self._kv.class_of(model, kv_precision)
         page_units = self._kv.page_units
         return sum(page_units(owner) * count for owner, count in page_class.demand(num_tokens).items())
@@ -141,9 +141,11 @@ class QuotaAccount:
 
     def _held_units(self, request: Request) -> int:
         held, page_units = self._kv.holds(request), self._kv.page_units
-        units = sum(len(run.handles) * page_units(run.page_class) for run in held.runs)
-        if held.residual is not None and held.page_class.residual is not None:
-            units += page_units(held.page_class.residual)
+        units = 0
+        for group in held.groups:
+            units += sum(len(run.handles) * page_units(run.page_class) for run in group.runs)
+            if group.residual is not None and group.page_class.residual is not None:
+                units += page_units(group.page_class.residual)
         return units
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.kv.request_pages import GroupPages
 from fineserve_jax.kv.stats import AllocatorStats, ClassStats, allocator_stats
 
 
@@ -13,11 +14,11 @@ class FormatUsage:
     """The pages of one KV format, over all models; residual pages count under their own format.
 
     Attributes:
-        needed_bytes: exact bytes of the cached tokens' values and scales.
+        needed_bytes: exact bytes of the cached tokens' values and scales, in layers with a window of those inside it.
         reserved_bytes: bytes of the slabs that serve the format, free pages included, less `cached_bytes`.
         cached_bytes: bytes of pages that nobody holds, kept for requests that begin alike until memory is wanted.
         free_bytes: bytes it could still take; a free slab counts for every format that may take it.
-        cached_tokens: tokens whose K and V lie in pages of the format.
+        cached_tokens: tokens whose K and V lie in pages of the format; where layers differ, in those that keep most.
         owned_pages: pages that requests hold.
     """
 
@@ -99,26 +100,41 @@ def measure_usage(kv: KVManager) -> KVUsage:
         cached_bytes=cached_bytes,
         free_bytes=stats.free_bytes,
         usable_bytes=stats.usable_slabs * stats.slab_bytes,
-        cached_tokens=sum(tokens.values()),
+        cached_tokens=sum(usage.cached_tokens for usage in formats.values()),
     )
 
 
 def _cached_tokens(kv: KVManager) -> dict[PageClass, int]:
-    """Tokens in the cache, by the class of page that each lies in; those in shared pages once."""
+    """Tokens in the cache that later ones attend to, by the class of page that each lies in; those in shared pages
+    once."""
     tokens: defaultdict[PageClass, int] = defaultdict(int)
-    ref_counts, seen = kv.pool.table.ref_counts, set()
+    seen: dict[int, int] = {}
     for request, held in kv.held.items():
-        cached, size = request.num_computed_tokens, held.page_class.page_size
-        for run in held.parts(0, held.page_class.num_pages(cached)):
-            shared = [handle for handle in run.handles if ref_counts[handle] > 1]
-            counted = sum(handle in seen for handle in shared)
-            seen.update(shared)
-            in_run = min(cached, len(run.handles) * size)
-            tokens[run.page_class] += in_run - counted * size
-            cached -= in_run
-        if held.page_class.residual is not None:
-            tokens[held.page_class.residual] += cached
+        for group in held.groups:
+            _count_tokens(kv, group, request.num_computed_tokens, seen, tokens)
     return tokens
+
+
+def _count_tokens(
+    kv: KVManager, group: GroupPages, cached: int, seen: dict[int, int], tokens: defaultdict[PageClass, int]
+) -> None:
+    """Adds the tokens of a group. `seen`: from which position on a shared page is counted already."""
+    own, ref_counts = group.page_class, kv.pool.table.ref_counts
+    size, first = own.page_size, own.first_token(cached)
+    page = max(group.num_dropped, first // size)
+    stop = own.num_pages(cached)
+    begin = max(first, page * size)
+    for run in group.parts(page, stop):
+        end = min(cached, (page + len(run.handles)) * size)
+        tokens[run.page_class] += end - begin
+        for index, handle in enumerate(run.handles, page):
+            if ref_counts[handle] > 1:
+                first_here, end_here = max(begin, index * size), min(end, (index + 1) * size)
+                tokens[run.page_class] -= end_here - max(first_here, min(seen.get(handle, end_here), end_here))
+                seen[handle] = min(first_here, seen.get(handle, end_here))
+        page, begin = page + len(run.handles), end
+    if own.residual is not None:
+        tokens[own.residual] += cached - max(first, stop * size)
 
 
 def _format_usage(kv: KVManager, kv_format: str, stats: AllocatorStats, tokens: dict[PageClass, int]) -> FormatUsage:
@@ -133,6 +149,6 @@ def _format_usage(kv: KVManager, kv_format: str, stats: AllocatorStats, tokens: 
         reserved_bytes=sum(stats.classes[c].reserved_bytes for c in classes) - cached_bytes,
         cached_bytes=cached_bytes,
         free_bytes=free_units * allocator.unit_bytes + free_slabs * stats.slab_bytes,
-        cached_tokens=sum(tokens[c] for c in classes),
+        cached_tokens=sum(tokens[c] for c in classes if not c.group),
         owned_pages=sum(stats.classes[c].owned_pages - evictable[c] for c in classes),
     )

@@ -215,17 +215,21 @@ def _add_special_tokens(backend: Backend, meta: dict[str, Any], file: GGUFFile) 
     ]
     spelt = piece_texts(meta) if backend.pre_tokenizer is None else tokens
     defined = [spelt[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
-    strips = _swallows_space(file)
+    strips = _swallows_space(file, meta["tokenizer.ggml.model"])
     backend.add_special_tokens(
         [AddedToken(t, special=True, normalized=False, rstrip=strips and t not in _PHI3_PLAIN) for t in control if t]
     )
     backend.add_tokens([AddedToken(t, special=False, normalized=False, rstrip=strips) for t in defined if t])
 
 
-def _swallows_space(file: GGUFFile) -> bool:
-    """Whether special tokens take the white space behind them: Phi-3's do, and only the model's name tells."""
-    name = file.metadata.get("general.name")
-    return isinstance(name, str) and any(phi in name.lower() for phi in ("phi-3", "phi3"))
+def _swallows_space(file: GGUFFile, kind: str) -> bool:
+    """Whether special tokens take the white space behind them: those of Phi-3 do, which its files do not say.
+
+    Its architecture is that of Phi-4, too, whose vocabulary is of another kind. llama.cpp goes by the model's name.
+    """
+    name, architecture = file.metadata.get("general.name"), file.metadata.get("general.architecture")
+    named = isinstance(name, str) and any(phi in name.lower() for phi in ("phi-3", "phi3"))
+    return kind == "llama" and (named or architecture == "phi3")
 
 
 def _add_sequence_ends(backend: Backend, meta: dict[str, Any], kind: str) -> None:

@@ -137,11 +137,23 @@ class NamedTokenKeys(CheckedKeys):
     sep_token: str | AddedTokenKeys | None = None
     cls_token: str | AddedTokenKeys | None = None
     mask_token: str | AddedTokenKeys | None = None
+    additional_special_tokens: list[str | AddedTokenKeys] | None = None
+    extra_special_tokens: dict[str, str | AddedTokenKeys] | list[str | AddedTokenKeys] | None = None
 
     def texts(self) -> dict[str, str]:
         """The named tokens that are stated."""
-        stated = {name: getattr(self, name) for name in NamedTokenKeys.model_fields}
+        stated = {name: getattr(self, name) for name in NamedTokenKeys.model_fields if name.endswith("_token")}
         return {name: entry if isinstance(entry, str) else entry.content for name, entry in stated.items() if entry}
+
+    def special(self) -> list[AddedTokenKeys]:
+        """All tokens that are stated here, which are special, with their matching rules."""
+        further = self.extra_special_tokens or []
+        named = [getattr(self, name) for name in NamedTokenKeys.model_fields if name.endswith("_token")]
+        named += [
+            *(self.additional_special_tokens or []),
+            *(further if isinstance(further, list) else further.values()),
+        ]
+        return [AddedTokenKeys(content=entry) if isinstance(entry, str) else entry for entry in named if entry]
 
 
 class HFTokenizerKeys(NamedTokenKeys):

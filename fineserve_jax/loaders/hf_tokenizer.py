@@ -46,8 +46,10 @@ def hf_tokenizer(directory: Path) -> Tokenizer:
     backend.no_truncation()  # the file may carry training-time settings
     backend.no_padding()
     settings = _checked(HFTokenizerKeys, directory / "tokenizer_config.json")
-    named = _checked(NamedTokenKeys, directory / "special_tokens_map.json").texts() | settings.texts()
+    in_map = _checked(NamedTokenKeys, directory / "special_tokens_map.json")
+    named = in_map.texts() | settings.texts()
     _add_tokens(backend, settings, directory)
+    _make_special(backend, [*in_map.special(), *settings.special()])
     bos = named.get("bos_token")
     _warn_of_absent(directory, backend, named)
     templates = _chat_templates(directory, settings)
@@ -80,6 +82,15 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: HFTokenizerKeys, direct
                 "%s: the added token %a should have the id %d, but tokenizer.json gives it %s; save it again",
                 directory, token.content, index, found,
             )  # fmt: skip
+
+
+def _make_special(backend: tokenizers.Tokenizer, named: list[AddedTokenKeys]) -> None:
+    """Tokens that a companion names are found in texts and left out of output, as in transformers."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    for token in named:
+        if token.content and token.content not in special and backend.token_to_id(token.content) is not None:
+            rules = token.model_dump(include={"normalized", "lstrip", "rstrip", "single_word"})
+            backend.add_special_tokens([tokenizers.AddedToken(token.content, special=True, **rules)])
 
 
 def _warn_of_absent(directory: Path, backend: tokenizers.Tokenizer, named: dict[str, str]) -> None:

@@ -20,16 +20,12 @@ class DecodeInputs(NamedTuple):
 
     Attributes:
         tokens, positions: i32[rows].
-        pages: i32[rows], the page each token's K and V are written to.
-        format_ids: i32[rows], the token-wise format of that page.
-        tiles: the rows' cached tokens.
+        format_ids: i32[rows], the token-wise format that each token's K and V are written in.
     """
 
     tokens: Array
     positions: Array
-    pages: Array
     format_ids: Array
-    tiles: Tiles
 
 
 class ChunkInputs(NamedTuple):
@@ -39,48 +35,54 @@ class ChunkInputs(NamedTuple):
         tokens, positions: i32[chunk_tokens].
         targets: i32[chunk_tokens], the token after each; only read by steps that score.
         chunk_of_page: i32[chunk_pages], which chunk a page of slots belongs to; -1: none.
-        pages: i32[chunk_pages], where that page is written.
         written_format_ids: i32[chunk_pages], the format it is written in.
         newest_format_ids: i32[chunk_pages], the token-wise format of its request's newest tokens.
         full_format_ids: i32[chunk_pages], the format of its request's full pages.
-        tiles: the chunks' cached tokens; rows are chunks.
     """
 
     tokens: Array
     positions: Array
     targets: Array
     chunk_of_page: Array
-    pages: Array
     written_format_ids: Array
     newest_format_ids: Array
     full_format_ids: Array
-    tiles: Tiles
 
 
-class ClosingInputs(NamedTuple):
-    """Residual pages that the step fills, to be encoded into pages of their own, by page-wise format.
+class GroupInputs(NamedTuple):
+    """Where the step's tokens, and those they attend to, are in the pages of a layer group. Pages by first unit.
 
     Attributes:
-        sources, targets: i32[page-wise formats, rows], first units.
-        counts: i32[page-wise formats], how many of them count.
+        decode_pages: i32[rows], the page each decoded token's K and V are written to.
+        decode_tiles: the decode rows' cached tokens.
+        chunk_pages: i32[chunk_pages], where each page of chunk slots is written.
+        chunk_tiles: the chunks' cached tokens; rows are chunks. None in a step without chunk slots.
+        closing_sources, closing_targets: i32[page-wise formats, rows], residual pages that the step fills, and the
+            pages of their own that they are encoded into.
     """
 
-    sources: Array
-    targets: Array
-    counts: Array
+    decode_pages: Array
+    decode_tiles: Tiles
+    chunk_pages: Array
+    chunk_tiles: Tiles | None
+    closing_sources: Array
+    closing_targets: Array
 
 
 class StepInputs(NamedTuple):
     """Everything about a step's tokens, but how to sample.
 
     Attributes:
+        groups: of each layer group.
+        closing_counts: i32[page-wise formats], how many residual pages the step fills.
         long: bool[rows + chunk_tokens], whether each slot's token is of a request that `is_long`.
         sample_slots: i32[rows], the slot (decode rows first, then chunk slots) each sampled token follows.
     """
 
     decode: DecodeInputs
     chunk: ChunkInputs | None
-    closing: ClosingInputs
+    groups: tuple[GroupInputs, ...]
+    closing_counts: Array
     long: Array
     sample_slots: Array
 
@@ -109,27 +111,83 @@ def chunk_slots(spec: StepSpec, output: SchedulerOutput) -> list[slice]:
     return slots
 
 
+class _GroupBuilder:
+    """Fills the arrays of one layer group."""
+
+    def __init__(self, spec: StepSpec, kv: KVManager, number: int) -> None:
+        self.spec, self.kv, self.number = spec, kv, number
+        self.format_ids = {name: i for i, name in enumerate(spec.format_names)}
+        self.decode_pages = np.full(spec.shape.rows, NOWHERE, np.int32)
+        self.chunk_pages = np.full(spec.chunk_pages, NOWHERE, np.int32)
+        self.decode_segments: list[BatchSegment] = []
+        self.chunk_segments: list[BatchSegment] = []
+        self.closing: list[list[tuple[int, int]]] = [[] for _ in spec.paged_formats]
+
+    def add_decode(self, row: int, scheduled: ScheduledChunk) -> None:
+        request, position, size = scheduled.request, scheduled.start, self.spec.geometry.page_size
+        residual = self.kv.residual_unit(request, self.number)
+        if residual is None:
+            self.decode_pages[row] = self.kv.page_unit(request, position // size, self.number)
+        else:
+            self.decode_pages[row] = residual
+            if position % size == size - 1:
+                target = self.kv.page_unit(request, position // size, self.number)
+                paged = list(self.spec.paged_formats).index(self.format_ids[request.kv_precision])
+                self.closing[paged].append((residual, target))
+        self._add_segments(self.decode_segments, row, scheduled)
+
+    def add_chunk(self, chunk: int, first: int, num_pages: int, scheduled: ScheduledChunk) -> None:
+        """`first`: the first of its pages of slots."""
+        request, size = scheduled.request, self.spec.geometry.page_size
+        residual = self.kv.residual_unit(request, self.number)
+        pages = self.kv.first_units(request, scheduled.start // size, num_pages, self.number)
+        if residual is not None and scheduled.count % size:
+            pages = [*pages[: num_pages - 1], residual]
+        self.chunk_pages[first : first + num_pages] = pages
+        self._add_segments(self.chunk_segments, chunk, scheduled)
+
+    def _add_segments(self, segments: list[BatchSegment], row: int, scheduled: ScheduledChunk) -> None:
+        for part in self.kv.segments(scheduled.request, scheduled.start, self.number):
+            format_id = self.format_ids[part.kv_format]
+            segments.append(BatchSegment(row, format_id, part.pages, part.num_tokens, part.first_position))
+
+    def finish(self, decode_queries: list[QueryRun], chunk_queries: list[QueryRun]) -> GroupInputs:
+        spec, group = self.spec, self.spec.groups[self.number]
+        closing = np.zeros((2, len(self.closing), spec.shape.rows), np.int32)
+        for i, pairs in enumerate(self.closing):
+            closing[:, i, : len(pairs)] = np.array(pairs, np.int32).reshape(-1, 2).T
+        chunk_tiles = None
+        if spec.chunk_pages:
+            chunk_tiles = plan_attention(spec.chunk_attention(group), self.chunk_segments, chunk_queries)
+        return GroupInputs(
+            decode_pages=self.decode_pages,
+            decode_tiles=plan_attention(spec.decode_attention(group), self.decode_segments, decode_queries),
+            chunk_pages=self.chunk_pages,
+            chunk_tiles=chunk_tiles,
+            closing_sources=closing[0],
+            closing_targets=closing[1],
+        )
+
+
 class _Builder:
     """Fills the arrays of one step, one scheduled chunk after another."""
 
     def __init__(self, spec: StepSpec, kv: KVManager) -> None:
-        self.spec, self.kv = spec, kv
+        self.spec = spec
         self.page_size = spec.geometry.page_size
         self.format_ids = {name: i for i, name in enumerate(spec.format_names)}
+        self.groups = [_GroupBuilder(spec, kv, number) for number in range(len(spec.groups))]
         self.sampled: list[Request] = []
         self.sample_slots = np.zeros(spec.shape.rows, np.int32)
         self.num_decodes = self.num_chunks = self.next_page = 0
-        self.decode_segments: list[BatchSegment] = []
-        self.chunk_segments: list[BatchSegment] = []
         self.decode_queries: list[QueryRun] = []
         self.chunk_queries: list[QueryRun] = []
-        self.closing: list[list[tuple[int, int]]] = [[] for _ in spec.paged_formats]
 
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
         self.tokens, self.positions = np.zeros(rows + slots, np.int32), np.zeros(rows + slots, np.int32)
         self.long, self.targets = np.zeros(rows + slots, np.bool_), np.zeros(slots, np.int32)
-        self.row_pages, self.row_formats = np.full(rows, NOWHERE, np.int32), np.zeros(rows, np.int32)
-        self.chunk_of_page, self.chunk_pages = np.full(pages, -1, np.int32), np.full(pages, NOWHERE, np.int32)
+        self.row_formats = np.zeros(rows, np.int32)
+        self.chunk_of_page = np.full(pages, -1, np.int32)
         self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
 
     def add_decode(self, scheduled: ScheduledChunk) -> None:
@@ -137,16 +195,10 @@ class _Builder:
         self.num_decodes += 1
         self.tokens[row], self.positions[row] = request.token_ids[position], position
         self.long[row] = request.is_long
-        residual, page = self.kv.residual_unit(request), position // self.page_size
-        if residual is None:
-            self.row_pages[row] = self.kv.page_unit(request, page)
-        else:
-            self.row_pages[row] = residual
-            if position % self.page_size == self.page_size - 1:
-                self._close(request.kv_precision, residual, self.kv.page_unit(request, page))
-        self.row_formats[row] = self.format_ids[get_format(request.kv_precision).residual or request.kv_precision]
+        self.row_formats[row] = self._newest(request)
         self.decode_queries.append(QueryRun(row, 1, position))
-        self._add_segments(self.decode_segments, row, scheduled)
+        for group in self.groups:
+            group.add_decode(row, scheduled)
         self._sample(scheduled, row)
 
     def add_chunk(self, scheduled: ScheduledChunk) -> None:
@@ -162,28 +214,23 @@ class _Builder:
         successors = request.token_ids[scheduled.start + 1 : scheduled.start + scheduled.count + 1]
         self.targets[slot : slot + len(successors)] = successors
 
-        own = slice(first, first + num_pages)
-        residual, page = self.kv.residual_unit(request), scheduled.start // self.page_size
-        full = self.format_ids[request.kv_precision]
-        newest = self.format_ids[get_format(request.kv_precision).residual or request.kv_precision]
+        own, full, newest = slice(first, first + num_pages), self._full(request), self._newest(request)
         self.chunk_of_page[own] = chunk
         self.full[own], self.written[own], self.newest[own] = full, full, newest
-        pages = self.kv.first_units(request, page, num_pages)
-        if residual is not None and scheduled.count % self.page_size:
-            pages = [*pages[: num_pages - 1], residual]
+        if scheduled.count % self.page_size and newest != full:
             self.written[first + num_pages - 1] = newest
-        self.chunk_pages[own] = pages
         self.chunk_queries.append(QueryRun(slot, scheduled.count, scheduled.start))
-        self._add_segments(self.chunk_segments, chunk, scheduled)
+        for group in self.groups:
+            group.add_chunk(chunk, first, num_pages, scheduled)
         self._sample(scheduled, where.stop - 1)
 
-    def _add_segments(self, segments: list[BatchSegment], row: int, scheduled: ScheduledChunk) -> None:
-        for part in self.kv.segments(scheduled.request, scheduled.start):
-            format_id = self.format_ids[part.kv_format]
-            segments.append(BatchSegment(row, format_id, part.pages, part.num_tokens, part.first_position))
+    def _full(self, request: Request) -> int:
+        """Format id of the request's full pages."""
+        return self.format_ids[request.kv_precision]
 
-    def _close(self, kv_format: str, source: int, target: int) -> None:
-        self.closing[list(self.spec.paged_formats).index(self.format_ids[kv_format])].append((source, target))
+    def _newest(self, request: Request) -> int:
+        """Format id of the request's newest tokens."""
+        return self.format_ids[get_format(request.kv_precision).residual or request.kv_precision]
 
     def _sample(self, scheduled: ScheduledChunk, slot: int) -> None:
         if scheduled.samples:
@@ -191,31 +238,19 @@ class _Builder:
             self.sampled.append(scheduled.request)
 
     def finish(self) -> StepInputs:
-        spec, rows = self.spec, self.spec.shape.rows
-        decode = DecodeInputs(
-            tokens=self.tokens[:rows],
-            positions=self.positions[:rows],
-            pages=self.row_pages,
-            format_ids=self.row_formats,
-            tiles=plan_attention(spec.decode_attention(spec.groups[0]), self.decode_segments, self.decode_queries),
-        )
-        if not spec.chunk_pages:
-            return StepInputs(decode, None, self._closing_inputs(), self.long, self.sample_slots)
-        chunk = ChunkInputs(
-            tokens=self.tokens[rows:],
-            positions=self.positions[rows:],
-            targets=self.targets,
-            chunk_of_page=self.chunk_of_page,
-            pages=self.chunk_pages,
-            written_format_ids=self.written,
-            newest_format_ids=self.newest,
-            full_format_ids=self.full,
-            tiles=plan_attention(spec.chunk_attention(spec.groups[0]), self.chunk_segments, self.chunk_queries),
-        )
-        return StepInputs(decode, chunk, self._closing_inputs(), self.long, self.sample_slots)
-
-    def _closing_inputs(self) -> ClosingInputs:
-        pages = np.zeros((2, len(self.closing), self.spec.shape.rows), np.int32)
-        for i, pairs in enumerate(self.closing):
-            pages[:, i, : len(pairs)] = np.array(pairs, np.int32).reshape(-1, 2).T
-        return ClosingInputs(pages[0], pages[1], np.array([len(pairs) for pairs in self.closing], np.int32))
+        rows = self.spec.shape.rows
+        decode = DecodeInputs(self.tokens[:rows], self.positions[:rows], self.row_formats)
+        chunk = None
+        if self.spec.chunk_pages:
+            chunk = ChunkInputs(
+                tokens=self.tokens[rows:],
+                positions=self.positions[rows:],
+                targets=self.targets,
+                chunk_of_page=self.chunk_of_page,
+                written_format_ids=self.written,
+                newest_format_ids=self.newest,
+                full_format_ids=self.full,
+            )
+        groups = tuple(group.finish(self.decode_queries, self.chunk_queries) for group in self.groups)
+        closing_counts = np.array([len(pairs) for pairs in self.groups[0].closing], np.int32)
+        return StepInputs(decode, chunk, groups, closing_counts, self.long, self.sample_slots)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.models import LayerGroup
 from fineserve_jax.pallas_kernels.chunk_attention import attend_within
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.operations import paged_attention
@@ -39,10 +38,14 @@ class LayerWords(NamedTuple):
 
 @dataclass
 class LayerAttention:
-    """The `attend` of one layer of the group; after the call, `words` holds what it encoded."""
+    """The `attend` of one layer; after the call, `words` holds what it encoded.
+
+    group: number of the layer's group.
+    layer: i32[], number of the layer in its group.
+    """
 
     spec: StepSpec
-    group: LayerGroup
+    group: int
     layer: jax.Array
     arena: jax.Array
     inputs: StepInputs
@@ -70,13 +73,16 @@ class LayerAttention:
         if (cap := self.spec.model.config.attention_soft_cap) is not None:
             logit = cap * jnp.tanh(logit / cap)
         own = PartialAttention(logit, jnp.ones_like(logit), jnp.broadcast_to(v[:, :, None], q.shape))
-        cached = self._cached(self.spec.decode_attention(self.group), q, self.inputs.decode.tiles, sinks)
+        spec = self.spec.decode_attention(self.spec.groups[self.group])
+        cached = self._cached(spec, q, self.inputs.groups[self.group].decode_tiles, sinks)
         return own.merge(cached).output()
 
     def _chunks(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
         """q: f32[C, kv_heads, group, D]; k, v: f32[C, kv_heads, D]."""
-        geometry, chunk = self.spec.geometry, self.inputs.chunk
+        geometry, chunk, group = self.spec.geometry, self.inputs.chunk, self.spec.groups[self.group]
+        tiles = self.inputs.groups[self.group].chunk_tiles
         assert chunk is not None, "a step with chunk slots has chunk inputs"
+        assert tiles is not None, "a step with chunk slots has chunk inputs"
         pages = (geometry.kv_heads, self.spec.chunk_pages, geometry.page_size, geometry.head_dim)
         exact = [part.swapaxes(0, 1).reshape(pages) for part in (k, v)]
         words, stored = _round_trips(self.spec.token_formats, *exact)
@@ -85,10 +91,10 @@ class LayerAttention:
         earlier_pages = _select(stored | paged_stored, chunk.full_format_ids)
         self.words.pages.update(words | paged_words)
 
-        cap, window = self.spec.model.config.attention_soft_cap, self.group.window
-        own = attend_within(q.swapaxes(0, 1), own_page, earlier_pages, chunk.chunk_of_page, window, cap)
+        cap = self.spec.model.config.attention_soft_cap
+        own = attend_within(q.swapaxes(0, 1), own_page, earlier_pages, chunk.chunk_of_page, group.window, cap)
         own = PartialAttention(*(part.swapaxes(0, 1) for part in own))
-        return own.merge(self._cached(self.spec.chunk_attention(self.group), q, chunk.tiles, sinks)).output()
+        return own.merge(self._cached(self.spec.chunk_attention(group), q, tiles, sinks)).output()
 
     def _cached(self, spec: AttentionSpec, q: jax.Array, tiles: Tiles, sinks: jax.Array | None) -> PartialAttention:
         """Attention of f32[N, kv_heads, group, D] queries to the cached tokens, and to the sinks."""

@@ -35,7 +35,7 @@ class PageOperations:
 
     Args:
         arena: what they change.
-        geometries: of each model's pages.
+        geometries: of the pages of each model and layer group.
         slab_units: units of a slab; pages in different slabs do not overlap.
         implementation: of the conversions.
 
@@ -47,7 +47,7 @@ class PageOperations:
     def __init__(
         self,
         arena: Arena,
-        geometries: Mapping[str, PageGeometry],
+        geometries: Mapping[tuple[str, int], PageGeometry],
         slab_units: int,
         implementation: Implementation = "xla",
     ) -> None:
@@ -120,7 +120,7 @@ class PageOperations:
             units = source.page_units
             return self._program(("copy", units), functools.partial(copy_pages, page_units=units))
         formats = get_format(source.kv_format), get_format(target.kv_format)
-        spec = WriteSpec(self.geometries[source.model], formats, self.implementation)
+        spec = WriteSpec(self.geometries[source.model, source.group], formats, self.implementation)
         return self._program(("convert", source, target), functools.partial(requantize, spec, *formats))
 
     def _gather(self, page_class: PageClass) -> Callable[..., jax.Array]:

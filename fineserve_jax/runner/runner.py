@@ -86,6 +86,9 @@ class ModelRunner:
         implementation: of the kernels.
         check_finite: whether to find the stage (embedding, layer or head) that first gives NaN or infinity.
         eos_ids: the model's end-of-sequence tokens, for structured outputs.
+        reproducible: whether a request's numbers are the same, bit for bit, whatever shares its steps: these are all of
+            one size, and programs the same from the beginning. Steps must hold one chunk or only decode.
+        formats: KV formats to serve from the beginning.
     """
 
     def __init__(
@@ -102,19 +105,28 @@ class ModelRunner:
         implementation: Implementation = "xla",
         check_finite: bool = False,
         eos_ids: Sequence[int] = (),
+        reproducible: bool = False,
+        formats: Iterable[str] = (),
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
-        self.layer_numbers = [jnp.int32(i) for i in range(geometry.num_layers)]
-        groups, without = enumerate(model.config.layer_groups), model.config.no_rope_layers
-        self.layer_kinds = {layer: (number, layer not in without) for number, group in groups for layer in group.layers}
+        # Of each layer its kind, the number of its group and whether it has RoPE, and its number in the group.
+        self.place_of_layer = {
+            layer: ((number, layer not in model.config.no_rope_layers), jnp.int32(index))
+            for number, group in enumerate(model.config.layer_groups)
+            for index, layer in enumerate(group.layers)
+        }
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.eos_ids = tuple(eos_ids)
         self.row_buckets = row_buckets(max_rows, single=model.weights != "fp32" and compiled_products())
+        self.reproducible = reproducible
+        if reproducible:
+            self.row_buckets = self.row_buckets[-1:]
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
         self.format_names: tuple[str, ...] = ()
         self.max_runs = 1
         self.num_compilations = 0
+        self.use_formats(formats)
 
     def use_formats(self, names: Iterable[str]) -> None:
         """Makes the steps from now on serve these KV formats too, and the residuals they need.
@@ -165,7 +177,14 @@ class ModelRunner:
     def _spec(self, shape: StepShape) -> StepSpec:
         max_pages = -(-self.max_seq_len // self.geometry.page_size)
         return StepSpec(
-            self.model, self.geometry, self.format_names, shape, max_pages, self.max_runs, self.implementation
+            self.model,
+            self.geometry,
+            self.format_names,
+            shape,
+            max_pages,
+            self.max_runs,
+            self.implementation,
+            packs=not self.reproducible,
         )
 
     def _run(self, spec: StepSpec, output: SchedulerOutput, scores: bool = False, masked: bool = False) -> StepResult:
@@ -178,13 +197,14 @@ class ModelRunner:
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
         for index, params in enumerate(self.layer_params):
-            layer = programs.layers[self.layer_kinds[index]]
-            stream, encoded = layer(params, stream, self.layer_numbers[index], self.arena.units, inputs)
+            kind, number = self.place_of_layer[index]
+            stream, encoded = programs.layers[kind](params, stream, number, self.arena.units, inputs)
             words.append(encoded)
             if self.check_finite:
                 checks.append(programs.finite_slots(stream))
         # The layers are being computed while the host finds out what may be sampled.
-        masks = build_masks(requests, spec.shape.rows, self.model.config.vocab_size, self.eos_ids, always=masked)
+        always = masked or self.reproducible  # with masks the head is another program
+        masks = build_masks(requests, spec.shape.rows, self.model.config.vocab_size, self.eos_ids, always)
         allowed, stuck = (None, {}) if masks is None else (jax.device_put(masks.allowed), masks.stuck)
         outputs = programs.head(self.params, stream, inputs, sampling, allowed)
         scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None

@@ -1,6 +1,6 @@
 """The static side of a step: what a compiled program is specialised for, and which sizes there are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
@@ -34,13 +34,14 @@ class StepSpec:
 
     Attributes:
         model: the Flax module; its parameters are an argument of the step.
-        geometry: of the model's pages.
+        geometry: of the model's pages, were they of all layers.
         format_names: KV formats the step reads and writes; format ids are indices into it. Residual formats are in it.
         shape: slots of the step.
         max_pages: pages of the longest sequence.
         max_runs: most runs of pages of different formats that a request has, its residual page aside.
         implementation: of the kernels.
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
+        packs: see `AttentionSpec`.
     """
 
     model: CausalLM
@@ -51,6 +52,7 @@ class StepSpec:
     max_runs: int = 1
     implementation: Implementation = "xla"
     interpret: bool | None = None
+    packs: bool = True
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -92,14 +94,17 @@ class StepSpec:
         """The chunks' attention to their cached tokens, in layers of the group."""
         return self._attention(group, self.chunk_pages, self.shape.chunk_tokens)
 
-    @property
-    def writing(self) -> WriteSpec:
-        """What a step writes."""
-        return WriteSpec(self.geometry, self.formats, self.implementation, self.interpret)
+    def writing(self, group: LayerGroup) -> WriteSpec:
+        """What a step writes of the group's layers."""
+        return WriteSpec(self.group_geometry(group), self.formats, self.implementation, self.interpret)
+
+    def group_geometry(self, group: LayerGroup) -> PageGeometry:
+        """Of the pages of a layer group."""
+        return replace(self.geometry, num_layers=len(group.layers))
 
     def _attention(self, group: LayerGroup, num_rows: int, num_queries: int | None = None) -> AttentionSpec:
         return AttentionSpec(
-            self.geometry,
+            self.group_geometry(group),
             self.formats,
             num_rows,
             self.max_pages,
@@ -107,6 +112,7 @@ class StepSpec:
             segments_per_row=self.max_runs + (1 if self.paged_formats else 0),
             window=group.window,
             soft_cap=self.model.config.attention_soft_cap,
+            packs=self.packs,
             implementation=self.implementation,
             interpret=self.interpret,
         )

@@ -55,8 +55,8 @@ def layer(
     inputs: StepInputs,
 ) -> tuple[Stream, LayerWords]:
     """One layer. `group`: number of its group, and `has_rope`, static; `params`: of that layer alone; `index`: i32[],
-    its number."""
-    attention = LayerAttention(spec, spec.groups[group], index, arena, inputs)
+    its number in the group."""
+    attention = LayerAttention(spec, group, index, arena, inputs)
     rope = stream.ropes[group] if has_rope else None
     x = _apply(block_of(spec.model, params), params, stream.x, rope, attention)
     return stream._replace(x=x), attention.words
@@ -95,16 +95,18 @@ def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: S
 
     Donate the arena. Everything else reads it before this writes it.
     """
-    decode, chunk, closing, writing = inputs.decode, inputs.chunk, inputs.closing, spec.writing
+    decode, chunk = inputs.decode, inputs.chunk
     offsets = decode.positions % spec.geometry.page_size
-    tokens = _stack([words.tokens for words in layers])
-    arena = write_tokens(writing, arena, tokens, decode.pages, offsets, decode.format_ids)
-    if chunk is not None:
-        pages = _stack([words.pages for words in layers])
-        arena = write_pages(writing, arena, pages, chunk.pages, chunk.written_format_ids)
-    for i, kv_format in enumerate(spec.paged_formats.values()):
-        pages_and_count = closing.sources[i], closing.targets[i], closing.counts[i]
-        arena = requantize(writing, spec.residual_of(kv_format), kv_format, arena, *pages_and_count)
+    for group, own in zip(spec.groups, inputs.groups, strict=True):
+        writing, words = spec.writing(group), [layers[layer] for layer in group.layers]
+        tokens = _stack([layer.tokens for layer in words])
+        arena = write_tokens(writing, arena, tokens, own.decode_pages, offsets, decode.format_ids)
+        if chunk is not None:
+            pages = _stack([layer.pages for layer in words])
+            arena = write_pages(writing, arena, pages, own.chunk_pages, chunk.written_format_ids)
+        for i, kv_format in enumerate(spec.paged_formats.values()):
+            pages_and_count = own.closing_sources[i], own.closing_targets[i], inputs.closing_counts[i]
+            arena = requantize(writing, spec.residual_of(kv_format), kv_format, arena, *pages_and_count)
     return arena
 
 

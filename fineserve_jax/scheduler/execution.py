@@ -33,6 +33,8 @@ def schedule_step(
         profile: predicts the model's step time.
         now: when the step begins.
     """
+    if config.reproducible:
+        return _reproducible_step(requests, config.max_chunk_tokens)
     decodes: list[ScheduledChunk] = []
     prefilling: list[RunningRequest] = []
     for running in requests:
@@ -48,6 +50,26 @@ def schedule_step(
     prefilling.sort(key=_prefill_order)
     chunks = ChunkSizes(config, profile, decodes, target_s).fill([running.request for running in prefilling])
     return SchedulerOutput(tuple(decodes), tuple(chunks))
+
+
+def _reproducible_step(requests: Iterable[RunningRequest], chunk_tokens: int) -> SchedulerOutput:
+    """A step in which each token is computed as it would be for its request alone: a prompt in chunks that begin at
+    multiples of `chunk_tokens`, of which a step has one and nothing else, and all other tokens one by one, also those
+    that were sampled before the request lost its pages."""
+    decodes: list[ScheduledChunk] = []
+    prefilling: list[RunningRequest] = []
+    for running in requests:
+        request = running.request
+        if request.num_prompt_tokens - request.num_computed_tokens > 1:
+            prefilling.append(running)
+        else:
+            decodes.append(ScheduledChunk(request, request.num_computed_tokens, 1))
+    if not prefilling:
+        return SchedulerOutput(tuple(decodes), ())
+    request = min(prefilling, key=_prefill_order).request
+    start = request.num_computed_tokens
+    chunk = ScheduledChunk(request, start, min(chunk_tokens, request.num_prompt_tokens - start))
+    return SchedulerOutput((), (chunk,)) if chunk.count > 1 else SchedulerOutput((chunk,), ())
 
 
 def due_s(request: Request, tpot_slo_s: float, now: float) -> float:

@@ -1,5 +1,7 @@
 """Pages that admission leaves free, so that each running request can still grow."""
 
+from collections import Counter
+
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.scheduler.running_request import RunningRequest
 
@@ -9,30 +11,29 @@ class GrowthReserve:
     grow and go.
 
     Args:
-        pages_each: most pages to reserve for a request.
+        pages_each: most pages of each layer group to reserve for a request.
     """
 
     def __init__(self, pages_each: int) -> None:
         self._pages_each = pages_each
         self._shares: dict[PageClass, frozenset[str]] = {}
-        self._num_running: dict[PageClass, int] = {}
-        self._pages: dict[PageClass, int] = {}
+        self._num_running: Counter[PageClass] = Counter()
+        self._pages: Counter[PageClass] = Counter()
 
     def add(self, running: RunningRequest) -> None:
-        self._shares[running.page_class] = running.shares
-        self._num_running[running.page_class] = self._num_running.get(running.page_class, 0) + 1
-        self._count(running, self.wanted(running))
+        for page_class in running.groups:
+            self._shares[page_class] = running.shares
+            self._num_running[page_class] += 1
+        self._count(running, running.pages_to_come(self._pages_each))
 
     def update(self, running: RunningRequest) -> None:
         """The request has grown."""
-        self._count(running, self.wanted(running))
+        self._count(running, running.pages_to_come(self._pages_each))
 
     def remove(self, running: RunningRequest) -> None:
-        self._num_running[running.page_class] -= 1
-        self._count(running, 0)
-
-    def wanted(self, running: RunningRequest) -> int:
-        return min(self._pages_each, running.pages_to_come)
+        for page_class in running.groups:
+            self._num_running[page_class] -= 1
+        self._count(running, {})
 
     def beside(self, joining: RunningRequest) -> dict[PageClass, int] | None:
         """Pages to leave free if `joining` joins, its own included, by class; None if no other competes with it."""
@@ -43,9 +44,12 @@ class GrowthReserve:
         }
         if not reserve:
             return None
-        reserve[joining.page_class] = reserve.get(joining.page_class, 0) + self.wanted(joining)
+        for page_class, count in joining.pages_to_come(self._pages_each).items():
+            reserve[page_class] = reserve.get(page_class, 0) + count
         return reserve
 
-    def _count(self, running: RunningRequest, pages: int) -> None:
-        self._pages[running.page_class] = self._pages.get(running.page_class, 0) + pages - running.reserved_pages
-        running.reserved_pages = pages
+    def _count(self, running: RunningRequest, pages: dict[PageClass, int]) -> None:
+        if pages != running.reserved_pages:
+            self._pages.subtract(running.reserved_pages)
+            self._pages.update(pages)
+            running.reserved_pages = pages

@@ -79,14 +79,8 @@ class NarrowingPolicy:
         """Units that narrowing as far as allowed would free, those of pages that others share too."""
         total = 0
         for running in self._running:
-            request = running.request
-            if request.min_kv_precision is None or not self._may_narrow(running, shares):
-                continue
-            held = self._kv.holds(request)
-            floor = self._kv.class_of(request.model, request.min_kv_precision).page_units
-            stop = request.num_computed_tokens // held.page_class.page_size - self._config.narrow_keep_pages
-            for run in held.parts(0, stop):
-                total += max(0, run.page_class.page_units - floor) * len(run.handles)
+            if self._may_narrow(running, shares):
+                total += self._kv.most_narrowed_units(running.request, self._config.narrow_keep_pages)
         return total
 
     def _may_narrow(self, running: RunningRequest, shares: frozenset[str] | None) -> bool:

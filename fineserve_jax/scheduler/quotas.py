@@ -71,7 +71,7 @@ class Quotas:
         """Whether the maxima allow a waiting request its pages, and some growth to it and to those that run."""
         if self.account is None:
             return True
-        growth = self._growth_pages * self._kv.page_units(page_class)
+        growth = self._growth_pages * sum(map(self._kv.page_units, page_class.groups))
         units = self._units(self.account, request)
         for name in self.account.names(request):
             others = self.account.num_requests[name]  # without any, it was checked at its greatest length

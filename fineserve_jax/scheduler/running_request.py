@@ -1,6 +1,6 @@
 """A request that holds memory, and what the scheduler notes about it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.request import Request
@@ -19,7 +19,7 @@ class RunningRequest:
         entry: its entry in the waiting queue then.
         covered_tokens: tokens that the pages it holds have room for; noted, so that only every `page_size`-th
             decode step of a request has to ask for memory.
-        reserved_pages: pages counted for it in `GrowthReserve`.
+        reserved_pages: pages counted for it in `GrowthReserve`, by class.
     """
 
     request: Request
@@ -28,17 +28,24 @@ class RunningRequest:
     admission_pass: int
     entry: Entry
     covered_tokens: int = 0
-    reserved_pages: int = 0
+    reserved_pages: dict[PageClass, int] = field(default_factory=dict)
 
     def note_growth(self) -> None:
-        """Its pages now hold all its known tokens."""
-        self.covered_tokens = self.page_class.room(self.request.num_tokens)
+        """It has got pages for all its known tokens, or in layers with a window for the next step."""
+        self.covered_tokens = self.page_class.room(self.request.num_tokens, self.request.num_computed_tokens)
+
+    def pages_to_come(self, most: int) -> dict[PageClass, int]:
+        """Pages of each layer group that it may lack until its greatest length, up to `most` of each; the last token's
+        K and V are never kept."""
+        known, computed = self.request.num_tokens, self.request.num_computed_tokens
+        longest = self.request.max_total_tokens - 1
+        lacking = {c: c.most_pages(longest) - c.end_page(known, computed) + c.first_page(computed) for c in self.groups}
+        return {page_class: min(most, count) for page_class, count in lacking.items() if count > 0}
 
     @property
-    def pages_to_come(self) -> int:
-        """Pages it lacks at its greatest length; the last token's K and V are never kept."""
-        num_pages, request = self.page_class.num_pages, self.request
-        return max(0, num_pages(request.max_total_tokens - 1) - num_pages(request.num_tokens))
+    def groups(self) -> tuple[PageClass, ...]:
+        """Classes of its pages, one for each layer group."""
+        return self.page_class.groups
 
     def competes_with(self, other: "RunningRequest") -> bool:
         return not self.shares.isdisjoint(other.shares)

@@ -21,6 +21,9 @@ class SchedulerConfig(Validated):
         max_chunk_tokens: most prefill tokens of a step, each chunk counted in whole pages: a multiple of page_size.
             Longer prompts are computed in chunks.
         chunked_prefill: False computes every prompt in one piece.
+        reproducible: give a request the same tokens and log-probabilities, bit for bit, whatever it is computed with,
+            in whatever order, preempted or not, on one machine with the same settings. Costs time: a step computes one
+            chunk or decodes, never both, and is always as large; time-per-token targets do not hold prefill back.
         page_size: tokens of a KV page; chunks begin at multiples of it.
         ageing_s: with policy "fineserve" or "fcfs", nobody is overtaken by a request that arrived this many seconds
             later and is no more urgent; with "edf", the deadline of requests that name none.
@@ -47,6 +50,7 @@ class SchedulerConfig(Validated):
     max_batch_size: int = Field(default=32, ge=1)
     max_chunk_tokens: int = Field(default=256, ge=1)
     chunked_prefill: bool = True
+    reproducible: bool = False
     page_size: int = Field(default=16, ge=2)  # a chunk of one token is a decode
     ageing_s: float = Field(default=30.0, ge=0.0, allow_inf_nan=False)
     slo_aware: bool = True
@@ -74,6 +78,15 @@ class SchedulerConfig(Validated):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return value
+
+    @model_validator(mode="after")
+    def _chunks_are_the_same(self) -> Self:
+        if self.reproducible and not self.chunked_prefill:
+            raise ValueError(
+                "reproducible with chunked_prefill=False: prompts are always cut at multiples of max_chunk_tokens; "
+                "leave chunked_prefill out, and raise max_chunk_tokens for larger pieces"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_pages(self) -> Self:

@@ -54,6 +54,8 @@ def answer(
         log: to which a byte is added for each token that is sampled.
         max_file_bytes: to how many bytes files can grow, as if the disk were full then.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it, and hangups
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     job.SAVE_TOKENS_EVERY_S, journal.COMMIT_EVERY_S = save_every_s, commit_every_s
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, open as long as the process
     if max_file_bytes is not None:

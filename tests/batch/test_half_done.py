@@ -47,14 +47,42 @@ def test_rows_that_are_interrupted_again_and_again_give_the_same_answers(engine,
         if not summary.interrupted:
             break
     assert runs > 3
-    found = by_id(without_timing(written(path)))
     assert sampled == sum(row["output_tokens"] for row in undisturbed.values())
+    assert_same(by_id(without_timing(written(path))), undisturbed)
+
+
+def assert_same(found, undisturbed):
+    assert found.keys() == undisturbed.keys()
     for row, whole in ((found[name], undisturbed[name]) for name in undisturbed):
-        entries = zip(row.pop("logprobs", ()), {**whole}.get("logprobs", ()), strict=True)
+        entries = zip(row.pop("logprobs", ()), whole.get("logprobs", ()), strict=True)
         for entry, expected in entries:
             assert (entry["token"], entry["text"]) == (expected["token"], expected["text"])
             assert entry["logprob"] == pytest.approx(expected["logprob"], abs=1e-3)
         assert row == {name: value for name, value in whole.items() if name != "logprobs"}
+
+
+def test_a_row_with_which_the_engine_fails_is_found_and_the_others_go_on(engine, tmp_path, undisturbed, monkeypatch):
+    """A step fails before it computes anything, and sometimes behind all it computes."""
+    execute, faults = engine.runner.execute, []
+
+    def fail(output, scores=False):
+        is_bad = any(chunk.request.token_ids[:3] == [9, 9, 9] for chunk in output.chunks)
+        result = execute(output, scores) if not is_bad or len(faults) % 2 else None
+        if is_bad:
+            faults.append(len(output.chunks))
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return result
+
+    monkeypatch.setattr(engine.runner, "execute", fail)
+    summary = run_job(engine, ROWS, tmp_path / "out.jsonl", max_retries=1)
+    found = by_id(without_timing(written(tmp_path / "out.jsonl")))
+    error = found.pop("filters")["error"]
+    assert error.startswith(
+        "the engine fails with this row, in each of 2 attempts by itself: RuntimeError: RESOURCE_EXH"
+    )
+    assert_same(found, {name: row for name, row in undisturbed.items() if name != "filters"})
+    assert (summary.answered, summary.errors, summary.faults) == (6, 1, len(faults))
+    assert not engine.has_unfinished
 
 
 def test_a_sample_that_had_ended_is_finished_at_once(engine):

@@ -139,6 +139,16 @@ def test_an_engine_that_cannot_go_on_ends_the_job(tmp_path, monkeypatch):
         run_job(StubEngine(fails=fails), ROWS, tmp_path / "out.jsonl")
 
 
+def test_answers_are_kept_though_the_engine_cannot_be_left_cleanly(tmp_path, monkeypatch):
+    def recover(self):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(StubEngine, "recover", recover)
+    assert run_job(StubEngine(), ROWS, tmp_path / "out.jsonl").answered == 30
+    summary = run_job(StubEngine(), ROWS, tmp_path / "out.jsonl", resume=True)
+    assert (summary.answered, summary.skipped) == (0, 30)
+
+
 def test_a_single_row_that_fails_is_reported_though_no_other_succeeds(tmp_path):
     def fails(running):
         raise Fault("it")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 
 import pytest
 from job_cases import by_id, without_timing, written
@@ -209,6 +210,16 @@ def test_errors_of_an_output_without_a_journal_are_not_told_again(files):
     assert files[1].read_bytes() == content
 
 
+def test_a_journal_that_was_created_and_no_more_takes_no_answers_with_it(files):
+    run(*files)
+    content = files[1].read_bytes()
+    journal_path(files[1]).unlink()
+    Journal(journal_path(files[1])).close()
+    summary = run(*files, resume=True)
+    assert (summary.answered, summary.skipped) == (0, 12)
+    assert files[1].read_bytes() == content
+
+
 @pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"text": "a"}\n', b'{"id": null}\n', b"\n", b"\xff\n"])
 def test_a_file_that_holds_no_answers_is_not_resumed(files, line):
     content = b'{"id": 1, "text": "a"}\n' + line
@@ -248,7 +259,10 @@ def test_nothing_but_the_output_and_its_journal_is_left(files, tmp_path):
 
 
 def test_timing_can_be_left_out_so_that_equal_jobs_give_equal_files(files, tmp_path):
+    body = {"prompt": "abc", "max_tokens": 2}
+    write(files[0], [*ROWS, {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": body}])
     for name in ("a", "b"):
         run(files[0], tmp_path / name, timing=False, ordered=True)
+        time.sleep(1.1)  # OpenAI's `created` is in seconds
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert b"timing" not in (tmp_path / "a").read_bytes()

@@ -85,7 +85,7 @@ def test_a_floor_is_a_flag_and_is_refused_where_it_frees_nothing():
 @pytest.mark.parametrize(
     ("settings", "values", "switches"),
     [
-        (EngineConfig, ENGINE, ["chunked_prefill", "slo_aware", "check_finite"]),
+        (EngineConfig, ENGINE, ["chunked_prefill", "slo_aware", "check_finite", "reproducible"]),
         (SamplingParams, SAMPLING, ["ignore_eos", "include_stop_str_in_output", "skip_special_tokens"]),
     ],
 )

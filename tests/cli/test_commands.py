@@ -120,6 +120,8 @@ def test_ctrl_c_in_a_batch_leaves_what_was_written(run, prompts, tmp_path, monke
     status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output)
     assert status == 130
     assert "Interrupted: 0 answered, 1 errors" in err
+    assert "errors: 1 invalid_request" in err
+    assert err.endswith("run the same command with --resume to go on\n")
     assert "Traceback" not in err
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["bad"]
 

@@ -53,9 +53,9 @@ def test_a_step_is_observed_with_all_that_it_took(make_engine, monkeypatch):
     """Not only the time on the device: who predicts when tokens come needs the host's part, too."""
     engine, sampling = make_engine(), SamplingParams(max_tokens=4, ignore_eos=True)
     engine.warm_up()
-    observed, execute = [], engine.execute
+    observed, execute = [], engine._execute
     monkeypatch.setattr(engine.scheduler, "observe", lambda plan, seconds: observed.append(seconds))
-    monkeypatch.setattr(engine, "execute", lambda plan: (time.sleep(0.02), execute(plan))[1])
+    monkeypatch.setattr(engine, "_execute", lambda plan: (time.sleep(0.02), execute(plan))[1])
     engine.add_request([5, 6, 7], sampling)
     while engine.has_unfinished:
         engine.step()

@@ -166,7 +166,8 @@ def test_a_fork_is_refused(llm):
 
 
 EXITS = """
-import sys, threading
+import logging, sys, threading
+logging.disable(logging.WARNING)  # such as that kernels were not built
 sys.path.insert(0, {tests!r})
 from engine_cases import random_model
 from fineserve_jax.engine import load

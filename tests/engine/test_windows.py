@@ -12,6 +12,7 @@ from engine_cases import random_model, serve
 
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.kv.usage import count_events
 from fineserve_jax.loaders import LoadedModel
 from fineserve_jax.models import build_model
 from fineserve_jax.request import Request
@@ -85,6 +86,21 @@ def test_tokens_do_not_depend_on_chunks_or_the_batch():
     for (prompt, name), request in zip(rows, together, strict=True):
         (other,) = serve(alone, [prompt], [name], GREEDY)
         assert other.output_token_ids == request.output_token_ids, name
+
+
+def test_under_pressure_windowed_layers_are_narrowed_and_swapped():
+    model, formats = random_model(sliding_window=40, full_attention_layers=(0,)), ["bf16", "int8"]
+    prompts = [np.random.default_rng(i).integers(1, 96, 60 + i).tolist() for i in range(6)]
+    long, small = SamplingParams(max_tokens=100, ignore_eos=True), {"kv_memory": "160KB", "preemption": "swap"}
+    expected = serve(make_engine(model, formats), prompts, ["int8"] * 6, long)
+    narrowing = make_engine(model, formats, **small, min_kv_precision="int8")
+    mixed = serve(narrowing, prompts, ["int8", "bf16"] * 3, long)
+    assert narrowing.kv.num_narrowed_pages > 0
+    swapping = make_engine(model, formats, **small)
+    swapped = serve(swapping, prompts, ["int8"] * 6, long)
+    assert count_events(swapping.kv).saved_requests > 0
+    assert [r.output_token_ids for r in mixed[::2]] == [r.output_token_ids for r in expected[::2]]
+    assert [r.output_token_ids for r in swapped] == [r.output_token_ids for r in expected]
 
 
 def test_a_window_does_not_limit_the_length_of_requests():

@@ -1,11 +1,13 @@
 """Everything that the KV manager does, together, against a plain model of what each request should read back.
 
-The model is a list of cells for each request. A fake device carries out the page operations, and steps are computed on
-it as the runner computes them; after each rule, what the manager's segments lead to must be what the model says.
+The model is a list of cells for each request and layer group. A fake device carries out the page operations, and steps
+are computed on it as the runner computes them; after each rule, what the manager's segments lead to must be what the
+model says.
 """
 
 import copy
 from collections import Counter
+from typing import Any
 
 from contents_cases import Cell, FakeDevice, alone, clashes, formats_of
 from hypothesis import HealthCheck, settings
@@ -24,21 +26,35 @@ from fineserve_jax.request import Request, RequestTimes
 from fineserve_jax.runner.page_operations import _batches
 from fineserve_jax.sampling_params import SamplingParams
 
+Cells = list[Cell | None]
 UNIT_BYTES = 8
 SAMPLING = SamplingParams()
 MAX_TOKENS = 22
 FEW = page_table.FEW
 
 
-def page_class(model: str, kv_format: str, units: int, size: int, residual: PageClass | None = None) -> PageClass:
-    return PageClass(model, kv_format, units, size, units * UNIT_BYTES - 3, residual)
+WINDOW, STEP_TOKENS = 5, 8
+LOCAL = {"group": 1, "window": WINDOW, "span": WINDOW + STEP_TOKENS}
+
+
+def page_class(
+    model: str, kv_format: str, units: int, size: int, residual: PageClass | None = None, **groups: Any
+) -> PageClass:
+    return PageClass(model, kv_format, units, size, units * UNIT_BYTES - 3, residual, **groups)
 
 
 BF16, INT8 = page_class("m", "bf16", 7, 2), page_class("m", "int8", 5, 2)
 INT4 = page_class("m", "int4", 3, 2, residual=BF16)
 OTHER_BF16, OTHER_INT8 = page_class("other", "bf16", 4, 3), page_class("other", "int8", 2, 3)
-CLASSES = {(c.model, c.kv_format): c for c in (BF16, INT8, INT4, OTHER_BF16, OTHER_INT8)}
-LONGEST = max(c.page_units for c in CLASSES.values())
+LOCAL_BF16, LOCAL_INT8 = page_class("w", "bf16", 6, 2, **LOCAL), page_class("w", "int8", 4, 2, **LOCAL)
+LOCAL_INT4 = page_class("w", "int4", 2, 2, residual=LOCAL_BF16, **LOCAL)
+WINDOWED_BF16 = page_class("w", "bf16", 5, 2, others=(LOCAL_BF16,))
+WINDOWED_INT8 = page_class("w", "int8", 3, 2, others=(LOCAL_INT8,))
+WINDOWED_INT4 = page_class("w", "int4", 2, 2, residual=WINDOWED_BF16, others=(LOCAL_INT4,))
+WINDOWED = (WINDOWED_BF16, WINDOWED_INT8, WINDOWED_INT4)
+CLASSES = {(c.model, c.kv_format): c for c in (BF16, INT8, INT4, OTHER_BF16, OTHER_INT8, *WINDOWED)}
+ALL_CLASSES = [c for first in CLASSES.values() for c in first.groups]
+LONGEST = max(c.page_units for c in ALL_CLASSES)
 ONE_PAGE_BYTES = LONGEST * UNIT_BYTES
 
 # Prompts that mostly begin alike: some of the common tokens, and then some others.
@@ -57,8 +73,9 @@ def pick(data, requests) -> Request:
 
 
 class ContentsMachine(RuleBasedStateMachine):
-    """`rows`: requests that hold pages -> the cells of their computed tokens; `waiting`: those preempted, with the
-    cells that were saved; `narrowed`: those some of whose cells were encoded anew."""
+    """`rows`: requests that hold pages -> for each layer group the cells of their computed tokens, None for those that
+    lay behind the window when the request got them; `waiting`: those preempted, with the cells that were saved;
+    `narrowed`: those some of whose cells were encoded anew."""
 
     @initialize(
         keys=st.lists(st.sampled_from(sorted(CLASSES)), min_size=1, max_size=4, unique=True),
@@ -83,8 +100,8 @@ class ContentsMachine(RuleBasedStateMachine):
         self.kv.pool.compaction.max_step_bytes = max_step_pages * ONE_PAGE_BYTES
         self.device = FakeDevice()
         self.keys, self.operations = keys, []
-        self.rows: dict[Request, list[Cell]] = {}
-        self.waiting: dict[Request, list[Cell]] = {}
+        self.rows: dict[Request, list[Cells]] = {}
+        self.waiting: dict[Request, list[Cells]] = {}
         self.narrowed: set[Request] = set()
         self.arrived = 0
 
@@ -102,46 +119,53 @@ class ContentsMachine(RuleBasedStateMachine):
         may_convert = self.kv.sharing.prefix_cache == "convert" and request.shares_prefix
         return request not in self.narrowed and not may_convert
 
-    def read(self, request: Request, num_cached: int) -> list[Cell | None]:
-        """What the request's segments lead to on the device."""
-        cells: list[Cell | None] = []
-        for segment in self.kv.segments(request, num_cached):
-            page_class = CLASSES[request.model, segment.kv_format]
+    def read(self, request: Request, num_cached: int, group: int) -> Cells:
+        """What the request's segments lead to on the device; None for what was dropped, all of it behind the window."""
+        cells: Cells = []
+        for segment in self.kv.segments(request, num_cached, group):
+            page_class = CLASSES[request.model, segment.kv_format].groups[group]
+            if not cells:
+                assert segment.first_position <= page_class.first_token(num_cached)
+                cells += [None] * segment.first_position
             assert segment.first_position == len(cells)
             pages = [cell for unit in segment.pages for cell in self.device.read(unit, page_class)]
             assert 0 < segment.num_tokens <= len(pages)
             cells += pages[: segment.num_tokens]
-        return cells
+        assert len(cells) == num_cached or not self.class_of(request).groups[group].first_token(num_cached) < num_cached
+        return cells + [None] * (num_cached - len(cells))
 
     def note_shared(self, request: Request) -> None:
         """The request has got cells that it did not compute: they must be those of its tokens."""
-        known = self.rows[request]
         computed = request.num_computed_tokens
-        assert len(known) <= computed < request.num_tokens
-        for position, cell in enumerate(self.read(request, computed)[len(known) :], len(known)):
-            expected = alone(
-                self.class_of(request), request.token_ids, position, self.in_residual(request, position, computed)
-            )
-            assert cell is not None
-            assert cell.prefix == expected.prefix
-            assert cell == expected or not self.is_exact(request)
-            known.append(cell)
+        for group, known in enumerate(self.rows[request]):
+            own = self.class_of(request).groups[group]
+            assert len(known) <= computed < request.num_tokens
+            for position, cell in enumerate(self.read(request, computed, group)[len(known) :], len(known)):
+                expected = alone(own, request.token_ids, position, self.in_residual(request, position, computed))
+                if cell is not None or position >= own.first_token(computed):
+                    assert cell is not None
+                    assert cell.prefix == expected.prefix
+                    assert cell == expected or not self.is_exact(request)
+                known.append(cell)
 
     def run_operations(self) -> None:
         for operation in self.kv.take_operations():
             self.device.apply(operation)
             self.operations.append(operation)
 
-    def num_holding(self, request: Request) -> list[int]:
-        """How many requests hold each of the request's pages."""
-        pages = {row: self.kv.first_units(row, 0, self.kv.holds(row).num_pages) for row in self.rows}
-        holding = Counter(unit for units in pages.values() for unit in units)
-        return [holding[unit] for unit in pages[request]]
+    def num_holding(self, request: Request, group: int) -> list[int]:
+        """How many requests hold each of the request's pages that are there."""
+        holding = Counter(unit for row in self.rows for number in range(2) for unit in self.units(row, number))
+        return [holding[unit] for unit in self.units(request, group)]
 
-    def formats(self, request: Request) -> list[str]:
-        """Format of each page that holds computed tokens, the residual page aside."""
+    def units(self, request: Request, group: int) -> list[int]:
+        groups = self.kv.holds(request).groups
+        return self.kv.first_units(request, 0, groups[group].num_pages, group) if group < len(groups) else []
+
+    def formats(self, request: Request, group: int) -> list[str]:
+        """Format of each page that is there and holds computed tokens, the residual page aside."""
         full = request.num_computed_tokens // self.class_of(request).page_size * self.class_of(request).page_size
-        segments = self.kv.segments(request, full)
+        segments = self.kv.segments(request, full, group)
         return [segment.kv_format for segment in segments for _ in segment.pages]
 
     # -- requests come and go --------------------------------------------------------------------------------------
@@ -182,6 +206,8 @@ class ContentsMachine(RuleBasedStateMachine):
         known, own = request.num_tokens - 1, self.class_of(request)
         closed = origin.num_computed_tokens // own.page_size > known // own.page_size
         gone = own.residual is not None and known % own.page_size and closed
+        held = self.kv.held[origin].groups
+        gone = gone or any(group.num_dropped > group.page_class.first_page(known) for group in held)
         return origin.num_computed_tokens >= known and not gone and self.is_exact(origin)
 
     def new_request(self, key, prompt, **options) -> Request:
@@ -195,10 +221,10 @@ class ContentsMachine(RuleBasedStateMachine):
     def start(self, request: Request, num_tokens: int, patient: bool) -> bool:
         """Give pages to a request that has none; whether it got them."""
         fits_alone = self.kv.fits_alone(request.model, request.kv_precision, num_tokens)
-        saved = self.waiting.get(request, [])
+        saved = self.waiting.get(request) or [[] for _ in self.class_of(request).groups]
         if not self.kv.grow(request, num_tokens, {} if patient else None):
             assert request not in self.kv.held
-            assert self.rows or patient or not fits_alone or saved, "nothing stands in its way"
+            assert self.rows or patient or not fits_alone or saved[0], "nothing stands in its way"
             return False
         assert not patient or self.kv.num_free_slabs >= self.kv.reserve_slabs
         self.run_operations()
@@ -219,13 +245,13 @@ class ContentsMachine(RuleBasedStateMachine):
         request = pick(data, self.rows)
         held, host = self.kv.held[request], self.kv.host
         cells = self.rows.pop(request)
-        if to_host and cells and not held.waits and host.has_room(request, held):
+        if to_host and cells[0] and not held.waits and host.has_room(request, held):
             self.kv.save(request)
             self.waiting[request] = cells
         else:
             self.kv.release(request)
             request.num_computed_tokens = 0
-            self.waiting[request] = []
+            self.waiting[request] = [[] for _ in cells]
             self.narrowed.discard(request)
 
     @precondition(lambda self: self.rows or self.waiting)
@@ -273,13 +299,14 @@ class ContentsMachine(RuleBasedStateMachine):
             for unit, page_class, offset, cell in writes:
                 written = cell._replace(prefix=("failed",)) if request in failing else cell
                 self.device.write_token(unit, page_class, offset, written)
-            self.close(request, len(cells))
+            self.close(request, len(cells[0]))
             if request in failing:
                 self.kv.release(request)
                 del self.rows[request]
                 continue
-            request.num_computed_tokens += len(cells)
-            self.rows[request] = self.as_kept(request, [*self.rows[request], *cells])
+            request.num_computed_tokens += len(cells[0])
+            both = zip(self.rows[request], cells, strict=True)
+            self.rows[request] = [self.as_kept(request, [*known, *new]) for known, new in both]
             self.kv.note_computed(request)
             if request.num_computed_tokens == request.num_tokens:
                 request.token_ids.append(token)
@@ -304,53 +331,61 @@ class ContentsMachine(RuleBasedStateMachine):
             assert any(trial.can_advance(row) for row in list(trial.held))
 
     def compute(self, request: Request, num_pages: int):
-        """The cells that a step computes of a request, and where it writes them: (unit, class, offset, cell)."""
-        own, start = self.class_of(request), request.num_computed_tokens
-        size, left = own.page_size, request.num_tokens - start
+        """The cells that a step computes of a request, group by group, and where it writes them: (unit, class, offset,
+        cell)."""
+        first, start = self.class_of(request), request.num_computed_tokens
+        size, left = first.page_size, request.num_tokens - start
         assert left == 1 or start % size == 0, "a chunk starts at a page"
         stop = start + (1 if left == 1 else min(left, num_pages * size))
-        seen = self.read(request, start)
-        pure = seen == [alone(own, request.token_ids, i, self.in_residual(request, i, start)) for i in range(start)]
-        cells, writes = [], []
+        pure = all(self.sees_what_it_would_alone(request, group) for group in range(len(first.groups)))
+        cells, writes = [[] for _ in first.groups], []
         for position in range(start, stop):
             # A page that the chunk fills is written as such; a decoded token goes to the residual page if there is one.
-            in_residual = own.residual is not None and (left == 1 or self.in_residual(request, position, stop))
+            in_residual = first.residual is not None and (left == 1 or self.in_residual(request, position, stop))
             prefix = (request.model, *request.token_ids[: position + 1])
-            cell = Cell(prefix, own.kv_format, formats_of(own, in_residual), pure)
-            cells.append(cell)
-            unit = self.written_unit(request, position // size, in_residual)
-            writes.append((unit, own.residual if in_residual else own, position % size, cell))
+            for group, own in enumerate(first.groups):
+                cell = Cell(prefix, own.kv_format, formats_of(own, in_residual), pure)
+                cells[group].append(cell)
+                unit = self.written_unit(request, group, position // size, in_residual)
+                writes.append((unit, own.residual if in_residual else own, position % size, cell))
         return cells, writes
 
-    def written_unit(self, request: Request, page: int, in_residual: bool) -> int:
+    def sees_what_it_would_alone(self, request: Request, group: int) -> bool:
+        own, start = self.class_of(request).groups[group], request.num_computed_tokens
+        seen, attended = self.read(request, start, group), range(own.first_token(start), start)
+        tokens = request.token_ids
+        return all(seen[i] == alone(own, tokens, i, self.in_residual(request, i, start)) for i in attended)
+
+    def written_unit(self, request: Request, group: int, page: int, in_residual: bool) -> int:
         """Where the request writes; it must be alone in writing there, and nobody may rely on what is there."""
-        held, kv = self.kv.held[request], self.kv
+        held, kv = self.kv.held[request].groups[group], self.kv
         if in_residual:
             assert kv.pool.table.ref_counts[held.residual] == 1
-            return kv.residual_unit(request)
+            return kv.residual_unit(request, group)
         page_class, handle = held.page(page)
-        assert page_class is self.class_of(request)
+        assert page_class is self.class_of(request).groups[group]
         block = kv.pool.prefix_cache.by_handle.get(handle)
         if block is None:
             assert kv.pool.table.ref_counts[handle] == 1
         else:
             assert (block.ready, block.writer) == (False, request)
-        return kv.page_unit(request, page)
+        return kv.page_unit(request, page, group)
 
     def close(self, request: Request, count: int) -> None:
         """A decoded token may have filled the residual page, which is then encoded into a page of its own."""
-        own, stop = self.class_of(request), request.num_computed_tokens + count
-        if own.residual is None or request.num_tokens - request.num_computed_tokens > 1 or stop % own.page_size:
-            return
-        unit = self.written_unit(request, stop // own.page_size - 1, in_residual=False)
-        self.device.apply(Copy(self.kv.residual_unit(request), unit, own.residual, own))
+        stop = request.num_computed_tokens + count
+        for group, own in enumerate(self.class_of(request).groups):
+            if own.residual is None or request.num_tokens - request.num_computed_tokens > 1 or stop % own.page_size:
+                return
+            unit = self.written_unit(request, group, stop // own.page_size - 1, in_residual=False)
+            self.device.apply(Copy(self.kv.residual_unit(request, group), unit, own.residual, own))
 
-    def as_kept(self, request: Request, cells: list[Cell]) -> list[Cell]:
+    def as_kept(self, request: Request, cells: Cells) -> Cells:
         """Cells of residuals that have been closed meanwhile are in the full page's format."""
         own = self.class_of(request)
         return [
             cell.encoded(own.kv_format)
-            if own.residual is not None and len(cell.formats) == 1 and not self.in_residual(request, i, len(cells))
+            if cell and own.residual and len(cell.formats) == 1 and not self.in_residual(request, i, len(cells))
             else cell
             for i, cell in enumerate(cells)
         ]
@@ -361,12 +396,15 @@ class ContentsMachine(RuleBasedStateMachine):
     @rule(data=st.data(), most=st.integers(1, 4), keep=st.integers(0, 2))
     def narrow(self, data, most, keep):
         request = pick(data, [row for row in self.rows if row.min_kv_precision])
-        own, before, holding = self.class_of(request), self.formats(request), self.num_holding(request)
         free_units = self.kv.pool.allocator.free_units
         what = self.kv.next_requantization(request, most, keep)
+        number = 0 if what is None else what.group
+        own, group = self.class_of(request).groups[number], self.kv.held[request].groups[number]
+        dropped = group.num_dropped
+        before, holding = self.formats(request, number), self.num_holding(request, number)
         count = 0 if what is None else self.kv.requantize_pages(request, what)
         self.run_operations()
-        after = self.formats(request)
+        after = self.formats(request, number)
         changed = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
         assert len(changed) == count <= most
         if not changed:
@@ -375,17 +413,17 @@ class ContentsMachine(RuleBasedStateMachine):
         assert changed == list(range(first, stop))
         assert stop <= len(before) - keep
         (old,), (new,) = set(before[first:stop]), set(after[first:stop])
-        width = {c.kv_format: c.page_bytes for c in CLASSES.values() if c.model == request.model}
+        width = {c.kv_format: c.page_bytes for c in ALL_CLASSES if (c.model, c.group) == (own.model, own.group)}
         assert width[old] > width[new] >= width[request.min_kv_precision]
         # Of the widest format first, and of that the oldest that nobody else needs.
         alone = [i for i in range(len(before) - keep) if holding[i] == 1]
         assert all(holding[i] == 1 for i in changed)
         assert not any(width[before[i]] > width[old] for i in alone)
         assert not any(i < first and before[i] == old for i in alone)
-        assert len(self.kv.held[request].runs) <= MAX_RUNS
+        assert len(group.runs) <= MAX_RUNS
         assert self.kv.pool.allocator.free_units > free_units or self.kv.pool.allocator.policy != "elastic"
-        cells = self.rows[request]
-        for position in range(first * own.page_size, stop * own.page_size):
+        cells = self.rows[request][number]
+        for position in range((dropped + first) * own.page_size, (dropped + stop) * own.page_size):
             cells[position] = cells[position].encoded(new)
         self.narrowed.add(request)
 
@@ -417,14 +455,16 @@ class ContentsMachine(RuleBasedStateMachine):
     @invariant()
     def requests_read_back_what_they_should(self):
         self.run_operations()
-        for request, cells in self.rows.items():
-            assert request.num_computed_tokens == len(cells)
-            assert self.read(request, len(cells)) == cells
-            if self.is_exact(request):
-                own, tokens = self.class_of(request), request.token_ids
-                assert cells == [
-                    alone(own, tokens, i, self.in_residual(request, i, len(cells))) for i in range(len(cells))
-                ]
+        for request, groups in self.rows.items():
+            for group, (own, cells) in enumerate(zip(self.class_of(request).groups, groups, strict=True)):
+                assert request.num_computed_tokens == len(cells)
+                found = self.read(request, len(cells), group)
+                assert all(cell == known for cell, known in zip(found, cells, strict=True) if cell is not None)
+                assert None not in found[own.first_token(len(cells)) :]
+                if self.is_exact(request):
+                    for i, cell in enumerate(found):
+                        expected = alone(own, request.token_ids, i, self.in_residual(request, i, len(cells)))
+                        assert cell in (None, expected)
 
     @invariant()
     def books_are_right(self):
@@ -438,20 +478,22 @@ class ContentsMachine(RuleBasedStateMachine):
     def usage_adds_up(self):
         usage, places = measure_usage(self.kv), set()
         for request in self.rows:
-            for segment in self.kv.segments(request, request.num_computed_tokens):
-                page_class = CLASSES[request.model, segment.kv_format]
-                for i in range(segment.num_tokens):
-                    page, offset = divmod(i, page_class.page_size)
-                    places.add((page_class, segment.pages[page], offset))
+            for group, own in enumerate(self.class_of(request).groups):
+                first = own.first_token(request.num_computed_tokens)
+                for segment in self.kv.segments(request, request.num_computed_tokens, group):
+                    page_class = CLASSES[request.model, segment.kv_format].groups[group]
+                    for i in range(max(0, first - segment.first_position), segment.num_tokens):
+                        page, offset = divmod(i, page_class.page_size)
+                        places.add((page_class, segment.pages[page], offset))
         tokens = Counter(page_class for page_class, _, _ in places)
         for kv_format, row in usage.formats.items():
-            mine = [c for c in CLASSES.values() if c.kv_format == kv_format]
+            mine = [c for c in ALL_CLASSES if c.kv_format == kv_format]
             exact = sum(tokens[c] * c.page_bytes / c.page_size for c in mine)
-            assert row.cached_tokens == sum(tokens[c] for c in mine)
+            assert row.cached_tokens == sum(tokens[c] for c in mine if not c.group)
             assert exact <= row.needed_bytes < exact + len(mine)
             assert row.needed_bytes <= row.reserved_bytes
             assert row.cached_bytes >= 0
-        assert usage.cached_tokens == len(places)
+        assert usage.cached_tokens == sum(not page_class.group for page_class, _, _ in places)
         assert usage.needed_bytes <= usage.reserved_bytes
         assert usage.reserved_bytes + usage.cached_bytes + usage.free_bytes >= usage.usable_bytes
 

@@ -1,5 +1,7 @@
 """What would fit alone, what is refused, and what the manager's own audit finds."""
 
+import dataclasses
+
 import pytest
 from kv_cases import BF16, FP32, INT4, INT8, PAGE_SIZE, arena, pages_of
 
@@ -95,11 +97,11 @@ def test_the_integrity_check_finds_pages_that_are_held_wrongly_lost_or_made_up()
     assert kv.grow(first, 9)
     assert kv.grow(second, 9)
     check_integrity(kv)
-    own = kv.holds(first).runs[0].handles
+    own = kv.holds(first).groups[0].runs[0].handles
     lost = own.pop()
     with pytest.raises(IntegrityError, match=f"reference count of page {lost}: 1 in the books, 0 counted"):
         check_integrity(kv)
-    own.append(other := kv.holds(second).runs[0].handles[0])
+    own.append(other := kv.holds(second).groups[0].runs[0].handles[0])
     with pytest.raises(IntegrityError, match=rf"reference count of page ({lost}|{other})"):
         check_integrity(kv)
     own[-1] = lost
@@ -142,7 +144,7 @@ def test_who_takes_over_a_page_that_is_not_ready_writes_to_none_that_is():
     assert kv.can_advance(other)
     assert other.num_computed_tokens == 0
     for page in range(3):
-        block = kv.pool.prefix_cache.by_handle.get(kv.held[other].page(page)[1])
+        block = kv.pool.prefix_cache.by_handle.get(kv.held[other].groups[0].page(page)[1])
         assert block is None or not block.ready
 
 
@@ -159,7 +161,46 @@ def test_the_page_of_a_prompts_last_token_is_written_by_its_request_alone():
     assert full.num_computed_tokens == PAGE_SIZE
     assert kv.page_unit(full, 0) == kv.page_unit(longer, 0)
     assert kv.page_unit(full, 1) != kv.page_unit(longer, 1)
-    assert kv.held[full].page(1)[1] not in kv.pool.prefix_cache.by_handle
+    assert kv.held[full].groups[0].page(1)[1] not in kv.pool.prefix_cache.by_handle
+
+
+def test_nobody_takes_over_what_another_computes_without_waiting():
+    """The third block is cached by a request that shares the first, but has a second one of its own."""
+    kv, prompt = manager(20), list(range(3 * PAGE_SIZE + 1))
+    compute(kv, old := admit(kv, "bf16", prompt[: 2 * PAGE_SIZE + 1]))
+    (first, second) = (kv.held[old].groups[0].page(page)[1] for page in (0, 1))
+    kv.release(old)
+    kv.pool._evict([first])
+    short = admit(kv, "bf16", prompt[: PAGE_SIZE + 1])
+    other = admit(kv, "bf16", prompt)
+    kv.pool._evict([second])
+    middle, last = admit(kv, "bf16", prompt[: 2 * PAGE_SIZE + 1]), admit(kv, "bf16", prompt)
+    assert kv.page_unit(other, 0) == kv.page_unit(last, 0)
+    assert kv.page_unit(other, 1) != kv.page_unit(middle, 1) == kv.page_unit(last, 1)
+    assert kv.page_unit(other, 2) != kv.page_unit(last, 2)
+    kv.release(short)
+    assert kv.can_advance(last)
+    assert not kv.can_advance(other)
+
+
+def test_pages_behind_a_window_go_back_and_none_that_are_attended_to():
+    local = dataclasses.replace(INT8, group=1, window=6, span=6 + 2 * PAGE_SIZE)
+    whole = dataclasses.replace(INT8, others=(local,))
+    kv = KVManager(arena(40, classes=()), {("m", "int8"): whole})
+    row = admit(kv, "int8", list(range(6 * PAGE_SIZE)))
+    held = kv.holds(row).groups
+    assert [group.num_pages for group in held] == [6, 2], "for what a step computes"
+    for pages, dropped in ((2, 0), (4, 2), (6, 4)):
+        row.num_computed_tokens = pages * PAGE_SIZE
+        kv.note_computed(row)
+        assert kv.grow(row, row.num_tokens)
+        check_integrity(kv)
+        assert (held[0].num_dropped, held[1].num_dropped) == (0, dropped)
+    assert [segment.first_position for segment in kv.segments(row, 6 * PAGE_SIZE, 1)] == [4 * PAGE_SIZE]
+    assert whole.demand(1000) == {whole: 250, local: 4}
+    kv.pool.decref(held[1].drop(5))
+    with pytest.raises(IntegrityError, match=r"5 pages of m/int8 \(group 1\) are dropped, but those from page 4 on"):
+        check_integrity(kv)
 
 
 def test_scattered_evictable_pages_do_not_keep_out_a_request_that_has_no_other_in_its_way():

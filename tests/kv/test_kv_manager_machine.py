@@ -56,7 +56,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def grow(self, request, num_tokens):
         key = (request.model, request.kv_precision)
         before = snapshot(self.manager)
-        pages, has_residual = pages_of(self.manager, request), self.manager.holds(request).residual is not None
+        pages, has_residual = pages_of(self.manager, request), self.manager.residual_unit(request) is not None
         demand = self.manager.demand(request, num_tokens)
         want_pages, want_residual = pages_for(key, num_tokens)
         lacking = {CLASSES[key]: max(0, want_pages - len(pages)), BF16: int(want_residual and not has_residual)}
@@ -101,7 +101,7 @@ class ManagerMachine(RuleBasedStateMachine):
             held = self.manager.holds(request)
             key = (request.model, request.kv_precision)
             assert held.page_class == CLASSES[key]
-            assert (held.num_pages, int(held.residual is not None)) == pages_for(key, num_tokens)
+            assert (held.num_pages, int(held.groups[0].residual is not None)) == pages_for(key, num_tokens)
 
     @invariant()
     def segments_cover_the_cached_tokens_in_order(self):

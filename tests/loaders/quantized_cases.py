@@ -84,14 +84,14 @@ def _fp8(rng, out, inner):
     return (4 * rng.standard_normal((out, inner))).astype(FP8)
 
 
-def fp8_blocks(rows, columns):
+def fp8_blocks(rows, columns, scale_type=np.float32):
     def matrix(rng, out, inner):
         weight = _fp8(rng, out, inner)
-        scale = _scales(rng, -(-out // rows), -(-inner // columns)).astype(np.float32)
+        scale = _scales(rng, -(-out // rows), -(-inner // columns)).astype(scale_type)
         value = weight.astype(np.float64)
         for i in range(out):
             for j in range(inner):
-                value[i, j] *= scale[i // rows, j // columns]
+                value[i, j] *= float(scale[i // rows, j // columns])
         return {"weight": weight, "weight_scale_inv": scale}, value
 
     settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
@@ -231,6 +231,7 @@ CASES = {
     "gptq, second format": gptq(4, 32, form="gptq_v2", act_order=True),
     "fp8, blocks": fp8_blocks(32, 32),
     "fp8, blocks that are cut off": fp8_blocks(48, 40),
+    "fp8, blocks, powers of two": fp8_blocks(32, 32, ml_dtypes.float8_e8m0fnu),
     "fp8, one scale": fp8_whole(),
     "packed int4": packed(4, 32),
     "packed int4, rows": packed(4, -1),

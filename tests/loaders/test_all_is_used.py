@@ -366,6 +366,25 @@ def test_tokens_added_only_in_a_companion_file_are_known(tmp_path):
     assert older.encode("he<tool>") == [2, 4]
 
 
+@pytest.mark.parametrize(
+    ("files", "special"),
+    [
+        ({"tokenizer_config": {"mask_token": "e"}}, "e"),
+        ({"tokenizer_config": {"additional_special_tokens": ["e", {"content": "<none>"}]}}, "e"),
+        ({"tokenizer_config": {"extra_special_tokens": {"tool": {"content": "e"}}}}, "e"),
+        ({"special_tokens_map": {"extra_special_tokens": ["e"]}}, "e"),
+        ({"special_tokens_map": {"pad_token": "<s>"}}, "<s>"),
+    ],
+)
+def test_tokens_that_a_companion_names_are_special(tmp_path, files, special):
+    tokenizer = _companions(tmp_path, **files)
+    ids = {"e": 1, "<s>": 3}
+    assert tokenizer.special_ids == {special: ids[special]}
+    text = f"h{special}h"
+    assert tokenizer.encode(text) == [0, ids[special], 0]
+    assert (tokenizer.decode([0, ids[special], 0]), tokenizer.vocab_size) == ("hh", 4)
+
+
 def test_several_chat_templates_without_a_default_are_named(tmp_path):
     templates = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
     tokenizer = _companions(tmp_path, tokenizer_config={"chat_template": templates})

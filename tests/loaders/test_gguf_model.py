@@ -137,6 +137,34 @@ def test_a_gemma_3_file_leaves_out_which_layers_have_the_window(tmp_path):
     assert (config.local_rope_theta, config.qk_norm, config.post_norms) == (10000.0, True, True)
 
 
+def test_what_files_of_gpt_oss_do_not_say_is_known(tmp_path):
+    keys = {
+        "attention__sliding_window": 8,
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 32,
+        "rope__scaling__type": "yarn",
+        "rope__scaling__factor": 4.0,
+    }
+    config = gguf_config(_bare(tmp_path / "m.gguf", "gpt-oss", **keys))
+    assert config.full_attention_layers == (1,)
+    assert (config.gate_limit, config.gate_slope, config.attention_sinks) == (7.0, 1.702, True)
+    assert not config.rope_scaling.truncate
+    assert (config.experts.count, config.experts.used, config.experts.intermediate_size) == (4, 2, 32)
+
+
+def test_windows_of_olmo3_have_a_rope_that_is_not_scaled(tmp_path):
+    scaled = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__freq_base": 500000.0}
+    windowed = gguf_config(_bare(tmp_path / "a.gguf", "olmo2", attention__sliding_window=8, **scaled))
+    assert (windowed.local_rope_theta, windowed.rope_scaling.kind) == (500000.0, "yarn")
+    assert gguf_config(_bare(tmp_path / "b.gguf", "olmo2", **scaled)).local_rope_theta is None
+
+
+def test_embedding_models_are_refused_with_a_word_that_they_are(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"is an embedding model \(pooling_type 3\)"):
+        gguf_config(_bare(tmp_path / "m.gguf", "qwen3", pooling_type=3))
+
+
 def test_a_window_without_a_word_on_which_layers_have_it_is_refused(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "qwen2", more=lambda w: w.add_uint32("qwen2.attention.sliding_window", 8))
     with pytest.raises(ModelLoadError, match=r"sliding_window is 8, without attention\.sliding_window_pattern"):

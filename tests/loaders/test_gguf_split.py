@@ -3,11 +3,13 @@
 import shutil
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from gguf_files import finish, write_gguf
 
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders import convert, load_model
 from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_model import GGUFModel
 from fineserve_jax.loaders.gguf_split import open_gguf
@@ -58,6 +60,15 @@ def test_all_parts_are_one_model_whichever_is_given(tmp_path, given):
     assert gguf_tokenizer(found).encode("he") == gguf_tokenizer(whole).encode("he")
     with pytest.raises(ModelLoadError, match=r"and its other parts have no tensor 'x'"):
         found.read("x")
+
+
+def test_a_model_in_parts_loads_and_converts(tmp_path):
+    whole, parts = split(tmp_path / "m")
+    found, expected = load_model(parts[1], "int8"), load_model(whole.path, "int8")
+    for mine, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    convert(parts[0], tmp_path / "converted", "int8")
+    assert load_model(tmp_path / "converted", None).config == expected.config
 
 
 def test_missing_parts_are_named(tmp_path):

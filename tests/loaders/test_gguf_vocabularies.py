@@ -25,8 +25,8 @@ SCORES = {word: -float(rank) for rank, word in enumerate(WORDS)} | {"▁" * run:
 TYPES = [2, 3, 3, *[6] * 256, *[1] * (len(RUNS) + len(WORDS) + 2)]
 
 
-def pieces_gguf(path, pieces=PIECES, types=TYPES, name=None, **flags):
-    writer = gguf.GGUFWriter(path, "llama")
+def pieces_gguf(path, pieces=PIECES, types=TYPES, name=None, architecture="llama", **flags):
+    writer = gguf.GGUFWriter(path, architecture)
     if name is not None:
         writer.add_name(name)
     writer.add_tokenizer_model("llama")
@@ -103,8 +103,12 @@ def test_user_defined_runs_of_spaces_are_found_though_files_write_them_with_spac
 def test_phi3s_special_tokens_take_the_space_behind_them(tmp_path):
     pieces = [*PIECES, "<|end|>", "<|endoftext|>"]
     types = [*TYPES, 3, 3]
-    for name, spaces in (("Phi 3 Mini", 2), ("Phi-3-mini-4k-instruct", 0)):
-        tokenizer = pieces_gguf(tmp_path / f"{spaces}.gguf", pieces, types, name=name)
+    for architecture, name, spaces in (
+        ("llama", "Phi 3 Mini", 2),
+        ("llama", "Phi-3-mini-4k-instruct", 0),
+        ("phi3", "Phi 3 Mini", 0),
+    ):
+        tokenizer = pieces_gguf(tmp_path / "t.gguf", pieces, types, name=name, architecture=architecture)
         ids = tokenizer.encode("<|end|>\n a<|endoftext|> ", add_special_tokens=False)
         assert [pieces[index] for index in ids][-3:] == ["▁a", "<|endoftext|>", "▁▁"]
         assert len(ids) == 4 + (2 if spaces else 0)

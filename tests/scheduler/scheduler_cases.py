@@ -28,18 +28,29 @@ def make_kv(
     slab_units: int = 8,
     page_size=PAGE_SIZE,
     reserve_slabs=0,
+    windows: Mapping[str, tuple[int, int | None]] | None = None,
     **options,
 ):
+    """A manager. `windows`: window and span of the models half of whose layers have a window."""
     classes = {}
     for model in models:
-        residual = PageClass(model, "bf16", PAGE_UNITS["bf16"], page_size, 16)
-        for name, units in PAGE_UNITS.items():
-            own_residual = residual if name == "int4" else None
-            classes[model, name] = (
-                residual if name == "bf16" else PageClass(model, name, units, page_size, 16, own_residual)
-            )
+        groups = {}
+        if model in (windows or {}):
+            window, span = windows[model]
+            groups = make_classes(model, page_size, {}, group=1, window=window, span=span)
+        classes |= {(model, name): own for name, own in make_classes(model, page_size, groups).items()}
     allocator = SlabAllocator((num_slabs + 1) * slab_units, slab_units, policy, classes.values(), **options)
     return KVManager(allocator, classes, reserve_slabs=reserve_slabs)
+
+
+def make_classes(model: str, page_size: int, others: Mapping[str, PageClass], **group) -> dict[str, PageClass]:
+    """The classes of a layer group, by format; `others`: those of the group behind it."""
+    made: dict[str, PageClass] = {}
+    for name, units in {"bf16": PAGE_UNITS["bf16"], **PAGE_UNITS}.items():
+        behind = (others[name],) if others else ()
+        residual = made["bf16"] if name == "int4" else None
+        made[name] = PageClass(model, name, units, page_size, 16, residual, others=behind, **group)
+    return made
 
 
 def make_request(number: int, prompt=8, output=4, kv="bf16", arrival=0.0, model=MODEL, **fields) -> Request:
@@ -136,13 +147,18 @@ class FakeEngine:
 
     def check_running(self, holding: list[Request]) -> None:
         """What the scheduler noted of each running request, against the KVManager and against counting anew."""
-        running, reserved = self.scheduler._running, dict.fromkeys(self.kv.classes.values(), 0)
+        running = self.scheduler._running
+        reserved = {group: 0 for first in self.kv.classes.values() for group in first.groups}
         assert {of.request for of in running} == set(holding)
         for of in running:
             request, covered = of.request, of.covered_tokens
-            assert self.kv.demand(request, covered) == {} != self.kv.demand(request, covered + 1)
-            to_come = self.kv.demand(request, request.max_total_tokens - 1).get(of.page_class, 0)
-            reserved[of.page_class] += min(self.scheduler.config.growth_reserve_pages, to_come)
+            assert self.kv.demand(request, covered) == {}
+            # Where there is a window, further pages may not be needed before what these hold is computed.
+            assert self.kv.demand(request, covered + 1) or of.page_class.others
+            to_come = self.kv.demand(request, request.max_total_tokens - 1)
+            for group in of.groups:
+                wanted = min(self.scheduler.config.growth_reserve_pages, to_come.get(group, 0))
+                reserved[group] += wanted if group.window is None else of.reserved_pages.get(group, 0)
         assert reserved == dict.fromkeys(reserved, 0) | running.reserve._pages
 
 

@@ -9,7 +9,8 @@ from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
 
-MODELS = ("m", "n")
+MODELS = ("m", "n", "w")
+WINDOW = 6  # of half of the layers of w
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -24,7 +25,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         growth_reserve_pages=st.sampled_from([0, 0, 1, 2]),
     )
     def start(self, slab_policy, num_slabs, **options):
-        self.kv = make_kv(num_slabs, slab_policy, MODELS)
+        span = WINDOW + options["max_chunk_tokens"] if options["chunked_prefill"] else None
+        self.kv = make_kv(num_slabs, slab_policy, MODELS, windows={"w": (WINDOW, span)})
         self.engine = FakeEngine(self.kv, dict.fromkeys(MODELS, COST), **options)
 
     @rule(
