@@ -20,6 +20,13 @@ ROWS = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 31, 32, 33])
 jitted = {kind: jax.jit(FORMATS[kind].dot) for kind in KINDS}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _as_by_default():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(product_choice.VARIABLE, raising=False)
+        yield
+
+
 def stored(kind: str, matrix: np.ndarray) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in FORMATS[kind].pack(matrix).items()}
 
