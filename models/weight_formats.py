@@ -7,7 +7,7 @@ operands, which XLA's CPU backend multiplies without repacking.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -94,9 +94,10 @@ class BFloat16Weights:
         return {"kernel": matrix.astype(jnp.bfloat16)}
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
-        if uses_compiled("bf16", len(x)):
-            return multiply_bf16(x, stored["kernel"])
-        return _bf16_dot(x.astype(jnp.bfloat16), stored["kernel"])
+        def plain(x: jax.Array, stored: Arrays) -> jax.Array:
+            return _bf16_dot(x.astype(jnp.bfloat16), stored["kernel"])
+
+        return _compiled_or("bf16", multiply_bf16, plain, x, stored)
 
     def grouped_dot(self, stored: Arrays, x: Vectors, sizes: jax.Array, groups: jax.Array) -> Products:
         return _grouped_bf16_dot(x.astype(jnp.bfloat16), stored["kernel"], sizes)
@@ -121,11 +122,12 @@ class Int8Weights:
         return {"kernel": kernel, "scale": (top / 127.0).astype(np.float32)}
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
-        if uses_compiled("int8", len(x)):
-            return multiply_int8(x, stored["kernel"], stored["scale"])
-        codes, scale = _int8_codes(x)
-        sums = lax.dot_general(codes, stored["kernel"], _CONTRACT_LAST, preferred_element_type=jnp.int32)
-        return sums.astype(jnp.float32) * scale * stored["scale"]
+        def plain(x: jax.Array, stored: Arrays) -> jax.Array:
+            codes, scale = _int8_codes(x)
+            sums = lax.dot_general(codes, stored["kernel"], _CONTRACT_LAST, preferred_element_type=jnp.int32)
+            return sums.astype(jnp.float32) * scale * stored["scale"]
+
+        return _compiled_or("int8", multiply_int8, plain, x, stored)
 
     def grouped_dot(self, stored: Arrays, x: Vectors, sizes: jax.Array, groups: jax.Array) -> Products:
         codes, scale = _int8_codes(x)
@@ -173,11 +175,12 @@ class Int4Weights:
         return {"kernel": low | high << 4, "scale": scale, "minimum": minimum}
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
-        if uses_compiled("int4", len(x)):
-            return multiply_int4(x, stored["kernel"], stored["scale"], stored["minimum"])
-        halves = jnp.split(x.astype(jnp.bfloat16), 2, axis=-1)
-        products = [_bf16_dot(half, plane) for half, plane in zip(halves, self._planes(stored), strict=True)]
-        return products[0] + products[1]
+        def plain(x: jax.Array, stored: Arrays) -> jax.Array:
+            halves = jnp.split(x.astype(jnp.bfloat16), 2, axis=-1)
+            products = [_bf16_dot(half, plane) for half, plane in zip(halves, self._planes(stored), strict=True)]
+            return products[0] + products[1]
+
+        return _compiled_or("int4", multiply_int4, plain, x, stored)
 
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         taken = {name: jnp.take(array, ids, axis=0) for name, array in stored.items()}
@@ -221,6 +224,21 @@ def weight_recipe(weights: str) -> WeightRecipe:
             f"weights={weights!r} is not a known weight precision; choose one of {', '.join(WEIGHT_RECIPES)}"
         )
     return WEIGHT_RECIPES[weights]
+
+
+def _compiled_or(
+    kind: str,
+    compiled: Callable[..., jax.Array],
+    plain: Callable[[jax.Array, Arrays], jax.Array],
+    x: jax.Array,
+    stored: Arrays,
+) -> jax.Array:
+    """The compiled product where there is one for so many rows and the program is for a CPU, else XLA's."""
+    arrays = dict(stored)
+    if not uses_compiled(kind, len(x)):
+        return plain(x, arrays)
+    product: jax.Array = lax.platform_dependent(x, arrays, cpu=lambda x, arrays: compiled(x, **arrays), default=plain)
+    return product
 
 
 def _bf16_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:

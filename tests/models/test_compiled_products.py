@@ -16,8 +16,15 @@ REASON = library.why_unavailable()
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SETS = () if REASON else library.instruction_sets()
 KINDS = ("bf16", "int8", "int4")
-ROWS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 31, 32, 33])
+ROWS = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 31, 32, 33])
 jitted = {kind: jax.jit(FORMATS[kind].dot) for kind in KINDS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_by_default():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(product_choice.VARIABLE, raising=False)
+        yield
 
 
 def stored(kind: str, matrix: np.ndarray) -> dict[str, jax.Array]:
@@ -131,6 +138,19 @@ def test_they_are_used_up_to_so_many_rows(kind, monkeypatch):
     assert [targets(kind, rows) for rows in (1, most, most + 1)] == [True, True, False]
     monkeypatch.setenv(product_choice.VARIABLE, "xla")
     assert not targets(kind, 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_programs_for_other_platforms_have_xlas(kind):
+    """Those that are compiled ahead of time on a host with a CPU only."""
+    packed, x = stored(kind, random_matrix(1, 16, 64)), jnp.zeros((1, 64))
+    traced = jax.jit(lambda *arguments: FORMATS[kind].dot(*arguments)).trace(packed, x)
+    found = {
+        platform: "fineserve_multiply" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert found == {"cpu": True, "cuda": False, "tpu": False}
 
 
 def test_where_they_were_not_built_xla_multiplies_and_asking_for_them_is_refused(monkeypatch):

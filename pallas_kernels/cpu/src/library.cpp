@@ -225,6 +225,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, Weights kind, ffi::Buffer<ffi::F32>& 
                     const void* scale, const void* minimum, ffi::ResultBuffer<ffi::F32>& y) {
   const Kernels& own = kernels();
   const int64_t rows = x.dimensions()[0], inner = x.dimensions()[1], out = y->dimensions()[1];
+  if (!rows) return ffi::Error::Success();
   void* prepared = scratch<kOfCall>(own.prepared_bytes[kind](rows, inner));
   own.prepare[kind](x.typed_data(), rows, inner, prepared);
   const Products products{rows, out, inner, kernel, scale, minimum, prepared, y->typed_data()};
