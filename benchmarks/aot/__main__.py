@@ -13,8 +13,8 @@ from rich.console import Console
 from benchmarks.aot.fingerprint import ENVIRONMENT as STABLE
 from benchmarks.aot.logs import log_from
 
-# Before jax is imported. XLA must not look for a GPU to time kernels on, nor JAX mind that there is none; and products are
-# not to be those compiled for the CPU that this runs on.
+# Before jax is imported. XLA must not look for a GPU to time kernels on, nor JAX mind that there is none; and products
+# are not to be those compiled for the CPU that this runs on.
 ENVIRONMENT = {
     "gpu": {
         "XLA_FLAGS": "--xla_gpu_autotune_level=0",
