@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 
+from fineserve_jax.engine.bench import random_prompts
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
@@ -116,7 +116,7 @@ def main() -> None:
             free.model_copy(update={"structured_outputs": StructuredOutputsParams(json=schema)}) for schema in SCHEMAS
         ],
     }
-    prompts = np.random.default_rng(0).integers(1000, 20000, (arguments.rows, arguments.prompt_tokens)).tolist()
+    prompts = random_prompts(engine.model.config.vocab_size, arguments.rows, arguments.prompt_tokens)
     for sampling in cases.values():
         decode(engine, prompts, sampling)  # compiles
     masks = Masks()

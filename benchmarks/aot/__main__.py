@@ -13,16 +13,10 @@ from rich.console import Console
 from benchmarks.aot.fingerprint import ENVIRONMENT as STABLE
 from benchmarks.aot.logs import log_from
 
-# Before jax is imported. XLA must not look for a GPU to time kernels on, nor JAX mind that there is none; and products
-# are not to be those compiled for the CPU that this runs on.
+# Before jax is imported. XLA must not look for a GPU to time kernels on, nor JAX mind that there is none.
 ENVIRONMENT = {
-    "gpu": {
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "FINESERVE_PRODUCTS": "xla",
-    }
-    | STABLE,
-    "tpu": {"JAX_PLATFORMS": "cpu", "FINESERVE_PRODUCTS": "xla"} | STABLE,
+    "gpu": {"XLA_FLAGS": "--xla_gpu_autotune_level=0", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"} | STABLE,
+    "tpu": {"JAX_PLATFORMS": "cpu"} | STABLE,
 }
 SAVED = Path("benchmarks/aot/saved")
 

@@ -18,7 +18,6 @@ from fineserve_jax.cli.options import BenchFlags, ConfigFlag, ModelFlag, settle
 from fineserve_jax.engine.bench import Served, percentiles, random_prompts, serve_at_once
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.processor import processor_name
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.loaders import load_model
@@ -58,14 +57,14 @@ def bench(
     if output_tokens < 2:
         raise ConfigError(f"--output-tokens {output_tokens}: give at least 2, between which there is a time")
     settings = settle(config, model, engine)
-    own = {"max_batch_size": requests, "max_seq_len": prompt_tokens + output_tokens, **settings.engine}
+    sizes = {"max_batch_size": requests, "max_seq_len": prompt_tokens + output_tokens}
+    own = {name: size for name, size in sizes.items() if name not in settings.engine}
     configs = {
-        case: EngineConfig(**{**own, "prefix_cache": "off", "kv_precision": case.split("+")[0]})
-        for case in kv_precisions
+        case: settings.config(**own, prefix_cache="off", kv_precision=case.split("+")[0]) for case in kv_precisions
     }
     begun = time.perf_counter()
     use_compilation_cache()
-    loaded = load_model(settings.model, EngineConfig(**settings.engine).weights)
+    loaded = load_model(settings.model, settings.config().weights)
     # An engine each: programs of one case do not carry the loops that only another needs.
     engines = {case: Engine(loaded, configs[case]) for case in configs}
     prompts = random_prompts(loaded.config.vocab_size, requests, prompt_tokens)
