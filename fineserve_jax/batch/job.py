@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
-SAVE_TOKENS_EVERY_S = 2.0
 ERROR_CODES = {NonFiniteError: "not_finite", DeadEndError: "dead_end"}
 
 
@@ -66,7 +65,6 @@ class BatchJob:
         self._pending: dict[Request, RowInFlight] = {}
         self._stats = engine.stats()  # after the last step
         self._intake = Intake(delivery, self._answer_rows, self.summary, self.observers)
-        self._saved_s = time.monotonic()
 
     def run(self, rows: Iterable[BatchRow | BadRow]) -> BatchSummary:
         """Answers all rows. A signal ends it early: `summary.interrupted`, with all complete rows written, and what
@@ -105,11 +103,12 @@ class BatchJob:
         return False
 
     def _save(self, now: bool = False) -> None:
-        """Commits what was answered, and now and then the tokens of what is half done."""
-        if now or time.monotonic() - self._saved_s >= SAVE_TOKENS_EVERY_S:
-            save_tokens(self.delivery.journal, self._rows_in_engine())
-            self._saved_s = time.monotonic()
-        self.delivery.save(now)
+        """Commits what was answered, and the tokens of what is half done, if that is due, or in any case."""
+        journal = self.delivery.journal
+        if now or journal.is_due:
+            with journal.counted():
+                save_tokens(journal, self._rows_in_engine())
+            self.delivery.save(now)
 
     def _stop(self) -> None:
         """Keeps what there is, and leaves the engine idle. What fails here must not hide why the job ends."""
@@ -150,8 +149,7 @@ class BatchJob:
                 self._intake.fail(row)
             elif self._intake.admits(row):
                 self._admit(row)
-            if self.delivery.journal.is_due:
-                self._save()
+            self._save()
 
     def _may_enter(self) -> bool:
         limit = self._isolation.row_limit

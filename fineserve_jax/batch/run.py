@@ -87,7 +87,8 @@ def run_batch(
         raise ConfigError(f"{target} is the input, too; name another output")
     interruption = Interruption()
     with JobOutput(target, resume, overwrite, ordered=ordered) as output:
-        identity = job_identity(model, config, sampling, inputs.survey().fingerprints, ordered)
+        fingerprints = inputs.survey().fingerprints
+        identity = job_identity(model, config, sampling, fingerprints, ordered=ordered, timing=timing)
         output.check(identity, inputs.files)
         answer = _answering(model, config, sampling, max_retries, make_engine, ray)
         delivery = output.begin(identity)
