@@ -45,6 +45,8 @@ class Scheduler:
     Attributes:
         profiles: each model's step-time profile.
         quotas: who may have how much of the memory.
+        row_limit: most requests that are to hold memory at once, where that is less than `max_batch_size`; None: that.
+            It counts for those that are admitted from now on.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Scheduler:
         policy, lengths = find_policy(config.policy), OutputLengths()
         context = policy_context(config.ageing_s, models, lengths.expected, self._prefill_s, config.tenant_weights)
         self.config = config
+        self.row_limit: int | None = None
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
         self._kv = kv
         self._lengths, self._tenant_shares = lengths, context.shares
@@ -278,11 +281,12 @@ class Scheduler:
 
     def _admit(self, now: float) -> None:
         self._admission_may_help = False
-        is_full = len(self._running) >= self.config.max_batch_size
+        most = min(self.config.max_batch_size, self.row_limit or self.config.max_batch_size)
+        is_full = len(self._running) >= most
         if not self._queue or (is_full and not self.config.quotas):
             return
         num_preemptions = self._running.num_preemptions
-        for running in self._admission.admit(now):
+        for running in self._admission.admit(now, most):
             request, entry = running.request, running.entry
             request.status = RequestStatus.READY
             if self.config.policy == "tenants" and entry.rank == ON_TIME:

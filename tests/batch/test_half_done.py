@@ -107,8 +107,7 @@ def test_what_the_journal_keeps_of_samples_comes_back_as_it_was(engine):
     journal = Journal(None)
     row = BatchRow(3, "x", "abc", sampling={"n": 2, "logprobs": 1, "temperature": 1.0, "max_tokens": 9})
     request = RowRequests().request(row, engine.tokenizer)
-    pending = RowInFlight(row, request)
-    pending.samples, pending.saved = engine.queue(engine.prepare(*request)), [0, 0]
+    pending = RowInFlight(row, engine.queue(engine.prepare(*request)), [0, 0])
     try:
         for _ in range(4):
             engine.step()
