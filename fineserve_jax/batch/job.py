@@ -163,7 +163,7 @@ class BatchJob:
         pending = RowInFlight(row, samples, had + [0] * (len(samples) - len(had)))
         for sample in pending.samples:
             self._pending[sample] = pending
-        if pending.is_complete:  # it had come to its end, and its answer was not written
+        if so_far and pending.is_complete:  # it had come to its end, and its answer was not written
             self._finish(pending)
 
     def _rows_in_engine(self) -> list[RowInFlight]:
@@ -189,6 +189,8 @@ class BatchJob:
     def _finish_complete(self, requests: Iterable[Request]) -> None:
         """Writes those of the requests' rows all of whose samples are complete."""
         for request in requests:
+            if request.status is not RequestStatus.FINISHED:
+                continue
             pending = self._pending.get(request)  # none if a sample of the same row came before
             if pending is not None and pending.is_complete:
                 self._finish(pending)
@@ -214,7 +216,7 @@ class BatchJob:
         for request in list(self._pending):
             if isinstance(request.error, EngineError) and request in self._pending:
                 self._accuse(self._pending[request], fault)
-        self._finish_complete([one for one in self._pending if one.status is RequestStatus.FINISHED])
+        self._finish_complete(list(self._pending))
 
     def _accuse(self, pending: RowInFlight, fault: str) -> None:
         """The engine fails with a row by itself: it is to blame if the engine succeeds with another one.
