@@ -16,13 +16,22 @@ from fineserve_jax.loaders import LoadedModel
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch")]
 
+from tiny_model import quick_compilation
+
 
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
     return random_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def quickly_compiled() -> Iterator[None]:
+    """For tests that care neither how fast programs are nor how they round."""
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="session")
 def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
     def make(**settings: Any) -> Engine:
         defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}

@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 from engine_cases import random_model
 from schema_cases import SCHEMAS, validator
-from tiny_model import quick_compilation
 from tokenizers import decoders, models, pre_tokenizers
 
 from fineserve_jax import DeadEndError, Engine, EngineConfig, RequestError, SamplingParams
@@ -20,6 +19,8 @@ from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.request import FinishReason, Request, RequestStatus
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.structured.matcher import TokenMatcher
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 SETTINGS = {
     "max_seq_len": 512,
@@ -47,12 +48,6 @@ def byte_model(name: str = "bytes", turned: bool = False) -> LoadedModel:
     return dataclasses.replace(random_model(name, vocab_size=260), tokenizer=byte_tokenizer(turned))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    with quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
     return byte_model()
@@ -63,7 +58,7 @@ def make_engine(model, **settings) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(model) -> Engine:
+def engine(model, quickly_compiled) -> Engine:
     return make_engine(model)
 
 
@@ -91,22 +86,24 @@ def ask(engine: Engine, prompts: int, **params) -> tuple[list[Request], list[str
 # -- answers have the form that they must have ------------------------------------------------------------------
 
 
-def test_answers_of_a_hundred_schemas_are_valid_and_rows_without_one_are_as_ever(engine):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_answers_of_a_hundred_schemas_are_valid_and_rows_without_one_are_as_ever(engine, every):
+    schemas = list(SCHEMAS.values())[::every]
     free = [add(engine, seed, max_tokens=60) for seed in range(8)]
     expected = serve(engine, free)
-    constrained = [add(engine, i, structured_outputs={"json": schema}) for i, schema in enumerate(SCHEMAS.values())]
+    constrained = [add(engine, i, structured_outputs={"json": schema}) for i, schema in enumerate(schemas)]
     among = [add(engine, seed, max_tokens=60) for seed in range(8)]
     texts = serve(engine, constrained + among)
     assert texts[len(constrained) :] == expected
     ended = 0
-    for request, text, schema in zip(constrained, texts, SCHEMAS.values(), strict=False):
+    for request, text, schema in zip(constrained, texts, schemas, strict=False):
         if request.finish_reason is FinishReason.LENGTH:
             assert request.num_output_tokens == 400
             continue
         assert (request.finish_reason, request.error) == (FinishReason.STOP, None)
         validator(schema).validate(json.loads(text))
         ended += 1
-    assert ended >= 90
+    assert ended >= 0.9 * len(schemas)
 
 
 @pytest.mark.parametrize(
