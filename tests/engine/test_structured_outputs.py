@@ -290,7 +290,6 @@ def test_a_tokenizer_whose_tokens_depend_on_each_other_is_refused(model, engine)
 @pytest.fixture
 def llm(model, monkeypatch) -> LLM:
     monkeypatch.setattr(load_engine, "load_model", lambda source, weights: model)
-    monkeypatch.setattr(load_engine, "use_compilation_cache", lambda: None)
     return LLM("bytes", **SETTINGS)
 
 
