@@ -17,8 +17,6 @@ from fineserve_jax.loaders import LoadedModel
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch")]
 
-from tiny_model import quick_compilation
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_quickly(quick_compilation: None) -> None:
@@ -28,13 +26,6 @@ def _compiled_quickly(quick_compilation: None) -> None:
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
     return random_model()
-
-
-@pytest.fixture(scope="module")
-def quickly_compiled() -> Iterator[None]:
-    """For tests that care neither how fast programs are nor how they round."""
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="session")

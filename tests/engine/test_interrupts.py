@@ -29,8 +29,6 @@ RNG = np.random.default_rng(5)
 PROMPTS = [[*SHARED[: 39 * (i % 2)], *RNG.integers(1, 90, 9 + 5 * i).tolist()] for i in range(6)]
 SETTINGS = {"kv_memory": "220KB", "kv_precision": "int4", "kv_formats": ("bf16", "int8", "int4"), "max_seq_len": 128}
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 class ResultLost(Exception):
     """Comes behind a program, before its result is put anywhere."""
@@ -94,7 +92,7 @@ def serve(engine, asked):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(make_engine, quickly_compiled):
+def undisturbed(make_engine):
     engine = make_engine(**SETTINGS)
     expected = serve(engine, enter(engine))
     assert engine.stats().num_preemptions > 0, "the memory was meant to be too small"

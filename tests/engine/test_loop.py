@@ -15,8 +15,6 @@ from engine_cases import check_nothing_is_left
 from fineserve_jax.errors import EngineError, RequestError
 from fineserve_jax.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 ROOT = Path(__file__).parents[2]
 FORMATS = ["bf16", "int8", "int4"]
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)

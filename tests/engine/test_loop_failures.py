@@ -15,8 +15,6 @@ from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 PROMPTS = [f"{i} prompts" for i in range(6)]
 SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0, seed=3)
 POISON = "poison"

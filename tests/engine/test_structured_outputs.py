@@ -20,8 +20,6 @@ from fineserve_jax.request import FinishReason, Request, RequestStatus
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.structured.matcher import TokenMatcher
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SETTINGS = {
     "max_seq_len": 512,
     "max_batch_size": 32,
@@ -58,7 +56,7 @@ def make_engine(model, **settings) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(model, quickly_compiled) -> Engine:
+def engine(model) -> Engine:
     return make_engine(model)
 
 
