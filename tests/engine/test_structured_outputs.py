@@ -22,7 +22,7 @@ from fineserve_jax.structured.matcher import TokenMatcher
 
 SETTINGS = {
     "max_seq_len": 512,
-    "max_batch_size": 32,
+    "max_batch_size": 8,
     "max_chunk_tokens": 64,
     "kv_memory": "32MiB",
     "kv_formats": ["bf16"],
