@@ -28,7 +28,7 @@ def tiny_model() -> LoadedModel:
     return random_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
     def make(clock: Callable[[], float] = time.monotonic, **settings: Any) -> Engine:
         defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
