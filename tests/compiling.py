@@ -14,6 +14,7 @@ COMPILING = (
     "batch/test_batch_job.py",
     "batch/test_batch_models.py",
     "batch/test_check.py",
+    "batch/test_echo.py",
     "batch/test_half_done.py",
     "batch/test_ray_job.py",
     "benchmarks/test_aot_parsers.py",

@@ -36,7 +36,7 @@ MODEL_KEYS = ("model", "models")
 NO_FLAG = ("seed", "structured_outputs")
 """Fields of `SamplingParams` that are none. The flag `seed` is the engine's, from which those of requests are drawn;
 tables of tables are for a YAML file."""
-NOT_STREAMED = ("n", "logprobs")
+NOT_STREAMED = ("n", "logprobs", "logprob_token_ids", "prompt_logprobs")
 """Fields of `SamplingParams` that do not concern `generate`: it streams one answer, as text."""
 
 ModelFlag = Annotated[str | None, tyro.conf.arg(help_behavior_hint=f"(default: {DEFAULT_MODEL})")]

@@ -21,6 +21,7 @@ detokenizer.py        tokens to text one by one, cut at stop strings
 request_text.py       the text of a request, decoded when somebody reads it
 outputs.py            what comes back to the caller
 stats.py              what an engine tells of itself
+scoring.py            scores of completions that are given
 perplexity.py         perplexity of a text through the engine's cache
 output_files.py       whether files that the engine writes can be written
 """

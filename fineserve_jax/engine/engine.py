@@ -235,13 +235,14 @@ class Engine:
         min_kv_precision: str | None = None,
         *,
         structured_outputs: bool = False,
+        prompt_logprobs: bool = False,
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
 
         Args:
             kv_precisions: KV formats, or "auto".
             min_kv_precision: what requests in them will name as such; None: nothing.
-            structured_outputs: also what requests with such need.
+            structured_outputs, prompt_logprobs: also what requests with such need.
 
         Returns:
             how many programs that took. Serving those requests compiles nothing from then on.
@@ -258,6 +259,7 @@ class Engine:
             min_kv_precision,
             converts=converts,
             structured_outputs=structured_outputs,
+            prompt_logprobs=prompt_logprobs,
         )
         self._is_changing = False
         return self._num_compilations - before
@@ -266,7 +268,8 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
-        ended because they were late, because numbers were not finite, or because nothing may follow what they said."""
+        ended because they wanted none, because they were late, because numbers were not finite, or because nothing may
+        follow what they said."""
         self.computing = ()
         self.recover()
         self._is_changing = True
@@ -285,11 +288,12 @@ class Engine:
                 self._on_idle()
             return dropped
         self.computing = tuple(chunk.request for chunk in output.chunks)
-        advanced = self._commit(output, self._execute(output))
+        result = self._execute(output)
+        advanced = self._commit(output, result)
         seconds = time.perf_counter() - start
         self._totals.busy_s += seconds
         self._totals.steps += 1
-        if self._num_compilations == compiled_before:
+        if self._num_compilations == compiled_before and not result.scores:  # whose products no prediction counts
             self.scheduler.observe(output, seconds)
         if not self.scheduler.has_unfinished:
             self._on_idle()
@@ -304,17 +308,11 @@ class Engine:
         waiting, running = self.scheduler.num_waiting, self.scheduler.num_running
         recorder.note(self._totals.steps, self.clock(), running, waiting, counts)
 
-    def execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
-        """Does what the KV manager has queued for the device, and computes a step; see `ModelRunner.execute`."""
-        self._is_changing = True
-        result = self._execute(output, scores)
-        self._is_changing = False
-        return result
-
-    def _execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
+    def _execute(self, output: SchedulerOutput) -> StepResult:
+        """Does what the KV manager has queued for the device, and computes a step."""
         self.page_operations.apply(self.kv.take_operations())
         self.scheduler.note_transfer_rate(self.page_operations.bytes_per_s)
-        return self.models[output.chunks[0].request.model].runner.execute(output, scores)
+        return self.models[output.chunks[0].request.model].runner.execute(output)
 
     def _commit(self, output: SchedulerOutput, result: StepResult) -> list[Request]:
         prompt_tokens = sum(
@@ -326,13 +324,19 @@ class Engine:
             self._fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
         for request, reason in result.stuck.items():
             self._fail(request, dead_end(request, reason))
+        for request, scores in result.scores.items():
+            if request.scores is not None and request not in result.nonfinite:
+                request.scores.entries.extend(scores)
         sampled = {token.request: token for token in result.tokens}
         tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self.scheduler.commit(output, tokens, self.clock())
         for request in advanced:
-            self._append_text(request, sampled[request])
+            if request in sampled:
+                self._append_text(request, sampled[request])
+            else:
+                self._finish(request, FinishReason.LENGTH)  # it wanted no tokens
         self._totals.prompt_tokens += prompt_tokens
-        self._totals.output_tokens += len(advanced)
+        self._totals.output_tokens += len(sampled)
         return [*advanced, *result.nonfinite, *result.stuck]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:
