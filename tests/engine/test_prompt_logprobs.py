@@ -10,7 +10,6 @@ from engine_cases import random_model, serve, with_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_oracle import flax_logits
-from tiny_model import quick_compilation
 
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
@@ -35,12 +34,6 @@ BASE = {
     "kv_precision": "fp32",
     "kv_formats": ("fp32", "int8", "int4"),  # int4 has int8 for its residuals
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 from engine_cases import check_nothing_is_left, with_nan
 from test_prompt_logprobs import ERROR, expected_logprobs
-from tiny_model import quick_compilation
 from tokenizers import models
 
 from fineserve_jax.engine import load as load_engine
@@ -22,12 +21,6 @@ COMPLETIONS = [["television", "tea", "a"], ["100 degrees"]]
 
 
 FORMATS = ("fp32", "int8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
