@@ -9,6 +9,7 @@ from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encod
 from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
 from fineserve_jax.engine.load import load_from
 from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.scoring import Completion, CompletionScore, completion_score, score_tickets
@@ -219,6 +220,41 @@ class LLM:
                 prompt_logprobs=prompt_logprobs,
             )
         )
+
+    def update_params(self, source: WeightSource, model: str | None = None, *, abort: bool = False) -> None:
+        """Gives a model new weights of the same shapes between two steps, as reinforcement learning does; nothing is
+        compiled for it, and matrices are encoded in the precision of those it has.
+
+        Requests that are under way are answered before, by the old weights, and those that come meanwhile afterwards,
+        by the new ones. What the prefix cache holds is forgotten. An update that fails changes nothing.
+
+        Args:
+            source: what names a model of the same configuration; tensors by the names of Hugging Face's checkpoints; or
+                a tree of parameters, as `LoadedModel` has it, in the same precision or in floats.
+            model: whose weights; None for the only one there is.
+            abort: end what is under way instead, with the finish reason "abort".
+
+        Raises:
+            ModelLoadError: a source that cannot be found or read, or whose tensors are not the model's.
+            ConfigError: a model of another configuration.
+        """
+        self._loop.call_when_idle(lambda: self.engine.update_params(source, model), abort=abort)
+
+    def sleep(self, *, drop_weights: bool = False, abort: bool = False) -> None:
+        """Gives the memory of keys and values, and of weights on an accelerator, back until `wake_up`.
+
+        Requests that are under way are answered before; those that come meanwhile raise `EngineError`.
+
+        Args:
+            drop_weights: do not keep the weights in host memory, since `update_params` will give others.
+            abort: end what is under way instead, with the finish reason "abort".
+        """
+        self._loop.call_when_idle(lambda: self.engine.sleep(drop_weights=drop_weights), abort=abort)
+
+    def wake_up(self) -> None:
+        """Takes the memory again that `sleep` gave back. Raises `EngineError` if the weights were dropped, and none
+        given since."""
+        self._loop.call(self.engine.wake_up)
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""

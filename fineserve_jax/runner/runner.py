@@ -79,7 +79,7 @@ class ModelRunner:
     """One model on the device, and a compiled program for each shape that has occurred.
 
     Args:
-        model, params: the model and its weights.
+        model, params: the model and its weights; whoever puts others into the table between two steps has them used.
         geometry: of its pages.
         arena: where its pages are, beside those of other models.
         kv: the host's half of the cache.
@@ -112,7 +112,6 @@ class ModelRunner:
         formats: Iterable[str] = (),
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
-        self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         # Of each layer its kind, the number of its group and whether it has RoPE, and its number in the group.
         self.place_of_layer = {
             layer: ((number, layer not in model.config.no_rope_layers), jnp.int32(index))
@@ -130,6 +129,11 @@ class ModelRunner:
         self.max_runs = 1
         self.num_compilations = 0
         self.use_formats(formats)
+
+    @property
+    def layer_params(self) -> list[dict[str, Any]]:
+        """The weights of each layer."""
+        return [self.params[f"layers_{i}"] for i in range(self.geometry.num_layers)]
 
     def use_formats(self, names: Iterable[str]) -> None:
         """Makes the steps from now on serve these KV formats too, and the residuals they need.
