@@ -157,7 +157,7 @@ def test_requests_that_are_under_way_are_answered_by_the_old_weights_or_aborted(
     assert texts(llm) == texts(make_llm(seed=8))
 
 
-def test_requests_that_come_while_others_are_served_to_their_ends_are_answered_by_the_new_weights(make_llm, monkeypatch):
+def test_requests_that_come_meanwhile_are_answered_by_the_new_weights(make_llm, monkeypatch):
     llm, is_draining = make_llm(), threading.Event()
     expected, drain = texts(make_llm(seed=8)), llm._loop._drain
     monkeypatch.setattr(llm._loop, "_drain", lambda abort: (is_draining.set(), drain(abort)))
