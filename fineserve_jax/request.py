@@ -67,11 +67,14 @@ class PromptScores:
         num_top: how many of the most likely tokens are wanted at each.
         entries: of the tokens from `first` on, as far as they are known, which they stay, whatever happens to the
             request's pages.
+        hidden: with the entries, what the last layer gave for the token before each, f32[tokens, hidden] of each step;
+            None: it is not kept.
     """
 
     first: int
     num_top: int
     entries: list[TokenScore] = field(default_factory=list)
+    hidden: list[Any] | None = None
 
     @property
     def next(self) -> int:

@@ -28,6 +28,7 @@ COMPILING = (
     "cli/test_commands.py",
     "cli/test_model_commands.py",
     "cli/test_perplexity.py",
+    "cli/test_quality.py",
     "cli/test_real_batch.py",
     "cli/test_slabs.py",
     "engine",

@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     GenerateFlags: TypeAlias = Mapping[str, Any]
     PerplexityFlags: TypeAlias = Mapping[str, Any]
     BenchFlags: TypeAlias = Mapping[str, Any]
+    QualityFlags: TypeAlias = Mapping[str, Any]
 else:
     # Quotas are tables of tables, which a YAML file holds well and a flag does not.
     EngineFlags = flags_of(EngineConfig, leave_out=["quotas"])
@@ -121,6 +122,9 @@ else:
     # Cases name the precisions, and what is computed once must be computed again in the next round.
     BenchFlags = flags_of(EngineConfig, leave_out=["kv_precision", "prefix_cache", "quotas", "record", "record_every"])
     PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "seed", *ONE_AT_A_TIME])
+    # The formats that are served are those that are measured.
+    OF_FORMATS = ["kv_precision", "kv_formats", "max_batch_size", "max_seq_len", "seed"]
+    QualityFlags = flags_of(EngineConfig, leave_out=[*OF_FORMATS, *ONE_AT_A_TIME])
 
 
 @dataclass(frozen=True)

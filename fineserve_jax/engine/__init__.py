@@ -25,5 +25,6 @@ outputs.py            what comes back to the caller
 stats.py              what an engine tells of itself
 scoring.py            scores of completions that are given
 perplexity.py         perplexity of a text through the engine's cache
+quality.py            what KV formats cost, with intervals
 output_files.py       whether files that the engine writes can be written
 """

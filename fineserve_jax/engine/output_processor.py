@@ -37,6 +37,8 @@ class OutputProcessor:
         for request, scores in result.scores.items():
             if request.scores is not None and request not in result.nonfinite:
                 request.scores.entries.extend(scores)
+                if request.scores.hidden is not None:
+                    request.scores.hidden.append(result.hidden[request])
         sampled = {token.request: token for token in result.tokens}
         tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self._scheduler.commit(output, tokens, self._clock())

@@ -17,7 +17,7 @@ from fineserve_jax.engine.scoring import FOR_SCORES
 from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.request import Request
+from fineserve_jax.request import PromptScores, Request
 from fineserve_jax.request_options import RequestOptions
 
 PAGES_AT_A_TIME = 32
@@ -100,7 +100,7 @@ def measure_perplexity(
     kv_precision = kv_precision or served.config.kv_precision
     if kv_precision == AUTO:
         raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
-    precision = _check(engine, served, token_ids, window, windows, kv_precision)
+    precision = check_windows(engine, served, token_ids, window, windows, kv_precision)
     if narrow_half_to is not None:
         _check_narrowing(engine, served, window, kv_precision, narrow_half_to)
         precision = Precision(precision.start, narrow_half_to)
@@ -108,9 +108,10 @@ def measure_perplexity(
     for i in range(windows):
         part = list(token_ids[i * window : (i + 1) * window])
         try:
-            logprobs = _score_window(engine, served, part, precision, narrow_half_to is not None)
+            scores = score_window(engine, served, part, precision, narrow_half_to is not None)
         except NonFiniteError as error:
             raise NonFiniteError(f"window {i}: {error}") from None
+        logprobs = np.array([entry.logprob for entry in scores.entries], np.float32)
         _check_finite(logprobs, served.name, i)
         total, tokens = total + float(logprobs.sum(dtype=np.float64)), tokens + logprobs.size
         if on_window is not None:
@@ -144,7 +145,7 @@ def _check_narrowing(engine: Engine, served: ServedModel, window: int, kv_precis
         )
 
 
-def _check(
+def check_windows(
     engine: Engine, served: ServedModel, token_ids: Sequence[int], window: int, windows: int, kv_precision: str
 ) -> Precision:
     """The precision of the windows. Raises `RequestError` for windows that cannot be scored."""
@@ -164,10 +165,23 @@ def _check(
     return precision
 
 
-def _score_window(
-    engine: Engine, served: ServedModel, token_ids: list[int], precision: Precision, narrow_half: bool
-) -> np.ndarray:
-    """f32[...], log-probability of each token but the first, or of those in the second half. Leaves no pages behind."""
+def score_window(
+    engine: Engine,
+    served: ServedModel,
+    token_ids: list[int],
+    precision: Precision,
+    narrow_half: bool = False,
+    keep_hidden: bool = False,
+) -> PromptScores:
+    """Scores of each token but the first, or of those in the second half. Leaves no pages behind.
+
+    Args:
+        narrow_half: narrow the first half as far as `precision` allows, and score the second.
+        keep_hidden: keep what the last layer gives, too.
+
+    Raises:
+        NonFiniteError: the model computed NaN or infinity.
+    """
     half = _half(served, len(token_ids))
     prepared = PreparedRequest(
         served,
@@ -181,6 +195,10 @@ def _score_window(
     )
     (request,) = engine.queue(prepared)
     request.shares_prefix = False
+    scores = request.scores
+    assert scores is not None, "they are asked for"
+    if keep_hidden:
+        scores.hidden = []
     try:
         while request.finish_reason is None:
             engine.step()
@@ -191,8 +209,7 @@ def _score_window(
         engine.release(request)
     if request.error is not None:
         raise request.error
-    assert request.scores is not None, "it was asked for them"
-    return np.array([score.logprob for score in request.scores.entries], np.float32)
+    return scores
 
 
 def _half(served: ServedModel, window: int) -> int:

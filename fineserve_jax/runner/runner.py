@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import MAX_RUNS
@@ -67,12 +68,15 @@ class StepResult:
             sampled for them. Each with the stage whose output was the first such, or None without `check_finite`.
         stuck: the requests that may sample nothing by their structured outputs, each with the reason.
         scores: of prompt tokens, those of each request in their order, as `ScheduledChunk.scored` names them.
+        hidden: f32[tokens, hidden], for each of those what the last layer gave for the token before, of requests that
+            keep it.
     """
 
     tokens: list[SampledToken]
     nonfinite: dict[Request, str | None]
     stuck: dict[Request, str]
     scores: dict[Request, list[TokenScore]]
+    hidden: dict[Request, np.ndarray]
 
 
 class ModelRunner:
@@ -216,8 +220,9 @@ class ModelRunner:
         outputs = programs.head(self.params, stream, inputs, sampling, allowed)
         plan = ScoringPlan([], [empty_tile(spec)]) if scored else plan_scores(spec, output)
         tiles = [programs.score(self.params, stream, tile) for tile in plan.tiles]
+        kept = [programs.hidden(stream, tile.slots) for tile in plan.tiles] if plan.keeps_hidden else []
         self.arena.units = programs.commit(self.arena.units, words, inputs)
-        (sampled, finite), tiles, checked = jax.device_get((outputs, tiles, checks))
+        (sampled, finite), tiles, kept, checked = jax.device_get((outputs, tiles, kept, checks))
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
         if compilations:
@@ -232,7 +237,7 @@ class ModelRunner:
         stuck = {request: reason for request, reason in stuck.items() if request not in nonfinite}
         if ended := nonfinite.keys() | stuck.keys():
             tokens = [token for token in tokens if token.request not in ended]
-        return StepResult(tokens, nonfinite, stuck, scores)
+        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept))
 
 
 @functools.cache
@@ -258,6 +263,7 @@ class _Programs:
         self.embed, self.head = compiled(stages.embed), compiled(stages.head)
         kinds = itertools.product(range(len(spec.groups)), (True, False))
         self.layers = {kind: compiled(stages.layer, *kind) for kind in kinds}
+        self.hidden = compiled(stages.hidden)
         self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
         self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
 

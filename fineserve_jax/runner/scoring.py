@@ -88,6 +88,20 @@ class ScoringPlan:
     owners: list[tuple[Request, int]]
     tiles: list[ScoreTile]
 
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether of any request what the last layer gives is to be kept."""
+        return any(request.scores is not None and request.scores.hidden is not None for request, _ in self.owners)
+
+    def collect_hidden(self, tiles: Sequence[np.ndarray]) -> dict[Request, np.ndarray]:
+        """f32[tokens, hidden] of the requests that keep it. `tiles`: what the last layer gave for the slots of each."""
+        if not tiles:
+            return {}
+        ends = np.cumsum([count for _, count in self.owners])
+        parts = np.split(np.concatenate(tiles), ends)
+        pairs = zip(self.owners, parts, strict=False)  # padding follows
+        return {r: part for (r, _), part in pairs if r.scores is not None and r.scores.hidden is not None}
+
     def collect(self, tiles: Sequence[Scores]) -> dict[Request, list[TokenScore]]:
         """The scores of each request's tokens, in their order. `tiles`: what each gave, on the host."""
         if not tiles:
@@ -127,9 +141,13 @@ def empty_tile(spec: StepSpec) -> ScoreTile:
 
 
 def tile_size(spec: StepSpec) -> int:
-    """Slots of a tile: as many as a step's chunks have, or as `MOST_LOGITS` allow, a power of two of at least 8."""
-    allowed = max(8, MOST_LOGITS // spec.model.config.vocab_size)
-    return min(1 << (allowed.bit_length() - 1), spec.shape.chunk_tokens)
+    """Slots of a tile: as many as a step's chunks have, or as `MOST_LOGITS` allow."""
+    return min(most_slots(spec.model.config.vocab_size), spec.shape.chunk_tokens)
+
+
+def most_slots(vocab_size: int) -> int:
+    """For how many positions `MOST_LOGITS` are enough: a power of two, and at least 8."""
+    return 1 << (max(8, MOST_LOGITS // vocab_size).bit_length() - 1)
 
 
 def _tile(slots: Sequence[int], targets: Sequence[int], size: int, any_top: bool) -> ScoreTile:

@@ -91,6 +91,11 @@ def score(spec: StepSpec, params: Params, stream: Stream, tile: ScoreTile) -> Sc
     return score_logits(logits, tile.targets, tile.any_top)
 
 
+def hidden(spec: StepSpec, stream: Stream, slots: jax.Array) -> jax.Array:
+    """f32[T, hidden], what the last layer gave for `slots` i32[T]."""
+    return stream.x[slots]
+
+
 def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: StepInputs) -> jax.Array:
     """Writes what the layers encoded: decoded tokens, chunks' pages, and then residual pages that became full.
 
