@@ -22,6 +22,7 @@ COMPILING = (
     "batch/test_echo.py",
     "batch/test_half_done.py",
     "batch/test_ray_job.py",
+    "batch/test_reproducible_jobs.py",
     "benchmarks/test_aot_parsers.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
     "cli/test_bench.py",

@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic_core import PydanticSerializationError, to_json
+
 from fineserve_jax.batch.openai_answers import AnswerName, Echo, openai_answer, openai_error
 from fineserve_jax.batch.rows import BadRow, BatchRow
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -64,23 +66,24 @@ def _timing(metrics: RequestMetrics, attempts: int) -> dict[str, Any]:
 
 
 LATE = (
-    "the first token could not be in time, and the request asked to be dropped then; give a longer ttft_slo_s, or "
-    "leave drop_when_late out"
+    "the answer was not there in time, and the request asked to be ended then; give a longer deadline_s, or a longer "
+    "ttft_slo_s where drop_when_late is set, or leave them out"
 )
 
 
 UNKNOWN = TokenLogprobs(-math.inf, {})
 """Written of the first token of a prompt."""
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-
 
 def as_line(row: dict[str, Any]) -> bytes:
-    """An answer as a line of JSON. It must hold neither NaN nor infinity, which JSON lacks."""
+    """An answer as a line of JSON. It must hold neither NaN nor infinity, which JSON lacks: raises `ValueError`."""
     try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError:  # an id with half a surrogate pair
-        return json.dumps(row, allow_nan=False).encode() + b"\n"
+        line = to_json(row)
+    except PydanticSerializationError:  # an id with half a surrogate pair
+        line = json.dumps(row, allow_nan=False).encode()
+    if b"NaN" in line or b"Infinity" in line:  # as text, or as what raises here
+        line = json.dumps(row, allow_nan=False).encode()
+    return line + b"\n"
 
 
 def answer_row(

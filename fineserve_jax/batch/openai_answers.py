@@ -79,7 +79,7 @@ def openai_answer(
         **({} if echo.is_wanted or echo.entries is None else {"prompt_logprobs": echo.entries}),
         **used,
     }
-    return _line(name, 200, body, None)
+    return _line(name, token, 200, body, None)
 
 
 def openai_error(name: AnswerName, message: str, code: str, place: dict[str, Any]) -> dict[str, Any]:
@@ -87,11 +87,12 @@ def openai_error(name: AnswerName, message: str, code: str, place: dict[str, Any
     status = STATUS.get(code, 400)
     kind = "server_error" if status == 500 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return _line(name, status, body, {"code": code, "message": message, **place})
+    return _line(name, name.token(), status, body, {"code": code, "message": message, **place})
 
 
-def _line(name: AnswerName, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> dict[str, Any]:
-    token = name.token()
+def _line(
+    name: AnswerName, token: str, status: int, body: dict[str, Any], error: dict[str, Any] | None
+) -> dict[str, Any]:
     response = {"status_code": status, "request_id": f"req_{token}", "body": body}
     return {"id": f"batch_req_{token}", "custom_id": name.custom_id, "response": response, "error": error}
 

@@ -69,8 +69,9 @@ def request_of(content: Mapping[str, Any]) -> tuple[Form, dict[str, Any]]:
     if not isinstance(body, dict):
         raise RowError(f"body is a JSON {json_kind(body)}; give an object with the fields of {content['url']}")
     fields = {name: value for name, value in body.items() if value is not None}
-    for name, (takes, remedy) in NEUTRAL.items():
-        if name in fields and not takes(value := fields.pop(name)):
+    for name in [name for name in fields if name in NEUTRAL]:
+        takes, remedy = NEUTRAL[name]
+        if not takes(value := fields.pop(name)):
             raise RowError(f"{name}={shown(value)} is not served: {remedy}", "unsupported_parameter")
     return form, _chat(fields) if form == "chat" else _completion(fields)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fineserve_jax.batch.openai_rows import request_of
-from fineserve_jax.batch.records import Record, place
+from fineserve_jax.batch.records import SEQ_BITS, Record, place
 from fineserve_jax.batch.row_fields import CHAT_FIELDS, OPTION_FIELDS, ROW_FIELDS, SAMPLING_FIELDS, Form, RowError
 from fineserve_jax.batch.row_ids import RowId, check_id
 from fineserve_jax.errors import RequestError
@@ -50,7 +50,7 @@ class BatchRow:
     @property
     def seq(self) -> int:
         """Its place among all rows."""
-        return place(self.file, self.line)
+        return (self.file << SEQ_BITS) | self.line  # as `place`, which takes as long again to call
 
 
 @dataclass(frozen=True, slots=True)
