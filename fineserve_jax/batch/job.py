@@ -155,7 +155,7 @@ class BatchJob:
     def _admit(self, row: BatchRow) -> None:
         try:
             served = self.engine.served(row.options.model)
-            request = self._requests.request(row, served.tokenizer, served.max_seq_len - 1)
+            request = self._requests.request(row, served.tokenizer, served.max_seq_len)
             self._enter(row, request)
         except RequestError as error:
             self._intake.fail(bad_row(row, str(error)))
