@@ -218,7 +218,8 @@ class BatchJob:
                 f"the engine has failed: {fault}; it cannot go on: {fatal}; what is written is sound, so mend the "
                 "cause and run the same command with --resume"
             ) from fatal
-        computed = dict.fromkeys(self._pending[one] for one in self.engine.computing if one in self._pending)
+        known = [self._pending[one] for one in self.engine.computing if one in self._pending]
+        computed = list(dict.fromkeys(known)) or self._rows_in_engine()
         for pending in computed:
             pending.attempts += 1
         self.summary.faults += 1

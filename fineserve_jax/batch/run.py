@@ -146,12 +146,15 @@ def _answering(
 @contextlib.contextmanager
 def _nothing_there_is_garbage() -> Iterator[None]:
     """What is there now, modules and programs most of it, will be there until the job ends: Python's collector need not
-    look through it again and again."""
-    gc.freeze()
+    look through it again and again. Whoever has told it so before is left alone."""
+    is_ours = not gc.get_freeze_count()
+    if is_ours:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if is_ours:
+            gc.unfreeze()
 
 
 def _tell(what: str | Table) -> None:
