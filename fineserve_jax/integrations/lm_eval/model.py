@@ -71,6 +71,7 @@ class FineServeLM(TemplateLM):  # type: ignore[misc]
         self.max_length = self.llm.engine.max_seq_len - 1
         self.max_gen_toks, self.batch_size = max_gen_toks, batch_size
         self._prefix_token_id, self._chat_template_args = prefix_token_id, dict(chat_template_args or {})
+        self._template: str | None = None  # the named one that is used
 
     # -- tokens --------------------------------------------------------------------------------------------------
 
@@ -114,8 +115,6 @@ class FineServeLM(TemplateLM):  # type: ignore[misc]
             self._template = chat_template
             return self.tokenizer.chat_templates[chat_template]
         return self.tokenizer.chat_template
-
-    _template: str | None = None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, to be answered, or with its last message to be continued."""
