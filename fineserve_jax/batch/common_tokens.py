@@ -19,11 +19,13 @@ class CommonTokens:
         self._seen: dict[bytes, None] = {}  # hashes of blocks, those seen last at the end
 
     def note(self, request: Request) -> int:
-        """Remembers a prompt; how many of its tokens an earlier one of its model and format begins with."""
+        """Remembers a prompt; how many of its tokens an earlier one of its model and format begins with, as far as they
+        need not be computed for it."""
         size, seen, common, begins_alike = self._page_size, self._seen, 0, True
         stop = (request.num_prompt_tokens - 1) // size  # its last token is computed in any case
+        most = request.num_shareable_tokens // size
         for block_hash, _ in hash_blocks(request.token_ids, size, request.prefix_root, 0, stop):
-            begins_alike = begins_alike and block_hash in seen
+            begins_alike = begins_alike and block_hash in seen and common < most
             common += begins_alike
             seen.pop(block_hash, None)
             seen[block_hash] = None

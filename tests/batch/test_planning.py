@@ -79,8 +79,10 @@ def test_long_rows_are_not_read_far_ahead(monkeypatch):
     assert all(abs(line - place) <= 4 for place, line in enumerate(order))
 
 
-def request(token_ids: list[int], root: bytes = b"") -> SimpleNamespace:
-    return SimpleNamespace(token_ids=token_ids, num_prompt_tokens=len(token_ids), prefix_root=root)
+def request(token_ids: list[int], root: bytes = b"", shareable: int | None = None) -> SimpleNamespace:
+    most = len(token_ids) - 1 if shareable is None else shareable
+    sizes = {"num_prompt_tokens": len(token_ids), "num_shareable_tokens": most}
+    return SimpleNamespace(token_ids=token_ids, prefix_root=root, **sizes)
 
 
 def test_tokens_that_an_earlier_prompt_begins_with_are_counted_in_whole_blocks():
@@ -90,3 +92,5 @@ def test_tokens_that_an_earlier_prompt_begins_with_are_counted_in_whole_blocks()
     assert common.note(request(list(range(12)))) == 8, "the last token is computed in any case"
     assert common.note(request(list(range(14)), b"another format")) == 0
     assert common.note(request([7, *range(13)])) == 0, "the same tokens in another place"
+    assert common.note(request(list(range(14)), shareable=7)) == 4, "what follows is scored"
+    assert common.note(request(list(range(14)), shareable=0)) == 0
