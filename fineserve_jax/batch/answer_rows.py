@@ -1,7 +1,6 @@
 """The answer to a row, as it is written; see the package's docstring for its fields."""
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +8,9 @@ from fineserve_jax.batch.openai_answers import AnswerName, openai_answer, openai
 from fineserve_jax.batch.rows import BadRow, BatchRow
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.loaders import Tokenizer
+from fineserve_jax.openai_api.answers import LATE
+from fineserve_jax.openai_api.logprobs import logprob_entries
 from fineserve_jax.request import FinishReason
-from fineserve_jax.runner.runner import TokenLogprobs
 
 
 class AnswerRows:
@@ -37,7 +37,7 @@ class AnswerRows:
             return answer_row(row.id, output, tokenizer, names_model=self._names_model, used=used)
         if any(sample.finish_reason == FinishReason.LATE for sample in output.outputs):
             return self.error(BadRow(row.line, row.id, LATE, "late", row.form, row.file))
-        entries = [_entries(sample, tokenizer) for sample in output.outputs]
+        entries = [logprob_entries(tokenizer, sample.token_ids, sample.logprobs) for sample in output.outputs]
         return openai_answer(row.form, self._name(row), output, entries, used)
 
     def error(self, bad: BadRow) -> dict[str, Any]:
@@ -59,12 +59,6 @@ def _timing(metrics: RequestMetrics, attempts: int) -> dict[str, Any]:
         "num_preemptions": metrics.num_preemptions,
         "attempts": attempts,
     }
-
-
-LATE = (
-    "the first token could not be in time, and the request asked to be dropped then; give a longer ttft_slo_s, or "
-    "leave drop_when_late out"
-)
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -99,26 +93,6 @@ def _sample(sample: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "output_tokens": len(sample.token_ids),
     }
-    if (entries := _entries(sample, tokenizer)) is not None:
+    if (entries := logprob_entries(tokenizer, sample.token_ids, sample.logprobs)) is not None:
         written["logprobs"] = entries
     return written
-
-
-def _entries(sample: CompletionOutput, tokenizer: Tokenizer) -> list[dict[str, Any]] | None:
-    if sample.logprobs is None:
-        return None
-    tokens = zip(sample.token_ids, sample.logprobs, strict=True)
-    return [_logprobs(tokenizer, token, entry) for token, entry in tokens]
-
-
-def _logprobs(tokenizer: Tokenizer, token: int, entry: TokenLogprobs) -> dict[str, Any]:
-    def named(token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": token,
-            "text": tokenizer.decode([token], skip_special_tokens=False),
-            "bytes": list(tokenizer.token_bytes(token)),
-            "logprob": logprob if math.isfinite(logprob) else None,
-        }
-
-    top = [named(other, logprob) for other, logprob in entry.top.items()]
-    return named(token, entry.logprob) | ({"top": top} if top else {})

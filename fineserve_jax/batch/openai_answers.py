@@ -8,16 +8,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fineserve_jax.batch.row_fields import Form
 from fineserve_jax.batch.row_ids import RowId
-from fineserve_jax.engine.outputs import CompletionOutput, RequestOutput
-
-MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, as in OpenAI's API, whose log-probabilities are never null."""
-
-STATUS = {"engine_fault": 500, "internal_error": 500, "not_finite": 500, "dead_end": 500, "late": 408}  # else 400
-Entries = list[dict[str, Any]] | None
-"""Log-probabilities of a sample's tokens, as plain answers have them."""
+from fineserve_jax.engine.outputs import RequestOutput
+from fineserve_jax.openai_api.answers import STATUS, completion_body, error_body
+from fineserve_jax.openai_api.fields import Form
+from fineserve_jax.openai_api.logprobs import Entries
 
 
 class AnswerName(NamedTuple):
@@ -39,7 +34,7 @@ class AnswerName(NamedTuple):
 
 
 def openai_answer(
-    form: Form, name: AnswerName, output: RequestOutput, entries: Sequence[Entries], used: dict[str, Any]
+    form: Form, name: AnswerName, output: RequestOutput, entries: Sequence[Entries | None], used: dict[str, Any]
 ) -> dict[str, Any]:
     """The answer to a request.
 
@@ -48,76 +43,16 @@ def openai_answer(
         entries: log-probabilities of each sample.
         used: further fields of the body.
     """
-    token, chat = name.token(), form == "chat"
-    choice = _chat_choice if chat else _text_choice
-    samples = zip(output.outputs, entries, strict=True)
-    prompt, completion = len(output.prompt_token_ids), sum(len(sample.token_ids) for sample in output.outputs)
-    body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{token}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": name.created,
-        "model": output.model,
-        "choices": [choice(sample, logprobs) for sample, logprobs in samples],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-        **used,
-    }
-    return _line(name, 200, body, None)
+    return _line(name, 200, {**completion_body(form, name.token(), name.created, [output], [entries]), **used}, None)
 
 
 def openai_error(name: AnswerName, message: str, code: str, place: dict[str, Any]) -> dict[str, Any]:
     """What is written of a request that cannot be answered. `place`: its line, and its file if there are several."""
     status = STATUS.get(code, 400)
-    kind = "server_error" if status == 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return _line(name, status, body, {"code": code, "message": message, **place})
+    return _line(name, status, error_body(message, code, status), {"code": code, "message": message, **place})
 
 
 def _line(name: AnswerName, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> dict[str, Any]:
     token = name.token()
     response = {"status_code": status, "request_id": f"req_{token}", "body": body}
     return {"id": f"batch_req_{token}", "custom_id": name.custom_id, "response": response, "error": error}
-
-
-def _chat_choice(sample: CompletionOutput, entries: Entries) -> dict[str, Any]:
-    logprobs = None if entries is None else {"content": [_chat_entry(entry) for entry in entries], "refusal": None}
-    message = {"role": "assistant", "content": sample.text, "refusal": None}
-    return {
-        "index": sample.index,
-        "message": message,
-        "logprobs": logprobs,
-        "finish_reason": sample.finish_reason,
-    }
-
-
-def _chat_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    return _token(entry) | {"top_logprobs": [_token(other) for other in entry.get("top", ())]}
-
-
-def _token(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"token": entry["text"], "logprob": _logprob(entry), "bytes": entry["bytes"]}
-
-
-def _logprob(entry: dict[str, Any]) -> float:
-    return MIN_LOGPROB if entry["logprob"] is None else entry["logprob"]
-
-
-def _text_choice(sample: CompletionOutput, entries: Entries) -> dict[str, Any]:
-    return {
-        "index": sample.index,
-        "text": sample.text,
-        "logprobs": None if entries is None else _text_logprobs(entries),
-        "finish_reason": sample.finish_reason,
-    }
-
-
-def _text_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    texts = [entry["text"] for entry in entries]
-    starts = [0]
-    for text in texts:
-        starts.append(starts[-1] + len(text))
-    return {
-        "tokens": texts,
-        "token_logprobs": [_logprob(entry) for entry in entries],
-        "top_logprobs": [{other["text"]: _logprob(other) for other in entry.get("top", ())} for entry in entries],
-        "text_offset": starts[:-1],
-    }

@@ -31,6 +31,7 @@ from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 from fineserve_jax.scheduler.swapping import Swapping
 from fineserve_jax.scheduler.victims import Victims
 from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue, model_and_format, model_format_and_tenant
+from fineserve_jax.scheduler.waits import WaitPredictor
 
 
 class Scheduler:
@@ -45,6 +46,7 @@ class Scheduler:
     Attributes:
         profiles: each model's step-time profile.
         quotas: who may have how much of the memory.
+        waits: how long who comes now would wait.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Scheduler:
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
         self._kv = kv
         self._lengths, self._tenant_shares = lengths, context.shares
+        self.waits = WaitPredictor(config.max_batch_size, self.profiles, lengths)
         self._swapping = Swapping(config, kv, self.profiles)
         self._key_of = lambda request: policy(request, context)
         self._begin(num_preemptions=0, num_reclaimed=0)
