@@ -6,15 +6,15 @@ Form and meaning as in OpenAI's reference of the batch API; of bodies, see `open
 from collections.abc import Mapping
 from typing import Any
 
-from fineserve_jax.openai_api.bodies import ENDPOINTS, NEUTRAL, Neutral, body_fields, only, prompts_of
+from fineserve_jax.openai_api.bodies import ENDPOINTS, NEUTRAL, Neutral, body_fields, prompts_of
 from fineserve_jax.openai_api.fields import FieldError, Form
 from fineserve_jax.validation import json_kind, shown
 
 ENVELOPE = ("custom_id", "method", "url", "body")
 NOT_STREAMED: Neutral = {
     **NEUTRAL,
-    "stream": (only(False), "a batch writes whole answers; leave it out"),
-    "stream_options": (only(), "a batch writes whole answers; leave it out"),
+    "stream": ((False,), "a batch writes whole answers; leave it out"),
+    "stream_options": ((), "a batch writes whole answers; leave it out"),
 }
 
 

@@ -3,7 +3,7 @@
 Besides those of the endpoint a body may have any field of a row of `fineserve-jax batch`, such as `kv_precision`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fineserve_jax.openai_api.fields import FieldError, Form
@@ -20,33 +20,23 @@ API_DEFAULTS: dict[Form, dict[str, Any]] = {
 """Defaults of OpenAI's endpoints that differ from the project's own; options of the command line beat them, and a
 request's own fields both."""
 
-Takes = Callable[[Any], bool]
-Neutral = Mapping[str, tuple[Takes, str]]
-
-
-def only(*values: Any) -> Takes:
-    """Takes these values, each in its own type."""
-    return lambda value: any(value == one and type(value) is type(one) for one in values)
-
-
-def _anything(value: Any) -> bool:
-    return True
-
+Neutral = Mapping[str, tuple[tuple[Any, ...] | None, str]]
 
 NEUTRAL: Neutral = {
     # Of whoever asks, for whoever bills; they say nothing of the answer.
     **dict.fromkeys(
         ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
-        (_anything, ""),
+        (None, ""),
     ),
-    "store": (only(False), "answers are sent, and not kept"),
-    "modalities": (only(["text"]), "the models write text only"),
-    "parallel_tool_calls": (only(True), "what the model calls is not constrained; leave it out"),
-    "echo": (only(False), "answers hold what the model adds; leave it out"),
-    "suffix": (only(""), "the models continue a text and do not fill gaps; leave it out"),
-    **dict.fromkeys(("functions", "function_call"), (only(), "give tools")),
+    "store": ((False,), "answers are sent, and not kept"),
+    "modalities": ((["text"],), "the models write text only"),
+    "parallel_tool_calls": ((True,), "what the model calls is not constrained; leave it out"),
+    "echo": ((False,), "answers hold what the model adds; leave it out"),
+    "suffix": (("",), "the models continue a text and do not fill gaps; leave it out"),
+    **dict.fromkeys(("functions", "function_call"), ((), "give tools")),
 }
-"""Fields that change nothing with some values, and with any other are refused; null stands for their absence."""
+"""Fields that change nothing with these values, or with any (None), and with any other are refused; null stands for
+their absence. And what to do instead."""
 
 
 def body_fields(form: Form, body: Mapping[str, Any], neutral: Neutral = NEUTRAL) -> dict[str, Any]:
@@ -60,10 +50,14 @@ def body_fields(form: Form, body: Mapping[str, Any], neutral: Neutral = NEUTRAL)
         FieldError: a field that is not served so.
     """
     fields = {name: value for name, value in body.items() if value is not None}
-    for name, (takes, remedy) in neutral.items():
-        if name in fields and not takes(value := fields.pop(name)):
+    for name, (taken, remedy) in neutral.items():
+        if name in fields and not _is_one_of(value := fields.pop(name), taken):
             raise FieldError(f"{name}={shown(value)} is not served: {remedy}", "unsupported_parameter")
     return _chat(fields) if form == "chat" else _completion(fields)
+
+
+def _is_one_of(value: Any, taken: tuple[Any, ...] | None) -> bool:
+    return taken is None or any(value == one and type(value) is type(one) for one in taken)
 
 
 def prompts_of(fields: Mapping[str, Any]) -> list[Any] | None:
