@@ -139,6 +139,11 @@ class Scheduler:
         return not (self._admission_may_help and self._queue)
 
     @property
+    def is_short(self) -> bool:
+        """Whether requests wait that could not be admitted: there is no memory, or no place in a batch, for them."""
+        return bool(self._queue) and not self._admission_may_help
+
+    @property
     def num_preemptions(self) -> int:
         """How often a request lost its pages since the start."""
         return self._running.num_preemptions

@@ -56,30 +56,29 @@ class WaitPredictor:
         """A request that the engine has yet to take."""
         return Ahead(model, False, prompt_tokens, 0, self._lengths.of_tenant(tenant, most_output_tokens))
 
-    def places(self, ahead: Sequence[Ahead], is_settled: bool) -> int:
-        """How many requests can hold memory at once: those that do, if others already wait in vain.
+    def places(self, ahead: Sequence[Ahead], is_short: bool) -> int:
+        """How many requests can hold memory at once: those that do, if others wait in vain.
 
         Args:
             ahead: those that are there.
-            is_settled: whether those that wait would already have memory if there was any.
+            is_short: see `Scheduler.is_short`.
         """
-        num_running = sum(one.has_place for one in ahead)
-        return max(num_running, 1) if is_settled and num_running < len(ahead) else self._places
+        return max(sum(one.has_place for one in ahead), 1) if is_short else self._places
 
-    def wait_s(self, ahead: Sequence[Ahead], is_settled: bool) -> float:
+    def wait_s(self, ahead: Sequence[Ahead], is_short: bool) -> float:
         """Seconds until a request behind all of these has memory; 0 if it has it with the next step.
 
         Args:
             ahead: those that wait in the order in which they will be admitted.
-            is_settled: see `places`.
+            is_short: see `Scheduler.is_short`.
         """
-        places = self.places(ahead, is_settled)
+        places = self.places(ahead, is_short)
         if len(ahead) < places:
             return 0.0
         running, waiting = [one for one in ahead if one.has_place], [one for one in ahead if not one.has_place]
         step_s = self._step_s([*running, *waiting][:places])
         prefill_s = sum(map(self._prefill_s, running))
-        free_at = [0.0] * (places - len(running)) + [one.output_tokens * step_s for one in running]
+        free_at = [0.0] * max(0, places - len(running)) + [one.output_tokens * step_s for one in running]
         heapq.heapify(free_at)
         for one in waiting:
             prefill_s += self._prefill_s(one)

@@ -55,16 +55,16 @@ class Pressure:
 
     def wait_s(self, priority: int = 0) -> float:
         """Predicted seconds until a request of that priority that comes now has memory."""
-        return self._scheduler.waits.wait_s(self._ahead(priority), self._scheduler.is_settled)
+        return self._scheduler.waits.wait_s(self._ahead(priority), self._scheduler.is_short)
 
     def _check(self, tickets: Sequence[Ticket]) -> None:
         ahead = self._ahead(min(ticket.prepared.options.priority for ticket in tickets))
-        waits, is_settled = self._scheduler.waits, self._scheduler.is_settled
-        num_waiting = len(ahead) - waits.places(ahead, is_settled)
+        waits, is_short = self._scheduler.waits, self._scheduler.is_short
+        num_waiting = len(ahead) - waits.places(ahead, is_short)
         num_own = sum(ticket.prepared.sampling.n for ticket in tickets)
         if num_waiting + num_own <= 0:
             return
-        wait_s = waits.wait_s(ahead, is_settled)
+        wait_s = waits.wait_s(ahead, is_short)
         if num_waiting + num_own > self._max_waiting:
             raise _come_again(f"{max(num_waiting, 0)} requests wait, and {self._max_waiting} may", wait_s)
         if wait_s > self._max_wait_s:

@@ -26,16 +26,16 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self.event_loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._event_loop = asyncio.get_running_loop()
+        self.event_loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        if self._event_loop is not None:
-            self._event_loop.call_soon_threadsafe(self._service.begin_drain)
+        if self.event_loop is not None:
+            self.event_loop.call_soon_threadsafe(self._service.begin_drain)
 
 
 def make_server(service: Service) -> DrainingServer:

@@ -54,22 +54,24 @@ async def read_body(request: Request, most_bytes: int, timeout_s: float) -> byte
     return bytes(body)
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives. It is cancelled when the client leaves, or when this is.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *ends: Coroutine[Any, Any, None]) -> T:
+    """What the work gives. It is cancelled when the client leaves, when one of `ends` returns, or when this is
+    cancelled.
 
     Raises:
-        ClientDisconnect: the client has left.
+        ClientDisconnect: the client has left, or is to be given up.
     """
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    tasks = [asyncio.ensure_future(one) for one in (work, _left(receive), *ends)]
+    working: asyncio.Future[T] = tasks[0]
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientDisconnect
     finally:
-        for task in (working, leaving):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:
@@ -90,17 +92,27 @@ class EventStream:
 
     def __init__(self, events: AsyncGenerator[bytes, None], stall_timeout_s: float, held: contextlib.ExitStack) -> None:
         self._events, self._stall_timeout_s, self._held = events, stall_timeout_s, held
+        self._num_begun = self._num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A client that has left, or that reads nothing, needs no further word.
-        with self._held, contextlib.suppress(ClientDisconnect, TimeoutError, OSError):
-            await while_connected(receive, self._send_all(send))
+        with self._held, contextlib.suppress(ClientDisconnect, OSError):
+            await while_connected(receive, self._send_all(send), self._stalled())
 
     async def _send_all(self, send: Send) -> None:
         async with contextlib.aclosing(self._events) as events:
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for event in events:
-                async with asyncio.timeout(self._stall_timeout_s):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._num_begun += 1
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                self._num_sent += 1
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _stalled(self) -> None:
+        """Returns when an event has been on its way for longer than may be: one timer for all of them."""
+        while True:
+            sent = self._num_sent
+            await asyncio.sleep(self._stall_timeout_s)
+            if self._num_begun > self._num_sent == sent:
+                return

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import signal
 import socket
 import threading
@@ -78,6 +79,36 @@ def test_a_client_that_leaves_frees_its_memory_within_a_step(llm, slow, stream):
         assert num_steps(llm) - before <= 2
         assert not server.service.pressure._tickets
     check_nothing_is_left(llm)
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_clients_that_come_and_go_leave_nothing_behind(llm, count):
+    """Streams and others, which leave before, while and after they are answered; no task and no page is left."""
+    choose = random.Random(count)
+    with serving(llm, max_waiting=100) as server:
+        tasks = number_of_tasks(server)
+        left = []
+        for number in range(count):
+            fields = {"stream": number % 3 > 0, "n": choose.randint(1, 2), "max_tokens": choose.randint(1, 120)}
+            left.append(server.begin(LONG | fields))
+            if len(left) > choose.randint(0, 8):
+                connection = left.pop(choose.randrange(len(left)))
+                if choose.random() < 0.3:
+                    connection.getresponse().read(choose.choice([1, 100, None]))
+                connection.close()
+        for connection in left:
+            connection.close()
+        eventually(lambda: not server.service.pressure._tickets)
+        eventually(lambda: number_of_tasks(server) <= tasks)
+        assert server.ask("/v1/completions", LONG)[0] == 200
+    check_nothing_is_left(llm)
+
+
+def number_of_tasks(server):
+    async def count():
+        return len(asyncio.all_tasks())
+
+    return asyncio.run_coroutine_threadsafe(count(), server.server.event_loop).result()
 
 
 def test_a_client_that_does_not_read_holds_up_neither_the_engine_nor_others(llm):
