@@ -49,6 +49,8 @@ class RequestOptions(Validated):
         tpot_slo_s: target for each further token, in seconds; None: none.
         drop_when_late: end the request, with the finish reason "late", when its first token cannot be in time any more;
             otherwise it then waits behind those that still can be.
+        deadline_s: end the request, with the finish reason "late" and what it has by then, so many seconds after its
+            arrival; None: however long it takes.
     """
 
     error_class: ClassVar[type[FineServeError]] = RequestError
@@ -61,6 +63,7 @@ class RequestOptions(Validated):
     ttft_slo_s: Target | None = None
     tpot_slo_s: Target | None = None
     drop_when_late: Switch = False
+    deadline_s: Target | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +88,7 @@ class OptionKeywords(TypedDict, total=False):
     ttft_slo_s: float | Sequence[float | None] | None
     tpot_slo_s: float | Sequence[float | None] | None
     drop_when_late: bool | Sequence[bool | None] | None
+    deadline_s: float | Sequence[float | None] | None
 
 
 def options_of_each(

@@ -1,14 +1,14 @@
 """The answer to a row, as it is written; see the package's docstring for its fields."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from fineserve_jax.batch.openai_answers import AnswerName, openai_answer, openai_error
 from fineserve_jax.batch.rows import BadRow, BatchRow
-from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from fineserve_jax.engine.outputs import CompletionOutput, RequestOutput
 from fineserve_jax.loaders import Tokenizer
-from fineserve_jax.openai_api.answers import LATE
+from fineserve_jax.openai_api.answers import LATE, timing_of
+from fineserve_jax.openai_api.json_objects import encode_json
 from fineserve_jax.openai_api.logprobs import logprob_entries
 from fineserve_jax.request import FinishReason
 
@@ -32,7 +32,7 @@ class AnswerRows:
         """What is written of an answered row. `tokenizer`: of the model; `attempts`: how often the row was begun."""
         used: dict[str, Any] = {"kv_precision": output.kv_precision, "kv_tokens": output.kv_tokens}
         if self._timing:
-            used["timing"] = _timing(output.metrics, attempts)
+            used["timing"] = {**timing_of([output.metrics]), "attempts": attempts}
         if row.form == "plain":
             return answer_row(row.id, output, tokenizer, names_model=self._names_model, used=used)
         if any(sample.finish_reason == FinishReason.LATE for sample in output.outputs):
@@ -51,25 +51,9 @@ class AnswerRows:
         return AnswerName(row.id, row.seq, self._created)
 
 
-def _timing(metrics: RequestMetrics, attempts: int) -> dict[str, Any]:
-    return {
-        "queue_s": round(metrics.queue_s, 6),
-        "ttft_s": round(metrics.ttft_s, 6),
-        "total_s": round(metrics.total_s, 6),
-        "num_preemptions": metrics.num_preemptions,
-        "attempts": attempts,
-    }
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-
-
 def as_line(row: dict[str, Any]) -> bytes:
-    """An answer as a line of JSON. It must hold neither NaN nor infinity, which JSON lacks."""
-    try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError:  # an id with half a surrogate pair
-        return json.dumps(row, allow_nan=False).encode() + b"\n"
+    """An answer as a line of JSON. It must hold neither NaN nor infinity, which JSON lacks: raises `ValueError`."""
+    return encode_json(row) + b"\n"
 
 
 def answer_row(

@@ -43,16 +43,20 @@ def openai_answer(
         entries: log-probabilities of each sample.
         used: further fields of the body.
     """
-    return _line(name, 200, {**completion_body(form, name.token(), name.created, [output], [entries]), **used}, None)
+    token = name.token()
+    body = {**completion_body(form, token, name.created, [output], [entries]), **used}
+    return _line(name, token, 200, body, None)
 
 
 def openai_error(name: AnswerName, message: str, code: str, place: dict[str, Any]) -> dict[str, Any]:
     """What is written of a request that cannot be answered. `place`: its line, and its file if there are several."""
     status = STATUS.get(code, 400)
-    return _line(name, status, error_body(message, code, status), {"code": code, "message": message, **place})
+    error = {"code": code, "message": message, **place}
+    return _line(name, name.token(), status, error_body(message, code, status), error)
 
 
-def _line(name: AnswerName, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> dict[str, Any]:
-    token = name.token()
+def _line(
+    name: AnswerName, token: str, status: int, body: dict[str, Any], error: dict[str, Any] | None
+) -> dict[str, Any]:
     response = {"status_code": status, "request_id": f"req_{token}", "body": body}
     return {"id": f"batch_req_{token}", "custom_id": name.custom_id, "response": response, "error": error}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fineserve_jax.batch.openai_rows import request_of
-from fineserve_jax.batch.records import Record, place
+from fineserve_jax.batch.records import SEQ_BITS, Record, place
 from fineserve_jax.batch.row_ids import RowId, check_id
 from fineserve_jax.errors import RequestError
 from fineserve_jax.openai_api.asked import Asked, sort_fields
@@ -31,7 +31,7 @@ class BatchRow(Asked):
     @property
     def seq(self) -> int:
         """Its place among all rows."""
-        return place(self.file, self.line)
+        return (self.file << SEQ_BITS) | self.line  # as `place`, which takes as long again to call
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class BatchSummary:
         answered, errors, skipped: rows; skipped ones had been answered by an earlier run.
         skipped_errors: rows of which an earlier run has written an error; they count as skipped.
         error_kinds: how many errors there were of each `BadRow.code`.
-        late: answered rows of which a sample was dropped, since it could not begin in time.
+        late: answered rows of which a sample ended because it was late.
         formats: per KV precision. Bytes count under the format that the pages are in: the newest tokens of an
             int4 row lie in an int8 page.
         seconds: from the first row to the last.
@@ -131,7 +131,7 @@ class BatchSummary:
         return table
 
     def _headline(self) -> str:
-        answered = f"answered ({self.late} of them dropped as late)" if self.late else "answered"
+        answered = f"answered ({self.late} of them late)" if self.late else "answered"
         counts = Counter({answered: self.answered, "errors": self.errors})
         if self.skipped:
             earlier = f"answered earlier ({self.skipped_errors} of them errors)"

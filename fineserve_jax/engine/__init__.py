@@ -2,6 +2,7 @@
 
 engine.py             the engine and its steps: schedule, execute, commit
 loop.py               the engine on a thread of its own, for callers on any threads
+supervisor.py         going on after steps that fail
 isolation.py          which requests make steps fail
 tickets.py            what those callers hold: tickets, and the inbox where they wait
 iteration.py          outputs of any number of prompts, as they come

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.isolation import Isolation
+from fineserve_jax.engine.supervisor import Supervisor
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import EngineError
 from fineserve_jax.request import Request, RequestStatus
@@ -46,7 +46,7 @@ class EngineLoop:
         self._to_abort: list[Request] = []
         # Those that want statistics, and how many tickets each of them has.
         self._watchers: weakref.WeakKeyDictionary[Receiver, int] = weakref.WeakKeyDictionary()
-        self._isolation = Isolation()
+        self._supervisor = Supervisor(engine)
         self._lock = threading.RLock()  # reentrant: a finalizer may run while its thread holds it
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -149,7 +149,7 @@ class EngineLoop:
                 self._carry_out_aborts()
                 if self._tickets:
                     advanced = self.engine.step()
-                    self._note_progress(advanced)
+                    self._supervisor.note_progress(advanced)
                     self._deliver(advanced)
             except BaseException as error:  # a step calls policies and formats of others; nobody is left waiting
                 self._go_on_after(error)
@@ -179,7 +179,7 @@ class EngineLoop:
             request = self._to_abort[-1]
             self.engine.abort(request)
             self.engine.release(request)
-            self._note_progress([request])
+            self._supervisor.note_progress([request])
             self._to_abort.pop()
 
     def _leave(self, ticket: Ticket) -> None:
@@ -231,24 +231,9 @@ class EngineLoop:
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
 
-    def _note_progress(self, requests: Iterable[Request]) -> None:
-        if self._isolation.note_progress(requests):
-            self.engine.serve_only(self._isolation.served)
-
     def _go_on_after(self, error: BaseException) -> None:
-        """The engine computes its requests again, in groups until it is known which of them it fails with."""
-        log.warning("a step failed", exc_info=error)
         try:
-            computing = [request for request in self.engine.computing if request in self._tickets]
-            unfinished = [request for request in computing if request.finish_reason is None]
-            if suspects := unfinished or self._isolation.served or list(self._tickets):
-                culprit = self._isolation.note_failure(suspects)
-                if culprit is not None:
-                    failed = EngineError(f"the engine failed: {type(error).__name__}: {error}")
-                    failed.__cause__ = error
-                    self.engine.fail(culprit, failed)
-                self.engine.serve_only(self._isolation.served)
-            self.engine.recover()
+            self._supervisor.go_on_after(error)
             self._deliver([request for request in self._tickets if request.status is RequestStatus.FINISHED])
         except BaseException as fatal:
             fatal.__context__ = error
@@ -261,8 +246,7 @@ class EngineLoop:
         for request in [*self._tickets, *self._to_abort]:
             self.engine.release(request)
         self._tickets, self._to_abort, self._watchers = {}, [], weakref.WeakKeyDictionary()
-        self._isolation = Isolation()
-        self.engine.serve_only(None)
+        self._supervisor.reset()
         for ticket in tickets:
             ticket.error = EngineError(message)
             ticket.error.__cause__ = cause

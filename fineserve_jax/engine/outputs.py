@@ -19,8 +19,8 @@ class CompletionOutput:
         token_ids: all tokens that were sampled, the last one included.
         logprobs: one entry a token, if asked for.
         finish_reason: "stop" (end of sequence, stop token, stop string, or the end of what `structured_outputs` allow),
-            "length", "abort", "late" for one that asked to be dropped when its first token could not be in time, or
-            "error".
+            "length", "abort", "late" for one whose `deadline_s` has passed, or that asked to be dropped when its first
+            token could not be in time, or "error".
         error: with the reason "error", what went wrong: the model computed NaN or infinity, or nothing may follow that
             `structured_outputs` allow. `text` and `token_ids` are what it gave before.
     """

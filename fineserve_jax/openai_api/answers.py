@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fineserve_jax.engine.outputs import CompletionOutput, RequestOutput
+from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.openai_api.fields import Form
 from fineserve_jax.openai_api.logprobs import Entries, chat_logprobs, text_logprobs
 
@@ -11,8 +11,8 @@ STATUS = {"engine_fault": 500, "internal_error": 500, "not_finite": 500, "dead_e
 """HTTP status of errors by their code; 400 for all others that a request may make."""
 
 LATE = (
-    "the first token could not be in time, and the request asked to be dropped then; give a longer ttft_slo_s, or "
-    "leave drop_when_late out"
+    "the answer was not there in time, and the request asked to be ended then; give a longer deadline_s, or a longer "
+    "ttft_slo_s where drop_when_late is set, or leave them out"
 )
 
 
@@ -55,6 +55,16 @@ def usage_of(outputs: Iterable[RequestOutput]) -> dict[str, int]:
         prompt += len(output.prompt_token_ids)
         completion += sum(len(sample.token_ids) for sample in output.outputs)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def timing_of(metrics: Sequence[RequestMetrics]) -> dict[str, Any]:
+    """How long answers took, in seconds; of several prompts the longest."""
+    return {
+        "queue_s": round(max(one.queue_s for one in metrics), 6),
+        "ttft_s": round(max(one.ttft_s for one in metrics), 6),
+        "total_s": round(max(one.total_s for one in metrics), 6),
+        "num_preemptions": sum(one.num_preemptions for one in metrics),
+    }
 
 
 def error_body(message: str, code: str | None, status: int) -> dict[str, Any]:

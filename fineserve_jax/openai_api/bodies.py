@@ -50,8 +50,9 @@ def body_fields(form: Form, body: Mapping[str, Any], neutral: Neutral = NEUTRAL)
         FieldError: a field that is not served so.
     """
     fields = {name: value for name, value in body.items() if value is not None}
-    for name, (taken, remedy) in neutral.items():
-        if name in fields and not _is_one_of(value := fields.pop(name), taken):
+    for name in [name for name in fields if name in neutral]:
+        taken, remedy = neutral[name]
+        if not _is_one_of(value := fields.pop(name), taken):
             raise FieldError(f"{name}={shown(value)} is not served: {remedy}", "unsupported_parameter")
     return _chat(fields) if form == "chat" else _completion(fields)
 

@@ -1,7 +1,9 @@
-"""JSON objects as they are read: UTF-8, no NaN, nothing too deep, and an error that says what is wrong."""
+"""JSON as it is read and written: UTF-8, no NaN, nothing too deep, and an error that says what is wrong."""
 
 import json
 from typing import Any
+
+from pydantic_core import PydanticSerializationError, to_json
 
 from fineserve_jax.openai_api.fields import FieldError
 from fineserve_jax.validation import json_kind
@@ -33,3 +35,14 @@ def decode_object(data: bytes, what: str, code: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise FieldError(f"{what} holds a JSON {json_kind(fields)}, not an object with a prompt", code)
     return fields
+
+
+def encode_json(content: Any) -> bytes:
+    """As JSON. It must hold neither NaN nor infinity, which JSON lacks: raises `ValueError`."""
+    try:
+        encoded = to_json(content)
+    except PydanticSerializationError:  # half a surrogate pair
+        return json.dumps(content, allow_nan=False).encode()
+    if b"NaN" in encoded or b"Infinity" in encoded:  # as text, or as what raises here
+        return json.dumps(content, allow_nan=False).encode()
+    return encoded

@@ -14,7 +14,7 @@ from fineserve_jax.async_llm import AsyncLLM
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.errors import EngineError
-from fineserve_jax.openai_api.answers import LATE, STATUS, completion_body, usage_of
+from fineserve_jax.openai_api.answers import LATE, STATUS, completion_body, timing_of, usage_of
 from fineserve_jax.openai_api.asked import SamplingDefaults
 from fineserve_jax.openai_api.fields import Form
 from fineserve_jax.openai_api.logprobs import logprob_entries
@@ -165,11 +165,5 @@ def _used(outputs: list[RequestOutput]) -> dict[str, Any]:
     for output in outputs:
         for name, count in output.kv_tokens.items():
             tokens[name] = tokens.get(name, 0) + count
-    metrics = [output.metrics for output in outputs]
-    timing = {
-        "queue_s": round(max(one.queue_s for one in metrics), 6),
-        "ttft_s": round(max(one.ttft_s for one in metrics), 6),
-        "total_s": round(max(one.total_s for one in metrics), 6),
-        "num_preemptions": sum(one.num_preemptions for one in metrics),
-    }
+    timing = timing_of([output.metrics for output in outputs])
     return {"kv_precision": outputs[0].kv_precision, "kv_tokens": tokens, "timing": timing}

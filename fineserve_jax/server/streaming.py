@@ -6,15 +6,15 @@ from typing import Any
 from fineserve_jax.engine.tickets import Piece, Ticket
 from fineserve_jax.openai_api.answers import answer_head
 from fineserve_jax.openai_api.fields import Form
+from fineserve_jax.openai_api.json_objects import encode_json
 from fineserve_jax.openai_api.logprobs import chat_logprobs, logprob_entries, text_logprobs
-from fineserve_jax.server.wire import json_bytes
 
 END = b"data: [DONE]\n\n"
 
 
 def event(content: Any) -> bytes:
     """One event, of JSON."""
-    return b"data: " + json_bytes(content) + b"\n\n"
+    return b"data: " + encode_json(content) + b"\n\n"
 
 
 class Chunks:
@@ -32,7 +32,7 @@ class Chunks:
         self._is_chat, self._tells_usage = form == "chat", tells_usage
         self._head = answer_head(form, token, created, model, is_chunk=True)
         # What is the same in all chunks is made once.
-        self._before = b"data: " + json_bytes(self._head)[:-1] + b',"choices":['
+        self._before = b"data: " + encode_json(self._head)[:-1] + b',"choices":['
         self._after = b'],"usage":null}\n\n' if tells_usage else b"]}\n\n"
         self._offsets: dict[int, int] = {}  # characters of each sample's tokens so far
 
@@ -73,4 +73,4 @@ class Chunks:
         """`said`: the delta of a chat's message, or text."""
         name = "delta" if self._is_chat else "text"
         choice = {"index": index, name: said, "logprobs": logprobs, "finish_reason": reason}
-        return self._before + json_bytes(choice) + self._after
+        return self._before + encode_json(choice) + self._after

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -10,24 +9,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fineserve_jax.openai_api.json_objects import encode_json
 from fineserve_jax.server.errors import ApiError
 
 T = TypeVar("T")
 
 
 class Json(Response):
-    """A JSON answer. Its bytes are ASCII, since requests, whose words errors quote, may hold halves of surrogate pairs.
-    It must hold neither NaN nor infinity, which JSON lacks."""
+    """A JSON answer; errors in it may quote halves of surrogate pairs, which requests may hold."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json_bytes(content)
-
-
-def json_bytes(content: Any) -> bytes:
-    """As `Json` sends it."""
-    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return encode_json(content)
 
 
 async def read_body(request: Request, most_bytes: int, timeout_s: float) -> bytes:
@@ -61,8 +55,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], *ends:
     Raises:
         ClientDisconnect: the client has left, or is to be given up.
     """
-    tasks = [asyncio.ensure_future(one) for one in (work, _left(receive), *ends)]
-    working: asyncio.Future[T] = tasks[0]
+    working = asyncio.ensure_future(work)
+    tasks: list[asyncio.Task[Any]] = [working, *map(asyncio.ensure_future, (_left(receive), *ends))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if working.done():

@@ -277,10 +277,28 @@ def test_a_row_that_is_dropped_as_late_is_answered_so(engine, answer):
     assert by_id["late"]["output_tokens"] == 0
     assert by_id["kept"]["finish_reason"] == "length"
     assert (summary.answered, summary.errors, summary.late) == (2, 0, 1)
-    assert str(summary.table().title).startswith("2 answered (1 of them dropped as late), 0 errors, in ")
+    assert str(summary.table().title).startswith("2 answered (1 of them late), 0 errors, in ")
     answers, summary = answer([{"id": "late alone", "prompt": "a", **late}])
     assert answers[-1]["finish_reason"] == "late"
     assert not engine.has_unfinished
+
+
+def test_a_row_whose_deadline_passes_is_answered_with_what_it_has(engine, answer, monkeypatch):
+    now = iter(range(10_000))
+    monkeypatch.setattr(engine, "clock", lambda: float(next(now)))
+    rows = [{"id": "late", "prompt": "abc", "deadline_s": 40, "max_tokens": 100}, {"id": "kept", "prompt": "abc"}]
+    body = {"prompt": "abc", "deadline_s": 40, "max_tokens": 100, "ignore_eos": True}
+    rows.append({"custom_id": "openai", "method": "POST", "url": "/v1/completions", "body": body})
+    answers, summary = answer(rows)
+    by_id = {row.get("custom_id") or row["id"]: row for row in answers}
+    late, whole = by_id["late"], alone(engine, "abc", "int4", max_tokens=100)
+    assert late["finish_reason"] == "late"
+    assert 0 < late["output_tokens"] < 100
+    assert late["text"] == whole[: late["output_tokens"]]
+    assert sum(late["kv_tokens"].values()) == late["prompt_tokens"] + late["output_tokens"] - 1
+    assert by_id["kept"]["finish_reason"] == "length"
+    assert by_id["openai"]["error"]["code"] == "late"
+    assert summary.late == 2
 
 
 def test_dropping_without_a_target_is_refused_and_disturbs_nobody(answer):

@@ -10,15 +10,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "batch"))
 
 from serving import Running, check_nothing_is_left, serving
-from tiny_model import OPTIONS, quick_compilation, write_tiny_model
+from tiny_model import OPTIONS, write_tiny_model
 
 from fineserve_jax.async_llm import AsyncLLM
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    with quick_compilation():
-        yield
+def _compiled_quickly(quick_compilation: None) -> None:
+    """Nothing here depends on fast programs."""
 
 
 @pytest.fixture(scope="session")
