@@ -5,11 +5,13 @@
 Clients in a process of their own stream answers all at once, round after round. Of each step the server's part is the
 processor time of the thread of its event loop, which decodes text, makes chunks and writes them; it stands beside the
 processor time of a step when the same prompts are answered by `AsyncLLM` without a server, and beside that step's time
-on the wall. The added time to the first token is what a client sees, from before it connects, less what the engine
-needed for that request; that is on the wall, and wants a machine that does nothing else.
+on the wall. For the time to the first token the same prompts are asked one by one, of the server and of `AsyncLLM` in
+turn, while nothing else is being answered: percentiles of both, and what lies between them, are on the wall, and want a
+machine that does nothing else.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,8 +36,9 @@ from fineserve_jax.server.service import Service
 
 FIGURES = (
     *("engine_step_wall_s", "engine_step_cpu_s", "server_step_cpu_s", "event_loop_cpu_s_per_step"),
-    *("share_of_a_steps_processor_time", "share_of_a_steps_wall_time", "all_threads_added_share"),
+    *("share_of_a_steps_processor_time", "share_of_a_steps_wall_time"),
 )
+SHORT = {"max_tokens": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +55,14 @@ class Arguments:
 # -- the clients' process ------------------------------------------------------------------------------------------
 
 
-async def stream(port: int, body: dict[str, Any]) -> tuple[float, float]:
-    """Seconds to the first token that a client sees, and those that the engine needed for it."""
+async def stream(port: int, body: dict[str, Any]) -> float:
+    """Seconds to the first token of an answer, from before the client connects. Reads all of the answer."""
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n"
     begun = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
-    first, events = None, []
+    first, events = 0.0, []
     while line := await reader.readline():
         if line.startswith(b"data: "):
             first = first or time.perf_counter() - begun
@@ -66,20 +70,25 @@ async def stream(port: int, body: dict[str, Any]) -> tuple[float, float]:
         elif line.startswith(b"HTTP/") and b" 200 " not in line:
             raise RuntimeError((line + await reader.read()).decode())
     writer.close()
-    told = json.loads(events[-2])  # the last but [DONE]
-    assert told["usage"]["completion_tokens"] == body["max_tokens"], told
-    return float(first or 0.0), told["timing"]["ttft_s"]
+    usage = json.loads(events[-2])["usage"]  # the last but [DONE]
+    if usage["completion_tokens"] != body["max_tokens"]:
+        raise RuntimeError(f"the answer has {usage}, and {body['max_tokens']} tokens were asked for")
+    return first
 
 
-async def clients(port: int, bodies: list[dict[str, Any]]) -> None:
-    print(json.dumps(await asyncio.gather(*(stream(port, body) for body in bodies))))
+async def clients(port: int, bodies: list[dict[str, Any]], at_once: bool) -> None:
+    if at_once:
+        seconds = await asyncio.gather(*(stream(port, body) for body in bodies))
+    else:
+        seconds = [await stream(port, body) for body in bodies]
+    print(json.dumps(seconds))
 
 
-def ask_all(port: int, bodies: list[dict[str, Any]]) -> list[float]:
-    """Of each client, in a process of their own, the seconds that the server added to its first token."""
-    command = [sys.executable, __file__, "--as-clients", str(port)]
+def ask_all(port: int, bodies: list[dict[str, Any]], at_once: bool = True) -> list[float]:
+    """Of each client, in a process of their own, the seconds to its first token."""
+    command = [sys.executable, __file__, "--as-clients", str(port), str(int(at_once))]
     done = subprocess.run(command, input=json.dumps(bodies), stdout=subprocess.PIPE, text=True, check=True)
-    return [client - engine for client, engine in json.loads(done.stdout)]
+    return json.loads(done.stdout)
 
 
 # -- the server's process ------------------------------------------------------------------------------------------
@@ -108,26 +117,46 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     async def alone() -> None:
         await llm.generate(prompts, SamplingParams(**sampling))
 
+    async def first_tokens() -> list[float]:
+        """As `stream` measures it, one after the other, without a server."""
+        seconds = []
+        for prompt in prompts:
+            begun = time.perf_counter()
+            pieces = llm.stream(prompt, SamplingParams(**{**sampling, **SHORT}))
+            await anext(pieces)
+            seconds.append(time.perf_counter() - begun)
+            await pieces.aclose()
+        return seconds
+
+    rounds: dict[str, list[dict[str, float]]] = {"engine": [], "server": []}
+    server_s: list[float] = []
+    ttft: dict[str, list[float]] = {"engine": [], "server": []}
+    with running(llm) as (server, port):
+        asyncio.run(alone())  # compiles
+        ask_all(port, bodies)
+        for _ in range(arguments.rounds):  # in turn, so that a busy machine slows both alike
+            rounds["engine"].append(timed(llm, lambda: asyncio.run(alone())))
+            before = thread_seconds(server)
+            rounds["server"].append(timed(llm, lambda: ask_all(port, bodies)))
+            server_s.append((thread_seconds(server) - before) / rounds["server"][-1]["steps"])
+            ttft["engine"] += asyncio.run(first_tokens())
+            ttft["server"] += ask_all(port, [body | SHORT for body in bodies], at_once=False)
+    return told(arguments, rounds, server_s, ttft)
+
+
+@contextlib.contextmanager
+def running(llm: AsyncLLM) -> Iterator[tuple[DrainingServer, int]]:
+    """A server, and the port that it listens at."""
     config = ServerConfig(port=0, max_wait_s=3600)
-    listening = listen(config)
-    server = make_server(Service(llm, config))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = listening.getsockname()[1]
-    asyncio.run(alone())  # compiles
-    ask_all(port, bodies)
-    rounds = {"engine": [], "server": []}
-    server_s, added = [], []
-    for _ in range(arguments.rounds):  # in turn, so that a busy machine slows both alike
-        rounds["engine"].append(timed(llm, lambda: asyncio.run(alone())))
-        before = thread_seconds(server)
-        rounds["server"].append(timed(llm, lambda: added.extend(ask_all(port, bodies))))
-        server_s.append((thread_seconds(server) - before) / rounds["server"][-1]["steps"])
-    server.should_exit = True
-    thread.join()
-    return told(arguments, rounds, server_s, added)
+    with listen(config) as listening:
+        server = make_server(Service(llm, config))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield server, listening.getsockname()[1]
+        server.should_exit = True
+        thread.join()
 
 
 def timed(llm: AsyncLLM, serve: Any) -> dict[str, float]:
@@ -140,11 +169,15 @@ def timed(llm: AsyncLLM, serve: Any) -> dict[str, float]:
 
 
 def told(
-    arguments: Arguments, rounds: dict[str, list[dict[str, float]]], server_s: list[float], added: list[float]
+    arguments: Arguments,
+    rounds: dict[str, list[dict[str, float]]],
+    server_s: list[float],
+    ttft: dict[str, list[float]],
 ) -> dict[str, Any]:
-    """The figures, medians over the rounds."""
+    """The figures; of steps the medians over the rounds."""
     step = {name: {key: statistics.median(one[key] for one in of) for key in of[0]} for name, of in rounds.items()}
     own = statistics.median(server_s)
+    first = {name: percentiles([np.array(seconds)]) for name, seconds in ttft.items()}
     return {
         **dataclasses.asdict(arguments),
         "processor": processor_name(),
@@ -154,14 +187,14 @@ def told(
         "event_loop_cpu_s_per_step": own,
         "share_of_a_steps_processor_time": own / step["engine"]["cpu_s"],
         "share_of_a_steps_wall_time": own / step["engine"]["wall_s"],
-        "all_threads_added_share": step["server"]["cpu_s"] / step["engine"]["cpu_s"] - 1,
-        "added_ttft_s": percentiles([np.array(added)]),
+        "ttft_s": first,
+        "added_ttft_s": {name: first["server"][name] - first["engine"][name] for name in first["server"]},
     }
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--as-clients"]:
-        asyncio.run(clients(int(sys.argv[2]), json.load(sys.stdin)))
+        asyncio.run(clients(int(sys.argv[2]), json.load(sys.stdin), bool(int(sys.argv[3]))))
     else:
         result = measure(tyro.cli(Arguments, description=__doc__))
         table = Table(title=f"{result['clients']} streaming clients, {result['model']}, {result['kv_precision']} KV")

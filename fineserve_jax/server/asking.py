@@ -45,6 +45,7 @@ def read_asking(
     form: Form,
     body: bytes,
     service_class: ServiceClass | None,
+    own_templates: bool = False,
 ) -> Asking:
     """A request, checked by all that can be known before it waits. May be called by any thread.
 
@@ -53,6 +54,7 @@ def read_asking(
         receiver: who is told of its tickets.
         form: of the endpoint.
         service_class: of who asks; None: there are no classes.
+        own_templates: whether it may bring a chat template.
 
     Raises:
         RequestError: a body that cannot be read or honoured.
@@ -68,28 +70,30 @@ def read_asking(
     tickets = []
     for index, content in enumerate(contents):
         asked = Asked(form=form, **sort_fields(content, form))
-        tickets.append(_ticket(engine, defaults, receiver, asked, index, service_class, is_streamed))
+        options = asked.options if service_class is None else service_class.apply(asked.options)
+        token_ids = tokens_of(engine, asked, own_templates)
+        prepared = engine.prepare(token_ids, defaults.sampling(asked), options)
+        text = asked.prompt if isinstance(asked.prompt, str) else None
+        tickets.append(Ticket(prepared, receiver, text, index, wants_pieces=is_streamed))
     if (samples := sum(ticket.prepared.sampling.n for ticket in tickets)) > MAX_SAMPLES:
         raise RequestError(f"{len(tickets)} prompts with n samples each are {samples}; at most {MAX_SAMPLES} may be")
     return Asking(form, receiver, tickets, is_streamed, tells_usage)
 
 
-def _ticket(
-    engine: Engine,
-    defaults: SamplingDefaults,
-    receiver: AsyncInbox,
-    asked: Asked,
-    index: int,
-    service_class: ServiceClass | None,
-    is_streamed: bool,
-) -> Ticket:
-    options = asked.options if service_class is None else service_class.apply(asked.options)
-    check_model(engine, options.model)
-    served, sampling = engine.served(options.model), defaults.sampling(asked)
-    token_ids = prompt_tokens(asked, served.tokenizer, served.max_seq_len - 1)
-    prepared = engine.prepare(token_ids, sampling, options)
-    text = asked.prompt if isinstance(asked.prompt, str) else None
-    return Ticket(prepared, receiver, text, index, wants_pieces=is_streamed)
+def tokens_of(engine: Engine, asked: Asked, own_templates: bool) -> list[int]:
+    """The prompt as token ids.
+
+    Raises:
+        RequestError: a prompt that cannot be read, or that has more tokens than its model can answer.
+        ApiError: see `read_asking`.
+    """
+    check_model(engine, asked.options.model)
+    served, template = engine.served(asked.options.model), asked.chat.chat_template
+    if template is not None and template not in served.tokenizer.chat_templates and not own_templates:
+        known = ", ".join(sorted(served.tokenizer.chat_templates)) or "none"
+        message = f"chat_template={shown(template)} is none of the model's, which are: {known}; leave it out"
+        raise ApiError(f"{message}, or start the server with --own-chat-templates", "unsupported_parameter", 403)
+    return prompt_tokens(asked, served.tokenizer, served.max_seq_len - 1)
 
 
 def check_model(engine: Engine, model: str | None) -> None:

@@ -116,7 +116,7 @@ SAMPLING: Schema = {
 STATUSES = {
     400: "what is asked cannot be honoured",
     401: "the API key is missing or unknown",
-    403: "the key's class of service does not allow it",
+    403: "the key's class of service, or the server, does not allow it",
     404: "there is no such model",
     408: "the body, or the first token of who asked to be dropped then, was late",
     413: "the body is too long",
@@ -146,8 +146,8 @@ def description(models: Mapping[str, KnownModel], has_keys: bool) -> dict[str, A
 
 
 def _paths() -> Schema:
-    read = (400, 401, 404, 408, 413, 415)
-    answered = (*read, 403, 429, 500, 503)
+    read = (400, 401, 403, 404, 408, 413, 415)
+    answered = (*read, 429, 500, 503)
     completed = _answer("id", "object", "created", "model", "choices", "usage", streams=True)
     tokenized = _answer("count", "max_model_len", "tokens")
     metrics = {"description": "for Prometheus", "content": {"text/plain": {}}}

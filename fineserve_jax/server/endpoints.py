@@ -9,10 +9,10 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from fineserve_jax.errors import RequestError
-from fineserve_jax.openai_api.asked import Asked, prompt_tokens, sort_fields
+from fineserve_jax.openai_api.asked import Asked, sort_fields
 from fineserve_jax.openai_api.bodies import ENDPOINTS
 from fineserve_jax.openai_api.json_objects import decode_object
-from fineserve_jax.server.asking import check_model
+from fineserve_jax.server.asking import check_model, tokens_of
 from fineserve_jax.server.description import description
 from fineserve_jax.server.page import PAGE, PAGE_HEADERS
 from fineserve_jax.server.server_metrics import live_view
@@ -82,11 +82,10 @@ class Endpoints:
             raise RequestError(
                 "/tokenize takes model, a prompt or messages, and how those are rendered; leave the rest out"
             )
-        engine, model = self._service.llm.engine, fields["options"].model
-        check_model(engine, model)
-        served = engine.served(model)
-        tokens = prompt_tokens(Asked(form="chat", **fields), served.tokenizer)
-        return {"count": len(tokens), "max_model_len": served.max_seq_len, "tokens": tokens}
+        engine, asked = self._service.llm.engine, Asked(form="chat", **fields)
+        tokens = tokens_of(engine, asked, self._service.config.own_chat_templates)
+        max_seq_len = engine.served(asked.options.model).max_seq_len
+        return {"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens}
 
     # -- for everybody -------------------------------------------------------------------------------------------
 

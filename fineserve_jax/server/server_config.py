@@ -22,6 +22,8 @@ class ServerConfig(Validated):
         read_timeout_s: seconds within which a body must have come.
         stall_timeout_s: seconds after which a client that takes nothing of its answer is given up, and its requests
             with it.
+        own_chat_templates: requests may bring the source of a chat template; others wait while one is rendered, which
+            is ended after 10 s.
         drain_s: seconds that requests have to end when the server is asked to, by SIGTERM or SIGINT.
     """
 
@@ -36,4 +38,5 @@ class ServerConfig(Validated):
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     read_timeout_s: float = Field(default=30.0, gt=0)
     stall_timeout_s: float = Field(default=60.0, gt=0)
+    own_chat_templates: bool = False
     drain_s: float = Field(default=60.0, ge=0)

@@ -98,7 +98,10 @@ class Service:
     async def read(self, form: Form, body: bytes, service_class: ServiceClass | None) -> Asking:
         """See `read_asking`; on another thread, since prompts may be long."""
         inbox = self.llm.loop.inbox()
-        return await asyncio.to_thread(read_asking, self.llm.engine, self._defaults, inbox, form, body, service_class)
+        own = self.config.own_chat_templates
+        return await asyncio.to_thread(
+            read_asking, self.llm.engine, self._defaults, inbox, form, body, service_class, own
+        )
 
     async def whole(self, asking: Asking) -> dict[str, Any]:
         """The body of an answer. Raises what a prompt ended with."""

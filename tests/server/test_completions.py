@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
-from serving import eventually
+from serving import eventually, serving
 
 from fineserve_jax import SamplingParams
 from fineserve_jax.request_options import RequestOptions
@@ -91,12 +91,12 @@ def test_an_answer_has_the_form_that_is_asked_for(server):
         assert set(found) <= {1, 22}
 
 
-def test_tools_reach_the_template(server):
+def test_tools_reach_the_template(llm):
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-    template = "{{ tools | length }}{{ messages[0].content }}"
-    own = {"chat_template": template}
-    one = server.client.chat.completions.create(**CHAT, tools=[tool], extra_body=own)
-    none = server.client.chat.completions.create(**CHAT, tools=[tool], tool_choice="none", extra_body={})
+    own = {"chat_template": "{{ tools | length }}{{ messages[0].content }}"}
+    with serving(llm, own_chat_templates=True) as server:
+        one = server.client.chat.completions.create(**CHAT, tools=[tool], extra_body=own)
+        none = server.client.chat.completions.create(**CHAT, tools=[tool], tool_choice="none")
     assert one.usage.prompt_tokens == len("1Hi")
     assert none.usage.prompt_tokens == len("<user>Hi\n<assistant>")
 
@@ -162,6 +162,12 @@ def test_what_a_request_leaves_open_is_as_in_openais_api_or_as_the_server_was_to
         ({"temperature": 7000}, openai.BadRequestError, "invalid_request", "temperature=7000: "),
         ({"messages": []}, openai.BadRequestError, "invalid_request", "messages"),
         ({"tool_choice": "required"}, openai.BadRequestError, "unsupported_parameter", "tool_choice='required'"),
+        (
+            {"extra_body": {"chat_template": "{{ 1 }}"}},
+            openai.PermissionDeniedError,
+            "unsupported_parameter",
+            "--own-chat",
+        ),
         ({"store": True}, openai.BadRequestError, "unsupported_parameter", "store=True is not served"),
         ({"extra_body": {"kv_precision": "int3"}}, openai.BadRequestError, "invalid_request", "int3"),
         (

@@ -35,25 +35,24 @@ def num_steps(llm):
 def test_who_would_wait_too_long_is_told_when_to_come_again(llm, slow):
     with serving(llm, max_wait_s=0.01) as server, contextlib.ExitStack() as stack:
         server.client.completions.create(**BY_CLIENT | {"n": 4, "max_tokens": 20})  # how long steps take is learnt
-        for _ in range(5):  # four hold memory, and one waits
-            stack.callback(server.begin(LONG).close)
-        eventually(lambda: llm.engine.scheduler.num_waiting == 1)
+        connections = [stack.enter_context(contextlib.closing(server.begin(LONG))) for _ in range(4)]
+        eventually(lambda: llm.engine.scheduler.num_running == 4)
         status, headers, answer = server.ask("/v1/completions", LONG)
         error = json.loads(answer)["error"]
         assert (status, error["code"]) == (429, "rate_limit_exceeded")
         assert "and the server lets in what begins within 0.01 s" in error["message"]
-        # 117 tokens of 20 ms or more each are left of those that hold memory.
-        assert 1 <= int(headers["retry-after"]) < 60
+        # Some 100 tokens of 20 ms or more each are left of those that hold memory.
+        assert int(headers["retry-after"]) >= 1
         with pytest.raises(openai.RateLimitError):
             server.client.completions.create(**BY_CLIENT, stream=True)
-        # Those behind whom nobody waits are let in.
-        urgent = server.client.completions.create(**ASKED | {"max_tokens": 1}, extra_body={"priority": -1}, stream=True)
-        assert len(list(urgent)) >= 1
+        connections[0].close()
+        eventually(lambda: llm.engine.scheduler.num_running == 3)
+        assert server.ask("/v1/completions", LONG | {"max_tokens": 2})[0] == 200
     check_nothing_is_left(llm)
 
 
 def test_no_more_wait_than_may(llm, slow):
-    with serving(llm, max_waiting=2) as server, contextlib.ExitStack() as stack:
+    with serving(llm, max_waiting=2, max_wait_s=1e6) as server, contextlib.ExitStack() as stack:
         for _ in range(6):
             stack.callback(server.begin(LONG).close)
         eventually(lambda: llm.engine.scheduler.num_waiting == 2)
