@@ -101,7 +101,7 @@ def report(arguments: Arguments, runs: dict[str, list[tuple[float, float]]]) -> 
         json.dumps(
             {
                 **dataclasses.asdict(arguments),
-                **figures,
+                "runs": figures,
                 "overhead": round(overhead, 4),
                 "cpu_overhead": round(cpu_overhead, 4),
                 "device": jax.devices()[0].device_kind,

@@ -9,7 +9,7 @@ from fineserve_jax.engine.outputs import CompletionOutput, RequestOutput
 from fineserve_jax.loaders import Tokenizer
 from fineserve_jax.openai_api.answers import LATE, timing_of
 from fineserve_jax.openai_api.json_objects import encode_json
-from fineserve_jax.openai_api.logprobs import logprob_entries
+from fineserve_jax.openai_api.logprobs import Echo, echo_of, logprob_entries
 from fineserve_jax.request import FinishReason
 
 
@@ -33,12 +33,13 @@ class AnswerRows:
         used: dict[str, Any] = {"kv_precision": output.kv_precision, "kv_tokens": output.kv_tokens}
         if self._timing:
             used["timing"] = {**timing_of([output.metrics]), "attempts": attempts}
+        echo = echo_of(output, row.prompt if isinstance(row.prompt, str) else None, tokenizer, row.echo)
         if row.form == "plain":
-            return answer_row(row.id, output, tokenizer, names_model=self._names_model, used=used)
+            return answer_row(row.id, output, tokenizer, self._names_model, used, echo)
         if any(sample.finish_reason == FinishReason.LATE for sample in output.outputs):
             return self.error(BadRow(row.line, row.id, LATE, "late", row.form, row.file))
         entries = [logprob_entries(tokenizer, sample.token_ids, sample.logprobs) for sample in output.outputs]
-        return openai_answer(row.form, self._name(row), output, entries, used)
+        return openai_answer(row.form, self._name(row), output, entries, used, echo)
 
     def error(self, bad: BadRow) -> dict[str, Any]:
         """What is written of a row that cannot be answered."""
@@ -57,13 +58,14 @@ def as_line(row: dict[str, Any]) -> bytes:
 
 
 def answer_row(
-    row_id: Any, output: RequestOutput, tokenizer: Tokenizer, names_model: bool, used: dict[str, Any]
+    row_id: Any, output: RequestOutput, tokenizer: Tokenizer, names_model: bool, used: dict[str, Any], echo: Echo
 ) -> dict[str, Any]:
-    """The answer to a plain row. `used`: what is told of how it was made."""
-    samples = [_sample(sample, tokenizer) for sample in output.outputs]
+    """The answer to a plain row. `used`: what is told of how it was made; `echo`: the prompt."""
+    samples = [_sample(sample, tokenizer, echo.text) for sample in output.outputs]
     return {
         "id": row_id,
         **(samples[0] if len(samples) == 1 else {"samples": samples}),
+        **({} if echo.entries is None else {"prompt_logprobs": echo.entries}),
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": sum(len(sample.token_ids) for sample in output.outputs),
         **({"model": output.model} if names_model else {}),
@@ -71,9 +73,9 @@ def answer_row(
     }
 
 
-def _sample(sample: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+def _sample(sample: CompletionOutput, tokenizer: Tokenizer, echo: str) -> dict[str, Any]:
     written: dict[str, Any] = {
-        "text": sample.text,
+        "text": echo + sample.text,
         "finish_reason": sample.finish_reason,
         "output_tokens": len(sample.token_ids),
     }

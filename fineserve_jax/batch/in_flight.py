@@ -35,17 +35,25 @@ class RowInFlight:
         return all(sample.status is RequestStatus.FINISHED for sample in self.samples)
 
 
+def _goes_on(sample: Request) -> bool:
+    """Whether a sample that is interrupted goes on with its tokens. One whose prompt is scored begins anew: the scores
+    come of computing it."""
+    return sample.finish_reason not in NOT_RESUMED and sample.scores is None
+
+
 def save_tokens(journal: Journal, rows: Iterable[RowInFlight]) -> None:
     """Keeps the tokens that rows in the engine have got since the last time."""
     for pending in rows:
         for number, sample in enumerate(pending.samples):
             start, end = pending.saved[number], sample.num_output_tokens
-            asked = sample.sampling.logprobs is not None
-            if end == start or sample.finish_reason in NOT_RESUMED:
+            asked = sample.sampling.gives_logprobs
+            if end == start or not _goes_on(sample):
                 continue
             first = sample.num_prompt_tokens
             tokens = array("i", sample.token_ids[first + start : first + end]).tobytes()
-            logprobs = json.dumps([[e.logprob, list(e.top.items())] for e in sample.logprobs[start:end]])
+            logprobs = json.dumps(
+                [[e.logprob, list(e.top.items()), list(e.asked.items())] for e in sample.logprobs[start:end]]
+            )
             ended = sample.status is RequestStatus.FINISHED
             kv_tokens = json.dumps(sample.kv_tokens) if ended else None
             journal.save_tokens(pending.row.seq, number, start, tokens, logprobs if asked else None, kv_tokens)
@@ -65,7 +73,7 @@ def saved_tokens(journal: Journal, seq: int) -> list[SampleSoFar]:
             raise ValueError(f"tokens of sample {sample} of row {seq} are missing in the journal before {start}")
         so_far.extend(array("i", piece))
         if entries is not None:
-            known = [TokenLogprobs(value, dict(tops)) for value, tops in json.loads(entries)]
+            known = [TokenLogprobs(value, *map(dict, tables)) for value, *tables in json.loads(entries)]
             logprobs.setdefault(sample, []).extend(known)
         if kept is not None:
             kv_tokens[sample] = json.loads(kept)

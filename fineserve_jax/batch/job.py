@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fineserve_jax.batch.answer_rows import AnswerRows, as_line
+from fineserve_jax.batch.common_tokens import CommonTokens
 from fineserve_jax.batch.delivery import Delivery
 from fineserve_jax.batch.in_flight import RowInFlight, save_tokens, saved_tokens
 from fineserve_jax.batch.intake import Intake, bad_row
 from fineserve_jax.batch.interruption import Interruption
 from fineserve_jax.batch.observers import JobObserver, Observers, RowOutcome
+from fineserve_jax.batch.planning import RowPlan
 from fineserve_jax.batch.requests import RowRequest, RowRequests
 from fineserve_jax.batch.rows import BadRow, BatchRow, unforeseen
 from fineserve_jax.batch.summary import BatchSummary
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
+PLANNED_PER_ROW = 16
+"""Rows per row of a batch that are looked at for those that begin alike."""
 MAX_ACCUSED = 3
 """Rows in turn with which the engine fails while it succeeds with none, until it is the engine that is to blame."""
 ERROR_CODES = {NonFiniteError: "not_finite", DeadEndError: "dead_end"}
@@ -66,6 +70,9 @@ class BatchJob:
         self._pending: dict[Request, RowInFlight] = {}
         self._stats = engine.stats()  # after the last step
         self._intake = Intake(delivery, self._answer_rows, self.summary, self.observers)
+        self._shares = engine.config.prefix_cache != "off"
+        self._plan = RowPlan(PLANNED_PER_ROW * engine.config.max_batch_size if self._shares else 1)
+        self._common_tokens = CommonTokens(engine.config.page_size)
 
     def run(self, rows: Iterable[BatchRow | BadRow]) -> BatchSummary:
         """Answers all rows. A signal ends it early: `summary.interrupted`, with all complete rows written, and what
@@ -134,19 +141,21 @@ class BatchJob:
             return
         limit = WAITING_PER_ROW * self.engine.config.max_batch_size
         while self.engine.scheduler.num_waiting < limit and not self._interruption:
-            row = next(rows, None)
-            if row is None:
-                return
-            if isinstance(row, BadRow):
-                self._intake.fail(row)
-            elif self._intake.admits(row):
+            if self._plan.has_room and (read := next(rows, None)) is not None:
+                if isinstance(read, BadRow):
+                    self._intake.fail(read)
+                elif self._intake.admits(read):
+                    self._plan.add(read)
+            elif (row := self._plan.pop()) is not None:
                 self._admit(row)
+            else:
+                return
             self._save()
 
     def _admit(self, row: BatchRow) -> None:
         try:
             served = self.engine.served(row.options.model)
-            request = self._requests.request(row, served.tokenizer, served.max_seq_len - 1)
+            request = self._requests.request(row, served.tokenizer, served.max_seq_len)
             self._enter(row, request)
         except RequestError as error:
             self._intake.fail(bad_row(row, str(error)))
@@ -159,6 +168,8 @@ class BatchJob:
         """Puts a row into the engine, with the tokens it has. Raises `RequestError` if that does not serve it."""
         so_far = saved_tokens(self.delivery.journal, row.seq)
         samples = self.engine.queue(self.engine.prepare(*request), so_far)
+        if self._shares:
+            self.summary.common_tokens += self._common_tokens.note(samples[0])
         had = [len(part.token_ids) for part in so_far]
         pending = RowInFlight(row, samples, had + [0] * (len(samples) - len(had)))
         for sample in pending.samples:

@@ -12,7 +12,7 @@ from fineserve_jax.batch.row_ids import RowId
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.openai_api.answers import STATUS, completion_body, error_body
 from fineserve_jax.openai_api.fields import Form
-from fineserve_jax.openai_api.logprobs import Entries
+from fineserve_jax.openai_api.logprobs import Echo, Entries
 
 
 class AnswerName(NamedTuple):
@@ -34,7 +34,12 @@ class AnswerName(NamedTuple):
 
 
 def openai_answer(
-    form: Form, name: AnswerName, output: RequestOutput, entries: Sequence[Entries | None], used: dict[str, Any]
+    form: Form,
+    name: AnswerName,
+    output: RequestOutput,
+    entries: Sequence[Entries | None],
+    used: dict[str, Any],
+    echo: Echo,
 ) -> dict[str, Any]:
     """The answer to a request.
 
@@ -42,9 +47,10 @@ def openai_answer(
         form: of its endpoint.
         entries: log-probabilities of each sample.
         used: further fields of the body.
+        echo: the prompt.
     """
     token = name.token()
-    body = {**completion_body(form, token, name.created, [output], [entries]), **used}
+    body = {**completion_body(form, token, name.created, [output], [entries], [echo]), **used}
     return _line(name, token, 200, body, None)
 
 

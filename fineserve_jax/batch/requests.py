@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fineserve_jax.batch.rows import BatchRow
+from fineserve_jax.engine.checks import most_prompt_tokens
 from fineserve_jax.loaders import Tokenizer
 from fineserve_jax.openai_api.asked import SamplingDefaults, prompt_tokens
 from fineserve_jax.request_options import RequestOptions
@@ -33,9 +34,13 @@ class RowRequests(SamplingDefaults):
         super().__init__(defaults)
         self._seed = seed
 
-    def request(self, row: BatchRow, tokenizer: Tokenizer, max_tokens: int | None = None) -> RowRequest:
-        """The request that a row is. `max_tokens`: see `Tokenizer.encode`. Raises `RequestError`."""
+    def request(self, row: BatchRow, tokenizer: Tokenizer, max_seq_len: int | None = None) -> RowRequest:
+        """The request that a row is. `max_seq_len`: of its model, for prompts that are far too long; None: none is.
+
+        Raises `RequestError`.
+        """
         sampling = self.sampling(row)
+        max_tokens = None if max_seq_len is None else most_prompt_tokens(max_seq_len, sampling)
         if sampling.seed is None and sampling.temperature:
             seed = int(np.random.SeedSequence((self._seed, *_place(row))).generate_state(1)[0])
             sampling = sampling.model_copy(update={"seed": seed})

@@ -43,6 +43,7 @@ class BatchSummary:
         decode_tokens, decode_s: output tokens of the steps that did nothing but decode, and their time.
         sampled_tokens: output tokens so far, those of rows that are not complete included.
         compilations, preemptions, narrowed_pages, hit_tokens: while the job ran; see `KVCounts`.
+        common_tokens: prompt tokens with which an earlier prompt began, too: what `hit_tokens` could be.
         faults: how often the engine failed.
         interrupted: whether rows are missing because the process was asked to end.
         signal: the number of the signal by which it was asked; None: by an exception, or not.
@@ -63,6 +64,7 @@ class BatchSummary:
     preemptions: int = 0
     narrowed_pages: int = 0
     hit_tokens: int = 0
+    common_tokens: int = 0
     faults: int = 0
     interrupted: bool = False
     signal: int | None = None
@@ -148,5 +150,6 @@ class BatchSummary:
         return (
             f"{errors}{self.decode_tokens_per_s:.0f} tokens/s decoding, {overall:.0f} over the whole run; "
             f"{self.compilations} compilations, {self.preemptions} preemptions, "
-            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} prompt tokens shared"
+            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} of {self.common_tokens} prompt tokens that rows "
+            "have in common shared"
         )

@@ -44,6 +44,7 @@ class EngineLoop:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its `put` may be called by finalizers, too
         self._tickets: dict[Request, Ticket] = {}  # by each sample that has not ended
         self._to_abort: list[Request] = []
+        self._held_back: list[Ticket] | None = None  # while all others are served to their ends
         # Those that want statistics, and how many tickets each of them has.
         self._watchers: weakref.WeakKeyDictionary[Receiver, int] = weakref.WeakKeyDictionary()
         self._supervisor = Supervisor(engine)
@@ -98,6 +99,19 @@ class EngineLoop:
             raise error
         return result
 
+    def call_when_idle(self, function: Callable[[], T], *, abort: bool = False) -> T:
+        """`call`, when no ticket is being served: those that come meanwhile wait.
+
+        Args:
+            abort: end those that are being served, with the finish reason "abort"; else they are served to their ends.
+        """
+
+        def when_idle() -> T:
+            self._drain(abort)
+            return function()
+
+        return self.call(when_idle)
+
     def close(self) -> None:
         """Ends the thread after the step that it computes. Tickets that are left end with an `EngineError`."""
         self.close_without_waiting()
@@ -146,15 +160,42 @@ class EngineLoop:
                     self._commands.get()()  # waits
                 while not self._commands.empty():
                     self._commands.get()()
-                self._carry_out_aborts()
-                if self._tickets:
-                    advanced = self.engine.step()
-                    self._supervisor.note_progress(advanced)
-                    self._deliver(advanced)
+                self._step()
             except BaseException as error:  # a step calls policies and formats of others; nobody is left waiting
                 self._go_on_after(error)
 
+    def _step(self) -> None:
+        self._carry_out_aborts()
+        if self._tickets:
+            advanced = self.engine.step()
+            self._supervisor.note_progress(advanced)
+            self._deliver(advanced)
+
+    def _drain(self, abort: bool) -> None:
+        """Serves all tickets to their ends, or ends them; others are held back until the next command."""
+        is_first, held_back = self._held_back is None, self._held_back or []
+        self._held_back = held_back
+        try:
+            if abort:
+                for request in list(self._tickets):
+                    self.engine.abort(request)
+                    self._deliver([request])
+            while self._tickets or self._to_abort:
+                try:
+                    while not self._commands.empty():
+                        self._commands.get()()
+                    self._step()
+                except BaseException as error:  # as in `_run`
+                    self._go_on_after(error)
+        finally:
+            if is_first:  # and not within another one's
+                self._held_back = None
+                self._commands.put(functools.partial(self._add, held_back))
+
     def _add(self, tickets: Iterable[Ticket]) -> None:
+        if self._held_back is not None:
+            self._held_back.extend(tickets)
+            return
         for ticket in tickets:
             try:
                 samples = self.engine.queue(ticket.prepared)

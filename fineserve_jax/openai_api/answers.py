@@ -5,7 +5,7 @@ from typing import Any
 
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.openai_api.fields import Form
-from fineserve_jax.openai_api.logprobs import Entries, chat_logprobs, text_logprobs
+from fineserve_jax.openai_api.logprobs import Echo, Entries, chat_logprobs, text_logprobs
 
 STATUS = {"engine_fault": 500, "internal_error": 500, "not_finite": 500, "dead_end": 500, "late": 408}
 """HTTP status of errors by their code; 400 for all others that a request may make."""
@@ -17,7 +17,12 @@ LATE = (
 
 
 def completion_body(
-    form: Form, token: str, created: int, outputs: Sequence[RequestOutput], entries: Sequence[Sequence[Entries | None]]
+    form: Form,
+    token: str,
+    created: int,
+    outputs: Sequence[RequestOutput],
+    entries: Sequence[Sequence[Entries | None]],
+    echoes: Sequence[Echo],
 ) -> dict[str, Any]:
     """The body of an answer.
 
@@ -27,17 +32,23 @@ def completion_body(
         created: seconds of Unix time.
         outputs: of each prompt; one but for completions.
         entries: log-probabilities of each prompt's samples.
+        echoes: each prompt. Where answers do not begin with it, log-probabilities of its tokens are a field of the
+            body, a list for each prompt if there are several.
     """
-    choice = _chat_choice if form == "chat" else _text_choice
     samples = [
-        (sample, own)
-        for output, of_output in zip(outputs, entries, strict=True)
+        (sample, own, echo)
+        for output, of_output, echo in zip(outputs, entries, echoes, strict=True)
         for sample, own in zip(output.outputs, of_output, strict=True)
     ]
+    of_prompts = [echo.entries for echo in echoes if not echo.is_wanted and echo.entries is not None]
     return {
         **answer_head(form, token, created, outputs[0].model),
-        "choices": [choice(index, sample, logprobs) for index, (sample, logprobs) in enumerate(samples)],
+        "choices": [
+            _chat_choice(index, sample, logprobs) if form == "chat" else _text_choice(index, sample, logprobs, echo)
+            for index, (sample, logprobs, echo) in enumerate(samples)
+        ],
         "usage": usage_of(outputs),
+        **({"prompt_logprobs": of_prompts[0] if len(outputs) == 1 else of_prompts} if of_prompts else {}),
     }
 
 
@@ -82,10 +93,10 @@ def _chat_choice(index: int, sample: CompletionOutput, entries: Entries | None) 
     }
 
 
-def _text_choice(index: int, sample: CompletionOutput, entries: Entries | None) -> dict[str, Any]:
+def _text_choice(index: int, sample: CompletionOutput, entries: Entries | None, echo: Echo) -> dict[str, Any]:
     return {
         "index": index,
-        "text": sample.text,
-        "logprobs": None if entries is None else text_logprobs(entries),
+        "text": echo.text + sample.text,
+        "logprobs": text_logprobs(entries, echo),
         "finish_reason": sample.finish_reason,
     }

@@ -10,7 +10,7 @@ from fineserve_jax.openai_api.bodies import API_DEFAULTS
 from fineserve_jax.openai_api.fields import CHAT_FIELDS, FIELDS, OPTION_FIELDS, SAMPLING_FIELDS, Form
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams, own_fields
-from fineserve_jax.validation import json_kind
+from fineserve_jax.validation import json_kind, shown
 
 PLAIN_CHAT, PLAIN_OPTIONS = ChatOptions(), RequestOptions()
 REMEMBERED, REMEMBERED_LENGTH = 4096, 4096
@@ -28,6 +28,7 @@ class Asked:
         options: what it asks of the engine.
         sampling: the sampling fields it sets, unchecked.
         form: as what it came.
+        echo: whether its answer begins with its prompt.
     """
 
     prompt: str | list[int] | None = None
@@ -36,6 +37,7 @@ class Asked:
     options: RequestOptions = PLAIN_OPTIONS
     sampling: Mapping[str, Any] = field(default_factory=dict)
     form: Form = "plain"
+    echo: bool = False
 
 
 def sort_fields(content: Mapping[str, Any], form: Form, what: str = "request") -> dict[str, Any]:
@@ -47,7 +49,7 @@ def sort_fields(content: Mapping[str, Any], form: Form, what: str = "request") -
     Raises:
         RequestError: an unknown field, a bad one, or neither or both of prompt and messages.
     """
-    prompt = messages = None
+    prompt = messages = echo = None
     chat, options, sampling = {}, {}, {}
     unknown = []
     own = ("id",) if form == "plain" else ()
@@ -58,6 +60,8 @@ def sort_fields(content: Mapping[str, Any], form: Form, what: str = "request") -
             prompt = _checked_prompt(value)
         elif name == "messages":
             messages = _checked_messages(value)
+        elif name == "echo":
+            echo = _checked_echo(value)
         elif name in OPTION_FIELDS:
             options[name] = value
         elif name in CHAT_FIELDS:
@@ -74,12 +78,15 @@ def sort_fields(content: Mapping[str, Any], form: Form, what: str = "request") -
     if messages is None and chat and chat_options.model_fields_set:
         first = min(chat_options.model_fields_set)
         raise RequestError(f"{first} is for messages, the {what} has a prompt; leave it out")
+    if messages is not None and echo:
+        raise RequestError(f"echo=True is for a prompt, the {what} has messages; leave it out")
     return {
         "prompt": prompt,
         "messages": messages,
         "chat": chat_options,
         "options": REMEMBERED_OPTIONS(options),
         "sampling": sampling,
+        "echo": bool(echo),
     }
 
 
@@ -87,6 +94,12 @@ def _checked_prompt(value: Any) -> str | list[int] | None:
     if value is None or isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)):
         return value
     raise RequestError(f"prompt is a JSON {json_kind(value)}; give text, or a list of token ids")
+
+
+def _checked_echo(value: Any) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise RequestError(f"echo={shown(value)} is neither true nor false; give one of them, or none")
 
 
 def _checked_messages(value: Any) -> list[Any] | None:
@@ -141,11 +154,15 @@ class SamplingDefaults:
     def sampling(self, asked: Asked) -> SamplingParams:
         """How to sample: its own fields over the defaults, null for a field's own default.
 
+        With `echo`, `logprobs` are wanted of the prompt, too.
+
         Raises:
             RequestError: values that cannot be honoured.
         """
         fields = {**self._defaults[asked.form], **own_fields(asked.sampling)}
         seed = fields.pop("seed", None)
+        if asked.echo and fields.get("prompt_logprobs") is None:
+            fields["prompt_logprobs"] = fields.get("logprobs")
         sampling: SamplingParams = self._sampling(fields)
         return sampling if seed is None else sampling.model_copy(update={"seed": SamplingParams(seed=seed).seed})
 

@@ -31,7 +31,6 @@ NEUTRAL: Neutral = {
     "store": ((False,), "answers are sent, and not kept"),
     "modalities": ((["text"],), "the models write text only"),
     "parallel_tool_calls": ((True,), "what the model calls is not constrained; leave it out"),
-    "echo": ((False,), "answers hold what the model adds; leave it out"),
     "suffix": (("",), "the models continue a text and do not fill gaps; leave it out"),
     **dict.fromkeys(("functions", "function_call"), ((), "give tools")),
 }
@@ -72,6 +71,8 @@ def prompts_of(fields: Mapping[str, Any]) -> list[Any] | None:
 def _chat(fields: dict[str, Any]) -> dict[str, Any]:
     if "prompt" in fields:
         raise FieldError("prompt is for /v1/completions; give messages")
+    if fields.pop("echo", False) is not False:
+        raise FieldError("echo is for /v1/completions; leave it out", "unsupported_parameter")
     choice = fields.pop("tool_choice", "auto")
     if choice == "none":
         fields.pop("tools", None)

@@ -186,7 +186,7 @@ class Scheduler:
             self._running.remove(running)
         else:
             self._queue.remove(request)
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason in (FinishReason.STOP, FinishReason.LENGTH) and request.max_total_tokens > request.num_prompt_tokens:
             self._lengths.observe(request)
         self._kv.release(request)
         self.quotas.note(request)
@@ -257,7 +257,7 @@ class Scheduler:
             now: end of the step, engine clock.
 
         Returns:
-            Requests that got a token, in the order of `output.chunks`.
+            Requests that got a token, or are computed as far as they wish to be, in the order of `output.chunks`.
         """
         chunks = output.chunks
         if len(sampled) != len(chunks):
@@ -272,9 +272,10 @@ class Scheduler:
                 note_computed(request)
                 self._admission_may_help |= request.min_kv_precision is not None  # and be narrowed for who waits
             if computed == len(request.token_ids):
-                request.token_ids.append(int(token))
-                if request.times.first_token_s is None:
-                    request.times.first_token_s = now
+                if computed < request.max_total_tokens:
+                    request.token_ids.append(int(token))
+                    if request.times.first_token_s is None:
+                        request.times.first_token_s = now
                 advanced.append(request)
         return advanced
 

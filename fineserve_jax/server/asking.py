@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fineserve_jax.engine.async_loop import AsyncInbox
+from fineserve_jax.engine.checks import most_prompt_tokens
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.errors import RequestError
@@ -12,6 +13,7 @@ from fineserve_jax.openai_api.asked import Asked, SamplingDefaults, prompt_token
 from fineserve_jax.openai_api.bodies import body_fields, prompts_of
 from fineserve_jax.openai_api.fields import FieldError, Form
 from fineserve_jax.openai_api.json_objects import decode_object
+from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.server.classes import ServiceClass
 from fineserve_jax.server.errors import ApiError
 from fineserve_jax.validation import shown
@@ -29,6 +31,7 @@ class Asking:
         tickets: one for each prompt.
         is_streamed: its answer is wanted as it comes.
         tells_usage: the stream is to end with the numbers of tokens.
+        echoes: answers begin with their prompts.
     """
 
     form: Form
@@ -36,6 +39,7 @@ class Asking:
     tickets: list[Ticket]
     is_streamed: bool
     tells_usage: bool
+    echoes: bool
 
 
 def read_asking(
@@ -70,18 +74,22 @@ def read_asking(
     tickets = []
     for index, content in enumerate(contents):
         asked = Asked(form=form, **sort_fields(content, form))
+        sampling = defaults.sampling(asked)
+        if is_streamed and (asked.echo or sampling.prompt_logprobs is not None):
+            what = "echo" if asked.echo else "prompt_logprobs"
+            raise FieldError(f"{what} with stream is not served; leave one of them out", "unsupported_parameter")
         options = asked.options if service_class is None else service_class.apply(asked.options)
-        token_ids = tokens_of(engine, asked, own_templates)
-        prepared = engine.prepare(token_ids, defaults.sampling(asked), options)
+        token_ids = tokens_of(engine, asked, sampling, own_templates)
+        prepared = engine.prepare(token_ids, sampling, options)
         text = asked.prompt if isinstance(asked.prompt, str) else None
         tickets.append(Ticket(prepared, receiver, text, index, wants_pieces=is_streamed))
     if (samples := sum(ticket.prepared.sampling.n for ticket in tickets)) > MAX_SAMPLES:
         raise RequestError(f"{len(tickets)} prompts with n samples each are {samples}; at most {MAX_SAMPLES} may be")
-    return Asking(form, receiver, tickets, is_streamed, tells_usage)
+    return Asking(form, receiver, tickets, is_streamed, tells_usage, echoes=asked.echo)
 
 
-def tokens_of(engine: Engine, asked: Asked, own_templates: bool) -> list[int]:
-    """The prompt as token ids.
+def tokens_of(engine: Engine, asked: Asked, sampling: SamplingParams, own_templates: bool) -> list[int]:
+    """The prompt as token ids, to be answered so.
 
     Raises:
         RequestError: a prompt that cannot be read, or that has more tokens than its model can answer.
@@ -93,7 +101,7 @@ def tokens_of(engine: Engine, asked: Asked, own_templates: bool) -> list[int]:
         known = ", ".join(sorted(served.tokenizer.chat_templates)) or "none"
         message = f"chat_template={shown(template)} is none of the model's, which are: {known}; leave it out"
         raise ApiError(f"{message}, or start the server with --own-chat-templates", "unsupported_parameter", 403)
-    return prompt_tokens(asked, served.tokenizer, served.max_seq_len - 1)
+    return prompt_tokens(asked, served.tokenizer, most_prompt_tokens(served.max_seq_len, sampling))
 
 
 def check_model(engine: Engine, model: str | None) -> None:

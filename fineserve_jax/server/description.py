@@ -179,7 +179,7 @@ def _request_schemas(models: Mapping[str, KnownModel]) -> Schema:
     return {
         **schemas,
         "ChatCompletionRequest": _object(spoken, "messages"),
-        "CompletionRequest": _object({"prompt": _prompt(vocab_size), **asked}, "prompt"),
+        "CompletionRequest": _object({"prompt": _prompt(vocab_size), **asked, "echo": {"type": "boolean"}}, "prompt"),
         "TokenizeRequest": {"anyOf": [texts, _object({"messages": MESSAGES, **model, **chat}, "messages")]},
     }
 

@@ -12,6 +12,7 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.openai_api.asked import Asked, sort_fields
 from fineserve_jax.openai_api.bodies import ENDPOINTS
 from fineserve_jax.openai_api.json_objects import decode_object
+from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.server.asking import check_model, tokens_of
 from fineserve_jax.server.description import description
 from fineserve_jax.server.page import PAGE, PAGE_HEADERS
@@ -78,12 +79,12 @@ class Endpoints:
 
     def _tokens_of(self, body: bytes) -> dict[str, Any]:
         fields = sort_fields(decode_object(body, "the body", "invalid_json"), "chat")
-        if fields["sampling"] or fields["options"].model_fields_set - {"model"}:
+        if fields["sampling"] or fields["echo"] or fields["options"].model_fields_set - {"model"}:
             raise RequestError(
                 "/tokenize takes model, a prompt or messages, and how those are rendered; leave the rest out"
             )
         engine, asked = self._service.llm.engine, Asked(form="chat", **fields)
-        tokens = tokens_of(engine, asked, self._service.config.own_chat_templates)
+        tokens = tokens_of(engine, asked, SamplingParams(), self._service.config.own_chat_templates)
         max_seq_len = engine.served(asked.options.model).max_seq_len
         return {"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens}
 

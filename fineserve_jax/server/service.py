@@ -17,7 +17,7 @@ from fineserve_jax.errors import EngineError
 from fineserve_jax.openai_api.answers import LATE, STATUS, completion_body, timing_of, usage_of
 from fineserve_jax.openai_api.asked import SamplingDefaults
 from fineserve_jax.openai_api.fields import Form
-from fineserve_jax.openai_api.logprobs import logprob_entries
+from fineserve_jax.openai_api.logprobs import echo_of, logprob_entries
 from fineserve_jax.request import FinishReason
 from fineserve_jax.server.asking import Asking, read_asking
 from fineserve_jax.server.classes import ServiceClass, ServiceClasses
@@ -114,7 +114,11 @@ class Service:
             [logprob_entries(tokenizer, sample.token_ids, sample.logprobs) for sample in output.outputs]
             for tokenizer, output in zip(tokenizers, outputs, strict=True)
         ]
-        body = completion_body(asking.form, secrets.token_hex(12), int(time.time()), outputs, entries)
+        echoes = [
+            echo_of(output, ticket.prompt, tokenizer, asking.echoes)
+            for output, ticket, tokenizer in zip(outputs, asking.tickets, tokenizers, strict=True)
+        ]
+        body = completion_body(asking.form, secrets.token_hex(12), int(time.time()), outputs, entries, echoes)
         return {**body, **_used(outputs)}
 
     async def events(self, asking: Asking) -> AsyncGenerator[bytes, None]:

@@ -7,8 +7,9 @@ from fineserve_jax.engine.tickets import Piece, Ticket
 from fineserve_jax.openai_api.answers import answer_head
 from fineserve_jax.openai_api.fields import Form
 from fineserve_jax.openai_api.json_objects import encode_json
-from fineserve_jax.openai_api.logprobs import chat_logprobs, logprob_entries, text_logprobs
+from fineserve_jax.openai_api.logprobs import Echo, chat_logprobs, logprob_entries, text_logprobs
 
+NO_ECHO = Echo("", None, is_wanted=False)
 END = b"data: [DONE]\n\n"
 
 
@@ -67,7 +68,7 @@ class Chunks:
             return chat_logprobs(entries)
         offset = self._offsets.get(index, 0)
         self._offsets[index] = offset + sum(len(entry["text"]) for entry in entries)
-        return text_logprobs(entries, offset)
+        return text_logprobs(entries, NO_ECHO, offset)
 
     def _chunk(self, index: int, said: Any, logprobs: dict[str, Any] | None, reason: str | None) -> bytes:
         """`said`: the delta of a chat's message, or text."""

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 from tiny_model import OPTIONS
 
 from fineserve_jax import Engine, EngineConfig
@@ -49,13 +48,10 @@ class Log(JobObserver):
             time.sleep(self._step_s)
 
 
-def answer(model: Path, cache: Path, source: Path, target: Path, log: Path, step_s: float, resume: bool) -> None:
+def answer(model: Path, source: Path, target: Path, log: Path, step_s: float, resume: bool) -> None:
     """Answers a file as the command does, and exits with 3 if it was interrupted, else with 0."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, open as long as the process
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     summary = run_batch(
         "tiny",
         source,

@@ -59,7 +59,7 @@ class StubEngine:
         max_seq_len: int = 256,
         fails: Callable[[Sequence[Request]], None] | None = None,
     ) -> None:
-        self.config = SimpleNamespace(max_batch_size=batch, seed=0)
+        self.config = SimpleNamespace(max_batch_size=batch, seed=0, prefix_cache="exact", page_size=16)
         self.model = SimpleNamespace(name="stub", tokenizer=TOKENIZER, max_seq_len=max_seq_len)
         self.models = {"stub": self.model}
         self.tokenizer = self.model.tokenizer

@@ -67,9 +67,9 @@ def test_a_row_with_which_the_engine_fails_is_found_and_the_others_go_on(engine,
     """A step fails before it computes anything, and sometimes behind all it computes."""
     execute, faults = engine.runner.execute, []
 
-    def fail(output, scores=False):
+    def fail(output):
         is_bad = any(chunk.request.token_ids[:3] == [9, 9, 9] for chunk in output.chunks)
-        result = execute(output, scores) if not is_bad or len(faults) % 2 else None
+        result = execute(output) if not is_bad or len(faults) % 2 else None
         if is_bad:
             faults.append(len(output.chunks))
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")

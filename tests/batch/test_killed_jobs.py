@@ -77,7 +77,7 @@ def test_a_signal_ends_a_job_cleanly_and_no_token_is_sampled_twice(tmp_path, und
         before = size_of(log)
         while process.is_alive() and size_of(log) == before:
             time.sleep(0.005)  # it has begun
-        if attempt < 5:
+        if attempt < 3:
             process.join(chance.uniform(0.01, 0.1))
             if process.is_alive():
                 os.kill(process.pid, number)
@@ -85,7 +85,7 @@ def test_a_signal_ends_a_job_cleanly_and_no_token_is_sampled_twice(tmp_path, und
         statuses.append(process.exitcode)
 
     run_until_it_ends(tmp_path, interrupt, log=log, commit_every_s=1e9)
-    assert statuses.count(3) >= 4
+    assert statuses.count(3) >= 2
     assert statuses[-1] == 0
     assert by_id(written(tmp_path / "out.jsonl")) == undisturbed
     assert len(log.read_text().splitlines()) == sum(row.get("output_tokens", 0) for row in undisturbed.values())
@@ -100,10 +100,10 @@ def test_a_job_that_is_killed_before_any_row_is_complete_still_ends(tmp_path):
     write_rows(tmp_path / "in.jsonl", 8, max_tokens=100)
 
     def kill(process, attempt):
-        process.join(0.4)
+        process.join(0.2)
         process.kill()
 
-    starts = run_until_it_ends(tmp_path, kill, step_s=0.02)
+    starts = run_until_it_ends(tmp_path, kill, step_s=0.01)
     assert starts > 3
     assert {row["output_tokens"] for row in written(tmp_path / "out.jsonl")} == {100, 200}
 

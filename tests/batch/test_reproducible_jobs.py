@@ -86,7 +86,7 @@ def test_a_job_that_is_killed_often_gives_the_same_bytes_and_samples_little_twic
     seconds after its first token; how many tokens were sampled, the engine says."""
     chance, source, target = random.Random(int(number)), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_rows(source, 200, 40)
-    files = tiny_model, tmp_path / "cache", source
+    files = tiny_model, source
 
     def run_once(target, log, step_s, resume, most_tokens):
         process = start_process(answer, *files, target, log, step_s, resume)

@@ -15,6 +15,7 @@ from fineserve_jax.request_options import RequestOptions
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
 CHAT = {"messages": MESSAGES, "model": "tiny", "max_tokens": 12, "seed": 5}
 TEXT = {"prompt": "abc", "model": "tiny", "max_tokens": 12, "seed": 5}
+TWO = ["ab", [70, 71, 72]]
 SCHEMA = {"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 3}
 
 
@@ -116,9 +117,7 @@ def test_many_clients_are_answered_together_each_as_if_alone(server):
 # -- completions ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"n": 2, "logprobs": 1}, {"prompt": ["ab", [70, 71, 72]], "n": 2, "logprobs": 0}]
-)
+@pytest.mark.parametrize("fields", [{}, {"n": 2, "logprobs": 1}, {"prompt": TWO, "n": 2, "logprobs": 0}])
 def test_a_streamed_completion_says_what_a_whole_one_says(server, fields):
     whole = strictly(server.client.completions.create(**TEXT | fields))
     chunks = list(server.client.completions.create(**TEXT | fields, stream=True))
@@ -140,6 +139,23 @@ def test_several_prompts_are_answered_in_their_order(server):
     alone = [server.client.completions.create(**TEXT | {"prompt": prompt}).choices[0].text for prompt in prompts]
     assert [choice.text for choice in body.choices] == alone
     assert body.usage.completion_tokens == 36
+
+
+def test_answers_begin_with_their_prompts_where_that_is_asked_for(server):
+    """With log-probabilities of the prompt's tokens, but of the first; nothing is added with `max_tokens` 0."""
+    whole = server.client.completions.create(**TEXT | {"prompt": TWO}, echo=True, logprobs=1, temperature=0)
+    alone = server.client.completions.create(**TEXT | {"prompt": TWO}, logprobs=1, temperature=0)
+    for choice, added, prompt in zip(
+        whole.choices, alone.choices, ("ab", server.llm.tokenizer.decode(TWO[1])), strict=True
+    ):
+        assert choice.text == prompt + added.text
+        assert "".join(choice.logprobs.tokens) == choice.text
+        assert choice.logprobs.token_logprobs[0] is None
+        assert all(logprob < 0 for logprob in choice.logprobs.token_logprobs[1:])
+    scored = server.client.completions.create(**TEXT | {"max_tokens": 0}, echo=True, logprobs=0)
+    assert (scored.choices[0].text, scored.usage.completion_tokens) == ("abc", 0)
+    with pytest.raises(openai.BadRequestError, match="echo with stream is not served"):
+        server.client.completions.create(**TEXT, echo=True, stream=True)
 
 
 def test_what_a_request_leaves_open_is_as_in_openais_api_or_as_the_server_was_told(server, llm):
