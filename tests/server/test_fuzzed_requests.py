@@ -19,14 +19,14 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 OPERATIONS = ["POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize", "GET /v1/models", "GET /live"]
 FEW = settings(
-    max_examples=10,
+    max_examples=6,
     phases=[Phase.explicit, Phase.generate],
     derandomize=True,
     suppress_health_check=list(HealthCheck),
     database=None,
     print_blob=False,
 )
-MANY = settings(FEW, max_examples=100, derandomize=False)
+MANY = settings(FEW, max_examples=40, derandomize=False)
 
 
 def requests_of(server, operation):
