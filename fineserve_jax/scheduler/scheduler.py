@@ -32,6 +32,7 @@ from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
 from fineserve_jax.scheduler.swapping import Swapping
 from fineserve_jax.scheduler.victims import Victims
 from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue, model_and_format, model_format_and_tenant
+from fineserve_jax.scheduler.waits import WaitPredictor
 
 
 class Scheduler:
@@ -46,6 +47,7 @@ class Scheduler:
     Attributes:
         profiles: each model's step-time profile.
         quotas: who may have how much of the memory.
+        waits: how long who comes now would wait.
         row_limit: most requests that are to hold memory at once, where that is less than `max_batch_size`; None: that.
             It counts for those that are admitted from now on.
     """
@@ -64,6 +66,7 @@ class Scheduler:
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
         self._kv = kv
         self._lengths, self._tenant_shares = lengths, context.shares
+        self.waits = WaitPredictor(config.max_batch_size, self.profiles, lengths)
         self._swapping = Swapping(config, kv, self.profiles)
         self._key_of = lambda request: policy(request, context)
         self._begin(num_preemptions=0, num_reclaimed=0)
@@ -138,6 +141,11 @@ class Scheduler:
         """Whether an admission pass would admit nobody: since the last one no request came, and nothing was freed or
         can be narrowed."""
         return not (self._admission_may_help and self._queue)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether requests wait that could not be admitted: there is no memory, or no place in a batch, for them."""
+        return bool(self._queue) and not self._admission_may_help
 
     @property
     def next_deadline_s(self) -> float:
