@@ -13,6 +13,7 @@ of its own, or a row of a table, with `prompt` (text, or a list of token ids) or
     ttft_slo_s         target for its first token, in seconds after it joined the queue
     tpot_slo_s         target for each further token, in seconds
     drop_when_late     true: no answer when the first token cannot be in time; `finish_reason` is then "late"
+    num_speculative_tokens  tokens that it may be ahead in a step, at most; 0: none
     tools              functions that the model may call, for `messages`; likewise every other field of `ChatOptions`
     ...                every field of `SamplingParams`
 

@@ -326,13 +326,25 @@ class Engine:
             self._fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
         for request, reason in result.stuck.items():
             self._fail(request, dead_end(request, reason))
-        sampled = {token.request: token for token in result.tokens}
-        tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
+        sampled: dict[Request, list[SampledToken]] = {}
+        for token in result.tokens:
+            sampled.setdefault(token.request, []).append(token)
+        tokens = [sampled[chunk.request][0].token if chunk.request in sampled else -1 for chunk in output.chunks]
+        for chunk in output.decodes:
+            if chunk.drafts and chunk.request in sampled:
+                self.scheduler.note_drafts(chunk, len(sampled[chunk.request]) - 1)
         advanced = self.scheduler.commit(output, tokens, self.clock())
+        num_tokens = len(advanced)
         for request in advanced:
-            self._append_text(request, sampled[request])
+            first, *behind_drafts = sampled[request]
+            self._append_text(request, first)
+            for token in behind_drafts:
+                if not self.scheduler.commit_draft(request, token.token):
+                    break
+                num_tokens += 1
+                self._append_text(request, token)
         self._totals.prompt_tokens += prompt_tokens
-        self._totals.output_tokens += len(advanced)
+        self._totals.output_tokens += num_tokens
         return [*advanced, *result.nonfinite, *result.stuck]
 
     def _append_text(self, request: Request, sampled: SampledToken) -> None:

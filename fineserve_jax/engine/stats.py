@@ -41,6 +41,8 @@ class EngineStats:
         prediction_error: typical relative error of predicted step times, the largest of the models'; None before there
             is one.
         models: each model's part, by name.
+        num_drafts, num_accepted_drafts: tokens that were computed as guesses, and those that turned out to be what is
+            sampled there, since the start.
     """
 
     kv: dict[str, FormatUsage]
@@ -56,6 +58,8 @@ class EngineStats:
     num_compilations: int
     prediction_error: float | None
     models: dict[str, ModelStats]
+    num_drafts: int = 0
+    num_accepted_drafts: int = 0
 
 
 @dataclass(slots=True)
@@ -98,6 +102,8 @@ def engine_stats(
         num_compilations=num_compilations,
         prediction_error=max(errors, default=None),
         models=by_model,
+        num_drafts=scheduler.speculation.num_drafts,
+        num_accepted_drafts=scheduler.speculation.num_accepted,
     )
 
 

@@ -67,6 +67,7 @@ OPTIONS = {
     "ttft_slo_s": 60.0,
     "tpot_slo_s": 30.0,
     "drop_when_late": True,
+    "num_speculative_tokens": 0,
 }
 
 
