@@ -2,9 +2,14 @@
 
 Compiling takes nearly all of the tests' time. A test file that is not listed here tests the host's side alone: a test
 in it that compiles something fails, whether `--fast` is given or not.
+
+Compiled programs are kept in pytest's cache, for all processes of a run and for the next run; `pytest --cache-clear`
+forgets them.
 """
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +56,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out the tests that make JAX compile")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where JAX keeps programs, unless the caller has said so: read when JAX is imported, here or by a child."""
+    if config.cache is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return True if config.getoption("--fast") and is_listed(collection_path) else None
 
@@ -72,6 +84,17 @@ def _host_tests_compile_nothing(request: pytest.FixtureRequest):
             f"{request.path.relative_to(TESTS)} compiled {compiled} programs, which host tests do not; "
             "compute with numpy, or move the test to a file that is listed in tests/compiling.py"
         )
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Programs that are compiled in half the time, for tests of what the engine does rather than of its numbers."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def _count(event: str, duration: float, **_: object) -> None:

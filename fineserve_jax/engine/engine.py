@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fineserve_jax.engine.build import ServedModel, build_engine
-from fineserve_jax.engine.endings import dead_end, ending_with
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import ModelSettings
-from fineserve_jax.engine.nonfinite import nonfinite_message
 from fineserve_jax.engine.output_files import check_can_write
+from fineserve_jax.engine.output_processor import OutputProcessor
 from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
+from fineserve_jax.engine.recovery import Recovery
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats, StepTotals, engine_stats
 from fineserve_jax.engine.warm_up import warm_up
-from fineserve_jax.errors import FineServeError, NonFiniteError, RequestError
+from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.request import FinishReason, Request, RequestStatus, SchedulerOutput
 from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.runner.runner import ModelRunner, SampledToken, StepResult
+from fineserve_jax.runner.runner import ModelRunner, StepResult
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
 
@@ -71,11 +71,11 @@ class Engine:
             if Path(self.config.step_profile).exists():
                 self.scheduler.start_from(load_profiles(self.config.step_profile))
         self.clock = clock
-        self.detokenizers: dict[Request, RequestText] = {}
+        self._outputs = OutputProcessor(self.kv, self.scheduler, clock)
+        self.detokenizers = self._outputs.texts
+        self._recovery = Recovery(self.arena, self.kv, self.scheduler, self._outputs)
         self._num_requests, self._totals = 0, StepTotals()
         self.computing: tuple[Request, ...] = ()
-        self._served_only: set[Request] | None = None
-        self._is_changing = False  # while the books change; still so at the next call if that was cut short
         record = self.config.record
         self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
 
@@ -183,13 +183,12 @@ class Engine:
         text = RequestText(request, prepared.served.tokenizer)
         if so_far is not None:
             replay(request, text, so_far)
-        self._is_changing = True
-        use_precision(self.models[prepared.served.name], self.kv, prepared.precision)
-        if request.status is not RequestStatus.FINISHED:
-            self.scheduler.add(request)
-        self._num_requests += 1
-        self.detokenizers[request] = text
-        self._is_changing = False
+        with self._recovery.changing():
+            use_precision(self.models[prepared.served.name], self.kv, prepared.precision)
+            if request.status is not RequestStatus.FINISHED:
+                self.scheduler.add(request)
+            self._num_requests += 1
+            self.detokenizers[request] = text
         return request
 
     def _unused_id(self) -> str:
@@ -213,12 +212,11 @@ class Engine:
         self.recover()
         if request.status is RequestStatus.FINISHED:
             return
-        self._is_changing = True
-        request.error = error
-        self._finish(request, reason)
-        if not self.scheduler.has_unfinished:
-            self._on_idle()
-        self._is_changing = False
+        with self._recovery.changing():
+            request.error = error
+            self._outputs.finish(request, reason)
+            if not self.scheduler.has_unfinished:
+                self._on_idle()
 
     def release(self, request: Request) -> None:
         """Forgets a finished request's text. Callers do this when they have taken what they need."""
@@ -249,17 +247,16 @@ class Engine:
         self.recover()
         before = self._num_compilations
         converts = self.config.prefix_cache == "convert"
-        self._is_changing = True
-        warm_up(
-            self.models.values(),
-            self.kv,
-            self.page_operations,
-            kv_precisions,
-            min_kv_precision,
-            converts=converts,
-            structured_outputs=structured_outputs,
-        )
-        self._is_changing = False
+        with self._recovery.changing():
+            warm_up(
+                self.models.values(),
+                self.kv,
+                self.page_operations,
+                kv_precisions,
+                min_kv_precision,
+                converts=converts,
+                structured_outputs=structured_outputs,
+            )
         return self._num_compilations - before
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -269,10 +266,8 @@ class Engine:
         ended because they were late, because numbers were not finite, or because nothing may follow what they said."""
         self.computing = ()
         self.recover()
-        self._is_changing = True
-        advanced = self._step()
-        self._is_changing = False
-        return advanced
+        with self._recovery.changing():
+            return self._step()
 
     def _step(self) -> list[Request]:
         start, compiled_before = time.perf_counter(), self._num_compilations
@@ -285,10 +280,10 @@ class Engine:
                 self._on_idle()
             return dropped
         self.computing = tuple(chunk.request for chunk in output.chunks)
-        advanced = self._commit(output, self._execute(output))
+        result = self._execute(output)
+        advanced = self._outputs.process(output, result)
         seconds = time.perf_counter() - start
-        self._totals.busy_s += seconds
-        self._totals.steps += 1
+        self._totals.add_step(seconds, output, result)
         if self._num_compilations == compiled_before:
             self.scheduler.observe(output, seconds)
         if not self.scheduler.has_unfinished:
@@ -306,77 +301,13 @@ class Engine:
 
     def execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
         """Does what the KV manager has queued for the device, and computes a step; see `ModelRunner.execute`."""
-        self._is_changing = True
-        result = self._execute(output, scores)
-        self._is_changing = False
-        return result
+        with self._recovery.changing():
+            return self._execute(output, scores)
 
     def _execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
         self.page_operations.apply(self.kv.take_operations())
         self.scheduler.note_transfer_rate(self.page_operations.bytes_per_s)
         return self.models[output.chunks[0].request.model].runner.execute(output, scores)
-
-    def _commit(self, output: SchedulerOutput, result: StepResult) -> list[Request]:
-        prompt_tokens = sum(
-            max(0, min(chunk.start + chunk.count, chunk.request.num_prompt_tokens) - chunk.start)
-            for chunk in output.chunks
-        )
-        # Before their tokens count as computed: no page with NaN in it is ever shared.
-        for request, stage in result.nonfinite.items():
-            self._fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
-        for request, reason in result.stuck.items():
-            self._fail(request, dead_end(request, reason))
-        sampled: dict[Request, list[SampledToken]] = {}
-        for token in result.tokens:
-            sampled.setdefault(token.request, []).append(token)
-        tokens = [sampled[chunk.request][0].token if chunk.request in sampled else -1 for chunk in output.chunks]
-        for chunk in output.decodes:
-            if chunk.drafts and chunk.request in sampled:
-                self.scheduler.note_drafts(chunk, len(sampled[chunk.request]) - 1)
-        advanced = self.scheduler.commit(output, tokens, self.clock())
-        num_tokens = len(advanced)
-        for request in advanced:
-            first, *behind_drafts = sampled[request]
-            self._append_text(request, first)
-            for token in behind_drafts:
-                if not self.scheduler.commit_draft(request, token.token):
-                    break
-                num_tokens += 1
-                self._append_text(request, token)
-        self._totals.prompt_tokens += prompt_tokens
-        self._totals.output_tokens += num_tokens
-        return [*advanced, *result.nonfinite, *result.stuck]
-
-    def _append_text(self, request: Request, sampled: SampledToken) -> None:
-        """Adds a sampled token to the request's text, and ends the request if that is its end.
-
-        One that has just become long is computed again: all its tokens are turned by other factors from now on.
-        """
-        if sampled.logprobs is not None:
-            request.logprobs.append(sampled.logprobs)
-        text = self.detokenizers[request]
-        ending = ending_with(request, text, sampled.token)
-        if isinstance(ending, FineServeError):
-            self._fail(request, ending)
-        elif ending is not None:
-            self._finish(request, ending)
-        else:
-            text.accept()
-            if request.is_long and request.num_tokens - 1 == request.long_after:
-                self.scheduler.restart(request)
-
-    def _fail(self, request: Request, error: FineServeError) -> None:
-        request.error = error
-        self._finish(request, FinishReason.ERROR)
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        request.kv_tokens = self.kv.tokens_by_format(request)
-        request.finish_reason = reason  # from here on it has ended, whatever happens to the rest; see `recover`
-        self.detokenizers[request].end()
-        if request.request_id in self.scheduler:
-            self.scheduler.finish(request, reason, self.clock())
-        else:
-            self._note_end(request)  # it is kept waiting, see `serve_only`
 
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
@@ -396,56 +327,15 @@ class Engine:
     # -- what was cut short ----------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """If the last call was cut short, makes the books anew, with all requests that have not ended waiting.
-
-        All calls that change something do this first. It may itself be cut short, and is then done again.
-        """
-        if not self._is_changing:
-            return
-        lost = self.arena.is_lost
-        if lost:
-            self.arena.renew()
-        unfinished = self._settle_requests()
-        self.kv.start_over()
-        self.scheduler.start_over(unfinished)
-        what = "the KV arena was lost, and it and the books" if lost else "the books"
-        log.warning("%s are made anew; %d unfinished requests are computed again", what, len(unfinished))
-        self._is_changing = False
-
-    def _settle_requests(self) -> list[Request]:
-        """Takes back what is half done of each request; those to be served on, in the order of arrival."""
-        unfinished = []
-        for request, text in self.detokenizers.items():
-            if request.finish_reason is None:
-                text.roll_back()
-                if request.matcher is not None:
-                    request.matcher.begin_with(request.output_token_ids)
-                request.error = None
-                unfinished.append(request)
-            else:
-                text.end()
-                self._note_end(request)
-        if self._served_only is None:
-            return unfinished
-        for request in unfinished:
-            if request not in self._served_only:
-                request.status, request.num_computed_tokens = RequestStatus.WAITING, 0
-        return [request for request in unfinished if request in self._served_only]
-
-    def _note_end(self, request: Request) -> None:
-        """What the scheduler notes of a request that ends, for one that it does not know."""
-        if request.times.finished_s is None:
-            request.times.finished_s = self.clock()
-        request.status, request.fork_of = RequestStatus.FINISHED, None
+        """If the last call was cut short, makes the books anew; all calls that change something do this first."""
+        self._recovery.recover()
 
     def serve_only(self, requests: Iterable[Request] | None) -> None:
         """Serves these requests, and those that come from now on, with all others kept waiting; None: all again.
 
         Those that are served from now on are computed again from their tokens.
         """
-        wanted = None if requests is None else set(requests)
-        if wanted != self._served_only:
-            self._served_only, self._is_changing = wanted, True  # the next call makes the books anew
+        self._recovery.serve_only(requests)
 
     # -- accounts --------------------------------------------------------------------------------------------------
 

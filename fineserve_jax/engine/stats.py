@@ -7,6 +7,8 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.kv.usage import FormatUsage, KVCounts, count_events, measure_classes, measure_usage
+from fineserve_jax.request import SchedulerOutput
+from fineserve_jax.runner.runner import StepResult
 from fineserve_jax.scheduler import Scheduler
 
 
@@ -75,6 +77,16 @@ class StepTotals:
     prompt_tokens: int = 0
     output_tokens: int = 0
     busy_s: float = 0.0
+
+    def add_step(self, seconds: float, output: SchedulerOutput, result: StepResult) -> None:
+        """Counts a step that took so long."""
+        self.steps += 1
+        self.busy_s += seconds
+        self.output_tokens += len(result.tokens)
+        self.prompt_tokens += sum(
+            max(0, min(chunk.start + chunk.count, chunk.request.num_prompt_tokens) - chunk.start)
+            for chunk in output.chunks
+        )
 
 
 def engine_stats(

@@ -7,18 +7,14 @@ DIRECTORY/tokenizer.json, tokenizer_config.json, generation_config.json
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-from absl import logging as absl_logging
-
 from fineserve_jax.errors import ModelLoadError
+from fineserve_jax.loaders.checkpoint_params import read_params, save_params
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
 from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.known_keys import CheckedKeys, check_keys
@@ -71,7 +67,7 @@ def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, 
         is stored.
     """
     config, tokenizer, stored = describe_checkpoint(directory, weights)
-    return config, _read_params(directory / "params", abstract_params(config, stored)), tokenizer, stored
+    return config, read_params(directory / "params", abstract_params(config, stored)), tokenizer, stored
 
 
 def describe_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, Tokenizer, str]:
@@ -93,44 +89,12 @@ def describe_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConf
 
 
 def _write(model: LoadedModel, directory: Path) -> None:
-    import orbax.checkpoint as ocp
-
     save_tokenizer(model.tokenizer, directory)
     check_same_ids(model.tokenizer, hf_tokenizer(directory))
-    # Uncompressed: quantised weights shrink by a tenth at most, and start-up would pay for it.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save((directory / "params").resolve(), args=ocp.args.PyTreeSave(model.params))
+    save_params(directory / "params", model.params)
     manifest = {
         "format_version": _FORMAT_VERSION,
         "weights": model.weights,
         "config": model.config.to_dict(),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_params(directory: Path, shapes: Params) -> Params:
-    # Orbax takes a second to import: only those who use it pay.
-    import orbax.checkpoint as ocp
-
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-    try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            wanted = ocp.args.PyTreeRestore(
-                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-            )
-            return checkpointer.restore(directory.resolve(), args=wanted)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"{directory} cannot be restored: {error}; convert the model again") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax reports every phase through absl's logger; what goes wrong still comes as an exception."""
-    before = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        yield
-    finally:
-        absl_logging.set_verbosity(before)

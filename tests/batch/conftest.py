@@ -1,16 +1,15 @@
 """The tiny model, and one engine with it for all tests of the batch job."""
 
 import pytest
-from tiny_model import OPTIONS, quick_compilation, write_tiny_model
+from tiny_model import OPTIONS, write_tiny_model
 
 from fineserve_jax import Engine, EngineConfig
 from fineserve_jax.loaders import load_model
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    with quick_compilation():
-        yield
+def _compiled_quickly(quick_compilation):
+    """All programs of these tests."""
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,10 @@
 """A model small enough to compile in seconds: a fixture's weights, with a tokenizer of single characters."""
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -52,17 +49,3 @@ def with_nan(model: LoadedModel, token: int) -> LoadedModel:
     config, embed = dataclasses.replace(model.config, tie_embeddings=False), model.params["embed"]
     spoilt = {**embed, "kernel": embed["kernel"].at[token, 0].set(np.nan)}
     return dataclasses.replace(model, config=config, params={**model.params, "embed": spoilt, "lm_head": embed})
-
-
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """Compiling takes most of these tests' time, nothing depends on fast programs, and none is worth keeping."""
-    optimised = not jax.config.read("jax_disable_most_optimizations")
-    kept = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", not optimised)
-        jax.config.update("jax_enable_compilation_cache", kept)

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "batch"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
-from tiny_model import OPTIONS, quick_compilation, write_tiny_model
+from tiny_model import OPTIONS, write_tiny_model
 
 from fineserve_jax.cli import main
 
@@ -16,9 +16,8 @@ OPTION_FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.r
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    with quick_compilation():
-        yield
+def _compiled_quickly(quick_compilation):
+    """All programs of these tests."""
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,8 @@ from fineserve_jax.engine.engine_config import EngineConfig
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts.jsonl"
 
 
-@pytest.fixture(autouse=True)
-def own_cache():
-    """The model and its programs are worth keeping: this test uses the user's cache, as its neighbours do not."""
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
+def _compiled_quickly():
     """Here speed counts."""
 
 

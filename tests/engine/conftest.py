@@ -1,6 +1,7 @@
 """Fixtures of the engine tests."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from fineserve_jax.loaders import LoadedModel
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly(quick_compilation: None) -> None:
+    """All programs of these tests, but in files that compare numbers."""
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> LoadedModel:
     return random_model()
@@ -24,10 +30,10 @@ def tiny_model() -> LoadedModel:
 
 @pytest.fixture
 def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
-    def make(**settings: Any) -> Engine:
+    def make(clock: Callable[[], float] = time.monotonic, **settings: Any) -> Engine:
         defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
         defaults["kv_formats"] = ("fp32", "bf16", "int8", "int4")  # each adds a loop to every program
-        engine = Engine(tiny_model, EngineConfig(**(defaults | settings)))
+        engine = Engine(tiny_model, EngineConfig(**(defaults | settings)), clock)
         engine.runner.use_formats(engine.config.served_formats)  # so that all tests share compiled programs
         return engine
 
@@ -40,7 +46,6 @@ def make_llm(tiny_model: LoadedModel) -> Iterator[Callable[..., LLM]]:
     formats = ("bf16", "int8", "int4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_engine, "load_model", lambda source, weights: tiny_model)
-        patch.setattr(load_engine, "use_compilation_cache", lambda: None)
 
         def make(**settings: Any) -> LLM:
             defaults = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}

@@ -15,9 +15,8 @@ from fineserve_jax.sampling_params import SamplingParams
 
 def test_a_request_that_asked_for_it_ends_as_late(make_engine):
     """Two requests for one place; the second's target passes while the first decodes."""
-    engine = make_engine(max_batch_size=1)
     now = [0.0]
-    engine.clock = lambda: now[0]
+    engine = make_engine(max_batch_size=1, clock=lambda: now[0])
     sampling = SamplingParams(max_tokens=6, ignore_eos=True)
     first = engine.add_request([5, 6, 7], sampling)
     late = engine.add_request([5, 6, 7], sampling, RequestOptions(ttft_slo_s=2.0, drop_when_late=True))

@@ -25,6 +25,11 @@ QUICK = {"granite", "phi3_short", "qwen3_moe"}
 NEAR_TIE, LOGPROB_ERROR = 0.001, 1e-3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Not here: the programs are those that users run."""
+
+
 def loaded(case: str) -> LoadedModel:
     source = HFModel(FIXTURES / case)
     return LoadedModel(case, source.config, pack_params(source.config, "fp32", source), character_tokenizer(), "fp32")

@@ -20,6 +20,11 @@ NEAR_TIE = 0.001
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "gemma3_greedy.json").read_text())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Not here: the programs are those that users run."""
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     settings = {"kv_precision": "fp32", "kv_formats": ("fp32",), "kv_memory": "256MiB", "max_batch_size": 8}

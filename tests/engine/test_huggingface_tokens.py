@@ -27,6 +27,11 @@ SHORT = [i for i, row in enumerate(EXPECTED) if len(row["prompt_token_ids"]) <= 
 MIXED = ["int8", "int4", "bf16"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Not here: the programs are those that users run."""
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> LoadedModel:
     return load_model("smollm2-135m", "fp32")

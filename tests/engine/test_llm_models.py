@@ -28,7 +28,6 @@ def loads(monkeypatch) -> list[tuple[str, str | None]]:
     for module in (load_engine, model_settings):
         monkeypatch.setattr(module, "load_model", load)
     monkeypatch.setattr(model_settings, "resolve_source", Path)
-    monkeypatch.setattr(load_engine, "use_compilation_cache", lambda: None)
     return loads
 
 

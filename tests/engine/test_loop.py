@@ -173,7 +173,6 @@ from engine_cases import random_model
 from fineserve_jax.engine import load
 from fineserve_jax import LLM, SamplingParams
 load.load_model = lambda source, weights: random_model()
-load.use_compilation_cache = lambda: None
 llm = LLM("tiny", max_seq_len=128, kv_memory="1MiB", kv_formats=["bf16"], max_batch_size=1)
 sampling = SamplingParams(max_tokens=100, ignore_eos=True)
 {body}

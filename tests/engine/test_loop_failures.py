@@ -1,5 +1,6 @@
 """What goes wrong while several callers are served: each gets the right answer or an error, and the engine goes on."""
 
+import itertools
 import random
 import signal
 import threading
@@ -17,7 +18,7 @@ from fineserve_jax.sampling_params import SamplingParams
 PROMPTS = [f"{i} prompts" for i in range(6)]
 SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0, seed=3)
 POISON = "poison"
-NUM_INTERRUPTS = 40
+NUM_INTERRUPTS = 14
 
 
 @pytest.fixture
@@ -127,7 +128,10 @@ def test_an_interrupt_at_any_moment_leaves_the_llm_as_it_was(llm):
     thread = threading.Thread(target=keep_asking)
     thread.start()
     try:
-        for i in range(NUM_INTERRUPTS):
+        for i in itertools.count():
+            if num_interrupts == NUM_INTERRUPTS:
+                break
+            assert i < 50 * NUM_INTERRUPTS, "calls were meant to be interrupted"
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, longest))
                 if i % 3:
@@ -146,7 +150,6 @@ def test_an_interrupt_at_any_moment_leaves_the_llm_as_it_was(llm):
         signal.signal(signal.SIGALRM, before)
         stop.set()
         thread.join()
-    assert num_interrupts > NUM_INTERRUPTS // 3
     assert others
     assert all(answer == expected[:2] for answer in others)
     assert tokens(llm.generate(PROMPTS, SAMPLING)) == expected

@@ -166,7 +166,6 @@ def test_samples_that_fork_a_bad_prompt_all_fail(spoilt_model):
 @pytest.fixture
 def llm(monkeypatch, spoilt_model) -> LLM:
     monkeypatch.setattr(load_engine, "load_model", lambda source, weights: spoilt_model)
-    monkeypatch.setattr(load_engine, "use_compilation_cache", lambda: None)
     return LLM("tiny", **SETTINGS)
 
 

@@ -1,6 +1,7 @@
 """Reproducible: a request's tokens and log-probabilities are the same, bit for bit, whatever happens around it."""
 
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -19,6 +20,11 @@ SHARED = RNG.integers(1, 96, 70).tolist()  # two whole chunks that some prompts 
 PROMPTS = [[*SHARED[: (0, 70, 40)[i % 3]], *RNG.integers(1, 96, 1 + 11 * i % 60).tolist()] for i in range(14)]
 PROMPTS[5] = PROMPTS[1]
 PROMPTS[9] = SHARED[:64]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Not here: the programs are those that users run."""
 
 
 def request_of(i: int) -> tuple[list[int], SamplingParams, RequestOptions]:
@@ -56,7 +62,8 @@ class Disorder:
 
     def _cut_short(self) -> None:
         """As an interrupt would: everything is computed again."""
-        self.engine._is_changing = True
+        with suppress(KeyboardInterrupt), self.engine._recovery.changing():
+            raise KeyboardInterrupt
         self.engine.recover()
 
 

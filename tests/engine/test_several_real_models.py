@@ -20,6 +20,11 @@ FORMATS = ["bf16", "int8", "int4"]
 NEAR_TIE = 0.3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Not here: the programs are those that users run."""
+
+
 def serve(engine: Engine, rows: list[tuple[str, str, str]]) -> list[Request]:
     """Serves (prompt, KV format, model) rows together."""
     sampling = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2)

@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 from engine_cases import random_model
 from schema_cases import SCHEMAS, validator
-from tiny_model import quick_compilation
 from tokenizers import decoders, models, pre_tokenizers
 
 from fineserve_jax import DeadEndError, Engine, EngineConfig, RequestError, SamplingParams
@@ -45,12 +44,6 @@ def byte_tokenizer(turned: bool = False) -> Tokenizer:
 
 def byte_model(name: str = "bytes", turned: bool = False) -> LoadedModel:
     return dataclasses.replace(random_model(name, vocab_size=260), tokenizer=byte_tokenizer(turned))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +286,6 @@ def test_a_tokenizer_whose_tokens_depend_on_each_other_is_refused(model, engine)
 @pytest.fixture
 def llm(model, monkeypatch) -> LLM:
     monkeypatch.setattr(load_engine, "load_model", lambda source, weights: model)
-    monkeypatch.setattr(load_engine, "use_compilation_cache", lambda: None)
     return LLM("bytes", **SETTINGS)
 
 

@@ -8,6 +8,11 @@ from schema_cases import SCHEMAS, validator
 from fineserve_jax import LLM, SamplingParams
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Not here: the programs are those that users run."""
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

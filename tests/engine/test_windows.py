@@ -35,8 +35,8 @@ def make_engine(model: LoadedModel, formats: Sequence[str], **settings: Any) -> 
 
 
 def expected_logprobs(model: LoadedModel, tokens: list[int]) -> np.ndarray:
-    """f32[tokens, vocab], log-probabilities after each token."""
-    cfg, count = model.config, len(tokens)
+    """f32[tokens, vocab], log-probabilities after each token. Computed with others behind them, for one program."""
+    cfg, count = model.config, 160
     window_of = {layer: group.window or count for group in cfg.layer_groups for layer in group.layers}
     ahead = np.arange(count)[:, None] - np.arange(count)
     scale, exact = cfg.attention_scale, jax.lax.Precision.HIGHEST
@@ -53,8 +53,14 @@ def expected_logprobs(model: LoadedModel, tokens: list[int]) -> np.ndarray:
         return jnp.einsum("hqk,khd->qhd", weights, v, precision=exact)
 
     module = build_model(cfg, model.weights)
-    hidden = module.apply({"params": model.params}, jnp.array(tokens), jnp.arange(count), attend)
-    return np.asarray(jax.nn.log_softmax(module.apply({"params": model.params}, hidden, method="logits")))
+
+    @jax.jit
+    def compute(params, token_ids):
+        hidden = module.apply({"params": params}, token_ids, jnp.arange(count), attend)
+        return jax.nn.log_softmax(module.apply({"params": params}, hidden, method="logits"))
+
+    padded = np.pad(np.array(tokens, np.int32), (0, count - len(tokens)))
+    return np.asarray(compute(model.params, padded))[: len(tokens)]
 
 
 def assert_read_as_expected(model: LoadedModel, request: Request) -> None:
@@ -92,7 +98,9 @@ def test_under_pressure_windowed_layers_are_narrowed_and_swapped():
     model, formats = random_model(sliding_window=40, full_attention_layers=(0,)), ["bf16", "int8"]
     prompts = [np.random.default_rng(i).integers(1, 96, 60 + i).tolist() for i in range(6)]
     long, small = SamplingParams(max_tokens=100, ignore_eos=True), {"kv_memory": "160KB", "preemption": "swap"}
-    expected = serve(make_engine(model, formats), prompts, ["int8"] * 6, long)
+    alone = make_engine(model, formats, **small)
+    expected = [serve(alone, [prompt], ["int8"], long)[0] for prompt in prompts]
+    assert alone.stats().num_preemptions == 0
     narrowing = make_engine(model, formats, **small, min_kv_precision="int8")
     mixed = serve(narrowing, prompts, ["int8", "bf16"] * 3, long)
     assert narrowing.kv.num_narrowed_pages > 0

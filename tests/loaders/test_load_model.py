@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.loaders import convert, load_model
+from fineserve_jax.loaders.checkpoint_params import save_params
 from fineserve_jax.loaders.gguf_file import GGUFFile
 from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_config import hf_config
@@ -119,6 +120,29 @@ def test_a_damaged_converted_directory_is_refused(checkpoint, tmp_path):
         load_model(tmp_path / "out")
     (tmp_path / "out" / "fineserve.json").write_text('{"format_version": 99}')
     with pytest.raises(ModelLoadError, match=r"checkpoint format 99, this version reads 1"):
+        load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda params: params.pop("norm"), r"'norm'.*'scale'.* is missing"),
+        (lambda params: params.update(adapter={"kernel": np.ones(3)}), r"'adapter'.*'kernel'.* is not expected"),
+        (lambda params: params["norm"].update(scale=np.ones(3, np.float32)), r"norm.scale is float32\[3\], float32\["),
+        (
+            lambda params: params["norm"].update(scale=np.ones(64, np.int32)),
+            r"norm.scale is int32\[64\], float32\[64\]",
+        ),
+    ],
+    ids=["one is missing", "one too many", "another shape", "another type"],
+)
+def test_parameters_of_another_model_are_refused(checkpoint, tmp_path, change, error):
+    model = convert(checkpoint("smollm2"), tmp_path / "out", "bf16")
+    params = jax.tree.map(np.asarray, model.params)
+    change(params)
+    shutil.rmtree(tmp_path / "out" / "params")
+    save_params(tmp_path / "out" / "params", params)
+    with pytest.raises(ModelLoadError, match=rf"params cannot be restored: .*{error}.*convert the model again"):
         load_model(tmp_path / "out")
 
 

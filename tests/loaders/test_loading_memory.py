@@ -18,6 +18,7 @@ from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_tokenizer import save_tokenizer
 
 HERE = Path(__file__).parent
+ENV = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
 
 HIDDEN, MLP, HEADS, LAYERS, VOCAB = 1024, 4096, 16, 6, 32768
@@ -108,6 +109,14 @@ def fp8(out, inner):
     }
 
 
+def converted(model, weights):
+    """The directory that `convert` makes of it, in a process of its own."""
+    folder = model.parent / f"{model.name} converted"
+    convert = "import sys; from fineserve_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", convert, "convert", model, folder, "--weights", weights], check=True, env=ENV)
+    return folder
+
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -123,14 +132,24 @@ def case(name, write, weights, value_bytes, *marks):
         case("gguf to int8", lambda folder: write_gguf(folder / "m.gguf"), "int8", 1),
         case("gguf to fp32", lambda folder: write_gguf(folder / "m.gguf"), "fp32", 4, pytest.mark.slow),
         case("float16 to bf16", lambda folder: write_hf(folder / "m", plain, None), "bf16", 2, pytest.mark.slow),
+        case(
+            "int8, converted",
+            lambda folder: converted(write_gguf(folder / "m.gguf"), "int8"),
+            "int8",
+            1,
+            pytest.mark.slow,
+        ),
         case("fp8 to int8", lambda folder: write_hf(folder / "m", fp8, FP8), "int8", 1, pytest.mark.slow),
     ],
 )
 def test_loading_takes_little_more_memory_than_its_result(tmp_path, write, weights, value_bytes):
     """At most 1.2 times the result and a layer more."""
-    small, _ = write_checkpoint(tmp_path / "small", CASES["awq"])
-    command = [sys.executable, HERE / "loading_memory.py", write(tmp_path), weights, with_tokenizer(small)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    path = write(tmp_path)
+    small = with_tokenizer(write_checkpoint(tmp_path / "small", CASES["awq"])[0])
+    if path.name.endswith("converted"):
+        small = converted(small, weights)
+    command = [sys.executable, HERE / "loading_memory.py", path, weights, small]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     most, held = map(int, done.stdout.split())
     assert held >= 0.95 * value_bytes * (LAYERS * LAYER_VALUES + VOCAB * HIDDEN)
