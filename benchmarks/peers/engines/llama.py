@@ -18,7 +18,7 @@ from benchmarks.peers.worker import Serve
 
 VERSIONS_OF = ("llama-cpp-python",)
 BATCH_TOKENS = 2048  # llama.cpp's default
-CACHE_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "bf16": llama_cpp.GGML_TYPE_BF16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
+CACHE_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 
 
 def start(file: str, cache_type: str, max_rows: int, max_tokens: int) -> Serve:
