@@ -53,9 +53,9 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=sys.modules["benchmarks.peers"].__doc__)
     model = "smollm2-135m"
     gguf, described = fetch(model), describe_model(model)
-    limits = {"max_rows": max(arguments.rows), "max_tokens": max(arguments.prompt_tokens) + arguments.new_tokens}
-    if "offline" in arguments.only:
-        limits["max_tokens"] = max(limits["max_tokens"], LONGEST_REAL)
+    # The same whatever part is run, lest what was compiled for one part is compiled again for another.
+    longest = max(LONGEST_REAL, max(arguments.prompt_tokens) + arguments.new_tokens)
+    limits = {"max_rows": max(arguments.rows), "max_tokens": longest}
     sides = our_sides(arguments.ours, model, limits) + peer_sides(arguments.peers, gguf, limits)
     results = Results(processor_name(), shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]))
     if "prepare" in arguments.only:

@@ -283,8 +283,9 @@ class Engine:
         result = self._execute(output)
         advanced = self._outputs.process(output, result)
         seconds = time.perf_counter() - start
-        self._totals.add_step(seconds, output, result)
-        if self._num_compilations == compiled_before:
+        compiled = self._num_compilations > compiled_before
+        self._totals.add_step(seconds, output, result, compiled=compiled)
+        if not compiled:
             self.scheduler.observe(output, seconds)
         if not self.scheduler.has_unfinished:
             self._on_idle()

@@ -65,12 +65,14 @@ class StepResult:
             sampled for them. Each with the stage whose output was the first such, or None without `check_finite`.
         stuck: the requests that may sample nothing by their structured outputs, each with the reason.
         scores: f32, the log-probability of each chunk token's successor, chunk slots in order; None if not asked for.
+        waited_s: how long the host waited for the device.
     """
 
     tokens: list[SampledToken]
     nonfinite: dict[Request, str | None]
     stuck: dict[Request, str]
     scores: np.ndarray | None
+    waited_s: float
 
 
 class ModelRunner:
@@ -214,7 +216,9 @@ class ModelRunner:
         outputs = programs.head(self.params, stream, inputs, sampling, allowed)
         scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
         self.arena.units = programs.commit(self.arena.units, words, inputs)
+        waiting = time.perf_counter()
         (sampled, finite), scored, checked = jax.device_get((outputs, scored, checks))
+        waited_s = time.perf_counter() - waiting
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
         if compilations:
@@ -225,7 +229,7 @@ class ModelRunner:
         stuck = {request: reason for request, reason in stuck.items() if request not in nonfinite}
         if ended := nonfinite.keys() | stuck.keys():
             tokens = [token for token in tokens if token.request not in ended]
-        return StepResult(tokens, nonfinite, stuck, scored)
+        return StepResult(tokens, nonfinite, stuck, scored, waited_s)
 
 
 @functools.cache
