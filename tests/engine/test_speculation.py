@@ -133,9 +133,9 @@ def test_nothing_compiles_after_the_warm_up(drafting):
 @pytest.mark.slow
 def test_tokens_do_not_depend_on_preemption(tiny_model):
     formats, prompts = ["int8", "int4"] * 5, prompts_that_repeat(10)
-    sampling = SamplingParams(max_tokens=100, ignore_eos=True)
-    small = engine_of(tiny_model, num_speculative_tokens=7, kv_memory="280KB", kv_precision="int4")
-    expected = serve(engine_of(tiny_model), prompts, formats, sampling)
+    sampling, served = SamplingParams(max_tokens=100, ignore_eos=True), {"kv_formats": ("int8", "int4")}
+    small = engine_of(tiny_model, num_speculative_tokens=7, kv_memory="280KB", **served)
+    expected = serve(engine_of(tiny_model, **served), prompts, formats, sampling)
     assert texts(serve(small, prompts, formats, sampling)) == texts(expected)
     assert small.stats().num_preemptions > 0, "the memory was meant to be too small"
     assert small.stats().num_accepted_drafts > 0
@@ -143,10 +143,10 @@ def test_tokens_do_not_depend_on_preemption(tiny_model):
 
 @pytest.mark.slow
 def test_layers_with_a_window_see_what_they_would():
-    model = random_model(sliding_window=20, full_attention_layers=(1,))
-    sampling, formats = SAMPLINGS["greedy"], list(FORMATS)
-    drafted = engine_of(model, num_speculative_tokens=7)
-    expected = serve(engine_of(model), prompts_that_repeat(3), formats, sampling)
+    model, served = random_model(sliding_window=20, full_attention_layers=(1,)), {"kv_formats": ("int8", "int4")}
+    sampling, formats = SAMPLINGS["greedy"], ["int8", "int4", "int4"]
+    drafted = engine_of(model, num_speculative_tokens=7, **served)
+    expected = serve(engine_of(model, **served), prompts_that_repeat(3), formats, sampling)
     assert texts(serve(drafted, prompts_that_repeat(3), formats, sampling)) == texts(expected)
     assert drafted.stats().num_accepted_drafts > 0
 
