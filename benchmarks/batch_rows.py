@@ -73,6 +73,7 @@ class InstantEngine:
         self.scheduler, self._batch, self._out_of_order = self, batch, out_of_order
         self._waiting: deque[Answering] = deque()
         self._late: list[Answering] = []
+        self.row_limit: int | None = None
         self._count = self._steps = 0
 
     @property
@@ -108,6 +109,8 @@ class InstantEngine:
     def release(self, request: Answering) -> None: ...
 
     def recover(self) -> None: ...
+
+    def serve_only(self, requests: Sequence[Answering] | None) -> None: ...
 
     def stats(self) -> EngineStats:
         return EngineStats({}, 1, NOTHING, 0, 0, 0, self._count, 0.0, self._steps, 0, 0, None, {})

@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from fineserve_jax.engine.bench import random_prompts
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
@@ -163,6 +165,10 @@ def decode(engine: Engine, prompts: list[list[int]], sampling: list[SamplingPara
 
 def report(arguments: Arguments, speeds: dict[str, list[float]], masks: Masks) -> None:
     medians = {case: statistics.median(runs) for case, runs in speeds.items()}
+    table = Table("rows", "decode tokens/s")
+    for case, value in medians.items():
+        table.add_row(case, f"{value:.1f}")
+    Console().print(table)
     ratios = [json_ / free for free, json_ in zip(speeds["free"], speeds["json"], strict=True)]
     print(
         json.dumps(
@@ -175,8 +181,7 @@ def report(arguments: Arguments, speeds: dict[str, list[float]], masks: Masks) -
                 "steps_with_masks": len(masks.seconds),
                 "steps_that_waited_for_masks": int(masks.late),
                 "device": jax.devices()[0].device_kind,
-            },
-            indent=1,
+            }
         )
     )
 

@@ -9,6 +9,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
+from fineserve_jax.engine.scoring import CompletionScore
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import (
     ConfigError,
@@ -45,6 +46,7 @@ __all__ = [
     "AsyncLLM",
     "ChatOptions",
     "CompletionOutput",
+    "CompletionScore",
     "ConfigError",
     "DeadEndError",
     "Engine",

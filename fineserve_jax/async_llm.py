@@ -109,10 +109,16 @@ class AsyncLLM:
         min_kv_precision: str | None = None,
         *,
         structured_outputs: bool = False,
+        prompt_logprobs: bool = False,
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats can need; see `Engine.warm_up`."""
         return await self._call(
-            lambda: self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
+            lambda: self.engine.warm_up(
+                kv_precisions,
+                min_kv_precision,
+                structured_outputs=structured_outputs,
+                prompt_logprobs=prompt_logprobs,
+            )
         )
 
     async def stats(self) -> EngineStats:

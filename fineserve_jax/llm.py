@@ -9,8 +9,10 @@ from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encod
 from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
 from fineserve_jax.engine.load import load_from
 from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
+from fineserve_jax.engine.scoring import Completion, CompletionScore, completion_score, score_tickets
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import RequestError
@@ -106,6 +108,39 @@ class LLM:
         encode = chat_encoder(chat_options)
         return self._answer(conversation_list(conversations), encode, sampling_params, options, fields, on_step)
 
+    def score(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        completions: Sequence[Completion] | Sequence[Sequence[Completion]],
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[list[CompletionScore]]:
+        """Log-probabilities of completions that are given, each after its prompt.
+
+        What completions of a prompt have in common is computed once (`prefix_cache`), and nothing is sampled.
+
+        >>> ((blue, green),) = llm.score("The sky is", [" blue", " green"])
+        >>> blue.total - green.total
+
+        Args:
+            prompts: as `generate` takes them.
+            completions: texts or token ids: of a single prompt its completions, of several a list of them for each. A
+                text's tokens are those that it has behind its prompt's text.
+            options, fields: as of `generate`, for each prompt.
+
+        Returns:
+            for each prompt, in order, a score for each of its completions. What cannot be computed has an `error`.
+
+        Raises:
+            RequestError: before anything is computed, naming the first prompt and completion that cannot be scored.
+            EngineError: the engine is closed, or cannot go on.
+        """
+        self._loop.check_usable()
+        inbox = Inbox()
+        tickets = score_tickets(self.engine, inbox, prompts, completions, options, fields)
+        self._wait_for([ticket for own in tickets for ticket in own], inbox)
+        return [[completion_score(ticket) for ticket in own] for own in tickets]
+
     def stream(
         self,
         prompt: Prompt | Conversation,
@@ -173,12 +208,53 @@ class LLM:
         min_kv_precision: str | None = None,
         *,
         structured_outputs: bool = False,
+        prompt_logprobs: bool = False,
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
         `Engine.warm_up`."""
         return self._loop.call(
-            lambda: self.engine.warm_up(kv_precisions, min_kv_precision, structured_outputs=structured_outputs)
+            lambda: self.engine.warm_up(
+                kv_precisions,
+                min_kv_precision,
+                structured_outputs=structured_outputs,
+                prompt_logprobs=prompt_logprobs,
+            )
         )
+
+    def update_params(self, source: WeightSource, model: str | None = None, *, abort: bool = False) -> None:
+        """Gives a model new weights of the same shapes between two steps, as reinforcement learning does; nothing is
+        compiled for it, and matrices are encoded in the precision of those it has.
+
+        Requests that are under way are answered before, by the old weights, and those that come meanwhile afterwards,
+        by the new ones. What the prefix cache holds is forgotten. An update that fails changes nothing.
+
+        Args:
+            source: what names a model of the same configuration; tensors by the names of Hugging Face's checkpoints; or
+                a tree of parameters, as `LoadedModel` has it, in the same precision or in floats.
+            model: whose weights; None for the only one there is.
+            abort: end what is under way instead, with the finish reason "abort".
+
+        Raises:
+            ModelLoadError: a source that cannot be found or read, or whose tensors are not the model's.
+            ConfigError: a model of another configuration.
+        """
+        self._loop.call_when_idle(lambda: self.engine.update_params(source, model), abort=abort)
+
+    def sleep(self, *, drop_weights: bool = False, abort: bool = False) -> None:
+        """Gives the memory of keys and values, and of weights on an accelerator, back until `wake_up`.
+
+        Requests that are under way are answered before; those that come meanwhile raise `EngineError`.
+
+        Args:
+            drop_weights: do not keep the weights in host memory, since `update_params` will give others.
+            abort: end what is under way instead, with the finish reason "abort".
+        """
+        self._loop.call_when_idle(lambda: self.engine.sleep(drop_weights=drop_weights), abort=abort)
+
+    def wake_up(self) -> None:
+        """Takes the memory again that `sleep` gave back. Raises `EngineError` if the weights were dropped, and none
+        given since."""
+        self._loop.call(self.engine.wake_up)
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
@@ -224,6 +300,13 @@ class LLM:
         self._loop.check_usable()
         inbox = Inbox(wants_stats=on_step is not None)
         tickets = tickets_of_all(self.engine, inbox, prompts, encode, sampling_params, options, fields)
+        self._wait_for(tickets, inbox, on_step)
+        return [ticket.output() for ticket in tickets]
+
+    def _wait_for(
+        self, tickets: Sequence[Ticket], inbox: Inbox, on_step: Callable[[EngineStats], None] | None = None
+    ) -> None:
+        """Has tickets served, whose receiver is `inbox`."""
         self._loop.abort_with(inbox, tickets)
         try:
             self._loop.submit(tickets)
@@ -232,6 +315,5 @@ class LLM:
                 num_left -= len(inbox.wait())
                 if on_step is not None and (stats := inbox.take_stats()) is not None:
                     on_step(stats)
-            return [ticket.output() for ticket in tickets]
         finally:
             self._loop.abort(tickets)

@@ -9,7 +9,7 @@ READY and RUNNING both hold memory; RUNNING has had at least one step since it w
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fineserve_jax.errors import FineServeError
 from fineserve_jax.request_options import RequestOptions
@@ -44,6 +44,44 @@ class RequestTimes:
     finished_s: float | None = None
 
 
+class TokenScore(NamedTuple):
+    """What a model thinks of a token that is given.
+
+    Attributes:
+        logprob: its log-probability, natural, after the tokens before it.
+        is_greedy: whether it is the one that greedy sampling would have chosen.
+        top: token id -> log-probability of the most likely tokens, as many as were asked for, likeliest first.
+    """
+
+    logprob: float
+    is_greedy: bool
+    top: dict[int, float]
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """Scores of a prompt's tokens, which come as it is computed, chunk by chunk.
+
+    Attributes:
+        first: index of the first token that is scored; at least 1, as nothing is before the first of a prompt.
+        num_top: how many of the most likely tokens are wanted at each.
+        entries: of the tokens from `first` on, as far as they are known, which they stay, whatever happens to the
+            request's pages.
+        hidden: with the entries, what the last layer gave for the token before each, f32[tokens, hidden] of each step;
+            None: it is not kept.
+    """
+
+    first: int
+    num_top: int
+    entries: list[TokenScore] = field(default_factory=list)
+    hidden: list[Any] | None = None
+
+    @property
+    def next(self) -> int:
+        """Index of the first token whose score is not known."""
+        return self.first + len(self.entries)
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence on its way through the engine. `eq=False`: identity is what makes a request itself.
@@ -71,6 +109,7 @@ class Request:
         options: what was asked for: tenant, priority and targets count; the model and the KV formats that this came to
             are those above.
         matcher: how far its output has come in what `structured_outputs` ask for; None: any token may follow.
+        scores: of its prompt's tokens; None: nobody asked for them.
     """
 
     request_id: str
@@ -90,6 +129,7 @@ class Request:
     fork_of: "Request | None" = None
     options: RequestOptions = NO_OPTIONS
     matcher: TokenMatcher | None = None
+    scores: PromptScores | None = None
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0
@@ -125,6 +165,14 @@ class Request:
         return b"long" if self.is_long else b""
 
     @property
+    def num_shareable_tokens(self) -> int:
+        """Leading tokens that may have been computed for others: the next one has to go through the model for this
+        request, since what follows it is sampled, or scored."""
+        if self.scores is None or self.scores.next >= self.num_prompt_tokens:
+            return len(self.token_ids) - 1
+        return self.scores.next - 1
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens still to go through the model before the next one can be sampled; 1 while decoding."""
         return len(self.token_ids) - self.num_computed_tokens
@@ -149,8 +197,19 @@ class ScheduledChunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the step reaches the request's last known token, so that a next one is sampled."""
-        return self.start + self.count == self.request.num_tokens
+        """Whether the step reaches the request's last known token, so that a next one is sampled, if it wants any."""
+        return self.start + self.count == self.request.num_tokens < self.request.max_total_tokens
+
+    @property
+    def scored(self) -> range:
+        """Indices of the prompt tokens whose scores the step gives: those behind the tokens that it computes."""
+        scores = self.request.scores
+        if scores is None:
+            return range(0)
+        stop = min(self.start + self.count + 1, self.request.num_prompt_tokens)
+        first = max(self.start + 1, scores.next)
+        assert first == scores.next or first >= stop, f"token {scores.next} would never be scored"
+        return range(first, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ class RequestOptions(Validated):
         tpot_slo_s: target for each further token, in seconds; None: none.
         drop_when_late: end the request, with the finish reason "late", when its first token cannot be in time any more;
             otherwise it then waits behind those that still can be.
+        deadline_s: end the request, with the finish reason "late" and what it has by then, so many seconds after its
+            arrival; None: however long it takes.
         num_speculative_tokens: most tokens that it may be ahead in a step, see `EngineConfig`, and at most as many as
             the engine has; 0: none, None: as many as the engine has.
     """
@@ -69,6 +71,7 @@ class RequestOptions(Validated):
     ttft_slo_s: Target | None = None
     tpot_slo_s: Target | None = None
     drop_when_late: Switch = False
+    deadline_s: Target | None = None
     num_speculative_tokens: Drafts | None = None
 
     @model_validator(mode="before")
@@ -94,6 +97,7 @@ class OptionKeywords(TypedDict, total=False):
     ttft_slo_s: float | Sequence[float | None] | None
     tpot_slo_s: float | Sequence[float | None] | None
     drop_when_late: bool | Sequence[bool | None] | None
+    deadline_s: float | Sequence[float | None] | None
     num_speculative_tokens: int | Sequence[int | None] | None
 
 

@@ -13,6 +13,7 @@ from fineserve_jax.structured.response_format import structured_outputs_of
 from fineserve_jax.validation import Validated, given_values, token_id
 
 MAX_TOP_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 256
 MAX_SEED = 2**32 - 1
 MAX_BIAS = 1e4
@@ -31,7 +32,7 @@ TokenId = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 NUMBERS = (
     *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "seed", "n"),
+    *("presence_penalty", "frequency_penalty", "seed", "n", "prompt_logprobs"),
 )
 
 
@@ -44,7 +45,8 @@ class SamplingParams(Validated):
     `top_logprobs=k` for `logprobs=k`, and `response_format` for `structured_outputs`.
 
     Attributes:
-        max_tokens: most tokens to generate; None means up to the engine's `max_seq_len`.
+        max_tokens: most tokens to generate; None means up to the engine's `max_seq_len`. 0 generates none, for
+            `prompt_logprobs` alone.
         min_tokens: end-of-sequence and `stop_token_ids` cannot be sampled before this many tokens, and `stop` counts
             only where it ends behind them.
         temperature: 0 is greedy (argmax); otherwise logits are divided by it.
@@ -65,12 +67,15 @@ class SamplingParams(Validated):
         ignore_eos: keep generating past the model's end-of-sequence tokens.
         logprobs: None for none; 0 for the sampled token's log-probability; k for the k most likely tokens' too.
             They are those of the model, before penalties, bias, temperature and what `structured_outputs` excludes.
+        logprob_token_ids: at most 128 tokens whose log-probabilities are given, too, wherever one is sampled.
+        prompt_logprobs: as `logprobs`, of the prompt's tokens, each given those before it. They are computed with the
+            prompt, which for that is not taken from the prefix cache.
         structured_outputs: what the text must be, e.g. JSON of a schema; see `StructuredOutputsParams`.
     """
 
     error_class: ClassVar[type[FineServeError]] = RequestError
 
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     top_k: int = Field(default=0, ge=-1, le=2**31 - 1)
@@ -88,6 +93,8 @@ class SamplingParams(Validated):
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprob_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_LOGPROB_TOKEN_IDS)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     structured_outputs: StructuredOutputsParams | None = None
 
     @model_validator(mode="before")
@@ -143,6 +150,22 @@ class SamplingParams(Validated):
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower min_tokens"
             )
         return self
+
+    @model_validator(mode="after")
+    def _no_tokens_for_scores_alone(self) -> Self:
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise ValueError(
+                "max_tokens=0 generates nothing, which is for prompt_logprobs alone; give max_tokens of at least 1, or "
+                "prompt_logprobs"
+            )
+        if self.max_tokens == 0 and self.n > 1:
+            raise ValueError(f"n={self.n} samples of max_tokens=0 are all empty; use n=1")
+        return self
+
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether something is to be told of each token that is sampled."""
+        return self.logprobs is not None or bool(self.logprob_token_ids)
 
     @property
     def uses_penalties(self) -> bool:

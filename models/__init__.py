@@ -9,7 +9,7 @@ if __name__ == "models":  # imported from the repository's root: a second copy, 
 
 
 from fineserve_jax.models.model_config import LayerGroup, ModelConfig
-from fineserve_jax.models.params import abstract_params, pack_params, random_params
+from fineserve_jax.models.params import Params, abstract_params, pack_params, random_params
 from fineserve_jax.models.registry import build_model, get_family, register_family
 from fineserve_jax.models.rope_scaling import RopeScaling
 from fineserve_jax.models.transformer import Attend, CausalLM, block_of
@@ -21,6 +21,7 @@ __all__ = [
     "CausalLM",
     "LayerGroup",
     "ModelConfig",
+    "Params",
     "RopeScaling",
     "abstract_params",
     "block_of",

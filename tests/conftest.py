@@ -13,6 +13,7 @@ SHAPES_CHECKED = [
     "fineserve_jax.models.weight_formats",
     "fineserve_jax.pallas_kernels.operations",
     "fineserve_jax.runner.sampler",
+    "fineserve_jax.runner.scoring",
 ]
 install_import_hook(SHAPES_CHECKED, "beartype.beartype")
 

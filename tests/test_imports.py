@@ -25,7 +25,7 @@ STOREYS = [
     {"runner"},
     {"engine"},
     {"llm", "async_llm"},
-    {"batch", "sim"},
+    {"batch", "sim", "integrations"},
     {""},
     {"cli"},
 ]
@@ -120,7 +120,9 @@ def test_every_package_that_is_imported_is_declared():
     """Directly, not by way of what another dependency happens to bring."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = [
-        name for extra in ("plot", "files", "remote", "ray") for name in project["optional-dependencies"][extra]
+        name
+        for extra in ("plot", "files", "remote", "ray", "lm-eval")
+        for name in project["optional-dependencies"][extra]
     ]
     declared = {requirement.split(">")[0].split("[")[0].lower() for requirement in project["dependencies"] + optional}
     distributions = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "absl": "absl-py"}

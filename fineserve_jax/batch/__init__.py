@@ -13,6 +13,8 @@ of its own, or a row of a table, with `prompt` (text, or a list of token ids) or
     ttft_slo_s         target for its first token, in seconds after it joined the queue
     tpot_slo_s         target for each further token, in seconds
     drop_when_late     true: no answer when the first token cannot be in time; `finish_reason` is then "late"
+    deadline_s         seconds after which it ends with what it has, and the `finish_reason` "late"
+    echo               true: its text begins with its prompt, of which `logprobs` tell, too
     num_speculative_tokens  tokens that it may be ahead in a step, at most; 0: none
     tools              functions that the model may call, for `messages`; likewise every other field of `ChatOptions`
     ...                every field of `SamplingParams`
@@ -30,7 +32,8 @@ An answer is
 where `kv_tokens` says how many of its tokens were kept in each KV format when it ended, and `timing` how long it took,
 in seconds, as `RequestMetrics` does, with `attempts`, how often it was begun; and, where there are several models,
 `model`; where the row asked for them, `logprobs`: for each output token {"token", "text", "bytes", "logprob"}, with
-"top", a list of such, for the most likely tokens. A row with `n` above 1 has `samples` instead of `text`,
+"top", a list of such, for the most likely tokens, and "asked", for `logprob_token_ids`; and likewise `prompt_logprobs`,
+for each token of the prompt, of which the first has none. A row with `n` above 1 has `samples` instead of `text`,
 `finish_reason` and `logprobs`: a list of objects with those and `output_tokens`. A log-probability of minus
 infinity (a token that the model excludes) is null, as JSON has no infinities. A row that cannot be answered, for
 which the model computes NaN or infinity, whose answer cannot go on as its `structured_outputs` ask, or with which the

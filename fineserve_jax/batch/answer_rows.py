@@ -5,7 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fineserve_jax.batch.openai_answers import AnswerName, openai_answer, openai_error
+from pydantic_core import PydanticSerializationError, to_json
+
+from fineserve_jax.batch.openai_answers import AnswerName, Echo, openai_answer, openai_error
 from fineserve_jax.batch.rows import BadRow, BatchRow
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.loaders import Tokenizer
@@ -33,12 +35,14 @@ class AnswerRows:
         used: dict[str, Any] = {"kv_precision": output.kv_precision, "kv_tokens": output.kv_tokens}
         if self._timing:
             used["timing"] = _timing(output.metrics, attempts)
+        echo = _prompt_text(row, output, tokenizer) if row.echo else ""
         if row.form == "plain":
-            return answer_row(row.id, output, tokenizer, names_model=self._names_model, used=used)
+            return answer_row(row.id, output, tokenizer, names_model=self._names_model, used=used, echo=echo)
         if any(sample.finish_reason == FinishReason.LATE for sample in output.outputs):
             return self.error(BadRow(row.line, row.id, LATE, "late", row.form, row.file))
         entries = [_entries(sample, tokenizer) for sample in output.outputs]
-        return openai_answer(row.form, self._name(row), output, entries, used)
+        of_prompt = _prompt_entries(output, tokenizer)
+        return openai_answer(row.form, self._name(row), output, entries, used, Echo(echo, of_prompt, row.echo))
 
     def error(self, bad: BadRow) -> dict[str, Any]:
         """What is written of a row that cannot be answered."""
@@ -62,30 +66,41 @@ def _timing(metrics: RequestMetrics, attempts: int) -> dict[str, Any]:
 
 
 LATE = (
-    "the first token could not be in time, and the request asked to be dropped then; give a longer ttft_slo_s, or "
-    "leave drop_when_late out"
+    "the answer was not there in time, and the request asked to be ended then; give a longer deadline_s, or a longer "
+    "ttft_slo_s where drop_when_late is set, or leave them out"
 )
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+UNKNOWN = TokenLogprobs(-math.inf, {})
+"""Written of the first token of a prompt."""
 
 
 def as_line(row: dict[str, Any]) -> bytes:
-    """An answer as a line of JSON. It must hold neither NaN nor infinity, which JSON lacks."""
+    """An answer as a line of JSON. It must hold neither NaN nor infinity, which JSON lacks: raises `ValueError`."""
     try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError:  # an id with half a surrogate pair
-        return json.dumps(row, allow_nan=False).encode() + b"\n"
+        line = to_json(row)
+    except PydanticSerializationError:  # an id with half a surrogate pair
+        line = json.dumps(row, allow_nan=False).encode()
+    if b"NaN" in line or b"Infinity" in line:  # as text, or as what raises here
+        line = json.dumps(row, allow_nan=False).encode()
+    return line + b"\n"
 
 
 def answer_row(
-    row_id: Any, output: RequestOutput, tokenizer: Tokenizer, names_model: bool, used: dict[str, Any]
+    row_id: Any,
+    output: RequestOutput,
+    tokenizer: Tokenizer,
+    names_model: bool,
+    used: dict[str, Any],
+    echo: str = "",
 ) -> dict[str, Any]:
-    """The answer to a plain row. `used`: what is told of how it was made."""
-    samples = [_sample(sample, tokenizer) for sample in output.outputs]
+    """The answer to a plain row. `used`: what is told of how it was made; `echo`: what its texts begin with."""
+    samples = [_sample(sample, tokenizer, echo) for sample in output.outputs]
+    of_prompt = _prompt_entries(output, tokenizer)
     return {
         "id": row_id,
         **(samples[0] if len(samples) == 1 else {"samples": samples}),
+        **({} if of_prompt is None else {"prompt_logprobs": of_prompt}),
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": sum(len(sample.token_ids) for sample in output.outputs),
         **({"model": output.model} if names_model else {}),
@@ -93,15 +108,29 @@ def answer_row(
     }
 
 
-def _sample(sample: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+def _sample(sample: CompletionOutput, tokenizer: Tokenizer, echo: str) -> dict[str, Any]:
     written: dict[str, Any] = {
-        "text": sample.text,
+        "text": echo + sample.text,
         "finish_reason": sample.finish_reason,
         "output_tokens": len(sample.token_ids),
     }
     if (entries := _entries(sample, tokenizer)) is not None:
         written["logprobs"] = entries
     return written
+
+
+def _prompt_text(row: BatchRow, output: RequestOutput, tokenizer: Tokenizer) -> str:
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+
+def _prompt_entries(output: RequestOutput, tokenizer: Tokenizer) -> list[dict[str, Any]] | None:
+    """As `_entries`, of the prompt's tokens as far as it was computed; the log-probability of the first is null."""
+    if output.prompt_logprobs is None:
+        return None
+    tokens = zip(output.prompt_token_ids, output.prompt_logprobs, strict=False)
+    return [_logprobs(tokenizer, token, entry or UNKNOWN) for token, entry in tokens]
 
 
 def _entries(sample: CompletionOutput, tokenizer: Tokenizer) -> list[dict[str, Any]] | None:
@@ -120,5 +149,7 @@ def _logprobs(tokenizer: Tokenizer, token: int, entry: TokenLogprobs) -> dict[st
             "logprob": logprob if math.isfinite(logprob) else None,
         }
 
-    top = [named(other, logprob) for other, logprob in entry.top.items()]
-    return named(token, entry.logprob) | ({"top": top} if top else {})
+    lists = {"top": entry.top, "asked": entry.asked}
+    return named(token, entry.logprob) | {
+        name: [named(other, logprob) for other, logprob in table.items()] for name, table in lists.items() if table
+    }

@@ -70,7 +70,7 @@ class BatchCheck:
             return f"id {shown(row.id)} is that of another row; give every row an id of its own", "duplicate_id"
         try:
             served = self._checker.served(row.options.model)
-            request = self._requests.request(row, served.tokenizer, served.max_seq_len - 1)
+            request = self._requests.request(row, served.tokenizer, served.max_seq_len)
             self._checker.check(*request)
         except RequestError as error:
             return str(error), "invalid_request"

@@ -11,9 +11,12 @@ from fineserve_jax.sampling_params import SamplingParams
 
 ANSWERS_DEPEND_ON = (
     *("weights", "kv_precision", "min_kv_precision", "kv_formats", "max_seq_len", "page_size", "prefix_cache", "seed"),
-    "narrow_keep_pages",
+    *("narrow_keep_pages", "reproducible"),
 )
 """Fields of `EngineConfig` that change answers. The others change how fast rows are answered, not with what."""
+
+BITS_DEPEND_ON = ("max_batch_size", "max_chunk_tokens")
+"""Fields that are the size of a step where answers are to be reproducible, and so change the last bit of sums."""
 
 Identity = dict[str, Any]
 
@@ -23,15 +26,19 @@ def job_identity(
     config: EngineConfig,
     sampling: Mapping[str, Any],
     fingerprints: Sequence[Mapping[str, Any]],
+    *,
     ordered: bool,
+    timing: bool,
 ) -> Identity:
     """What a job is, as JSON. `fingerprints`: see `Inputs.survey`."""
     models = model if isinstance(model, Mapping) else {"": model}
+    settings = (*ANSWERS_DEPEND_ON, *(BITS_DEPEND_ON if config.reproducible else ()))
     return {
         "models": {name: _source(source) for name, source in models.items()},
-        "engine": {name: config.model_dump(mode="json")[name] for name in ANSWERS_DEPEND_ON},
+        "engine": {name: config.model_dump(mode="json")[name] for name in settings},
         "sampling": SamplingParams(**sampling).model_dump(mode="json"),
         "ordered": ordered,
+        "timing": timing,
         "inputs": [dict(fingerprint) for fingerprint in fingerprints],
     }
 
@@ -39,12 +46,11 @@ def job_identity(
 def what_changed(before: Identity, now: Identity) -> list[str]:
     """How the options of a job differ from those of before, in words; nothing about its inputs."""
     changes = []
-    for part, called in (("engine", ""), ("sampling", "")):
-        names = before[part].keys() | now[part].keys()
-        for name in sorted(names):
-            was, is_now = before[part].get(name), now[part].get(name)
+    for part in ("engine", "sampling"):
+        for name in sorted(before[part].keys() & now[part].keys()):
+            was, is_now = before[part][name], now[part][name]
             if was != is_now:
-                changes.append(f"{called}{name} was {was!r} and is {is_now!r}")
+                changes.append(f"{name} was {was!r} and is {is_now!r}")
     for name in sorted(before["models"].keys() | now["models"].keys()):
         was, is_now = before["models"].get(name), now["models"].get(name)
         if was != is_now:
@@ -52,6 +58,8 @@ def what_changed(before: Identity, now: Identity) -> list[str]:
             changes.append(f"{which} was {_told(was)} and is {_told(is_now, was)}")
     if before["ordered"] != now["ordered"]:
         changes.append("it was begun with --ordered" if before["ordered"] else "it was begun without --ordered")
+    if before["timing"] != now["timing"]:
+        changes.append("it was begun without --no-timing" if before["timing"] else "it was begun with --no-timing")
     return changes
 
 

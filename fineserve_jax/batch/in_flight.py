@@ -3,10 +3,9 @@
 import json
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fineserve_jax.batch.journal import Journal
-from fineserve_jax.batch.requests import RowRequest
 from fineserve_jax.batch.rows import BatchRow
 from fineserve_jax.engine.resuming import SampleSoFar
 from fineserve_jax.request import FinishReason, Request, RequestStatus
@@ -20,46 +19,26 @@ class RowInFlight:
     """A row that was read and is not answered.
 
     Attributes:
-        row, request: what it is, and what it asks.
-        so_far: what its samples had when they were put into the engine the last time.
-        samples: in the engine; empty while it waits outside.
+        row: what it is.
+        samples: in the engine.
         saved: output tokens of each sample that the journal has.
-        attempts: how often it was put into the engine in this run.
-        faults: how often the engine failed with it alone.
+        attempts: how often it was begun in this run: once, and again after each step that failed as it was computed.
     """
 
     row: BatchRow
-    request: RowRequest
-    so_far: list[SampleSoFar] = field(default_factory=list)
-    samples: list[Request] = field(default_factory=list)
-    saved: list[int] = field(default_factory=list)
-    attempts: int = 0
-    faults: int = 0
+    samples: list[Request]
+    saved: list[int]
+    attempts: int = 1
 
     @property
     def is_complete(self) -> bool:
         return all(sample.status is RequestStatus.FINISHED for sample in self.samples)
 
-    @property
-    def has_advanced(self) -> bool:
-        """Whether each sample has got a token since it was put into the engine, or has ended."""
-        had = [len(part.token_ids) for part in self.so_far] + [0] * len(self.samples)
-        return all(
-            sample.status is RequestStatus.FINISHED or sample.num_output_tokens > before
-            for sample, before in zip(self.samples, had, strict=False)
-        )
 
-    def leave(self) -> list[Request]:
-        """Notes what its samples have, and gives them up; returns them."""
-        samples, self.samples = self.samples, []
-        self.so_far = [_so_far(sample) for sample in samples]
-        return samples
-
-
-def _so_far(sample: Request) -> SampleSoFar:
-    if sample.finish_reason in NOT_RESUMED:
-        return SampleSoFar([])
-    return SampleSoFar(sample.output_token_ids, list(sample.logprobs), sample.kv_tokens)
+def _goes_on(sample: Request) -> bool:
+    """Whether a sample that is interrupted goes on with its tokens. One whose prompt is scored begins anew: the scores
+    come of computing it."""
+    return sample.finish_reason not in NOT_RESUMED and sample.scores is None
 
 
 def save_tokens(journal: Journal, rows: Iterable[RowInFlight]) -> None:
@@ -67,12 +46,14 @@ def save_tokens(journal: Journal, rows: Iterable[RowInFlight]) -> None:
     for pending in rows:
         for number, sample in enumerate(pending.samples):
             start, end = pending.saved[number], sample.num_output_tokens
-            asked = sample.sampling.logprobs is not None
-            if end == start or sample.finish_reason in NOT_RESUMED:
+            asked = sample.sampling.gives_logprobs
+            if end == start or not _goes_on(sample):
                 continue
             first = sample.num_prompt_tokens
             tokens = array("i", sample.token_ids[first + start : first + end]).tobytes()
-            logprobs = json.dumps([[e.logprob, list(e.top.items())] for e in sample.logprobs[start:end]])
+            logprobs = json.dumps(
+                [[e.logprob, list(e.top.items()), list(e.asked.items())] for e in sample.logprobs[start:end]]
+            )
             ended = sample.status is RequestStatus.FINISHED
             kv_tokens = json.dumps(sample.kv_tokens) if ended else None
             journal.save_tokens(pending.row.seq, number, start, tokens, logprobs if asked else None, kv_tokens)
@@ -92,7 +73,7 @@ def saved_tokens(journal: Journal, seq: int) -> list[SampleSoFar]:
             raise ValueError(f"tokens of sample {sample} of row {seq} are missing in the journal before {start}")
         so_far.extend(array("i", piece))
         if entries is not None:
-            known = [TokenLogprobs(value, dict(tops)) for value, tops in json.loads(entries)]
+            known = [TokenLogprobs(value, *map(dict, tables)) for value, *tables in json.loads(entries)]
             logprobs.setdefault(sample, []).extend(known)
         if kept is not None:
             kv_tokens[sample] = json.loads(kept)

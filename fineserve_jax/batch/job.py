@@ -2,31 +2,35 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fineserve_jax.batch.answer_rows import AnswerRows, as_line
+from fineserve_jax.batch.common_tokens import CommonTokens
 from fineserve_jax.batch.delivery import Delivery
 from fineserve_jax.batch.in_flight import RowInFlight, save_tokens, saved_tokens
 from fineserve_jax.batch.intake import Intake, bad_row
 from fineserve_jax.batch.interruption import Interruption
-from fineserve_jax.batch.isolation import Isolation
 from fineserve_jax.batch.observers import JobObserver, Observers, RowOutcome
-from fineserve_jax.batch.requests import RowRequests
+from fineserve_jax.batch.planning import RowPlan
+from fineserve_jax.batch.requests import RowRequest, RowRequests
 from fineserve_jax.batch.rows import BadRow, BatchRow, unforeseen
 from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.outputs import RequestOutput
-from fineserve_jax.errors import DeadEndError, FineServeError, NonFiniteError, RequestError
-from fineserve_jax.request import FinishReason, Request
+from fineserve_jax.engine.supervisor import Supervisor
+from fineserve_jax.errors import DeadEndError, EngineError, FineServeError, NonFiniteError, RequestError
+from fineserve_jax.request import FinishReason, Request, RequestStatus
 from fineserve_jax.validation import shortened
 
 log = logging.getLogger(__name__)
 
 # Waiting requests per row of a batch: enough for admission to choose from, few enough for a file of any length.
 WAITING_PER_ROW = 4
-SAVE_TOKENS_EVERY_S = 2.0
+PLANNED_PER_ROW = 16
+"""Rows per row of a batch that are looked at for those that begin alike."""
+MAX_ACCUSED = 3
+"""Rows in turn with which the engine fails while it succeeds with none, until it is the engine that is to blame."""
 ERROR_CODES = {NonFiniteError: "not_finite", DeadEndError: "dead_end"}
 
 
@@ -61,12 +65,14 @@ class BatchJob:
         self._requests = RowRequests(sampling, engine.config.seed)
         self._interruption = Interruption() if interruption is None else interruption
         self._answer_rows = answer_rows or AnswerRows(names_model=len(engine.models) > 1)
-        self._isolation = Isolation[RowInFlight](max_retries)
-        self._outside: deque[RowInFlight] = deque()  # taken out of the engine, to go on later
+        self._supervisor, self._max_retries = Supervisor(engine, max_retries), max_retries
+        self._accused: list[tuple[RowInFlight, str]] = []  # rows that the engine fails with, and what it says of them
         self._pending: dict[Request, RowInFlight] = {}
         self._stats = engine.stats()  # after the last step
         self._intake = Intake(delivery, self._answer_rows, self.summary, self.observers)
-        self._saved_s = time.monotonic()
+        self._shares = engine.config.prefix_cache != "off"
+        self._plan = RowPlan(PLANNED_PER_ROW * engine.config.max_batch_size if self._shares else 1)
+        self._common_tokens = CommonTokens(engine.config.page_size)
 
     def run(self, rows: Iterable[BatchRow | BadRow]) -> BatchSummary:
         """Answers all rows. A signal ends it early: `summary.interrupted`, with all complete rows written, and what
@@ -97,19 +103,18 @@ class BatchJob:
             if self._pending:
                 self._step()
                 self._save()
-            elif self._isolation.testing:
-                self._isolation.passed()
-            elif not self._outside and not self._interruption:
+            elif not self._interruption:
                 self._convict()
                 return True
         return False
 
     def _save(self, now: bool = False) -> None:
-        """Commits what was answered, and now and then the tokens of what is half done."""
-        if now or time.monotonic() - self._saved_s >= SAVE_TOKENS_EVERY_S:
-            save_tokens(self.delivery.journal, self._rows_in_engine())
-            self._saved_s = time.monotonic()
-        self.delivery.save(now)
+        """Commits what was answered, and the tokens of what is half done, if that is due, or in any case."""
+        journal = self.delivery.journal
+        if now or journal.is_due:
+            with journal.counted():
+                save_tokens(journal, self._rows_in_engine())
+            self.delivery.save(now)
 
     def _stop(self) -> None:
         """Keeps what there is, and leaves the engine idle. What fails here must not hide why the job ends."""
@@ -131,37 +136,27 @@ class BatchJob:
     # -- rows in ---------------------------------------------------------------------------------------------------
 
     def _supply(self, rows: Iterator[BatchRow | BadRow]) -> None:
-        """Fills the engine's queue: with a group under suspicion by itself, or with all that may be served."""
-        if self._isolation.testing:
-            return
-        if group := self._isolation.next_group():
-            for pending in group:
-                self._enter(pending)
+        """Fills the engine's queue, unless rows under suspicion are served by themselves."""
+        if self._supervisor.isolates:
             return
         limit = WAITING_PER_ROW * self.engine.config.max_batch_size
-        while self.engine.scheduler.num_waiting < limit and self._may_enter() and not self._interruption:
-            if self._outside:
-                self._enter(self._outside.popleft())
-                continue
-            row = next(rows, None)
-            if row is None:
-                return
-            if isinstance(row, BadRow):
-                self._intake.fail(row)
-            elif self._intake.admits(row):
+        while self.engine.scheduler.num_waiting < limit and not self._interruption:
+            if self._plan.has_room and (read := next(rows, None)) is not None:
+                if isinstance(read, BadRow):
+                    self._intake.fail(read)
+                elif self._intake.admits(read):
+                    self._plan.add(read)
+            elif (row := self._plan.pop()) is not None:
                 self._admit(row)
-            if self.delivery.journal.is_due:
-                self._save()
-
-    def _may_enter(self) -> bool:
-        limit = self._isolation.row_limit
-        return limit is None or len(self._rows_in_engine()) < limit
+            else:
+                return
+            self._save()
 
     def _admit(self, row: BatchRow) -> None:
         try:
             served = self.engine.served(row.options.model)
-            request = self._requests.request(row, served.tokenizer, served.max_seq_len - 1)
-            self._enter(RowInFlight(row, request, saved_tokens(self.delivery.journal, row.seq)))
+            request = self._requests.request(row, served.tokenizer, served.max_seq_len)
+            self._enter(row, request)
         except RequestError as error:
             self._intake.fail(bad_row(row, str(error)))
         except (KeyboardInterrupt, SystemExit):
@@ -169,17 +164,17 @@ class BatchJob:
         except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
             self._intake.fail(bad_row(row, unforeseen(error), "internal_error"))
 
-    def _enter(self, pending: RowInFlight) -> None:
+    def _enter(self, row: BatchRow, request: RowRequest) -> None:
         """Puts a row into the engine, with the tokens it has. Raises `RequestError` if that does not serve it."""
-        prepared = self.engine.prepare(*pending.request)
-        pending.samples = self.engine.queue(prepared, pending.so_far)
-        pending.attempts += 1
-        if not pending.saved:
-            had = [len(part.token_ids) for part in pending.so_far]
-            pending.saved = had + [0] * (len(pending.samples) - len(had))
+        so_far = saved_tokens(self.delivery.journal, row.seq)
+        samples = self.engine.queue(self.engine.prepare(*request), so_far)
+        if self._shares:
+            self.summary.common_tokens += self._common_tokens.note(samples[0])
+        had = [len(part.token_ids) for part in so_far]
+        pending = RowInFlight(row, samples, had + [0] * (len(samples) - len(had)))
         for sample in pending.samples:
             self._pending[sample] = pending
-        if pending.is_complete:  # it had come to its end, and its answer was not written
+        if so_far and pending.is_complete:  # it had come to its end, and its answer was not written
             self._finish(pending)
 
     def _rows_in_engine(self) -> list[RowInFlight]:
@@ -188,73 +183,86 @@ class BatchJob:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        start, fault, advanced = time.perf_counter(), "", list[Request]()
+        start = time.perf_counter()
         try:
             advanced = self.engine.step()
         except Exception as error:
-            fault = f"{type(error).__name__}: {shortened(str(error))}"
-            log.warning("the engine has failed", exc_info=error)
-        if fault:  # here nothing of the error holds on to the arena any more
-            self._recover(fault)
+            self._go_on_after(error)
             return
         seconds, before, after = time.perf_counter() - start, self._stats, self.engine.stats()
         self._stats = after
         self.summary.note_step(before, after, seconds)
+        self._supervisor.note_progress(advanced)
         self._finish_complete(advanced)
-        if not self._isolation.testing:
-            self._convict()
-        elif all(row.has_advanced for row in self._rows_in_engine()):
-            self._isolation.passed()
-            self._outside.extend(self._take_out_all())
-            self._convict()
+        self._convict()
         self.observers.step(self.summary, after)
 
     def _finish_complete(self, requests: Iterable[Request]) -> None:
         """Writes those of the requests' rows all of whose samples are complete."""
         for request in requests:
+            if request.status is not RequestStatus.FINISHED:
+                continue
             pending = self._pending.get(request)  # none if a sample of the same row came before
             if pending is not None and pending.is_complete:
                 self._finish(pending)
 
     # -- faults of the engine --------------------------------------------------------------------------------------
 
-    def _recover(self, fault: str) -> None:
-        """Goes on after a step that failed, and finds out which row it failed with."""
+    def _go_on_after(self, error: Exception) -> None:
+        """Goes on after a step that failed, without the rows that it is found to fail with."""
+        fault = f"{type(error).__name__}: {shortened(str(error))}"
         try:
-            self.engine.recover()
-        except Exception as error:
+            self._supervisor.go_on_after(error)
+        except Exception as fatal:
             raise FineServeError(
-                f"the engine has failed: {fault}; it cannot go on: {error}; what is written is sound, so mend the "
+                f"the engine has failed: {fault}; it cannot go on: {fatal}; what is written is sound, so mend the "
                 "cause and run the same command with --resume"
-            ) from error
-        rows, computed = self._rows_in_engine(), set(self.engine.computing)
-        running = [row for row in rows if not computed.isdisjoint(row.samples)] or rows
-        save_tokens(self.delivery.journal, rows)
-        self._take_out_all()
+            ) from fatal
+        known = [self._pending[one] for one in self.engine.computing if one in self._pending]
+        computed = list(dict.fromkeys(known)) or self._rows_in_engine()
+        for pending in computed:
+            pending.attempts += 1
         self.summary.faults += 1
-        self.observers.note(f"the engine has failed with {len(running)} rows: {fault}; they are tried again")
-        self._isolation.fault(running, fault)
-        self._outside.extendleft(row for row in reversed(rows) if row not in running)
+        self.observers.note(f"the engine has failed with {len(computed)} rows: {fault}; they are tried again")
         self._stats = self.engine.stats()
+        for request in list(self._pending):
+            if isinstance(request.error, EngineError) and request in self._pending:
+                self._accuse(self._pending[request], fault)
+        self._finish_complete(list(self._pending))
 
-    def _take_out_all(self) -> list[RowInFlight]:
-        """Takes all rows out of the engine, with the tokens they have."""
-        rows = self._rows_in_engine()
-        for row in rows:
-            samples = row.leave()
-            for sample in samples:
-                self.engine.abort(sample)
-                self.engine.release(sample)
-        self._pending.clear()
-        return rows
+    def _accuse(self, pending: RowInFlight, fault: str) -> None:
+        """The engine fails with a row by itself: it is to blame if the engine succeeds with another one.
+
+        Raises:
+            FineServeError: it fails whatever it serves.
+        """
+        self._take_out(pending)
+        self._accused.append((pending, fault))
+        if len(self._accused) == MAX_ACCUSED:
+            raise FineServeError(
+                f"the engine fails with every row that it is given: {fault}; what is written is sound, so mend the "
+                "cause and run the same command with --resume"
+            )
 
     def _convict(self) -> None:
         """Reports the rows that are to blame for faults."""
-        for pending, error in self._isolation.convicted():
-            attempts = f"in each of {pending.faults} attempts by itself"
-            self._intake.fail(
-                bad_row(pending.row, f"the engine fails with this row, {attempts}: {error}", "engine_fault")
-            )
+        accused, self._accused = self._accused, []
+        for pending, fault in accused:
+            error = f"the engine fails with this row, in each of {self._max_retries + 1} attempts by itself: {fault}"
+            self._intake.fail(bad_row(pending.row, error, "engine_fault"))
+
+    def _take_out(self, pending: RowInFlight) -> None:
+        """Takes a row out of the engine."""
+        for sample in pending.samples:
+            del self._pending[sample]
+            self.engine.abort(sample)
+            self.engine.release(sample)
+        self._supervisor.note_progress(pending.samples)
+
+    def _take_out_all(self) -> None:
+        for pending in self._rows_in_engine():
+            self._take_out(pending)
+        self._supervisor.reset()
 
     # -- answers out -----------------------------------------------------------------------------------------------
 

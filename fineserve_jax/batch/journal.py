@@ -6,10 +6,10 @@
     held      answers that wait for those of earlier rows, with `--ordered`
     partial   tokens of rows that are half done
 
-Every change belongs to a transaction that is committed a few times a second. A row enters `rows` after its answer was
-written, so what a crash leaves behind the last row's end is no answer that the journal knows, and is cut off. The
-database survives every end of its process, and with `synchronous=NORMAL` and a write-ahead log also a loss of power,
-which can cost its last transactions but not the order of them.
+Every change belongs to a transaction that is committed up to ten times a second, see `Journal.counted`. A row enters
+`rows` after its answer was written, so what a crash leaves behind the last row's end is no answer that the journal
+knows, and is cut off. The database survives every end of its process, and with `synchronous=NORMAL` and a write-ahead
+log also a loss of power, which can cost its last transactions but not the order of them.
 """
 
 import contextlib
@@ -24,8 +24,9 @@ from fineserve_jax.batch.row_ids import IdKey
 from fineserve_jax.errors import ConfigError, FineServeError
 
 SUFFIX = ".journal"
-VERSION = 1
-COMMIT_EVERY_S = 0.25
+VERSION = 2
+MIN_INTERVAL_S, MAX_INTERVAL_S, COST_SHARE = 0.1, 2.0, 0.01
+"""From one commit to the next: such that commits take no more than that share of the thread's time, in these bounds."""
 CACHE_KIB = 16 << 10
 CHUNK = 4096
 ADOPTED = -1
@@ -79,7 +80,7 @@ class Journal:
             raise ConfigError(
                 f"the journal {path} cannot be used: {error}; remove it, and --resume goes by the ids in the output"
             ) from None
-        self._committed_s = clock()
+        self._due_s, self._cost_s = clock() + MIN_INTERVAL_S, 0.0
         self._written: list[WrittenRow] = []
         self._finished: list[tuple[int]] = []
         self.num_held = self._one("SELECT count(*) FROM held")
@@ -198,7 +199,16 @@ class Journal:
     @property
     def is_due(self) -> bool:
         """Whether a commit is due."""
-        return self._clock() - self._committed_s >= COMMIT_EVERY_S
+        return self._clock() >= self._due_s
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts what is done inside to the cost of the next commit, by which is decided when another one is due."""
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            self._cost_s += time.thread_time() - start
 
     def commit(self) -> None:
         """Everything so far survives the end of the process.
@@ -207,14 +217,15 @@ class Journal:
             FineServeError: the disk is full, or fails.
         """
         self._check()
-        with self.explained():
+        with self.counted(), self.explained():
             self._db.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", self._written)
             self._db.executemany("DELETE FROM partial WHERE seq = ?", self._finished)
             self._db.execute("COMMIT")
             self._db.execute("BEGIN IMMEDIATE")
         self._written.clear()
         self._finished.clear()
-        self._committed_s = self._clock()
+        self._due_s = self._clock() + min(max(self._cost_s / COST_SHARE, MIN_INTERVAL_S), MAX_INTERVAL_S)
+        self._cost_s = 0.0
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

@@ -38,8 +38,22 @@ class AnswerName(NamedTuple):
         return hashlib.blake2b(repr(tuple(self)).encode(errors="replace"), digest_size=12).hexdigest()
 
 
+class Echo(NamedTuple):
+    """What is told of a prompt.
+
+    Attributes:
+        text: its text.
+        entries: log-probabilities of its tokens, where the first has none; None: none were asked for.
+        is_wanted: whether answers begin with it.
+    """
+
+    text: str
+    entries: Entries
+    is_wanted: bool
+
+
 def openai_answer(
-    form: Form, name: AnswerName, output: RequestOutput, entries: Sequence[Entries], used: dict[str, Any]
+    form: Form, name: AnswerName, output: RequestOutput, entries: Sequence[Entries], used: dict[str, Any], echo: Echo
 ) -> dict[str, Any]:
     """The answer to a request.
 
@@ -47,9 +61,9 @@ def openai_answer(
         form: of its endpoint.
         entries: log-probabilities of each sample.
         used: further fields of the body.
+        echo: the prompt. Without its being wanted, log-probabilities of its tokens are a field of the body.
     """
     token, chat = name.token(), form == "chat"
-    choice = _chat_choice if chat else _text_choice
     samples = zip(output.outputs, entries, strict=True)
     prompt, completion = len(output.prompt_token_ids), sum(len(sample.token_ids) for sample in output.outputs)
     body = {
@@ -57,11 +71,15 @@ def openai_answer(
         "object": "chat.completion" if chat else "text_completion",
         "created": name.created,
         "model": output.model,
-        "choices": [choice(sample, logprobs) for sample, logprobs in samples],
+        "choices": [
+            _chat_choice(sample, logprobs) if chat else _text_choice(sample, logprobs, echo)
+            for sample, logprobs in samples
+        ],
         "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
+        **({} if echo.is_wanted or echo.entries is None else {"prompt_logprobs": echo.entries}),
         **used,
     }
-    return _line(name, 200, body, None)
+    return _line(name, token, 200, body, None)
 
 
 def openai_error(name: AnswerName, message: str, code: str, place: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +87,12 @@ def openai_error(name: AnswerName, message: str, code: str, place: dict[str, Any
     status = STATUS.get(code, 400)
     kind = "server_error" if status == 500 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return _line(name, status, body, {"code": code, "message": message, **place})
+    return _line(name, name.token(), status, body, {"code": code, "message": message, **place})
 
 
-def _line(name: AnswerName, status: int, body: dict[str, Any], error: dict[str, Any] | None) -> dict[str, Any]:
-    token = name.token()
+def _line(
+    name: AnswerName, token: str, status: int, body: dict[str, Any], error: dict[str, Any] | None
+) -> dict[str, Any]:
     response = {"status_code": status, "request_id": f"req_{token}", "body": body}
     return {"id": f"batch_req_{token}", "custom_id": name.custom_id, "response": response, "error": error}
 
@@ -90,7 +109,9 @@ def _chat_choice(sample: CompletionOutput, entries: Entries) -> dict[str, Any]:
 
 
 def _chat_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    return _token(entry) | {"top_logprobs": [_token(other) for other in entry.get("top", ())]}
+    asked = [_token(other) for other in entry.get("asked", ())]
+    top = [_token(other) for other in entry.get("top", ())]
+    return _token(entry) | {"top_logprobs": top} | ({"asked_logprobs": asked} if asked else {})
 
 
 def _token(entry: dict[str, Any]) -> dict[str, Any]:
@@ -101,23 +122,40 @@ def _logprob(entry: dict[str, Any]) -> float:
     return MIN_LOGPROB if entry["logprob"] is None else entry["logprob"]
 
 
-def _text_choice(sample: CompletionOutput, entries: Entries) -> dict[str, Any]:
+def _text_choice(sample: CompletionOutput, entries: Entries, echo: Echo) -> dict[str, Any]:
     return {
         "index": sample.index,
-        "text": sample.text,
-        "logprobs": None if entries is None else _text_logprobs(entries),
+        "text": echo.text + sample.text,
+        "logprobs": _text_logprobs(entries, echo),
         "finish_reason": sample.finish_reason,
     }
 
 
-def _text_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    texts = [entry["text"] for entry in entries]
-    starts = [0]
-    for text in texts:
-        starts.append(starts[-1] + len(text))
-    return {
-        "tokens": texts,
-        "token_logprobs": [_logprob(entry) for entry in entries],
-        "top_logprobs": [{other["text"]: _logprob(other) for other in entry.get("top", ())} for entry in entries],
-        "text_offset": starts[:-1],
+def _text_logprobs(entries: Entries, echo: Echo) -> dict[str, Any] | None:
+    """Of the tokens of the answer, and before them of the prompt where it is echoed; None: none were asked for."""
+    of_prompt = (echo.entries or []) if echo.is_wanted else []
+    if entries is None and not of_prompt:
+        return None
+    # A token that was put before the prompt's text has no place in it.
+    shift = max(0, sum(len(entry["text"]) for entry in of_prompt) - len(echo.text)) if of_prompt else 0
+    every = [*of_prompt, *(entries or [])]
+    starts = [-shift]
+    for entry in every:
+        starts.append(starts[-1] + len(entry["text"]))
+    logprobs: list[float | None] = [_logprob(entry) for entry in every]
+    tops: list[dict[str, float] | None] = [_by_text(entry, "top") for entry in every]
+    if of_prompt:
+        logprobs[0] = tops[0] = None
+    written = {
+        "tokens": [entry["text"] for entry in every],
+        "token_logprobs": logprobs,
+        "top_logprobs": tops,
+        "text_offset": [max(0, start) for start in starts[:-1]],
     }
+    if any("asked" in entry for entry in every):
+        written["asked_logprobs"] = [_by_text(entry, "asked") for entry in every]
+    return written
+
+
+def _by_text(entry: dict[str, Any], name: str) -> dict[str, float]:
+    return {other["text"]: _logprob(other) for other in entry.get(name, ())}

@@ -44,7 +44,6 @@ NEUTRAL: dict[str, tuple[Takes, str]] = {
     "stream_options": (_only(), "a batch writes whole answers; leave it out"),
     "modalities": (_only(["text"]), "the models write text only"),
     "parallel_tool_calls": (_only(True), "what the model calls is not constrained; leave it out"),
-    "echo": (_only(False), "answers hold what the model adds; leave it out"),
     "suffix": (_only(""), "the models continue a text and do not fill gaps; leave it out"),
     **dict.fromkeys(("functions", "function_call"), (_only(), "give tools")),
 }
@@ -70,8 +69,9 @@ def request_of(content: Mapping[str, Any]) -> tuple[Form, dict[str, Any]]:
     if not isinstance(body, dict):
         raise RowError(f"body is a JSON {json_kind(body)}; give an object with the fields of {content['url']}")
     fields = {name: value for name, value in body.items() if value is not None}
-    for name, (takes, remedy) in NEUTRAL.items():
-        if name in fields and not takes(value := fields.pop(name)):
+    for name in [name for name in fields if name in NEUTRAL]:
+        takes, remedy = NEUTRAL[name]
+        if not takes(value := fields.pop(name)):
             raise RowError(f"{name}={shown(value)} is not served: {remedy}", "unsupported_parameter")
     return form, _chat(fields) if form == "chat" else _completion(fields)
 
@@ -79,6 +79,8 @@ def request_of(content: Mapping[str, Any]) -> tuple[Form, dict[str, Any]]:
 def _chat(fields: dict[str, Any]) -> dict[str, Any]:
     if "prompt" in fields:
         raise RowError("prompt is for /v1/completions; give messages")
+    if fields.pop("echo", False) is not False:
+        raise RowError("echo is for /v1/completions; leave it out", "unsupported_parameter")
     choice = fields.pop("tool_choice", "auto")
     if choice == "none":
         fields.pop("tools", None)

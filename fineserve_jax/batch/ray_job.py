@@ -169,7 +169,8 @@ class RayJob:
             JobPredictor,
             fn_constructor_kwargs=self._predictor,
             batch_size=options.ray_rows_per_task,
-            compute=self._ray.data.ActorPoolStrategy(size=options.ray_actors),
+            # One task at a time: a row that kills its actor again and again takes no other task along.
+            compute=self._ray.data.ActorPoolStrategy(size=options.ray_actors, max_tasks_in_flight_per_actor=1),
             num_cpus=options.ray_cpus,
             num_gpus=options.ray_gpus,
             ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": MOST_RETRIES},

@@ -7,6 +7,7 @@ import numpy as np
 
 from fineserve_jax.batch.openai_rows import API_DEFAULTS
 from fineserve_jax.batch.rows import BatchRow, Remembered
+from fineserve_jax.engine.checks import most_prompt_tokens
 from fineserve_jax.loaders import Tokenizer, encode_chat
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams, own_fields
@@ -35,9 +36,13 @@ class RowRequests:
         self._seed = seed
         self._sampling = Remembered(SamplingParams)
 
-    def request(self, row: BatchRow, tokenizer: Tokenizer, max_tokens: int | None = None) -> RowRequest:
-        """The request that a row is. `max_tokens`: see `Tokenizer.encode`. Raises `RequestError`."""
+    def request(self, row: BatchRow, tokenizer: Tokenizer, max_seq_len: int | None = None) -> RowRequest:
+        """The request that a row is. `max_seq_len`: of its model, for prompts that are far too long; None: none is.
+
+        Raises `RequestError`.
+        """
         sampling = self.sampling(row)
+        max_tokens = None if max_seq_len is None else most_prompt_tokens(max_seq_len, sampling)
         if sampling.seed is None and sampling.temperature:
             seed = int(np.random.SeedSequence((self._seed, *_place(row))).generate_state(1)[0])
             sampling = sampling.model_copy(update={"seed": seed})
@@ -46,11 +51,15 @@ class RowRequests:
     def sampling(self, row: BatchRow) -> SamplingParams:
         """How to sample the row: its own fields over the defaults, null for a field's own default.
 
+        With `echo`, `logprobs` are wanted of the prompt, too.
+
         Raises:
             RequestError: values that cannot be honoured.
         """
         fields = {**self._defaults[row.form], **own_fields(row.sampling)}
         seed = fields.pop("seed", None)
+        if row.echo and fields.get("prompt_logprobs") is None:
+            fields["prompt_logprobs"] = fields.get("logprobs")
         sampling: SamplingParams = self._sampling(fields)
         return sampling if seed is None else sampling.model_copy(update={"seed": SamplingParams(seed=seed).seed})
 

@@ -13,7 +13,7 @@ Form = Literal["plain", "chat", "completions"]
 SAMPLING_FIELDS = {*SamplingParams.model_fields, *OTHER_NAMES}
 OPTION_FIELDS, CHAT_FIELDS = {*RequestOptions.model_fields}, {*ChatOptions.model_fields}
 ROW_FIELDS = (
-    *("id", "prompt", "messages"),
+    *("id", "prompt", "messages", "echo"),
     *ChatOptions.model_fields,
     *RequestOptions.model_fields,
     *SamplingParams.model_fields,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fineserve_jax.batch.openai_rows import request_of
-from fineserve_jax.batch.records import Record, place
+from fineserve_jax.batch.records import SEQ_BITS, Record, place
 from fineserve_jax.batch.row_fields import CHAT_FIELDS, OPTION_FIELDS, ROW_FIELDS, SAMPLING_FIELDS, Form, RowError
 from fineserve_jax.batch.row_ids import RowId, check_id
 from fineserve_jax.errors import RequestError
@@ -33,6 +33,7 @@ class BatchRow:
         sampling: the sampling fields it sets, unchecked.
         form: as what it came.
         file: which of the inputs it is from.
+        echo: whether its answer begins with its prompt.
     """
 
     line: int
@@ -44,11 +45,12 @@ class BatchRow:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     form: Form = "plain"
     file: int = 0
+    echo: bool = False
 
     @property
     def seq(self) -> int:
         """Its place among all rows."""
-        return place(self.file, self.line)
+        return (self.file << SEQ_BITS) | self.line  # as `place`, which takes as long again to call
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def _form(content: Mapping[str, Any]) -> Form:
 
 def _row(content: Mapping[str, Any], line: int, row_id: RowId, form: Form, file: int) -> BatchRow:
     """The row that an object makes, its fields sorted by whose they are. Raises `RequestError`."""
-    prompt = messages = None
+    prompt = messages = echo = None
     chat, options, sampling = {}, {}, {}
     unknown = []
     for name, value in content.items():
@@ -149,6 +151,8 @@ def _row(content: Mapping[str, Any], line: int, row_id: RowId, form: Form, file:
             prompt = _checked_prompt(value)
         elif name == "messages":
             messages = _checked_messages(value)
+        elif name == "echo":
+            echo = _checked_echo(value)
         elif name in OPTION_FIELDS:
             options[name] = value
         elif name in CHAT_FIELDS:
@@ -163,13 +167,22 @@ def _row(content: Mapping[str, Any], line: int, row_id: RowId, form: Form, file:
     chat_options = REMEMBERED_CHAT(chat)
     if messages is None and chat and chat_options.model_fields_set:
         raise RequestError(f"{min(chat_options.model_fields_set)} is for messages, the row has a prompt; leave it out")
-    return BatchRow(line, row_id, prompt, messages, chat_options, REMEMBERED_OPTIONS(options), sampling, form, file)
+    if messages is not None and echo:
+        raise RequestError("echo=True is for a prompt, the row has messages; leave it out")
+    own = REMEMBERED_OPTIONS(options)
+    return BatchRow(line, row_id, prompt, messages, chat_options, own, sampling, form, file, bool(echo))
 
 
 def _checked_prompt(value: Any) -> str | list[int] | None:
     if value is None or isinstance(value, str) or (isinstance(value, list) and all(type(i) is int for i in value)):
         return value
     raise RequestError(f"prompt is a JSON {json_kind(value)}; give text, or a list of token ids")
+
+
+def _checked_echo(value: Any) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise RequestError(f"echo={shown(value)} is neither true nor false; give one of them, or none")
 
 
 def _checked_messages(value: Any) -> list[Any] | None:

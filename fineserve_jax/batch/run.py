@@ -1,8 +1,9 @@
 """From files to a file: everything that can be refused is refused before the model is loaded."""
 
 import contextlib
+import gc
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def run_batch(
         raise ConfigError(f"{target} is the input, too; name another output")
     interruption = Interruption()
     with JobOutput(target, resume, overwrite, ordered=ordered) as output:
-        identity = job_identity(model, config, sampling, inputs.survey().fingerprints, ordered)
+        fingerprints = inputs.survey().fingerprints
+        identity = job_identity(model, config, sampling, fingerprints, ordered=ordered, timing=timing)
         output.check(identity, inputs.files)
         answer = _answering(model, config, sampling, max_retries, make_engine, ray)
         delivery = output.begin(identity)
@@ -102,7 +104,8 @@ def run_batch(
             job = answer(delivery, answer_rows, [progress, *observers], interruption)
             job.observers.began(JobStart(inputs.num_rows, tuple(inputs.names), str(target), identity))
             remaining = unanswered(records, delivery, job.summary.note_skipped)
-            summary = job.run(read_rows(remaining, inputs.names, inputs.openai))
+            with _nothing_there_is_garbage():
+                summary = job.run(read_rows(remaining, inputs.names, inputs.openai))
     summary.signal = interruption.signal
     _tell(summary.table())
     if summary.interrupted and output.answers.is_regular and inputs.can_be_read_again:
@@ -138,6 +141,20 @@ def _answering(
     return lambda delivery, answer_rows, observers, interruption: RayJob(
         cluster, ray, predictor, delivery, answer_rows, observers, interruption
     )
+
+
+@contextlib.contextmanager
+def _nothing_there_is_garbage() -> Iterator[None]:
+    """What is there now, modules and programs most of it, will be there until the job ends: Python's collector need not
+    look through it again and again. Whoever has told it so before is left alone."""
+    is_ours = not gc.get_freeze_count()
+    if is_ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if is_ours:
+            gc.unfreeze()
 
 
 def _tell(what: str | Table) -> None:

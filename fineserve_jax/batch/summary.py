@@ -36,13 +36,14 @@ class BatchSummary:
         answered, errors, skipped: rows; skipped ones had been answered by an earlier run.
         skipped_errors: rows of which an earlier run has written an error; they count as skipped.
         error_kinds: how many errors there were of each `BadRow.code`.
-        late: answered rows of which a sample was dropped, since it could not begin in time.
+        late: answered rows of which a sample ended because it was late.
         formats: per KV precision. Bytes count under the format that the pages are in: the newest tokens of an
             int4 row lie in an int8 page.
         seconds: from the first row to the last.
         decode_tokens, decode_s: output tokens of the steps that did nothing but decode, and their time.
         sampled_tokens: output tokens so far, those of rows that are not complete included.
         compilations, preemptions, narrowed_pages, hit_tokens: while the job ran; see `KVCounts`.
+        common_tokens: prompt tokens with which an earlier prompt began, too: what `hit_tokens` could be.
         faults: how often the engine failed.
         interrupted: whether rows are missing because the process was asked to end.
         signal: the number of the signal by which it was asked; None: by an exception, or not.
@@ -63,6 +64,7 @@ class BatchSummary:
     preemptions: int = 0
     narrowed_pages: int = 0
     hit_tokens: int = 0
+    common_tokens: int = 0
     faults: int = 0
     interrupted: bool = False
     signal: int | None = None
@@ -131,7 +133,7 @@ class BatchSummary:
         return table
 
     def _headline(self) -> str:
-        answered = f"answered ({self.late} of them dropped as late)" if self.late else "answered"
+        answered = f"answered ({self.late} of them late)" if self.late else "answered"
         counts = Counter({answered: self.answered, "errors": self.errors})
         if self.skipped:
             earlier = f"answered earlier ({self.skipped_errors} of them errors)"
@@ -148,5 +150,6 @@ class BatchSummary:
         return (
             f"{errors}{self.decode_tokens_per_s:.0f} tokens/s decoding, {overall:.0f} over the whole run; "
             f"{self.compilations} compilations, {self.preemptions} preemptions, "
-            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} prompt tokens shared"
+            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} of {self.common_tokens} prompt tokens that rows "
+            "have in common shared"
         )

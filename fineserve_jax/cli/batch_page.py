@@ -106,7 +106,7 @@ def _tiles(summary: BatchSummary) -> str:
         ("rows answered", f"{summary.answered:,}", False),
         ("errors", f"{summary.errors:,}", summary.errors > 0),
         *([("answered earlier", f"{summary.skipped:,}", False)] if summary.skipped else []),
-        *([("dropped as late", f"{summary.late:,}", True)] if summary.late else []),
+        *([("late", f"{summary.late:,}", True)] if summary.late else []),
         ("time", _duration(summary.seconds), False),
         ("output tokens", f"{summary.output_tokens:,}", False),
         ("tokens/s", f"{overall:,.0f}", False),

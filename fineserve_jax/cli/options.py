@@ -36,7 +36,7 @@ MODEL_KEYS = ("model", "models")
 NO_FLAG = ("seed", "structured_outputs")
 """Fields of `SamplingParams` that are none. The flag `seed` is the engine's, from which those of requests are drawn;
 tables of tables are for a YAML file."""
-NOT_STREAMED = ("n", "logprobs")
+NOT_STREAMED = ("n", "logprobs", "logprob_token_ids", "prompt_logprobs")
 """Fields of `SamplingParams` that do not concern `generate`: it streams one answer, as text."""
 
 ModelFlag = Annotated[str | None, tyro.conf.arg(help_behavior_hint=f"(default: {DEFAULT_MODEL})")]
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     GenerateFlags: TypeAlias = Mapping[str, Any]
     PerplexityFlags: TypeAlias = Mapping[str, Any]
     BenchFlags: TypeAlias = Mapping[str, Any]
+    QualityFlags: TypeAlias = Mapping[str, Any]
 else:
     # Quotas are tables of tables, which a YAML file holds well and a flag does not.
     EngineFlags = flags_of(EngineConfig, leave_out=["quotas"])
@@ -122,6 +123,9 @@ else:
     # Cases name the precisions, and what is computed once must be computed again in the next round.
     BenchFlags = flags_of(EngineConfig, leave_out=["kv_precision", "prefix_cache", "quotas", "record", "record_every"])
     PerplexityFlags = flags_of(EngineConfig, leave_out=["max_batch_size", "max_seq_len", "seed", *ONE_AT_A_TIME])
+    # The formats that are served are those that are measured.
+    OF_FORMATS = ["kv_precision", "kv_formats", "max_batch_size", "max_seq_len", "seed"]
+    QualityFlags = flags_of(EngineConfig, leave_out=[*OF_FORMATS, *ONE_AT_A_TIME])
 
 
 @dataclass(frozen=True)

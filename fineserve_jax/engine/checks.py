@@ -51,10 +51,12 @@ def check_tokens(
     check_vocabulary(served, "prompt", token_ids)
     check_vocabulary(served, "logit_bias", sampling.logit_bias)
     check_vocabulary(served, "stop_token_ids", sampling.stop_token_ids)
-    if len(token_ids) >= max_seq_len:
+    check_vocabulary(served, "logprob_token_ids", sampling.logprob_token_ids)
+    if len(token_ids) > (most := most_prompt_tokens(max_seq_len, sampling)):
+        left = ", one being left to generate" if most < max_seq_len else ""
         raise RequestError(
-            f"the prompt has {len(token_ids)} tokens; with max_seq_len={max_seq_len} it may have "
-            f"{max_seq_len - 1}, one being left to generate; shorten it or raise max_seq_len"
+            f"the prompt has {len(token_ids)} tokens; with max_seq_len={max_seq_len} it may have {most}{left}; "
+            "shorten it or raise max_seq_len"
         )
     if sampling.min_tokens > max_seq_len - len(token_ids):
         raise RequestError(
@@ -67,6 +69,11 @@ def check_tokens(
             f"min_tokens={sampling.min_tokens} has to hold back {num_stop_ids} tokens, end-of-sequence tokens "
             f"included; it can hold back {MAX_STOP_IDS}; use fewer stop_token_ids or min_tokens=0"
         )
+
+
+def most_prompt_tokens(max_seq_len: int, sampling: SamplingParams) -> int:
+    """Most tokens that a prompt may have: one is left to generate, if any is to be."""
+    return max_seq_len if sampling.max_tokens == 0 else max_seq_len - 1
 
 
 def check_vocabulary(served: KnownModel, name: str, token_ids: Collection[int]) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 from fineserve_jax.engine.build import ServedModel, build_engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import ModelSettings
+from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.output_processor import OutputProcessor
 from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
 from fineserve_jax.engine.recovery import Recovery
 from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.engine.residence import Residence
 from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats, StepTotals, engine_stats
 from fineserve_jax.engine.warm_up import warm_up
-from fineserve_jax.errors import FineServeError, RequestError
+from fineserve_jax.errors import EngineError, FineServeError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
@@ -74,6 +76,7 @@ class Engine:
         self._outputs = OutputProcessor(self.kv, self.scheduler, clock)
         self.detokenizers = self._outputs.texts
         self._recovery = Recovery(self.arena, self.kv, self.scheduler, self._outputs)
+        self._residence = Residence(self.models, self.arena, self.kv, self._recovery)
         self._num_requests, self._totals = 0, StepTotals()
         self.computing: tuple[Request, ...] = ()
         record = self.config.record
@@ -173,6 +176,7 @@ class Engine:
         so_far: SampleSoFar | None = None,
     ) -> Request:
         self.recover()
+        self._residence.check_awake()
         sequence = self._num_requests
         own_id = self._unused_id() if request_id is None else request_id
         if own_id in self.scheduler:
@@ -222,6 +226,40 @@ class Engine:
         """Forgets a finished request's text. Callers do this when they have taken what they need."""
         self.detokenizers.pop(request, None)
 
+    # -- weights and memory --------------------------------------------------------------------------------------
+
+    def update_params(self, source: WeightSource, model: str | None = None) -> None:
+        """Gives a model new weights; see `Residence.update_params`.
+
+        Args:
+            source: where they come from.
+            model: whose; None for the only one there is.
+
+        Raises:
+            EngineError: there are unfinished requests.
+            ModelLoadError, ConfigError: see `new_params`.
+        """
+        self._settle("update_params")
+        self._residence.update_params(self.served(model), source)
+
+    def sleep(self, *, drop_weights: bool = False) -> None:
+        """Gives memory back until `wake_up`; see `Residence.sleep`. Raises `EngineError` for unfinished requests."""
+        self._settle("sleep")
+        self._residence.sleep(drop_weights)
+
+    def wake_up(self) -> None:
+        """Takes the memory again; see `Residence.wake_up`. Raises `EngineError` if there are no weights."""
+        self._residence.wake_up()
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._residence.is_asleep
+
+    def _settle(self, what: str) -> None:
+        self.recover()
+        if count := sum(request.finish_reason is None for request in self.detokenizers):
+            raise EngineError(f"{what} while {count} requests are unfinished; finish or abort them before")
+
     @property
     def has_unfinished(self) -> bool:
         self.recover()
@@ -233,18 +271,20 @@ class Engine:
         min_kv_precision: str | None = None,
         *,
         structured_outputs: bool = False,
+        prompt_logprobs: bool = False,
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need.
 
         Args:
             kv_precisions: KV formats, or "auto".
             min_kv_precision: what requests in them will name as such; None: nothing.
-            structured_outputs: also what requests with such need.
+            structured_outputs, prompt_logprobs: also what requests with such need.
 
         Returns:
             how many programs that took. Serving those requests compiles nothing from then on.
         """
         self.recover()
+        self._residence.check_awake()
         before = self._num_compilations
         converts = self.config.prefix_cache == "convert"
         with self._recovery.changing():
@@ -256,6 +296,7 @@ class Engine:
                 min_kv_precision,
                 converts=converts,
                 structured_outputs=structured_outputs,
+                prompt_logprobs=prompt_logprobs,
             )
         return self._num_compilations - before
 
@@ -263,7 +304,8 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
-        ended because they were late, because numbers were not finite, or because nothing may follow what they said."""
+        ended because they wanted none, because they were late, because numbers were not finite, or because nothing may
+        follow what they said."""
         self.computing = ()
         self.recover()
         with self._recovery.changing():
@@ -285,7 +327,7 @@ class Engine:
         seconds = time.perf_counter() - start
         compiled = self._num_compilations > compiled_before
         self._totals.add_step(seconds, output, result, compiled=compiled)
-        if not compiled:
+        if not compiled and not result.scores:  # whose products no prediction counts
             self.scheduler.observe(output, seconds)
         if not self.scheduler.has_unfinished:
             self._on_idle()
@@ -300,15 +342,11 @@ class Engine:
         waiting, running = self.scheduler.num_waiting, self.scheduler.num_running
         recorder.note(self._totals.steps, self.clock(), running, waiting, counts)
 
-    def execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
-        """Does what the KV manager has queued for the device, and computes a step; see `ModelRunner.execute`."""
-        with self._recovery.changing():
-            return self._execute(output, scores)
-
-    def _execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
+    def _execute(self, output: SchedulerOutput) -> StepResult:
+        """Does what the KV manager has queued for the device, and computes a step."""
         self.page_operations.apply(self.kv.take_operations())
         self.scheduler.note_transfer_rate(self.page_operations.bytes_per_s)
-        return self.models[output.chunks[0].request.model].runner.execute(output, scores)
+        return self.models[output.chunks[0].request.model].runner.execute(output)
 
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""

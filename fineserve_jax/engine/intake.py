@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from fineserve_jax.engine.checks import most_prompt_tokens
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.prompts import encode_prompt, is_conversation
@@ -33,7 +34,7 @@ def prepare(
         RequestError: a prompt that can never be served.
     """
     served = engine.served(options.model)
-    text, token_ids = encode(served.tokenizer, prompt, max_tokens=served.max_seq_len - 1)
+    text, token_ids = encode(served.tokenizer, prompt, max_tokens=most_prompt_tokens(served.max_seq_len, sampling))
     return text, engine.prepare(token_ids, sampling, options)
 
 

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.isolation import Isolation
+from fineserve_jax.engine.supervisor import Supervisor
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import EngineError
 from fineserve_jax.request import Request, RequestStatus
@@ -44,9 +44,10 @@ class EngineLoop:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its `put` may be called by finalizers, too
         self._tickets: dict[Request, Ticket] = {}  # by each sample that has not ended
         self._to_abort: list[Request] = []
+        self._held_back: list[Ticket] | None = None  # while all others are served to their ends
         # Those that want statistics, and how many tickets each of them has.
         self._watchers: weakref.WeakKeyDictionary[Receiver, int] = weakref.WeakKeyDictionary()
-        self._isolation = Isolation()
+        self._supervisor = Supervisor(engine)
         self._lock = threading.RLock()  # reentrant: a finalizer may run while its thread holds it
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -98,6 +99,19 @@ class EngineLoop:
             raise error
         return result
 
+    def call_when_idle(self, function: Callable[[], T], *, abort: bool = False) -> T:
+        """`call`, when no ticket is being served: those that come meanwhile wait.
+
+        Args:
+            abort: end those that are being served, with the finish reason "abort"; else they are served to their ends.
+        """
+
+        def when_idle() -> T:
+            self._drain(abort)
+            return function()
+
+        return self.call(when_idle)
+
     def close(self) -> None:
         """Ends the thread after the step that it computes. Tickets that are left end with an `EngineError`."""
         self.close_without_waiting()
@@ -146,15 +160,42 @@ class EngineLoop:
                     self._commands.get()()  # waits
                 while not self._commands.empty():
                     self._commands.get()()
-                self._carry_out_aborts()
-                if self._tickets:
-                    advanced = self.engine.step()
-                    self._note_progress(advanced)
-                    self._deliver(advanced)
+                self._step()
             except BaseException as error:  # a step calls policies and formats of others; nobody is left waiting
                 self._go_on_after(error)
 
+    def _step(self) -> None:
+        self._carry_out_aborts()
+        if self._tickets:
+            advanced = self.engine.step()
+            self._supervisor.note_progress(advanced)
+            self._deliver(advanced)
+
+    def _drain(self, abort: bool) -> None:
+        """Serves all tickets to their ends, or ends them; others are held back until the next command."""
+        is_first, held_back = self._held_back is None, self._held_back or []
+        self._held_back = held_back
+        try:
+            if abort:
+                for request in list(self._tickets):
+                    self.engine.abort(request)
+                    self._deliver([request])
+            while self._tickets or self._to_abort:
+                try:
+                    while not self._commands.empty():
+                        self._commands.get()()
+                    self._step()
+                except BaseException as error:  # as in `_run`
+                    self._go_on_after(error)
+        finally:
+            if is_first:  # and not within another one's
+                self._held_back = None
+                self._commands.put(functools.partial(self._add, held_back))
+
     def _add(self, tickets: Iterable[Ticket]) -> None:
+        if self._held_back is not None:
+            self._held_back.extend(tickets)
+            return
         for ticket in tickets:
             try:
                 samples = self.engine.queue(ticket.prepared)
@@ -179,7 +220,7 @@ class EngineLoop:
             request = self._to_abort[-1]
             self.engine.abort(request)
             self.engine.release(request)
-            self._note_progress([request])
+            self._supervisor.note_progress([request])
             self._to_abort.pop()
 
     def _leave(self, ticket: Ticket) -> None:
@@ -230,24 +271,9 @@ class EngineLoop:
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
 
-    def _note_progress(self, requests: Iterable[Request]) -> None:
-        if self._isolation.note_progress(requests):
-            self.engine.serve_only(self._isolation.served)
-
     def _go_on_after(self, error: BaseException) -> None:
-        """The engine computes its requests again, in groups until it is known which of them it fails with."""
-        log.warning("a step failed", exc_info=error)
         try:
-            computing = [request for request in self.engine.computing if request in self._tickets]
-            unfinished = [request for request in computing if request.finish_reason is None]
-            if suspects := unfinished or self._isolation.served or list(self._tickets):
-                culprit = self._isolation.note_failure(suspects)
-                if culprit is not None:
-                    failed = EngineError(f"the engine failed: {type(error).__name__}: {error}")
-                    failed.__cause__ = error
-                    self.engine.fail(culprit, failed)
-                self.engine.serve_only(self._isolation.served)
-            self.engine.recover()
+            self._supervisor.go_on_after(error)
             self._deliver([request for request in self._tickets if request.status is RequestStatus.FINISHED])
         except BaseException as fatal:
             fatal.__context__ = error
@@ -260,8 +286,7 @@ class EngineLoop:
         for request in [*self._tickets, *self._to_abort]:
             self.engine.release(request)
         self._tickets, self._to_abort, self._watchers = {}, [], weakref.WeakKeyDictionary()
-        self._isolation = Isolation()
-        self.engine.serve_only(None)
+        self._supervisor.reset()
         for ticket in tickets:
             ticket.error = EngineError(message)
             ticket.error.__cause__ = cause

@@ -28,12 +28,17 @@ class OutputProcessor:
         self.texts: dict[Request, RequestText] = {}
 
     def process(self, output: SchedulerOutput, result: StepResult) -> list[Request]:
-        """Commits a step that was computed; the requests that got a token, or ended for want of one."""
+        """Commits a step that was computed; the requests that got a token, or ended for want of one, or wanted none."""
         # Before their tokens count as computed: no page with NaN in it is ever shared.
         for request, stage in result.nonfinite.items():
             self.fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
         for request, reason in result.stuck.items():
             self.fail(request, dead_end(request, reason))
+        for request, scores in result.scores.items():
+            if request.scores is not None and request not in result.nonfinite:
+                request.scores.entries.extend(scores)
+                if request.scores.hidden is not None:
+                    request.scores.hidden.append(result.hidden[request])
         sampled: dict[Request, list[SampledToken]] = {}
         for token in result.tokens:
             sampled.setdefault(token.request, []).append(token)
@@ -43,6 +48,9 @@ class OutputProcessor:
         tokens = [sampled[chunk.request][0].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self._scheduler.commit(output, tokens, self._clock())
         for request in advanced:
+            if request not in sampled:
+                self.finish(request, FinishReason.LENGTH)  # it wanted no tokens
+                continue
             first, *behind_drafts = sampled[request]
             self._append(request, first)
             for token in behind_drafts:

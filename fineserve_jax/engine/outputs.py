@@ -19,8 +19,8 @@ class CompletionOutput:
         token_ids: all tokens that were sampled, the last one included.
         logprobs: one entry a token, if asked for.
         finish_reason: "stop" (end of sequence, stop token, stop string, or the end of what `structured_outputs` allow),
-            "length", "abort", "late" for one that asked to be dropped when its first token could not be in time, or
-            "error".
+            "length", "abort", "late" for one whose `deadline_s` has passed, or that asked to be dropped when its first
+            token could not be in time, or "error".
         error: with the reason "error", what went wrong: the model computed NaN or infinity, or nothing may follow that
             `structured_outputs` allow. `text` and `token_ids` are what it gave before.
     """
@@ -63,6 +63,8 @@ class RequestOutput:
             narrowed, or if its format keeps the newest tokens in another.
         outputs: its `n` samples.
         index: which of the call's prompts it was.
+        prompt_logprobs: an entry for each token of the prompt, if asked for: None for the first, which nothing is
+            before. As far as it was computed, where the first sample ended with an error, or was aborted.
     """
 
     request_id: str
@@ -74,6 +76,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     index: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 def request_output(
@@ -100,7 +103,7 @@ def request_output(
                 index=i,
                 text=text,
                 token_ids=request.output_token_ids,
-                logprobs=None if request.sampling.logprobs is None else list(request.logprobs),
+                logprobs=list(request.logprobs) if request.sampling.gives_logprobs else None,
                 finish_reason=str(request.finish_reason),
                 error=None if request.error is None else str(request.error),
             )
@@ -108,6 +111,7 @@ def request_output(
         ],
         metrics=_metrics(samples),
         index=index,
+        prompt_logprobs=_prompt_logprobs(first),
     )
 
 
@@ -124,6 +128,13 @@ def refused_output(prompt: str | None, options: RequestOptions, index: int, erro
         metrics=RequestMetrics(0.0, 0.0, 0.0, 0),
         index=index,
     )
+
+
+def _prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:
+    if request.scores is None:
+        return None
+    not_scored = [None] * request.scores.first
+    return [*not_scored, *(TokenLogprobs(score.logprob, score.top) for score in request.scores.entries)]
 
 
 def _metrics(samples: Sequence[Request]) -> RequestMetrics:

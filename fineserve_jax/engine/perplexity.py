@@ -11,14 +11,14 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.checks import check_memory, check_vocabulary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
-from fineserve_jax.engine.nonfinite import where_from
 from fineserve_jax.engine.precision import Precision, resolve_precision
-from fineserve_jax.engine.prepare import use_precision
+from fineserve_jax.engine.prepare import PreparedRequest
+from fineserve_jax.engine.scoring import FOR_SCORES
 from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request import PromptScores, Request
+from fineserve_jax.request_options import RequestOptions
 
 PAGES_AT_A_TIME = 32
 
@@ -100,14 +100,18 @@ def measure_perplexity(
     kv_precision = kv_precision or served.config.kv_precision
     if kv_precision == AUTO:
         raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
-    precision = _check(engine, served, token_ids, window, windows, kv_precision)
-    use_precision(served, engine.kv, precision)
+    precision = check_windows(engine, served, token_ids, window, windows, kv_precision)
     if narrow_half_to is not None:
-        _use_narrowing(engine, served, window, kv_precision, narrow_half_to)
+        _check_narrowing(engine, served, window, kv_precision, narrow_half_to)
+        precision = Precision(precision.start, narrow_half_to)
     total, tokens = 0.0, 0
     for i in range(windows):
         part = list(token_ids[i * window : (i + 1) * window])
-        logprobs = _score_window(engine, served, part, kv_precision, narrow_half_to)
+        try:
+            scores = score_window(engine, served, part, precision, narrow_half_to is not None)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"window {i}: {error}") from None
+        logprobs = np.array([entry.logprob for entry in scores.entries], np.float32)
         _check_finite(logprobs, served.name, i)
         total, tokens = total + float(logprobs.sum(dtype=np.float64)), tokens + logprobs.size
         if on_window is not None:
@@ -124,8 +128,8 @@ def measure_perplexity(
     )
 
 
-def _use_narrowing(engine: Engine, served: ServedModel, window: int, kv_precision: str, narrow_to: str) -> None:
-    """Makes the model's programs narrow the first half of windows. Raises `RequestError` where none can be."""
+def _check_narrowing(engine: Engine, served: ServedModel, window: int, kv_precision: str, narrow_to: str) -> None:
+    """Raises `RequestError` where the first half of windows cannot be narrowed, or is not computed by itself."""
     steps = engine.kv.ladder(served.name, kv_precision, narrow_to)
     unchanged = len(steps) == 1 and narrow_to != kv_precision
     if unchanged or window < 2 * served.geometry.page_size:
@@ -133,11 +137,15 @@ def _use_narrowing(engine: Engine, served: ServedModel, window: int, kv_precisio
             f"half of a window of {window} tokens in {kv_precision} cannot be narrowed to {narrow_to}; give a "
             f"narrower format, and windows of at least {2 * served.geometry.page_size} tokens"
         )
-    served.runner.use_formats(step.kv_format for step in steps)
-    served.runner.use_narrowing()
+    half, largest_chunk = _half(served, window), served.runner.chunk_buckets[-1]
+    if half % largest_chunk:
+        raise RequestError(
+            f"half of a window of {window} tokens, {half}, is no multiple of the {largest_chunk} tokens that a step "
+            f"computes; set max_chunk_tokens to a divisor of it, and chunked_prefill, or give other windows"
+        )
 
 
-def _check(
+def check_windows(
     engine: Engine, served: ServedModel, token_ids: Sequence[int], window: int, windows: int, kv_precision: str
 ) -> Precision:
     """The precision of the windows. Raises `RequestError` for windows that cannot be scored."""
@@ -157,50 +165,57 @@ def _check(
     return precision
 
 
-def _score_window(
-    engine: Engine, served: ServedModel, token_ids: list[int], kv_precision: str, narrow_to: str | None
-) -> np.ndarray:
-    """f32[...], log-probability of each token but the first, or of those in the second half. Leaves no pages behind."""
-    kv, largest_chunk = engine.kv, served.runner.chunk_buckets[-1]
-    half = len(token_ids) // 2 // served.geometry.page_size * served.geometry.page_size
-    request = Request(
-        request_id="perplexity",
-        model=served.name,
-        kv_precision=kv_precision,
-        min_kv_precision=narrow_to,
-        sampling=SamplingParams(),
-        token_ids=token_ids,
-        num_prompt_tokens=len(token_ids),
+def score_window(
+    engine: Engine,
+    served: ServedModel,
+    token_ids: list[int],
+    precision: Precision,
+    narrow_half: bool = False,
+    keep_hidden: bool = False,
+) -> PromptScores:
+    """Scores of each token but the first, or of those in the second half. Leaves no pages behind.
+
+    Args:
+        narrow_half: narrow the first half as far as `precision` allows, and score the second.
+        keep_hidden: keep what the last layer gives, too.
+
+    Raises:
+        NonFiniteError: the model computed NaN or infinity.
+    """
+    half = _half(served, len(token_ids))
+    prepared = PreparedRequest(
+        served,
+        token_ids,
+        FOR_SCORES,
+        RequestOptions(),
+        precision,
         max_total_tokens=len(token_ids),
-        sequence=0,
-        times=RequestTimes(engine.clock()),
-        shares_prefix=False,
-        long_after=served.model.config.long_after,
+        stop_ids=frozenset(),
+        scored_from=half + 1 if narrow_half else 1,
     )
-    if not kv.grow(request, len(token_ids)):
-        raise RequestError(f"no KV memory is free for a window of {len(token_ids)} tokens; let other requests finish")
-    parts = []
+    (request,) = engine.queue(prepared)
+    request.shares_prefix = False
+    scores = request.scores
+    assert scores is not None, "they are asked for"
+    if keep_hidden:
+        scores.hidden = []
     try:
-        while (count := min(largest_chunk, request.num_uncomputed_tokens)) > 1:  # a last token alone predicts nothing
-            if narrow_to is not None and request.num_computed_tokens < half:
-                count = min(count, half - request.num_computed_tokens)
-            if not kv.grow(request, len(token_ids)):  # where there is a window, for this chunk
-                raise RequestError(f"no KV memory is free for a window of {len(token_ids)} tokens; raise kv_memory")
-            chunk = ScheduledChunk(request, request.num_computed_tokens, count)
-            result = engine.execute(SchedulerOutput((), (chunk,)), scores=True)
-            scores = result.scores
-            for stage in result.nonfinite.values():
-                where = f"at or behind token {chunk.start} of a window"
-                raise NonFiniteError(f"model {served.name!r} computes NaN or infinity {where}; {where_from(stage)}")
-            if scores is None:
-                raise RuntimeError("the runner returned no scores although they were asked for")
-            parts.append(scores[:count])
-            request.num_computed_tokens += count
-            if request.num_computed_tokens == half:
-                _narrow_all(kv, request)
+        while request.finish_reason is None:
+            engine.step()
+            if narrow_half and request.num_computed_tokens == half:
+                _narrow_all(engine.kv, request)
     finally:
-        kv.release(request)
-    return np.concatenate(parts)[0 if narrow_to is None else half : len(token_ids) - 1]
+        engine.abort(request)
+        engine.release(request)
+    if request.error is not None:
+        raise request.error
+    return scores
+
+
+def _half(served: ServedModel, window: int) -> int:
+    """Tokens of the first half of a window, which are those of full pages."""
+    page_size = served.geometry.page_size
+    return window // 2 // page_size * page_size
 
 
 def _check_finite(logprobs: np.ndarray, model: str, window: int) -> None:

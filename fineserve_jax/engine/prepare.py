@@ -16,7 +16,7 @@ from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import Request, RequestTimes
+from fineserve_jax.request import PromptScores, Request, RequestTimes
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler.quotas import Quotas
@@ -38,6 +38,7 @@ class PreparedRequest:
         stop_ids: tokens that end a sample: the model's end-of-sequence tokens unless ignored, `stop_token_ids`, and
             special tokens that are stop strings.
         matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
+        scored_from: with `sampling.prompt_logprobs`, index of the first token that they are wanted of.
     """
 
     served: KnownModel
@@ -48,6 +49,7 @@ class PreparedRequest:
     max_total_tokens: int
     stop_ids: frozenset[int]
     matcher: TokenMatcher | None = None
+    scored_from: int = 1
 
     def request(
         self,
@@ -75,6 +77,8 @@ class PreparedRequest:
             raise RequestError(
                 f"fork_of={fork_of.request_id!r} is of another prompt or model; fork a sample of the same prompt"
             )
+        num_top = self.sampling.prompt_logprobs
+        is_scored = num_top is not None and sample_index == 0  # the prompt is the same for all samples
         return Request(
             request_id=request_id,
             model=self.served.name,
@@ -92,6 +96,7 @@ class PreparedRequest:
             fork_of=fork_of,
             options=self.options,
             matcher=None if self.matcher is None else self.matcher.copy(),
+            scores=PromptScores(self.scored_from, num_top or 0) if is_scored else None,
         )
 
     def _seed(self, engine_seed: int, sequence: int, sample_index: int) -> int:

@@ -22,16 +22,21 @@ def prompt_list(prompts: Any) -> list[Any]:
     Raises:
         RequestError: neither of these.
     """
+    return one_or_several(prompts)[0]
+
+
+def one_or_several(prompts: Any) -> tuple[list[Any], bool]:
+    """The prompts, see `prompt_list`, and whether a single one was given."""
     if isinstance(prompts, str | Mapping):
-        return [prompts]
+        return [prompts], True
     plain = _plain(prompts)
     if isinstance(plain, bytes | bytearray | set | frozenset) or not isinstance(plain, Iterable):
         raise RequestError(f"prompts is a {type(plain).__name__}; give text, a list of token ids, or a list of these")
     if isinstance(plain, str):
-        return [plain]
+        return [plain], True
     listed = list(plain)
     # Whatever its numbers are, a list of numbers is one prompt: it is refused for its numbers, if at all.
-    return [listed] if listed and _is_number(listed[0]) else listed
+    return ([listed], True) if listed and _is_number(listed[0]) else (listed, False)
 
 
 def conversation_list(conversations: Iterable[Any]) -> list[Any]:

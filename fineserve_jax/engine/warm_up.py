@@ -21,6 +21,7 @@ def warm_up(
     *,
     converts: bool,
     structured_outputs: bool,
+    prompt_logprobs: bool,
 ) -> None:
     """Compiles steps and page operations for these KV formats and each model's own.
 
@@ -28,7 +29,7 @@ def warm_up(
         kv_precisions: KV formats, or "auto".
         min_kv_precision: what requests in them will name as such; None: nothing.
         converts: whether the prefix cache serves a request from pages in a wider format.
-        structured_outputs: whether requests with such are to be served.
+        structured_outputs, prompt_logprobs: whether requests with such are to be served.
     """
     pairs: list[PagePair] = []
     for served in models:
@@ -36,7 +37,7 @@ def warm_up(
         precisions += [precision_of(served, kv, name, min_kv_precision) for name in kv_precisions]
         for precision in precisions:
             pairs += _copies_and_requantizations(use_precision(served, kv, precision))
-        served.runner.warm_up(structured_outputs)
+        served.runner.warm_up(structured_outputs, prompt_logprobs)
         if structured_outputs:
             served.tokenizer.vocabulary(served.model.config.vocab_size)
     if converts:

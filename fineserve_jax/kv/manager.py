@@ -70,6 +70,10 @@ class KVManager:
         self.host = HostMemory(pool, self.host.max_bytes, self.host.num_saved)
         self.pool = pool
 
+    def forget_cached(self) -> None:
+        """Evict all pages that nobody holds, as what they hold counts no more."""
+        self.pool.evict_all()
+
     # -- classes of pages ----------------------------------------------------------------------------------
 
     def register(self, page_class: PageClass) -> None:

@@ -197,8 +197,7 @@ class Sharing:
             return []
         rows: list[Row] = []
         size = page_class.page_size
-        # The last token is computed in any case, since what follows it is to be sampled.
-        known = self._shareable(request, (min(num_tokens, request.num_tokens) - 1) // size)
+        known = self._shareable(request, min(num_tokens - 1, request.num_shareable_tokens) // size)
         for block_hash, tokens in hash_blocks(request.token_ids, size, request.prefix_root, 0, known):
             row = tuple(self._find_block(own, block_hash, tokens) for own in page_class.groups)
             if any(block is None and own.window is None for own, block in zip(page_class.groups, row, strict=True)):

@@ -21,7 +21,7 @@ from fineserve_jax.loaders.safetensors_files import SafetensorsFiles
 from fineserve_jax.models.registry import get_family
 
 log = logging.getLogger(__name__)
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_AT_A_TIME = 1024
 # Tables of rotations, which older versions of transformers stored: they follow from the configuration.
 _HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -48,8 +48,8 @@ class HFModel:
         text = text_part(raw)
         method = quantization_method(text.get("quantization_config") or text.get("compression_config"))
         self._stored = MXFP4Stacks(PlainTensors(self._files, method))
-        self._tensors = LaidOutTensors(self.config, family.hf_layout, self._stored, _stored_name)
-        if self.config.tie_embeddings and self._tensors.shape(_HEAD) is not None and not self._head_is_the_embedding():
+        self._tensors = LaidOutTensors(self.config, family.hf_layout, self._stored, stored_name)
+        if self.config.tie_embeddings and self._tensors.shape(HEAD) is not None and not self._head_is_the_embedding():
             # The flag is often left at its default; a head that was stored and differs is meant.
             self.config = dataclasses.replace(self.config, tie_embeddings=False)
 
@@ -64,7 +64,7 @@ class HFModel:
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used` that would change the model's numbers, by the names that the files have for them."""
-        names = self._tensors.stored_names([*used, _HEAD] if self.config.tie_embeddings else used)
+        names = self._tensors.stored_names([*used, HEAD] if self.config.tie_embeddings else used)
         known = self._stored.stored_names(names)
         return sorted(name for name in self._files.tensors if name not in known and not _HARMLESS.fullmatch(name))
 
@@ -78,15 +78,18 @@ class HFModel:
 
     def _head_is_the_embedding(self) -> bool:
         """Compares a few rows at a time, so that two large tables are never in memory."""
-        if self.shape(_EMBEDDING) != self.shape(_HEAD):
+        if self.shape(EMBEDDING) != self.shape(HEAD):
             return False
-        rows = (self.shape(_HEAD) or (0,))[0]
+        rows = (self.shape(HEAD) or (0,))[0]
         pieces = (slice(at, min(at + _ROWS_AT_A_TIME, rows)) for at in range(0, rows, _ROWS_AT_A_TIME))
-        return all(np.array_equal(self.read(_EMBEDDING, piece), self.read(_HEAD, piece)) for piece in pieces)
+        return all(np.array_equal(self.read(EMBEDDING, piece), self.read(HEAD, piece)) for piece in pieces)
 
 
-def _stored_name(prefix: str, part: str, kind: str, stacked: bool) -> str:
-    """Stacks of experts are parameters of one module: their names end in the part's, those of biases in `_bias`."""
+def stored_name(prefix: str, part: str, kind: str, stacked: bool) -> str:
+    """What Hugging Face's checkpoints call a tensor, see `NameOf`.
+
+    Stacks of experts are parameters of one module: their names end in the part's, those of biases in `_bias`.
+    """
     if stacked:
         return f"{prefix}{part}{'_bias' if kind == 'bias' else ''}"
     return f"{prefix}{part}.{kind}" if kind else f"{prefix}{part}"

@@ -76,7 +76,7 @@ class Tokenizer:
             if least > max_tokens:
                 raise RequestError(
                     f"the prompt has {len(text)} characters, which are at least {least} tokens; it may have "
-                    f"{max_tokens}, one less than max_seq_len, being left to generate; shorten it or raise max_seq_len"
+                    f"{max_tokens}; shorten it or raise max_seq_len"
                 )
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -45,6 +45,10 @@ class Arena:
         self.units.delete()
         self.units = new_arena(self._geometry, self._num_units)
 
+    def release(self) -> None:
+        """Gives the array's memory back, with all that is in it; `renew` takes it again."""
+        self.units.delete()
+
     @property
     def nbytes(self) -> int:
         return self.units.nbytes

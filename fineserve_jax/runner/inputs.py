@@ -36,7 +36,6 @@ class ChunkInputs(NamedTuple):
 
     Attributes:
         tokens, positions: i32[chunk_tokens].
-        targets: i32[chunk_tokens], the token after each; only read by steps that score.
         chunk_of_page: i32[chunk_pages], which chunk a page of slots belongs to; -1: none.
         written_format_ids: i32[chunk_pages], the format it is written in.
         newest_format_ids: i32[chunk_pages], the token-wise format of its request's newest tokens.
@@ -45,7 +44,6 @@ class ChunkInputs(NamedTuple):
 
     tokens: Array
     positions: Array
-    targets: Array
     chunk_of_page: Array
     written_format_ids: Array
     newest_format_ids: Array
@@ -196,7 +194,7 @@ class _Builder:
 
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
         self.tokens, self.positions = np.zeros(rows + slots, np.int32), np.zeros(rows + slots, np.int32)
-        self.long, self.targets = np.zeros(rows + slots, np.bool_), np.zeros(slots, np.int32)
+        self.long = np.zeros(rows + slots, np.bool_)
         self.row_formats, self.sequences = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self.chunk_of_page = np.full(pages, -1, np.int32)
         self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
@@ -228,8 +226,6 @@ class _Builder:
         self.tokens[where] = request.token_ids[scheduled.start : scheduled.start + scheduled.count]
         self.positions[where] = np.arange(scheduled.start, scheduled.start + scheduled.count)
         self.long[where] = request.is_long
-        successors = request.token_ids[scheduled.start + 1 : scheduled.start + scheduled.count + 1]
-        self.targets[slot : slot + len(successors)] = successors
 
         own, full, newest = slice(first, first + num_pages), self._full(request), self._newest(request)
         self.chunk_of_page[own] = chunk
@@ -263,7 +259,6 @@ class _Builder:
             chunk = ChunkInputs(
                 tokens=self.tokens[rows:],
                 positions=self.positions[rows:],
-                targets=self.targets,
                 chunk_of_page=self.chunk_of_page,
                 written_format_ids=self.written,
                 newest_format_ids=self.newest,

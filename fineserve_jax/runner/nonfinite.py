@@ -19,7 +19,7 @@ def find_nonfinite(
     """The requests for which a step computed NaN or infinity, be it for one token of a chunk.
 
     Args:
-        finite_logits: of the sampled requests.
+        finite_logits: of the requests that are sampled or scored.
         finite_slots: bool[N], `step.finite_slots` of the last layer.
         finite_stages: the same of the embedding and of each layer; empty if nobody looked.
 

@@ -3,9 +3,10 @@
 import functools
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,13 +20,14 @@ from fineserve_jax.models.product_choice import compiled_products
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.request import Request, SchedulerOutput
+from fineserve_jax.request import Request, SchedulerOutput, TokenScore
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.nonfinite import find_nonfinite
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.sampler import Sampled, build_sampling
+from fineserve_jax.runner.scoring import ScoringPlan, empty_tile, plan_scores
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
 from fineserve_jax.runner.token_masks import build_masks
 
@@ -37,12 +39,14 @@ class TokenLogprobs:
     """Log-probabilities, natural, at one position.
 
     Attributes:
-        logprob: of the token that was sampled.
+        logprob: of the token that was sampled, or that stands there in the prompt.
         top: token id -> log-probability of the most likely tokens, likeliest first.
+        asked: token id -> log-probability of `SamplingParams.logprob_token_ids`, in their order.
     """
 
     logprob: float
     top: dict[int, float]
+    asked: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +68,17 @@ class StepResult:
         nonfinite: the requests for which the step computed NaN or infinity, be it for one token of a chunk; nothing is
             sampled for them. Each with the stage whose output was the first such, or None without `check_finite`.
         stuck: the requests that may sample nothing by their structured outputs, each with the reason.
-        scores: f32, the log-probability of each chunk token's successor, chunk slots in order; None if not asked for.
+        scores: of prompt tokens, those of each request in their order, as `ScheduledChunk.scored` names them.
+        hidden: f32[tokens, hidden], for each of those what the last layer gave for the token before, of requests that
+            keep it.
         waited_s: how long the host waited for the device.
     """
 
     tokens: list[SampledToken]
     nonfinite: dict[Request, str | None]
     stuck: dict[Request, str]
-    scores: np.ndarray | None
+    scores: dict[Request, list[TokenScore]]
+    hidden: dict[Request, np.ndarray]
     waited_s: float
 
 
@@ -79,7 +86,7 @@ class ModelRunner:
     """One model on the device, and a compiled program for each shape that has occurred.
 
     Args:
-        model, params: the model and its weights.
+        model, params: the model and its weights; whoever puts others into the table between two steps has them used.
         geometry: of its pages.
         arena: where its pages are, beside those of other models.
         kv: the host's half of the cache.
@@ -114,7 +121,6 @@ class ModelRunner:
         drafts: bool = False,
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
-        self.layer_params = [params[f"layers_{i}"] for i in range(geometry.num_layers)]
         # Of each layer its kind, the number of its group and whether it has RoPE, and its number in the group.
         self.place_of_layer = {
             layer: ((number, layer not in model.config.no_rope_layers), jnp.int32(index))
@@ -133,6 +139,11 @@ class ModelRunner:
         self.num_compilations = 0
         self.use_formats(formats)
 
+    @property
+    def layer_params(self) -> list[dict[str, Any]]:
+        """The weights of each layer."""
+        return [self.params[f"layers_{i}"] for i in range(self.geometry.num_layers)]
+
     def use_formats(self, names: Iterable[str]) -> None:
         """Makes the steps from now on serve these KV formats too, and the residuals they need.
 
@@ -146,31 +157,30 @@ class ModelRunner:
         """Makes the steps from now on serve requests with pages in several formats."""
         self.max_runs = MAX_RUNS
 
-    def warm_up(self, structured_outputs: bool = False) -> int:
+    def warm_up(self, structured_outputs: bool = False, prompt_logprobs: bool = False) -> int:
         """Compiles all shapes that steps of the formats in use can take; returns how many programs that took.
 
         Args:
             structured_outputs: also for steps in which some request may not sample any token.
+            prompt_logprobs: also for steps in which prompt tokens are scored.
         """
         before = self.num_compilations
         shapes = [StepShape(rows, 0) for rows in self.row_buckets]
         shapes += [StepShape(self.row_buckets[-1], chunk) for chunk in self.chunk_buckets]
         empty = SchedulerOutput((), ())
         for shape in shapes:
-            self._run(self._spec(shape), empty)
+            scored = prompt_logprobs and shape.chunk_tokens > 0
+            self._run(self._spec(shape), empty, scored=scored)
             if structured_outputs:
                 self._run(self._spec(shape), empty, masked=True)
         return self.num_compilations - before
 
-    def execute(self, output: SchedulerOutput, scores: bool = False) -> StepResult:
+    def execute(self, output: SchedulerOutput) -> StepResult:
         """Computes a step; its keys and values are in the arena when this returns.
 
         What the KV manager has queued for the device must have been done.
-
-        Args:
-            scores: also give the log-probability of each chunk token's successor, as perplexity needs it.
         """
-        return self._run(self._spec(self._shape(output)), output, scores)
+        return self._run(self._spec(self._shape(output)), output)
 
     def _shape(self, output: SchedulerOutput) -> StepShape:
         page_size = self.geometry.page_size
@@ -193,8 +203,9 @@ class ModelRunner:
             drafts=self.drafts and shape.rows > 1 and not shape.chunk_tokens,
         )
 
-    def _run(self, spec: StepSpec, output: SchedulerOutput, scores: bool = False, masked: bool = False) -> StepResult:
-        """Computes a step. `masked`: with masks of tokens even if no request needs them."""
+    def _run(self, spec: StepSpec, output: SchedulerOutput, masked: bool = False, scored: bool = False) -> StepResult:
+        """Computes a step. `masked`: with masks of tokens even if no request needs them; `scored`: also a tile that
+        scores nothing."""
         host_inputs, requests = build_inputs(spec, output, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
@@ -214,10 +225,12 @@ class ModelRunner:
         masks = build_masks(requests, spec.shape.rows, self.model.config.vocab_size, self.eos_ids, always)
         allowed, stuck = (None, {}) if masks is None else (jax.device_put(masks.allowed), masks.stuck)
         outputs = programs.head(self.params, stream, inputs, sampling, allowed)
-        scored = programs.score(self.params, stream, inputs.chunk.targets) if scores and inputs.chunk else None
+        plan = ScoringPlan([], [empty_tile(spec)]) if scored else plan_scores(spec, output)
+        tiles = [programs.score(self.params, stream, tile) for tile in plan.tiles]
+        kept = [programs.hidden(stream, tile.slots) for tile in plan.tiles] if plan.keeps_hidden else []
         self.arena.units = programs.commit(self.arena.units, words, inputs)
         waiting = time.perf_counter()
-        (sampled, finite), scored, checked = jax.device_get((outputs, scored, checks))
+        (sampled, finite), tiles, kept, checked = jax.device_get((outputs, tiles, kept, checks))
         waited_s = time.perf_counter() - waiting
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
@@ -225,11 +238,14 @@ class ModelRunner:
             seconds = time.perf_counter() - start
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
         tokens, finite_logits = _accepted(output, _collect(requests, sampled), finite, sampled.finite)
+        scores = plan.collect(tiles)
+        for request, own in scores.items():
+            finite_logits[request] = all(math.isfinite(s.logprob) for s in own) and finite_logits.get(request, True)
         nonfinite = find_nonfinite(spec, output, finite_logits, finite, checked)
         stuck = {request: reason for request, reason in stuck.items() if request not in nonfinite}
         if ended := nonfinite.keys() | stuck.keys():
             tokens = [token for token in tokens if token.request not in ended]
-        return StepResult(tokens, nonfinite, stuck, scored, waited_s)
+        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept), waited_s)
 
 
 @functools.cache
@@ -255,6 +271,7 @@ class _Programs:
         self.embed, self.head = compiled(stages.embed), compiled(stages.head)
         kinds = itertools.product(range(len(spec.groups)), (True, False))
         self.layers = {kind: compiled(stages.layer, *kind) for kind in kinds}
+        self.hidden = compiled(stages.hidden)
         self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
         self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
 
@@ -301,9 +318,11 @@ def _accepted(
 def _collect(requests: Sequence[Request], sampled: Sampled) -> list[SampledToken]:
     tokens = []
     for i, request in enumerate(requests):
-        logprobs, wanted = None, request.sampling.logprobs
-        if wanted is not None:
-            ids, values = sampled.top_ids[i, :wanted].tolist(), sampled.top_logprobs[i, :wanted].tolist()
-            logprobs = TokenLogprobs(float(sampled.logprobs[i]), dict(zip(ids, values, strict=True)))
+        logprobs, sampling = None, request.sampling
+        if sampling.gives_logprobs:
+            wanted, asked = sampling.logprobs or 0, sampling.logprob_token_ids
+            top = zip(sampled.top_ids[i, :wanted].tolist(), sampled.top_logprobs[i, :wanted].tolist(), strict=True)
+            of_asked = zip(asked, sampled.asked_logprobs[i, : len(asked)].tolist(), strict=True)
+            logprobs = TokenLogprobs(float(sampled.logprobs[i]), dict(top), dict(of_asked))
         tokens.append(SampledToken(request, int(sampled.tokens[i]), logprobs))
     return tokens

@@ -16,11 +16,12 @@ from jaxtyping import Bool, Float32, Int32, UInt32
 
 from fineserve_jax.request import Request
 from fineserve_jax.runner.token_masks import WORD_BITS
-from fineserve_jax.sampling_params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
+from fineserve_jax.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 
 Array = Any  # numpy on the host, jax.Array in the step
 Logits = Float32[jax.Array, "rows vocab"]  # or what they have become: shaped logits, probabilities
 Tokens = Int32[jax.Array, " rows"]
+Ids = Int32[jax.Array, "rows ids"]
 Finite = Bool[jax.Array, " rows"]
 Masks = UInt32[jax.Array, "rows words"]
 MAX_STOP_IDS = 64  # tokens that `min_tokens` can hold back, besides those of `logit_bias`
@@ -38,6 +39,7 @@ class SamplingInputs(NamedTuple):
         bias_ids, bias: i32 and f32[S, B]; unused entries add 0 to token 0.
         history: i32[S, max_seq_len], prompt and output tokens; -1 behind them.
         num_prompt_tokens: i32[S].
+        logprob_ids: i32[S, MAX_LOGPROB_TOKEN_IDS], tokens to be told of; unused entries are 0.
         any_*: bool[], whether any row needs that part at all.
     """
 
@@ -54,6 +56,7 @@ class SamplingInputs(NamedTuple):
     bias: Array
     history: Array
     num_prompt_tokens: Array
+    logprob_ids: Array
     any_penalty: Array
     any_bias: Array
     any_filter: Array
@@ -70,6 +73,7 @@ class Sampled(NamedTuple):
             that are excluded; where not, the rest means nothing.
         logprobs: f32[S], the model's log-probability of each token; 0 where none were asked for.
         top_ids, top_logprobs: i32 and f32[S, MAX_TOP_LOGPROBS], the most likely tokens, likeliest first.
+        asked_logprobs: f32[S, MAX_LOGPROB_TOKEN_IDS], of `logprob_ids`.
     """
 
     tokens: Array
@@ -77,6 +81,7 @@ class Sampled(NamedTuple):
     logprobs: Array
     top_ids: Array
     top_logprobs: Array
+    asked_logprobs: Array
 
 
 def build_sampling(
@@ -102,6 +107,9 @@ def build_sampling(
     if any_penalty:
         for row, (request, own) in enumerate(zip(requests, drafts, strict=True)):
             history[row, : num_tokens[row]] = [*request.token_ids, *own]
+    logprob_ids = np.zeros((rows, MAX_LOGPROB_TOKEN_IDS), np.int32)
+    for row, p in enumerate(params):
+        logprob_ids[row, : len(p.logprob_token_ids)] = p.logprob_token_ids
     return SamplingInputs(
         temperature=column("temperature", np.float32),
         top_p=column("top_p", np.float32, 1.0),
@@ -116,11 +124,12 @@ def build_sampling(
         bias=bias,
         history=history,
         num_prompt_tokens=_padded([request.num_prompt_tokens for request in requests], rows, np.int32),
+        logprob_ids=logprob_ids,
         any_penalty=np.bool_(any_penalty),
         any_bias=np.bool_(any_bias),
         any_filter=np.bool_(any(p.temperature and (p.top_k or p.top_p < 1 or p.min_p) for p in params)),
         any_random=np.bool_(any(p.temperature for p in params)),
-        any_logprobs=np.bool_(any(p.logprobs is not None for p in params)),
+        any_logprobs=np.bool_(any(p.gives_logprobs for p in params)),
     )
 
 
@@ -187,7 +196,11 @@ def _sample_as_asked(logits: Logits, candidates: Logits, inputs: SamplingInputs)
     shaped = _when(inputs.any_bias, lambda x: _add_bias(x, inputs), shaped)
     greedy, finite = _greedy(shaped)  # what is not finite of the logits has stayed so
     tokens = lax.cond(inputs.any_random, lambda: _draw(shaped, greedy, inputs), lambda: greedy)
-    return lax.cond(inputs.any_logprobs, _with_logprobs, _without_logprobs, logits, tokens, finite)
+    return lax.cond(
+        inputs.any_logprobs,
+        lambda: _with_logprobs(logits, tokens, finite, inputs.logprob_ids),
+        lambda: _without_logprobs(logits, tokens, finite),
+    )
 
 
 def _when(condition: Bool[jax.Array, ""], change: Callable[[Logits], Logits], x: Logits) -> Logits:
@@ -253,16 +266,21 @@ def _keep_until(probabilities: Logits, weights: Logits, target: Float32[jax.Arra
     return jnp.where(bits >= threshold[:, None], probabilities, 0.0)
 
 
-def _with_logprobs(logits: Logits, tokens: Tokens, finite: Finite) -> Sampled:
+def _with_logprobs(logits: Logits, tokens: Tokens, finite: Finite, asked: Ids) -> Sampled:
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    # In the order of the logits, which may differ where log-probabilities round to the same.
-    _, top_ids = lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[-1]))
-    top_logprobs = jnp.take_along_axis(logprobs, top_ids, axis=-1)
-    return Sampled(tokens, finite, chosen, top_ids.astype(jnp.int32), top_logprobs)
+    top_ids = likeliest(logits)
+    of_top, of_asked = (jnp.take_along_axis(logprobs, ids, axis=-1) for ids in (top_ids, asked))
+    return Sampled(tokens, finite, chosen, top_ids, of_top, of_asked)
+
+
+def likeliest(logits: Logits) -> Ids:
+    """Each row's `MAX_TOP_LOGPROBS` likeliest tokens, in the order of the logits, which may differ where
+    log-probabilities round to the same."""
+    return lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[-1]))[1].astype(jnp.int32)
 
 
 def _without_logprobs(logits: Logits, tokens: Tokens, finite: Finite) -> Sampled:
     rows, width = logits.shape[0], min(MAX_TOP_LOGPROBS, logits.shape[-1])
-    none = jnp.zeros((rows, width), jnp.float32)
-    return Sampled(tokens, finite, none[:, 0], jnp.zeros((rows, width), jnp.int32), none)
+    none, of_asked = jnp.zeros((rows, width), jnp.float32), jnp.zeros((rows, MAX_LOGPROB_TOKEN_IDS), jnp.float32)
+    return Sampled(tokens, finite, none[:, 0], jnp.zeros((rows, width), jnp.int32), none, of_asked)

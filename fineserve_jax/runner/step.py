@@ -22,6 +22,7 @@ from fineserve_jax.pallas_kernels.operations import requantize, write_pages, wri
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.layer_attention import LayerAttention, LayerWords
 from fineserve_jax.runner.sampler import Sampled, SamplingInputs, sample
+from fineserve_jax.runner.scoring import Scores, ScoreTile, score_logits
 from fineserve_jax.runner.shapes import StepSpec
 
 Params = dict[str, Any]
@@ -84,10 +85,15 @@ def head(
     return sample(logits, sampling, allowed), finite_slots(spec, stream)
 
 
-def score(spec: StepSpec, params: Params, stream: Stream, targets: jax.Array) -> jax.Array:
-    """The log-probability of `targets` i32[chunk_tokens], each after its chunk token, f32[chunk_tokens]."""
-    logits = _apply(spec.model, params, stream.x[spec.shape.rows :], method="head")
-    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[:, None], axis=-1)[:, 0]
+def score(spec: StepSpec, params: Params, stream: Stream, tile: ScoreTile) -> Scores:
+    """The scores of some tokens whose predecessors are in the step."""
+    logits = _apply(spec.model, params, stream.x[tile.slots], method="head")
+    return score_logits(logits, tile.targets, tile.any_top)
+
+
+def hidden(spec: StepSpec, stream: Stream, slots: jax.Array) -> jax.Array:
+    """f32[T, hidden], what the last layer gave for `slots` i32[T]."""
+    return stream.x[slots]
 
 
 def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: StepInputs) -> jax.Array:

@@ -42,7 +42,7 @@ class Admission:
     """Goes through the waiting queue and admits what fits.
 
     Args:
-        config: batch size and ageing.
+        config: ageing.
         kv: gives the pages.
         queue: the waiting requests; admitted ones are removed from it.
         running: admitted ones are added to it.
@@ -71,8 +71,12 @@ class Admission:
         self.num_reclaimed = 0
         self.left_guaranteed = False
 
-    def admit(self, now: float) -> list[RunningRequest]:
+    def admit(self, now: float, most: int) -> list[RunningRequest]:
         """One admission pass: admit requests as memory and batch slots allow.
+
+        Args:
+            now: engine clock.
+            most: requests that may hold memory at once.
 
         Returns:
             The admitted requests in the order of admission, each holding the pages of all its known tokens. Every
@@ -83,7 +87,7 @@ class Admission:
         # Each open group, and the priority number from which on it is closed.
         open_groups = dict.fromkeys(self._queue.groups(), math.inf)
         # Batch slots of requests that are preempted here for memory are filled in the next pass.
-        num_free_slots = self._config.max_batch_size - len(self._running)
+        num_free_slots = most - len(self._running)
         admitted: list[RunningRequest] = []
         while open_groups and (entry := self._first(open_groups, now)):
             request, group = entry.request, self._queue.group_of(entry.request)

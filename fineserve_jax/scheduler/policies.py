@@ -84,10 +84,10 @@ def sjf(request: Request, context: PolicyContext) -> SortKey:
 
 
 def edf(request: Request, context: PolicyContext) -> SortKey:
-    """Earliest deadline for the first token first; without a target the deadline is `ageing_s` after
-    arrival."""
-    slo_s = context.ageing_s if request.options.ttft_slo_s is None else request.options.ttft_slo_s
-    return request.times.arrival_s + slo_s
+    """Earliest deadline first: the target for the first token, or else `deadline_s`; without either it is `ageing_s`
+    after arrival."""
+    options = request.options
+    return request.times.arrival_s + (options.ttft_slo_s or options.deadline_s or context.ageing_s)
 
 
 def least_slack(request: Request, context: PolicyContext) -> SortKey:

@@ -16,6 +16,7 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request import FinishReason, Request, RequestStatus, ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.admission import Admission
 from fineserve_jax.scheduler.costs import ModelCost, StepCost, step_cost
+from fineserve_jax.scheduler.deadlines import Deadlines
 from fineserve_jax.scheduler.devices import DeviceRoofline
 from fineserve_jax.scheduler.execution import schedule_step
 from fineserve_jax.scheduler.growth import Growth
@@ -47,6 +48,8 @@ class Scheduler:
     Attributes:
         profiles: each model's step-time profile.
         quotas: who may have how much of the memory.
+        row_limit: most requests that are to hold memory at once, where that is less than `max_batch_size`; None: that.
+            It counts for those that are admitted from now on.
         speculation: counts drafts.
     """
 
@@ -61,6 +64,7 @@ class Scheduler:
         policy, lengths = find_policy(config.policy), OutputLengths()
         context = policy_context(config.ageing_s, models, lengths.expected, self._prefill_s, config.tenant_weights)
         self.config = config
+        self.row_limit: int | None = None
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
         self.speculation = speculation or Speculation()
         self._kv = kv
@@ -84,7 +88,7 @@ class Scheduler:
         self._admission = Admission(config, kv, queue, running, narrowing, quotas, victims)
         self._admission.num_reclaimed = num_reclaimed
         self._model_choice = ModelChoice(self.profiles, config.slo_aware)
-        self._dropped: list[Request] = []
+        self._deadlines, self._dropped = Deadlines(), list[Request]()
         # Since the last admission pass a request came, or something was freed or can be narrowed.
         self._admission_may_help = False
 
@@ -141,6 +145,11 @@ class Scheduler:
         return not (self._admission_may_help and self._queue)
 
     @property
+    def next_deadline_s(self) -> float:
+        """When the next request ends because its time is over, by the engine's clock; infinite if none will."""
+        return self._deadlines.next_s
+
+    @property
     def num_preemptions(self) -> int:
         """How often a request lost its pages since the start."""
         return self._running.num_preemptions
@@ -164,6 +173,7 @@ class Scheduler:
             raise ConfigError(f"kv_precision={request.kv_precision!r} is not served by {request.model}; use {known}")
         self._requests[request.request_id] = request
         self._queue.push(request)
+        self._deadlines.add(request)
         self._admission_may_help = True
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
@@ -173,7 +183,7 @@ class Scheduler:
             self._running.remove(running)
         else:
             self._queue.remove(request)
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason in (FinishReason.STOP, FinishReason.LENGTH) and request.max_total_tokens > request.num_prompt_tokens:
             self._lengths.observe(request)
         self._kv.release(request)
         self.quotas.note(request)
@@ -189,7 +199,7 @@ class Scheduler:
         self._admission_may_help = True
 
     def take_dropped(self) -> list[Request]:
-        """Requests that were dropped since the last call because they missed their deadline."""
+        """Requests that were ended since the last call because they were late."""
         dropped, self._dropped = self._dropped, []
         return dropped
 
@@ -222,7 +232,7 @@ class Scheduler:
         self._narrowing.begin_step()
         preempted = self._growth.grow_all()
         self._admission_may_help |= preempted
-        self._defer_missed(now)
+        self._end_late(now)
         if self._admission_may_help and not (preempted and self._running):
             self._admit(now)
             self._admission_may_help |= self._kv.is_compacting or self._admission.left_guaranteed
@@ -245,7 +255,7 @@ class Scheduler:
             now: end of the step, engine clock.
 
         Returns:
-            Requests that got a token, in the order of `output.chunks`.
+            Requests that got a token, or are computed as far as they wish to be, in the order of `output.chunks`.
         """
         chunks = output.chunks
         if len(sampled) != len(chunks):
@@ -260,9 +270,10 @@ class Scheduler:
                 note_computed(request)
                 self._admission_may_help |= request.min_kv_precision is not None  # and be narrowed for who waits
             if computed == len(request.token_ids):
-                request.token_ids.append(int(token))
-                if request.times.first_token_s is None:
-                    request.times.first_token_s = now
+                if computed < request.max_total_tokens:
+                    request.token_ids.append(int(token))
+                    if request.times.first_token_s is None:
+                        request.times.first_token_s = now
                 advanced.append(request)
         return advanced
 
@@ -297,20 +308,29 @@ class Scheduler:
         """The measured rate of copies between device and host memory; None: none was timed yet."""
         self._swapping.note_rate(bytes_per_s)
 
-    def _defer_missed(self, now: float) -> None:
-        """Put requests that missed their deadline behind the others, or end them if they ask for it."""
+    def _end_late(self, now: float) -> None:
+        """End requests whose time is over. Put those whose first token cannot be in time behind the others, or end them
+        if they ask for it."""
+        for request in self._deadlines.take_overdue(now):
+            self._drop(request, now)
         for request in self._queue.defer_missed(now):
             if request.options.drop_when_late:
-                self.finish(request, FinishReason.LATE, now)
-                self._dropped.append(request)
+                self._drop(request, now)
+
+    def _drop(self, request: Request, now: float) -> None:
+        """End a request that is late, with what it has."""
+        request.kv_tokens = self._kv.tokens_by_format(request)
+        self.finish(request, FinishReason.LATE, now)
+        self._dropped.append(request)
 
     def _admit(self, now: float) -> None:
         self._admission_may_help = False
-        is_full = len(self._running) >= self.config.max_batch_size
+        most = min(self.config.max_batch_size, self.row_limit or self.config.max_batch_size)
+        is_full = len(self._running) >= most
         if not self._queue or (is_full and not self.config.quotas):
             return
         num_preemptions = self._running.num_preemptions
-        for running in self._admission.admit(now):
+        for running in self._admission.admit(now, most):
             request, entry = running.request, running.entry
             request.status = RequestStatus.READY
             if self.config.policy == "tenants" and entry.rank == ON_TIME:

@@ -14,8 +14,8 @@ class RequestRecord:
         arrival: as it came.
         admitted_s, first_token_s, finished_s: when it got memory, its first and its last token.
         num_preemptions: how often it lost its pages.
-        outcome: `length` for one that got all its tokens, `late` for one that was dropped, `refused` for one
-            that could never fit.
+        outcome: `length` for one that got all its tokens, `late` for one that was ended because it was late, `refused`
+            for one that could never fit.
     """
 
     arrival: Arrival

@@ -193,12 +193,13 @@ class Simulator:
         return count
 
     def _advance_clock(self, output: SchedulerOutput, most: int) -> int:
-        """Add the times of at most so many steps, up to the next arrival; how many were taken."""
+        """Add the times of at most so many steps, up to the next arrival or deadline; how many were taken."""
         chunks = output.decodes
         model = chunks[0].request.model
         formats, predict = self._scheduler.profiles[model].model.formats, self._timers[model].predict
         growth = sum(formats[chunk.request.kv_precision].bytes_per_token for chunk in chunks)
         until = self._arrivals[self._next].arrival_s if self._next < len(self._arrivals) else float("inf")
+        until = min(until, self._scheduler.next_deadline_s)
         cost = step_cost(chunks, formats)
         count, now = 0, self._now
         while count < most and now < until:

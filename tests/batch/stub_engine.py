@@ -18,7 +18,7 @@ from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.errors import RequestError
+from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.kv.usage import FormatUsage, KVCounts
 from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes
 from fineserve_jax.request_options import RequestOptions
@@ -59,7 +59,7 @@ class StubEngine:
         max_seq_len: int = 256,
         fails: Callable[[Sequence[Request]], None] | None = None,
     ) -> None:
-        self.config = SimpleNamespace(max_batch_size=batch, seed=0)
+        self.config = SimpleNamespace(max_batch_size=batch, seed=0, prefix_cache="exact", page_size=16)
         self.model = SimpleNamespace(name="stub", tokenizer=TOKENIZER, max_seq_len=max_seq_len)
         self.models = {"stub": self.model}
         self.tokenizer = self.model.tokenizer
@@ -69,6 +69,8 @@ class StubEngine:
         self._step_s, self._fails = step_s, fails
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self.row_limit: int | None = None
+        self._served_only: set[Request] | None = None
         self._count = self._tokens = self._steps = 0
 
     @property
@@ -119,9 +121,7 @@ class StubEngine:
         return request
 
     def step(self) -> list[Request]:
-        while self._waiting and len(self._running) < self.config.max_batch_size:
-            self._running.append(self._waiting.popleft())
-            self._running[-1].status = RequestStatus.RUNNING
+        self._admit()
         self.computing = tuple(self._running)
         if self._fails is not None:
             self._fails(self._running)
@@ -133,6 +133,28 @@ class StubEngine:
         self._running = [request for request in advanced if request.status is not RequestStatus.FINISHED]
         self._steps += 1
         return advanced
+
+    def _admit(self) -> None:
+        most = min(self.config.max_batch_size, self.row_limit or self.config.max_batch_size)
+        kept: deque[Request] = deque()
+        while self._waiting and len(self._running) < most:
+            request = self._waiting.popleft()
+            if self._served_only is not None and request not in self._served_only:
+                kept.append(request)
+                continue
+            self._running.append(request)
+            request.status = RequestStatus.RUNNING
+        self._waiting.extendleft(reversed(kept))
+
+    def serve_only(self, requests: Sequence[Request] | None) -> None:
+        """All requests wait again, in the order of their arrival, and others than these stay where they are."""
+        self._served_only = None if requests is None else set(requests)
+        self._waiting = deque(sorted([*self._waiting, *self._running], key=lambda request: request.sequence))
+        self._running = []
+
+    def fail(self, request: Request, error: FineServeError) -> None:
+        request.error = error
+        self._end(request, FinishReason.ERROR)
 
     def _sample(self, request: Request) -> None:
         token = next_token(request.token_ids, request.seed)
@@ -156,8 +178,11 @@ class StubEngine:
         return request_output(samples, [self.detokenizers[request].text for request in samples], None)
 
     def abort(self, request: Request) -> None:
+        self._end(request, FinishReason.ABORT)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
         if request.status is not RequestStatus.FINISHED:
-            request.status, request.finish_reason = RequestStatus.FINISHED, FinishReason.ABORT
+            request.status, request.finish_reason = RequestStatus.FINISHED, reason
             self._waiting = deque(other for other in self._waiting if other is not request)
             self._running = [other for other in self._running if other is not request]
 

@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from stub_engine import StubEngine
 
-from fineserve_jax.batch import job, journal, run_batch
+from fineserve_jax.batch import journal, run_batch
 from fineserve_jax.errors import FineServeError
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -28,10 +28,15 @@ TOKENS = 12
 
 def start(*arguments: Any, **options: Any) -> Any:
     """A process that runs `answer` of these arguments."""
+    return start_process(answer, *arguments, **options)
+
+
+def start_process(function: Callable[..., None], *arguments: Any, **options: Any) -> Any:
+    """A process that runs a function, which its module has to offer by name."""
     with pytest.MonkeyPatch.context() as patch:  # until Python 3.13 the server does not look where this process does
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
-    process = PROCESSES.Process(target=answer, args=arguments, kwargs=options)
+    process = PROCESSES.Process(target=function, args=arguments, kwargs=options)
     process.start()
     return process
 
@@ -43,7 +48,6 @@ def answer(
     log: Path | None = None,
     step_s: float = 0.004,
     batch: int = 8,
-    save_every_s: float = 0.02,
     commit_every_s: float = 0.01,
     max_file_bytes: int | None = None,
     **options: Any,
@@ -52,11 +56,12 @@ def answer(
 
     Args:
         log: to which a byte is added for each token that is sampled.
+        commit_every_s: from one commit of the journal to the next, whatever it costs.
         max_file_bytes: to how many bytes files can grow, as if the disk were full then.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it, and hangups
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    job.SAVE_TOKENS_EVERY_S, journal.COMMIT_EVERY_S = save_every_s, commit_every_s
+    journal.MIN_INTERVAL_S = journal.MAX_INTERVAL_S = commit_every_s
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, open as long as the process
     if max_file_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -56,7 +56,12 @@ def test_overwriting_drops_nothing_before_it_begins(path):
         assert path.read_bytes() == lines(FIRST)
         answers.begin()
         answers.write(as_line(SECOND))
-    assert path.read_bytes() == lines(SECOND)
+    assert path.read_bytes() == as_line(SECOND)
+
+
+def test_a_text_may_speak_of_what_json_lacks():
+    row = {"id": "\ud800", "text": "NaN, Infinity and ä", "big": 10**40, "small": 1e-320}
+    assert json.loads(as_line(row)) == row
 
 
 @pytest.mark.parametrize(

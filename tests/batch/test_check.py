@@ -21,7 +21,7 @@ ROWS = [
     {"id": "good", "prompt": "again"},
     {"id": "model", "prompt": "abc", "model": "other"},
     {"id": "bias", "prompt": "abc", "logit_bias": {"96": 1.0}},
-    {"custom_id": "request", "method": "POST", "url": "/v1/completions", "body": {"prompt": "abc", "echo": True}},
+    {"custom_id": "request", "method": "POST", "url": "/v1/completions", "body": {"prompt": "abc", "suffix": "x"}},
 ]
 
 

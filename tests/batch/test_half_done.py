@@ -1,5 +1,7 @@
 """Rows that were interrupted in the middle go on with the tokens they had, on a real engine with a tiny model."""
 
+import time
+
 import pytest
 from job_cases import OnStep, by_id, run_job, without_timing, written
 
@@ -65,9 +67,9 @@ def test_a_row_with_which_the_engine_fails_is_found_and_the_others_go_on(engine,
     """A step fails before it computes anything, and sometimes behind all it computes."""
     execute, faults = engine.runner.execute, []
 
-    def fail(output, scores=False):
+    def fail(output):
         is_bad = any(chunk.request.token_ids[:3] == [9, 9, 9] for chunk in output.chunks)
-        result = execute(output, scores) if not is_bad or len(faults) % 2 else None
+        result = execute(output) if not is_bad or len(faults) % 2 else None
         if is_bad:
             faults.append(len(output.chunks))
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
@@ -103,12 +105,32 @@ def test_a_sample_that_had_ended_is_finished_at_once(engine):
         engine.release(sample)
 
 
+@pytest.mark.parametrize(("cost_s", "interval_s"), [(0.0, 0.1), (0.0005, 0.1), (0.004, 0.4), (1.0, 2.0)])
+def test_commits_are_as_frequent_as_a_hundredth_of_the_time_allows(monkeypatch, cost_s, interval_s):
+    now_s = cpu_s = 0.0
+    monkeypatch.setattr(time, "thread_time", lambda: cpu_s)
+    journal = Journal(None, clock=lambda: now_s)
+    with journal.counted():
+        cpu_s += cost_s
+    now_s += 5.0
+    assert journal.is_due
+    journal.commit()
+    for _ in range(3):
+        now_s += interval_s / 4
+        assert not journal.is_due
+    now_s += interval_s / 3
+    assert journal.is_due
+    journal.commit()
+    now_s += 0.11
+    assert journal.is_due, "what a commit has cost delays the next, and no others"
+    journal.close()
+
+
 def test_what_the_journal_keeps_of_samples_comes_back_as_it_was(engine):
     journal = Journal(None)
     row = BatchRow(3, "x", "abc", sampling={"n": 2, "logprobs": 1, "temperature": 1.0, "max_tokens": 9})
     request = RowRequests().request(row, engine.tokenizer)
-    pending = RowInFlight(row, request)
-    pending.samples, pending.saved = engine.queue(engine.prepare(*request)), [0, 0]
+    pending = RowInFlight(row, engine.queue(engine.prepare(*request)), [0, 0])
     try:
         for _ in range(4):
             engine.step()

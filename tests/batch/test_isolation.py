@@ -4,14 +4,11 @@ import logging
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from job_cases import by_id, run_job, without_timing, written
 from stub_engine import StubEngine
 
 from fineserve_jax import FineServeError
 from fineserve_jax.batch import JobObserver
-from fineserve_jax.batch.isolation import Isolation
 
 ROWS = [
     {"id": i, "prompt": [5 + i, 7], "max_tokens": 4 + i % 7, "temperature": 1.0, "n": 1 + (i % 6 == 5)}
@@ -156,32 +153,6 @@ def test_a_single_row_that_fails_is_reported_though_no_other_succeeds(tmp_path):
     found, summary, _ = answers(tmp_path, fails, rows=ROWS[:1])
     assert "the engine fails with this row" in found[0]["error"]
     assert summary.errors == 1
-
-
-class Row:
-    def __init__(self, number):
-        self.number, self.faults = number, 0
-
-
-@given(st.integers(1, 300), st.integers(0, 3), st.data())
-def test_the_culprit_is_found_in_a_logarithm_of_faults(count, retries, data):
-    rows = [Row(i) for i in range(count)]
-    culprit = rows[data.draw(st.integers(0, count - 1))]
-    isolation = Isolation(retries)
-    isolation.fault(rows, "it")
-    faults, cleared = 1, []
-    while group := isolation.next_group():
-        if culprit in group:
-            isolation.fault(group, "it")
-            faults += 1
-        else:
-            cleared += group
-            isolation.passed()
-    assert isolation.convicted() == [(culprit, "it")]
-    assert isolation.convicted() == []
-    assert sorted(row.number for row in [*cleared, culprit]) == list(range(count))
-    assert faults <= (count - 1).bit_length() + 1 + retries
-    assert all(row.faults == 0 for row in cleared)
 
 
 def test_rows_that_fail_at_different_places_are_found_whatever_the_order(tmp_path):

@@ -64,7 +64,7 @@ def test_a_job_that_is_killed_twenty_times_answers_every_row_once(tmp_path, undi
         assert [row["id"] for row in rows] == [f"row {i}" for i in range(ROWS)]
     sampled = log.read_text().splitlines()
     needed = sum(row.get("output_tokens", 0) for row in undisturbed.values())
-    # A kill costs the tokens of its last moments: 20 ms of a job that takes two seconds.
+    # A kill costs the tokens of its last moments: some 10 ms of 135 (see test_reproducible_jobs for longer lives).
     assert needed <= len(sampled) < 1.25 * needed
 
 
@@ -77,15 +77,15 @@ def test_a_signal_ends_a_job_cleanly_and_no_token_is_sampled_twice(tmp_path, und
         before = size_of(log)
         while process.is_alive() and size_of(log) == before:
             time.sleep(0.005)  # it has begun
-        if attempt < 5:
+        if attempt < 3:
             process.join(chance.uniform(0.01, 0.1))
             if process.is_alive():
                 os.kill(process.pid, number)
         process.join(60)
         statuses.append(process.exitcode)
 
-    run_until_it_ends(tmp_path, interrupt, log=log, save_every_s=1e9)
-    assert statuses.count(3) >= 4
+    run_until_it_ends(tmp_path, interrupt, log=log, commit_every_s=1e9)
+    assert statuses.count(3) >= 2
     assert statuses[-1] == 0
     assert by_id(written(tmp_path / "out.jsonl")) == undisturbed
     assert len(log.read_text().splitlines()) == sum(row.get("output_tokens", 0) for row in undisturbed.values())
@@ -100,10 +100,10 @@ def test_a_job_that_is_killed_before_any_row_is_complete_still_ends(tmp_path):
     write_rows(tmp_path / "in.jsonl", 8, max_tokens=100)
 
     def kill(process, attempt):
-        process.join(0.4)
+        process.join(0.2)
         process.kill()
 
-    starts = run_until_it_ends(tmp_path, kill, step_s=0.02, save_every_s=0.05)
+    starts = run_until_it_ends(tmp_path, kill, step_s=0.01)
     assert starts > 3
     assert {row["output_tokens"] for row in written(tmp_path / "out.jsonl")} == {100, 200}
 

@@ -71,6 +71,13 @@ def test_a_job_that_was_interrupted_goes_on_and_one_that_is_complete_does_nothin
         ({}, {"config": EngineConfig(kv_precision="int8")}, "kv_precision was 'bf16' and is 'int8'"),
         ({}, {"model": "other"}, "model was model='stub' and is model='other'"),
         ({}, {"ordered": True}, "it was begun without --ordered"),
+        ({}, {"timing": False}, "it was begun without --no-timing"),
+        ({}, {"config": EngineConfig(reproducible=True)}, "reproducible was False and is True"),
+        (
+            {"config": EngineConfig(reproducible=True)},
+            {"config": EngineConfig(reproducible=True, max_batch_size=3)},
+            "max_batch_size was 32 and is 3",
+        ),
     ],
 )
 def test_options_that_answers_depend_on_must_be_the_same(files, before, now, said):
@@ -243,7 +250,7 @@ def test_a_journal_of_another_version_is_refused(files):
     journal._db.execute("PRAGMA user_version = 99")
     journal.commit()
     journal.close()
-    with pytest.raises(ConfigError, match="it is of version 99, this program's are of 1"):
+    with pytest.raises(ConfigError, match="it is of version 99, this program's are of 2"):
         run(*files, resume=True)
 
 
@@ -261,8 +268,8 @@ def test_nothing_but_the_output_and_its_journal_is_left(files, tmp_path):
 def test_timing_can_be_left_out_so_that_equal_jobs_give_equal_files(files, tmp_path):
     body = {"prompt": "abc", "max_tokens": 2}
     write(files[0], [*ROWS, {"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": body}])
-    for name in ("a", "b"):
-        run(files[0], tmp_path / name, timing=False, ordered=True)
-        time.sleep(1.1)  # OpenAI's `created` is in seconds
+    run(files[0], tmp_path / "a", timing=False, ordered=True)
+    time.sleep(1.1)  # OpenAI's `created` is in seconds
+    run(files[0], tmp_path / "b", timing=False, ordered=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert b"timing" not in (tmp_path / "a").read_bytes()

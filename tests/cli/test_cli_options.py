@@ -59,6 +59,8 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "stop": (["a b", "c"], ("a b", "c")),
     "stop_token_ids": (["7", "8"], (7, 8)),
     "logprobs": (["0"], 0),
+    "logprob_token_ids": (["7", "8"], (7, 8)),
+    "prompt_logprobs": (["2"], 2),
 }
 TABLES = ("quotas", "structured_outputs")  # tables of tables are for YAML files
 

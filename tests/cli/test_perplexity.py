@@ -96,7 +96,7 @@ def test_scores_that_are_not_finite_are_an_error(engine, check_finite):
     spoilt = Engine(with_nan(engine.model, first_in_second_window), config)
     measure_perplexity(spoilt, TOKENS, 32, 1)
     remedy = "the output of the embedding is the first such" if check_finite else "set check_finite"
-    with pytest.raises(NonFiniteError, match=f"computes NaN or infinity at or behind token .* of a window; {remedy}"):
+    with pytest.raises(NonFiniteError, match=f"window 0: the logits of model 'tiny' are not finite .*; {remedy}"):
         measure_perplexity(spoilt, TOKENS, 64, 1)
     assert not spoilt.kv.requests
 

@@ -15,7 +15,7 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch", "models")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,7 +28,7 @@ def tiny_model() -> LoadedModel:
     return random_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
     def make(clock: Callable[[], float] = time.monotonic, **settings: Any) -> Engine:
         defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}

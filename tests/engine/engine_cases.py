@@ -1,8 +1,10 @@
 """A tiny random model whose tokens are the printable characters, and a loop that serves requests."""
 
+import dataclasses
 import string
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -46,6 +48,13 @@ def random_model(name: str = "tiny", weights: str = "fp32", **shape: Any) -> Loa
         }
     )
     return LoadedModel(name, config, random_params(config, weights, seed=7, scale=0.2), character_tokenizer(), weights)
+
+
+def with_nan(model: LoadedModel, token: int) -> LoadedModel:
+    """The model with NaN in its embedding of a token."""
+    embed = model.params["embed"]
+    spoilt = {**embed, "kernel": embed["kernel"].at[token, 0].set(np.nan)}
+    return dataclasses.replace(model, params={**model.params, "embed": spoilt})
 
 
 def serve(

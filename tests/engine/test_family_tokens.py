@@ -51,14 +51,24 @@ def assert_as_expected(case: str, request) -> None:
     np.testing.assert_allclose(found, logprobs[:alike], rtol=0, atol=LOGPROB_ERROR)
 
 
+def assert_prompt_as_expected(case: str, request) -> None:
+    with np.load(FIXTURES / case / "expected.npz") as expected:
+        tokens, logits = expected["tokens"], expected["logits"].astype(np.float64)
+    logprobs = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(tokens) - 1), tokens[1:]]
+    found = [entry.logprob for entry in request.scores.entries]
+    np.testing.assert_allclose(found, logprobs, rtol=0, atol=LOGPROB_ERROR)
+
+
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_greedy_tokens_and_their_log_probabilities_are_those_of_transformers(case):
     """The prompt alone, and cut into chunks beside another one that begins alike."""
     with np.load(FIXTURES / case / "expected.npz") as expected:
         prompt, count = expected["tokens"].tolist(), len(expected["greedy"])
     greedy = SamplingParams(max_tokens=count, ignore_eos=True, logprobs=1)
+    scored = greedy.model_copy(update={"prompt_logprobs": 0})
     engine = make_engine(loaded(case), max_chunk_tokens=16)
-    for request in serve(engine, [prompt, prompt[:20], prompt], ["fp32"] * 3, greedy)[::2]:
+    for request in serve(engine, [prompt, prompt[:20], prompt], ["fp32"] * 3, scored)[::2]:
         assert_as_expected(case, request)
+        assert_prompt_as_expected(case, request)
     (again,) = serve(engine, [prompt], ["fp32"], greedy)  # on the first one's pages
     assert_as_expected(case, again)

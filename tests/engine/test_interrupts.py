@@ -28,7 +28,6 @@ SHARED = list(range(1, 40))  # two full pages that some prompts have in common
 RNG = np.random.default_rng(5)
 PROMPTS = [[*SHARED[: 39 * (i % 2)], *RNG.integers(1, 90, 9 + 5 * i).tolist()] for i in range(6)]
 SETTINGS = {"kv_memory": "220KB", "kv_precision": "int4", "kv_formats": ("bf16", "int8", "int4"), "max_seq_len": 128}
-NUM_INTERRUPTS = 60
 
 
 class ResultLost(Exception):
@@ -92,7 +91,7 @@ def serve(engine, asked):
     return answers(engine, asked)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def undisturbed(make_engine):
     engine = make_engine(**SETTINGS)
     expected = serve(engine, enter(engine))
@@ -106,10 +105,11 @@ def forget(engine, asked):
         engine.release(request)
 
 
-def test_an_interrupt_before_any_instruction_of_a_step_changes_no_answer(make_engine, undisturbed):
-    engine, interrupts, rng = make_engine(**SETTINGS), Interrupts(), random.Random(1)
+@pytest.mark.parametrize("most_interrupts", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_an_interrupt_before_any_instruction_of_a_step_changes_no_answer(make_engine, undisturbed, most_interrupts):
+    engine, interrupts, rng = make_engine(**SETTINGS), Interrupts(), random.Random(most_interrupts)
     num_interrupts = 0
-    while num_interrupts < NUM_INTERRUPTS:
+    while num_interrupts < most_interrupts:
         asked = enter(engine)
         while engine.has_unfinished:
             if rng.random() < 0.8:  # else nothing would ever be computed to its end

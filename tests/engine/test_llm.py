@@ -66,6 +66,7 @@ OPTIONS = {
     "ttft_slo_s": 60.0,
     "tpot_slo_s": 30.0,
     "drop_when_late": True,
+    "deadline_s": 90.0,
     "num_speculative_tokens": 0,
 }
 

@@ -39,8 +39,8 @@ def break_steps(monkeypatch):
     def patch(is_bad):
         execute = ModelRunner.execute
 
-        def faulty(runner, output, scores=False):
-            result = execute(runner, output, scores)  # so that the arena has changed
+        def faulty(runner, output):
+            result = execute(runner, output)  # so that the arena has changed
             if is_bad([chunk.request for chunk in output.chunks]):
                 raise ZeroDivisionError("broken")
             return result

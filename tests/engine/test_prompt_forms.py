@@ -138,7 +138,7 @@ def test_a_bad_token_is_named_with_its_prompt(llm):
 
 def test_a_prompt_of_far_too_many_characters_is_refused_by_its_length(llm, monkeypatch):
     monkeypatch.setattr(tokenizer, "token_bound", lambda backend: TokenBound(10, 1, False))
-    error = "has 1000000 characters, which are at least 100000 tokens; it may have 127, one less than max_seq_len"
+    error = "has 1000000 characters, which are at least 100000 tokens; it may have 127; shorten it or raise max_seq_len"
     for answer in (llm.generate, llm.stream):
         with pytest.raises(RequestError, match=error):
             answer("x" * 10**6, FOUR)

@@ -22,7 +22,7 @@ from fineserve_jax.structured.matcher import TokenMatcher
 
 SETTINGS = {
     "max_seq_len": 512,
-    "max_batch_size": 32,
+    "max_batch_size": 8,
     "max_chunk_tokens": 64,
     "kv_memory": "32MiB",
     "kv_formats": ["bf16"],
@@ -84,22 +84,24 @@ def ask(engine: Engine, prompts: int, **params) -> tuple[list[Request], list[str
 # -- answers have the form that they must have ------------------------------------------------------------------
 
 
-def test_answers_of_a_hundred_schemas_are_valid_and_rows_without_one_are_as_ever(engine):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_answers_of_a_hundred_schemas_are_valid_and_rows_without_one_are_as_ever(engine, every):
+    schemas = list(SCHEMAS.values())[::every]
     free = [add(engine, seed, max_tokens=60) for seed in range(8)]
     expected = serve(engine, free)
-    constrained = [add(engine, i, structured_outputs={"json": schema}) for i, schema in enumerate(SCHEMAS.values())]
+    constrained = [add(engine, i, structured_outputs={"json": schema}) for i, schema in enumerate(schemas)]
     among = [add(engine, seed, max_tokens=60) for seed in range(8)]
     texts = serve(engine, constrained + among)
     assert texts[len(constrained) :] == expected
     ended = 0
-    for request, text, schema in zip(constrained, texts, SCHEMAS.values(), strict=False):
+    for request, text, schema in zip(constrained, texts, schemas, strict=False):
         if request.finish_reason is FinishReason.LENGTH:
             assert request.num_output_tokens == 400
             continue
         assert (request.finish_reason, request.error) == (FinishReason.STOP, None)
         validator(schema).validate(json.loads(text))
         ended += 1
-    assert ended >= 90
+    assert ended >= 0.9 * len(schemas)
 
 
 @pytest.mark.parametrize(

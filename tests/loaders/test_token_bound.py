@@ -112,6 +112,8 @@ def test_a_text_that_is_certainly_too_long_is_refused_before_it_is_tokenized():
     tokenizer = Tokenizer(BOUNDED["byte level"], ())
     assert len(tokenizer.encode(" " * 80, max_tokens=10)) == 10
     assert len(tokenizer.encode("b" * 80, max_tokens=10)) == 80  # not certain: whoever counts tokens refuses it
-    message = "^the prompt has 81 characters, which are at least 11 tokens; it may have 10, one less than max_seq_len"
+    message = (
+        "^the prompt has 81 characters, which are at least 11 tokens; it may have 10; shorten it or raise max_seq_len"
+    )
     with pytest.raises(RequestError, match=message):
         tokenizer.encode_prompt(" " * 81, max_tokens=10)

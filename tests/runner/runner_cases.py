@@ -20,7 +20,7 @@ from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.implementation import default_implementation
-from fineserve_jax.request import Request, RequestTimes, ScheduledChunk, SchedulerOutput
+from fineserve_jax.request import PromptScores, Request, RequestTimes, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.programs import compiler_options
 from fineserve_jax.runner.runner import ModelRunner, SampledToken
@@ -130,14 +130,12 @@ class World:
             chunks = [self._chunk(request, feed, step) for request, feed in both if step < len(feed.cuts)]
             prefills = tuple(chunk for chunk in chunks if chunk.count > 1)
             plan = SchedulerOutput(tuple(chunk for chunk in chunks if chunk.count == 1), prefills)
-            result = self.runner.execute(plan, scores=self.scores)
+            result = self.runner.execute(plan)
             for sampled in result.tokens:
                 found[sampled.request].logprobs[sampled.request.num_tokens - 1] = _all_logprobs(sampled)
-            first = 0
-            for scheduled in prefills if self.scores else ():
-                for i in range(scheduled.count - 1):
-                    found[scheduled.request].scores[scheduled.start + i] = float(result.scores[first + i])
-                first += -(-scheduled.count // PAGE_SIZE) * PAGE_SIZE
+            for request, scores in result.scores.items():
+                scored = enumerate(scores, request.scores.first - 1)
+                found[request].scores.update({i: score.logprob for i, score in scored})
         for request in requests:
             self.kv.release(request)
         check_integrity(self.kv)
@@ -148,6 +146,8 @@ class World:
         start, count = sum(feed.cuts[:step]), feed.cuts[step]
         request.token_ids = list(feed.tokens[: start + count])
         request.num_computed_tokens = start
+        if self.scores:
+            request.num_prompt_tokens, request.scores = start + count, PromptScores(start + 1, 0)
         assert self.kv.grow(request, start + count)
         return ScheduledChunk(request, start, count)
 

@@ -38,8 +38,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         drop=st.booleans(),
         tpot=st.sampled_from([None, None, 1e-6, 0.05]),
         priority=st.sampled_from([0, 0, 1, -3]),
+        deadline=st.sampled_from([None, None, 3.0, 20.0]),
     )
-    def add(self, model, kv, prompt, output, ttft, drop, tpot, priority):
+    def add(self, model, kv, prompt, output, ttft, drop, tpot, priority, deadline):
         most = self.kv.max_tokens_alone(model, kv)
         if most < 2:
             return
@@ -51,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "tpot_slo_s": tpot,
             "drop_when_late": drop and ttft is not None,
             "priority": priority,
+            "deadline_s": deadline,
         }
         self.engine.add(make_request(number, prompt, output, kv, now, model, **fields))
 
@@ -79,6 +81,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             check_tokens(request)
             whole = request.num_tokens == request.max_total_tokens
             assert whole == (request.finish_reason is FinishReason.LENGTH)
+            taken_s, deadline_s = request.times.finished_s - request.times.arrival_s, request.options.deadline_s
+            assert deadline_s is None or taken_s < deadline_s + 1.0  # the step in which its time runs out is computed
         assert not self.kv.requests
         self.kv.pool.evict_all()
         assert measure_usage(self.kv).reserved_bytes == 0

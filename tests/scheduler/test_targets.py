@@ -59,6 +59,41 @@ def test_a_request_that_has_its_first_token_is_never_late():
     assert {r.finish_reason for r in engine.requests} == {FinishReason.LENGTH}
 
 
+def test_a_request_ends_with_what_it_has_when_its_deadline_has_passed():
+    """A step takes a second: the first gives a token, and so does each further one."""
+    engine = FakeEngine(make_kv(40), max_chunk_tokens=32)
+    late = engine.add(make_request(0, 8, 100, arrival=0.0, deadline_s=5.0))
+    done = engine.add(make_request(1, 8, 5, arrival=0.0, deadline_s=5.5))
+    other = engine.add(make_request(2, 8, 12, arrival=0.0))
+    assert engine.scheduler.next_deadline_s == 5.0
+    engine.drain()
+    assert [r.finish_reason for r in (late, done, other)] == [
+        FinishReason.LATE,
+        FinishReason.LENGTH,
+        FinishReason.LENGTH,
+    ]
+    assert (late.num_output_tokens, late.times.finished_s) == (5, 5.0)
+    assert late.kv_tokens == {"bf16": 12}
+    assert engine.scheduler.take_dropped() == [late]
+    assert engine.scheduler.next_deadline_s == float("inf")
+
+
+def test_a_deadline_ends_those_that_still_wait_too():
+    engine = one_by_one()
+    engine.add(make_request(1, 8, 2, arrival=0.0, deadline_s=1.5))
+    engine.add(make_request(2, 8, 2, arrival=0.0))
+    assert order_of_admission(engine) == [0, 2]
+    assert (engine.requests[1].finish_reason, engine.requests[1].kv_tokens) == (FinishReason.LATE, {})
+
+
+def test_edf_goes_by_the_deadline_of_requests_without_a_target_for_their_first_token():
+    engine = one_by_one(policy="edf", ageing_s=50.0)
+    engine.add(make_request(1, 8, 2, arrival=0.5))
+    engine.add(make_request(2, 8, 2, arrival=0.6, deadline_s=40.0))
+    engine.add(make_request(3, 8, 2, arrival=0.7, ttft_slo_s=30.0, deadline_s=1000.0))
+    assert order_of_admission(engine) == [0, 3, 2, 1]
+
+
 def test_a_request_is_dropped_in_time_while_nobody_can_be_admitted():
     engine = FakeEngine(make_kv(40), max_batch_size=1)
     engine.add(make_request(0, 8, 100))

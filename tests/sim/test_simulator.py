@@ -49,6 +49,16 @@ def test_runs_of_equal_steps_in_one_go_change_next_to_nothing(kv_bytes):
     assert late_s.max() < 2 * slow.end_s / slow.num_steps
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_request_ends_at_its_deadline_however_many_steps_are_taken_in_one_go(fast):
+    arrivals = [Arrival(1.0, 100, 4000, options("bf16", deadline_s=2.0)), Arrival(1.0, 100, 800, options("bf16"))]
+    run, kv = simulate(arrivals, fast=fast)
+    late, done = run.requests
+    assert (late.outcome, late.in_time, done.outcome) == ("late", False, "length")
+    assert 3.0 <= late.finished_s < 3.0 + 2 * done.end_to_end_s / 800
+    assert not kv.requests
+
+
 def test_a_lone_request_takes_the_time_that_the_cost_model_says():
     arrival = Arrival(1.0, 100, 5, options("bf16"))
     where = cluster()
