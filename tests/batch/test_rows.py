@@ -245,6 +245,7 @@ def test_every_option_may_stand_in_a_row_and_null_unsets_it():
         tpot_slo_s=1,
         drop_when_late=True,
         deadline_s=60.0,
+        num_speculative_tokens=0,
     )
     assert options.model_fields_set == RequestOptions.model_fields.keys()
     assert row(prompt="a", **options.model_dump()).options == options
