@@ -68,6 +68,8 @@ class Arguments:
     """KV formats of the rows; several joined by + are dealt out in turn."""
     implementation: Implementation | None = None
     checks: bool = True
+    head_dims: tuple[int, ...] = (64, 128)
+    """Of what is checked."""
     timings: bool = True
 
 
@@ -82,7 +84,7 @@ def main() -> None:
     console.print(f"{jax.devices()[0].device_kind}, {implementation}, one layer of {shape_name}")
     results: dict = {"device": jax.devices()[0].device_kind, "implementation": implementation, "shape": shape_name}
     if arguments.checks:
-        results["errors"] = check_operations(implementation, console)
+        results["errors"] = check_operations(implementation, console, arguments.head_dims)
     if arguments.timings:
         results["cases"] = measure(arguments, SHAPES[shape_name], implementation, console)
     print(json.dumps(results))

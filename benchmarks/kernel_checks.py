@@ -128,17 +128,19 @@ def _write_vectors(
     return write_pages(spec, arena, spec.encode_pages(k, v), pages, format_ids)
 
 
-def check_operations(implementation: Implementation, console: Console) -> dict[str, float]:
+def check_operations(
+    implementation: Implementation, console: Console, head_dims: Sequence[int] = (64, 128)
+) -> dict[str, float]:
     """Runs every operation in small; exits if one is wrong. Returns the errors."""
     errors: dict[str, float] = {}
-    for head_dim, dtype in itertools.product((64, 128), (jnp.float32, jnp.bfloat16)):
+    for head_dim, dtype in itertools.product(head_dims, (jnp.float32, jnp.bfloat16)):
         geometry = _geometry(head_dim, implementation)
         formats, name = tuple(FORMATS.values()), f"head_dim {head_dim}, {jnp.dtype(dtype).name}"
         lengths = [0, 1, 15, 16, 17, 100, 700, 33, 64, 200][: 2 * len(formats)]
         for kind, queries in (("decode", None), ("ragged", [1, 40, 1, 70, 1, 1, 16, 1, 1, 3])):
             batch = make_batch(geometry, formats, lengths, 8, implementation, queries)
             errors[f"{kind}, {name}"] = attention_error(batch, dtype)
-    for head_dim in (64, 128):
+    for head_dim in head_dims:
         errors[f"writes that differ, head_dim {head_dim}"] = write_differences(
             _geometry(head_dim, implementation), implementation
         )

@@ -3,22 +3,20 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
+from fineserve_jax.engine.async_loop import AsyncLoop
 from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
 from fineserve_jax.engine.load import load_from
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
-
-T = TypeVar("T")
 
 
 class AsyncLLM:
@@ -33,16 +31,18 @@ class AsyncLLM:
 
     Args: see `LLM`. The model is loaded here, before anything can be awaited.
 
+    Attributes:
+        engine: what serves; its own methods are for the loop's thread, but for `prepare`.
+        loop: on whose thread it is.
+
     Raises: see `LLM`.
     """
 
     def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **settings: Any) -> None:
         self.engine = load_from(model, models, settings)
-        self._loop = EngineLoop(self.engine)
-        self._inboxes: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, AsyncInbox] = (
-            weakref.WeakValueDictionary()
-        )
-        weakref.finalize(self, self._loop.close_without_waiting).atexit = False  # the loop sees to that itself
+        loop = EngineLoop(self.engine)
+        self.loop = AsyncLoop(loop)
+        weakref.finalize(self, loop.close_without_waiting).atexit = False  # the loop sees to that itself
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -85,23 +85,13 @@ class AsyncLLM:
 
         A reader that is slower than the model gets larger pieces. Errors are raised when the first piece is asked for.
         """
-        inbox = self._inbox()
+        inbox = self.loop.inbox()
         ticket = await asyncio.to_thread(
             ticket_for_pieces, self.engine, inbox, prompt, sampling_params, options, chat_options, fields
         )
-        with inbox.expecting([ticket]) as news:
-            try:
-                self._loop.submit([ticket])
-                is_done = False
-                while not is_done:
-                    await news.wait()
-                    news.clear()
-                    piece, is_done = ticket.take()
-                    if piece:
-                        yield piece
-                ticket.check()
-            finally:
-                self._loop.abort([ticket])
+        async with contextlib.aclosing(self.loop.texts(inbox, ticket)) as texts:
+            async for piece in texts:
+                yield piece
 
     async def warm_up(
         self,
@@ -112,7 +102,7 @@ class AsyncLLM:
         prompt_logprobs: bool = False,
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats can need; see `Engine.warm_up`."""
-        return await self._call(
+        return await self.loop.call(
             lambda: self.engine.warm_up(
                 kv_precisions,
                 min_kv_precision,
@@ -123,11 +113,11 @@ class AsyncLLM:
 
     async def stats(self) -> EngineStats:
         """Where the engine stands between two steps; see `LLM.stats`."""
-        return await self._call(self.engine.stats)
+        return await self.loop.call(self.engine.stats)
 
     async def close(self) -> None:
         """Ends the thread that computes; whoever waits, and later calls, get an `EngineError`."""
-        await asyncio.to_thread(self._loop.close)
+        await self.loop.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,9 +127,6 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    async def _call(self, function: Callable[[], T]) -> T:
-        return await asyncio.to_thread(self._loop.call, function)
-
     async def _answer(
         self,
         prompts: Sequence[Any],
@@ -148,57 +135,9 @@ class AsyncLLM:
         options: RequestOptions | Sequence[RequestOptions] | None,
         fields: OptionKeywords,
     ) -> list[RequestOutput]:
-        self._loop.check_usable()
-        inbox = self._inbox()
+        self.loop.check_usable()
+        inbox = self.loop.inbox()
         tickets = await asyncio.to_thread(
             tickets_of_all, self.engine, inbox, prompts, encode, sampling_params, options, fields
         )
-        with inbox.expecting(tickets) as news:
-            try:
-                self._loop.submit(tickets)
-                while not all(ticket.is_done for ticket in tickets):
-                    await news.wait()
-                    news.clear()
-                return [ticket.output() for ticket in tickets]
-            finally:
-                self._loop.abort(tickets)
-
-    def _inbox(self) -> "AsyncInbox":
-        """That of the running event loop: what a step has for its tasks is handed over in one go."""
-        event_loop = asyncio.get_running_loop()
-        inbox = self._inboxes.get(event_loop)
-        if inbox is None:
-            inbox = self._inboxes[event_loop] = AsyncInbox(event_loop)
-        return inbox
-
-
-class AsyncInbox:
-    """The receiver for the tasks of an event loop. Its methods, but for `notify`, are called on that loop's thread."""
-
-    wants_stats = False
-
-    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        self._event_loop = event_loop
-        self._expected: dict[Ticket, asyncio.Event] = {}
-
-    def notify(self, tickets: Sequence[Ticket]) -> None:
-        self._event_loop.call_soon_threadsafe(self._wake, tickets)  # raises if the event loop is closed
-
-    def show(self, stats: EngineStats) -> None:
-        """Nobody is shown statistics."""
-
-    def _wake(self, tickets: Iterable[Ticket]) -> None:
-        for ticket in tickets:
-            if ticket in self._expected:
-                self._expected[ticket].set()
-
-    @contextlib.contextmanager
-    def expecting(self, tickets: Sequence[Ticket]) -> Iterator[asyncio.Event]:
-        """Set whenever there is news of one of the tickets."""
-        news = asyncio.Event()
-        self._expected |= dict.fromkeys(tickets, news)
-        try:
-            yield news
-        finally:
-            for ticket in tickets:
-                del self._expected[ticket]
+        return await self.loop.outputs(inbox, tickets)

@@ -184,11 +184,16 @@ class ScheduledChunk:
 
     `count == 1` goes through the step's decode rows, anything longer is a prefill chunk. A chunk starts at a
     multiple of the page size. Nobody changes one.
+
+    Attributes:
+        drafts: of a decode, tokens that are guessed to follow. Each goes through a decode row of its own; all of them,
+            and the token itself, lie in one page.
     """
 
     request: Request
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -220,5 +225,11 @@ class SchedulerOutput:
         return self.decodes + self.prefills
 
     @property
+    def num_decode_rows(self) -> int:
+        """Rows that the decodes take, their drafts counted."""
+        return sum(1 + len(scheduled.drafts) for scheduled in self.decodes)
+
+    @property
     def num_tokens(self) -> int:
-        return sum(scheduled.count for scheduled in self.chunks)
+        """Tokens that go through the model."""
+        return self.num_decode_rows + sum(scheduled.count for scheduled in self.prefills)

@@ -29,6 +29,12 @@ Priority = Annotated[
     Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY),
     refused_as(f"{{field}}={{shown}} is no priority; give a whole number, -{MAX_PRIORITY} to {MAX_PRIORITY}, or none"),
 ]
+Drafts = Annotated[
+    int,
+    Strict(),
+    Field(ge=0),
+    refused_as("{field}={shown} is no number of drafts; give a whole number, 0 or more, or none"),
+]
 Switch = Annotated[bool, Strict(), refused_as("{field}={value} is neither true nor false; give one of them, or none")]
 
 
@@ -51,6 +57,8 @@ class RequestOptions(Validated):
             otherwise it then waits behind those that still can be.
         deadline_s: end the request, with the finish reason "late" and what it has by then, so many seconds after its
             arrival; None: however long it takes.
+        num_speculative_tokens: most tokens that it may be ahead in a step, see `EngineConfig`, and at most as many as
+            the engine has; 0: none, None: as many as the engine has.
     """
 
     error_class: ClassVar[type[FineServeError]] = RequestError
@@ -64,6 +72,7 @@ class RequestOptions(Validated):
     tpot_slo_s: Target | None = None
     drop_when_late: Switch = False
     deadline_s: Target | None = None
+    num_speculative_tokens: Drafts | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +98,7 @@ class OptionKeywords(TypedDict, total=False):
     tpot_slo_s: float | Sequence[float | None] | None
     drop_when_late: bool | Sequence[bool | None] | None
     deadline_s: float | Sequence[float | None] | None
+    num_speculative_tokens: int | Sequence[int | None] | None
 
 
 def options_of_each(

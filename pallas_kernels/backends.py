@@ -32,6 +32,10 @@ class Backend(Protocol):
     def tile_units(self) -> bool:
         """Whether the arena's units must be TPU tiles: see `choose_unit_words`."""
 
+    @property
+    def writes_beside(self) -> bool:
+        """Whether `write_tokens` may write several tokens of one page at once."""
+
     def attend(
         self, spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array
     ) -> PartialAttention:
@@ -61,7 +65,8 @@ class Backend(Protocol):
         Args:
             words: of pages of one token: u16[layers, kv_heads, N, 1, width], scales of
                 u16[layers, kv_heads, N, 1, 1].
-            pages: i32[N], first units; no two the same but those beyond the arena, which are dropped.
+            pages: i32[N], first units; unless the backend `writes_beside` no two the same but those beyond the arena,
+                which are dropped.
             offsets: i32[N], each token's place in its page.
         """
 

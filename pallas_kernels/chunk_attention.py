@@ -1,4 +1,4 @@
-"""Attention of prefill chunks among a step's own tokens.
+"""Attention of prefill chunks, and of drafts, among a step's own tokens.
 
 A step's chunks lie side by side on one token axis of C slots, each starting at a multiple of the page size, so that a
 slot's page is `slot // page_size`. Queries are kept heads first, f32[kv_heads, C, group, head_dim].
@@ -48,6 +48,33 @@ def attend_within(
         visible &= jnp.repeat(_within(slots[:, None] - slots, window), group, axis=0)
     k, v = (part.reshape(kv_heads, pages * page_size, head_dim) for part in earlier_pages)
     return own.merge(_regroup(attend(_ungroup(q), _exact(k, v), visible, soft_cap), q))
+
+
+def attend_ahead(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sequences: jax.Array,
+    positions: jax.Array,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> PartialAttention:
+    """Attention of each row to the rows of its sequence that are ahead of it, itself not among them.
+
+    Args:
+        q: f32[rows, kv_heads, group, head_dim], already multiplied by the softmax scale.
+        k, v: f32[rows, kv_heads, head_dim], as they are kept.
+        sequences, positions: i32[rows]; rows of one sequence have different positions.
+        window, soft_cap: see `AttentionSpec`.
+
+    Returns:
+        of f32[rows, kv_heads, group].
+    """
+    ahead = positions[:, None] - positions
+    visible = (sequences[:, None] == sequences) & (ahead > 0) & _within(ahead, window)
+    keys_and_values = _exact(k.swapaxes(0, 1), v.swapaxes(0, 1))
+    seen = attend(_ungroup(q.swapaxes(0, 1)), keys_and_values, jnp.repeat(visible, q.shape[2], axis=0), soft_cap)
+    return PartialAttention(*(part.swapaxes(0, 1) for part in _regroup(seen, q.swapaxes(0, 1))))
 
 
 def _within(ahead: jax.Array, window: int | None) -> jax.Array:

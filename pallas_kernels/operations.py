@@ -99,7 +99,8 @@ def write_tokens(
         arena: u16[num_units, *unit_shape].
         words: of all N tokens in each format that any is written in, by format id, as `WriteSpec.encode_tokens` gives
             them: u16[layers, kv_heads, N, 1, width], scales of u16[layers, kv_heads, N, 1, 1].
-        pages: i32[N], first unit of each token's page. No two tokens may go to the same page.
+        pages: i32[N], first unit of each token's page. No two tokens may go to the same place, and to the same page
+            only where the backend `writes_beside`.
         offsets: i32[N], each token's place in its page.
         format_ids: i32[N], index into `spec.formats`; a token whose format is not among `words` is not written.
 

@@ -43,6 +43,10 @@ COMPILING = (
     "models",
     "pallas_kernels",
     "runner",
+    "server/test_completions.py",
+    "server/test_fuzzed_requests.py",
+    "server/test_page.py",
+    "server/test_stress.py",
     "test_readme.py",
     "test_shapes.py",
 )

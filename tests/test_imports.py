@@ -24,8 +24,8 @@ STOREYS = [
     {"loaders", "scheduler"},
     {"runner"},
     {"engine"},
-    {"llm", "async_llm"},
-    {"batch", "sim", "integrations"},
+    {"llm", "async_llm", "openai_api", "metrics"},
+    {"batch", "sim", "server", "integrations"},
     {""},
     {"cli"},
 ]
@@ -121,7 +121,7 @@ def test_every_package_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = [
         name
-        for extra in ("plot", "files", "remote", "ray", "lm-eval")
+        for extra in ("plot", "files", "remote", "ray", "lm-eval", "serve")
         for name in project["optional-dependencies"][extra]
     ]
     declared = {requirement.split(">")[0].split("[")[0].lower() for requirement in project["dependencies"] + optional}

@@ -15,6 +15,7 @@ of its own, or a row of a table, with `prompt` (text, or a list of token ids) or
     drop_when_late     true: no answer when the first token cannot be in time; `finish_reason` is then "late"
     deadline_s         seconds after which it ends with what it has, and the `finish_reason` "late"
     echo               true: its text begins with its prompt, of which `logprobs` tell, too
+    num_speculative_tokens  tokens that it may be ahead in a step, at most; 0: none
     tools              functions that the model may call, for `messages`; likewise every other field of `ChatOptions`
     ...                every field of `SamplingParams`
 

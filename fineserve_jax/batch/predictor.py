@@ -16,11 +16,11 @@ from fineserve_jax.batch.job import BatchJob
 from fineserve_jax.batch.journal import Journal
 from fineserve_jax.batch.observers import JobObserver, RowOutcome
 from fineserve_jax.batch.records import Record
-from fineserve_jax.batch.row_fields import ROW_FIELDS
 from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.load import load_engine
+from fineserve_jax.openai_api.fields import FIELDS
 from fineserve_jax.sampling_params import SamplingParams
 
 ANSWER = ("text", "finish_reason", "prompt_tokens", "output_tokens", "kv_precision", "error", "answer")
@@ -73,7 +73,7 @@ class FineServePredictor:
         """The batch with the columns of its answers, as arrays of objects."""
         columns = {name: list(values) for name, values in batch.items()}
         count = len(next(iter(columns.values()), []))
-        names = [name for name in columns if name in ROW_FIELDS and name not in NOT_OF_A_ROW]
+        names = [name for name in columns if name in FIELDS and name not in NOT_OF_A_ROW]
         fields = ({name: _plain(columns[name][i]) for name in names} for i in range(count))
         rows = (parse_row(Record(i + 1, given)) for i, given in enumerate(fields))
         lines = self.answer(rows, AnswerRows(names_model=len(self.engine.models) > 1)).lines

@@ -34,6 +34,11 @@ COMMANDS = {
     "batch": Command(
         "batch", "Answer every row of a file of prompts, each with its KV cache in the precision it asks for."
     ),
+    "serve": Command(
+        "serve",
+        "Serve models to OpenAI's client and others like it, each request with its KV cache in the precision it asks "
+        "for.",
+    ),
     "generate": Command("generate", "Answer one prompt, printing the answer as it comes."),
     "perplexity": Command(
         "perplexity", "Measure a model's perplexity on a text, its keys and values kept as requests would keep them."

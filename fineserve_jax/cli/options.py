@@ -114,6 +114,7 @@ else:
         "overtaking_limit_s",
         "narrow_keep_pages",
         "growth_reserve_pages",
+        "num_speculative_tokens",
         "quotas",
         "record",
         "record_every",

@@ -73,19 +73,29 @@ def serve_at_once(
         advanced = engine.step()
         now = time.perf_counter() - start
         for request in advanced:
-            came[request].append(now)
+            came[request] += [now] * (request.num_output_tokens - len(came[request]))
     for request in requests:
         engine.release(request)
         if request.error is not None:
             raise EngineError(f"there is nothing to measure: {request.error}")
-    times = np.array(list(came.values()))  # [prompts, output_tokens]: none ends early
-    all_begun, first_ended = times[:, 0].max(), times[:, -1].min()
+    return served_at(sum(map(len, prompts)), list(came.values()))
+
+
+def served_at(prompt_tokens: int, times: Sequence[Sequence[float]]) -> Served:
+    """What it came to.
+
+    Args:
+        prompt_tokens: of all prompts.
+        times: of each prompt the seconds from the start to each of its tokens, as many for all prompts.
+    """
+    table = np.array(times)  # [prompts, tokens]
+    all_begun, first_ended = table[:, 0].max(), table[:, -1].min()
     return Served(
-        prompt_tokens=sum(map(len, prompts)),
-        first_s=times[:, 0],
-        gaps_s=np.diff(times, axis=1).ravel(),
-        total_s=times[:, -1],
-        decode_tokens=int(((times > all_begun) & (times <= first_ended)).sum()),
+        prompt_tokens=prompt_tokens,
+        first_s=table[:, 0],
+        gaps_s=np.diff(table, axis=1).ravel(),
+        total_s=table[:, -1],
+        decode_tokens=int(((table > all_begun) & (table <= first_ended)).sum()),
         decode_s=float(first_ended - all_begun),
     )
 

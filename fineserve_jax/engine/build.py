@@ -37,6 +37,7 @@ from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import FormatCost, ModelCost, Scheduler
 from fineserve_jax.scheduler.costs import dense_layer_parameters, pair_flops
 from fineserve_jax.scheduler.devices import device_roofline
+from fineserve_jax.scheduler.speculation import Speculation
 
 log = logging.getLogger(__name__)
 
@@ -141,9 +142,13 @@ def build_engine(
         ConfigError: settings that a model or the device rules out, or that are for no model.
     """
     device, implementation, known, allocator, kv = build_books(models, config, settings)
+    if config.num_speculative_tokens and not get_backend(implementation).writes_beside:
+        raise ConfigError(
+            f"num_speculative_tokens={config.num_speculative_tokens}: {implementation} kernels write one new token of "
+            "a page in a step; leave num_speculative_tokens out"
+        )
     geometries = {name: model.geometry for name, model in known.items()}
     costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
-    scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind))
     arena = Arena(next(iter(geometries.values())), allocator.num_units)
     shapes = {
         (name, number): group_geometry(geometries[name], group)
@@ -157,6 +162,9 @@ def build_engine(
         served[name] = ServedModel(
             name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner
         )
+    row_sizes = {name: model.runner.row_buckets for name, model in served.items()}
+    speculation = Speculation(config.num_speculative_tokens, row_sizes)
+    scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind), speculation)
     return EngineParts(kv, scheduler, arena, operations, served)
 
 
@@ -223,7 +231,7 @@ def _runner(
         geometry,
         arena,
         kv,
-        max_rows=config.max_batch_size,
+        max_rows=max(config.max_batch_size, 1 + config.num_speculative_tokens),
         max_chunk_tokens=_max_chunk_tokens(config, max_seq_len),
         max_seq_len=max_seq_len,
         implementation=implementation,
@@ -231,6 +239,7 @@ def _runner(
         eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
         reproducible=config.reproducible,
         formats=config.served_formats if config.reproducible else (),
+        drafts=config.num_speculative_tokens > 0,
     )
 
 

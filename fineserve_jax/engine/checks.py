@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from fineserve_jax.engine.build import KnownModel
+from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
 from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.validation import shown, token_id
@@ -80,6 +82,16 @@ def check_vocabulary(served: KnownModel, name: str, token_ids: Collection[int]) 
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise RequestError(f"{name} has token {wrong}; {served.name} has tokens 0 to {vocab_size - 1}")
+
+
+def check_drafts(config: EngineConfig, options: RequestOptions) -> None:
+    """Raises `RequestError` for a request that wants more drafts than the engine has."""
+    asked, most = options.num_speculative_tokens, config.num_speculative_tokens
+    if asked is not None and asked > most:
+        raise RequestError(
+            f"num_speculative_tokens={asked} is more than the engine's {most}; lower it, or give the engine "
+            f"num_speculative_tokens={asked}"
+        )
 
 
 def check_memory(kv: KVManager, model: str, kv_precision: str, total: int) -> None:

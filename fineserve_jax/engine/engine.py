@@ -325,8 +325,9 @@ class Engine:
         result = self._execute(output)
         advanced = self._outputs.process(output, result)
         seconds = time.perf_counter() - start
-        self._totals.add_step(seconds, output, result)
-        if self._num_compilations == compiled_before and not result.scores:  # whose products no prediction counts
+        compiled = self._num_compilations > compiled_before
+        self._totals.add_step(seconds, output, result, compiled=compiled)
+        if not compiled and not result.scores:  # whose products no prediction counts
             self.scheduler.observe(output, seconds)
         if not self.scheduler.has_unfinished:
             self._on_idle()

@@ -42,6 +42,9 @@ class EngineConfig(SchedulerConfig):
             at most a quarter of the host's.
         step_profile: file that learnt step times are kept in: read at the start if it is there, and written whenever
             the engine has nothing left to do.
+        num_speculative_tokens: most tokens that a decode may be ahead in a step. They are looked up in the request's
+            own text, computed where that pays, and kept if they are what is sampled, so that answers are the same as
+            without. At most page_size - 1; 0: none.
         seed: of requests that name none.
         record: file to record to how the memory is used, for `fineserve-jax slabs`; None: not recorded.
         record_every: steps from one entry of the record to the next.
@@ -63,6 +66,7 @@ class EngineConfig(SchedulerConfig):
     min_kv_precision: str | None = None
     swap_memory: int | float | str | None = None
     step_profile: str | None = None
+    num_speculative_tokens: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     record: Path | None = None
     record_every: int = Field(default=10, ge=1)
@@ -107,6 +111,16 @@ class EngineConfig(SchedulerConfig):
         if self.reproducible and self.prefix_cache == "convert":
             raise ValueError(
                 "reproducible with prefix_cache='convert': tokens depend on what was cached; use 'exact' or 'off'"
+            )
+        if self.num_speculative_tokens >= self.page_size:
+            raise ValueError(
+                f"num_speculative_tokens={self.num_speculative_tokens}: drafts lie in one KV page, which has page_size="
+                f"{self.page_size} tokens; use at most {self.page_size - 1}"
+            )
+        if self.reproducible and self.num_speculative_tokens:
+            raise ValueError(
+                f"reproducible with num_speculative_tokens={self.num_speculative_tokens}: how sums are taken would "
+                "depend on what is guessed; leave num_speculative_tokens out"
             )
         if self.preemption == "recompute" and self.swap_memory not in (None, 0, "0"):
             raise ValueError(f"swap_memory={self.swap_memory!r} is not used with preemption='recompute'; leave it out")

@@ -249,9 +249,10 @@ class EngineLoop:
             if request.status is RequestStatus.FINISHED:
                 del self._tickets[request]
                 self.engine.release(request)
-                if not ticket.note_finished():
+                if ticket.note_finished():
+                    self._leave(ticket)
+                elif not ticket.wants_pieces:
                     continue
-                self._leave(ticket)
             elif not ticket.wants_pieces:
                 continue
             receiver = ticket.receiver

@@ -39,14 +39,23 @@ class OutputProcessor:
                 request.scores.entries.extend(scores)
                 if request.scores.hidden is not None:
                     request.scores.hidden.append(result.hidden[request])
-        sampled = {token.request: token for token in result.tokens}
-        tokens = [sampled[chunk.request].token if chunk.request in sampled else -1 for chunk in output.chunks]
+        sampled: dict[Request, list[SampledToken]] = {}
+        for token in result.tokens:
+            sampled.setdefault(token.request, []).append(token)
+        for chunk in output.decodes:
+            if chunk.drafts and chunk.request in sampled:
+                self._scheduler.note_drafts(chunk, len(sampled[chunk.request]) - 1)
+        tokens = [sampled[chunk.request][0].token if chunk.request in sampled else -1 for chunk in output.chunks]
         advanced = self._scheduler.commit(output, tokens, self._clock())
         for request in advanced:
-            if request in sampled:
-                self._append(request, sampled[request])
-            else:
+            if request not in sampled:
                 self.finish(request, FinishReason.LENGTH)  # it wanted no tokens
+                continue
+            first, *behind_drafts = sampled[request]
+            self._append(request, first)
+            for token in behind_drafts:
+                if self._scheduler.commit_draft(request, token.token):
+                    self._append(request, token)
         return [*advanced, *result.nonfinite, *result.stuck]
 
     def _append(self, request: Request, sampled: SampledToken) -> None:

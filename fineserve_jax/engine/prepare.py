@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from fineserve_jax.engine.build import KnownModel, ServedModel
-from fineserve_jax.engine.checks import check_memory, check_tokens, token_list
+from fineserve_jax.engine.checks import check_drafts, check_memory, check_tokens, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.errors import RequestError
@@ -132,6 +132,7 @@ def prepare_request(
     if sampling.max_tokens is not None:
         max_total_tokens = min(len(token_ids) + sampling.max_tokens, served.max_seq_len)
     precision = precision_of(served, kv, options.kv_precision, options.min_kv_precision, max_total_tokens)
+    check_drafts(served.config, options)
     special_ids = served.tokenizer.special_ids
     stop_ids = frozenset(sampling.stop_token_ids).union(special_ids[s] for s in sampling.stop if s in special_ids)
     if not sampling.ignore_eos:

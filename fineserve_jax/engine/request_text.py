@@ -11,7 +11,7 @@ from fineserve_jax.loaders.tokenizer import Tokenizer
 from fineserve_jax.request import FinishReason, Request
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What may be read of a request: its first `num_tokens` output tokens, and how it ended.
 
     Attributes:
@@ -37,14 +37,14 @@ class RequestText:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self._request, self._tokenizer = request, tokenizer
         self._is_eager = bool(request.sampling.stop)
-        self._known = _Known(0)
+        self._known = Known(0)
         self._taken = 0
         self._begin()
 
     def _begin(self) -> None:
         request = self._request
         self._detokenizer = IncrementalDetokenizer(self._tokenizer, request.sampling, request.prompt_token_ids)
-        self._decoded = _Known(0)
+        self._decoded = Known(0)
         self._certain = ""
         self._is_decoding = False
 
@@ -59,18 +59,18 @@ class RequestText:
         """Whether a stop string ends with the tokens so far, of which the last is not accepted yet."""
         if not self._is_eager:
             return False
-        self._decode(_Known(self._request.num_output_tokens))
+        self._decode(Known(self._request.num_output_tokens))
         return self._detokenizer.stopped
 
     def accept(self) -> None:
         """All of the request's output tokens count, and more will come."""
-        self._known = _Known(self._request.num_output_tokens)
+        self._known = Known(self._request.num_output_tokens)
 
     def end(self) -> None:
         """All of the request's output tokens count, and none will come: it has a reason to be finished."""
         request, count = self._request, self._request.num_output_tokens
         last = request.token_ids[-1] if count else None
-        known = _Known(count, True, request.finish_reason is FinishReason.STOP and last in request.stop_ids)
+        known = Known(count, True, request.finish_reason is FinishReason.STOP and last in request.stop_ids)
         if self._is_eager:
             self._decode(known)
         self._known = known
@@ -86,6 +86,11 @@ class RequestText:
     # -- whoever reads -------------------------------------------------------------------------------------------
 
     @property
+    def known(self) -> Known:
+        """What may be read of the request now. What is known of an end stays so."""
+        return self._known
+
+    @property
     def text(self) -> str:
         """So far, without what may yet turn out to be the beginning of a stop string."""
         if not self._is_eager:
@@ -99,7 +104,7 @@ class RequestText:
         self._taken = max(self._taken, len(text))
         return piece
 
-    def _decode(self, known: _Known) -> None:
+    def _decode(self, known: Known) -> None:
         """Decodes what is known and not decoded yet; all of it, if that was cut short before."""
         if self._is_decoding:
             self._begin()

@@ -43,6 +43,11 @@ class EngineStats:
         prediction_error: typical relative error of predicted step times, the largest of the models'; None before there
             is one.
         models: each model's part, by name.
+        num_drafts, num_accepted_drafts: tokens that were computed as guesses, and those that turned out to be what is
+            sampled there, since the start.
+        host_s_per_step: seconds of a step in which the host does not wait for the device: planning, laying out inputs,
+            calling programs, committing; the device may be at work meanwhile. A mean since the start over steps that
+            compiled nothing; None before there is one.
     """
 
     kv: dict[str, FormatUsage]
@@ -58,6 +63,9 @@ class EngineStats:
     num_compilations: int
     prediction_error: float | None
     models: dict[str, ModelStats]
+    num_drafts: int = 0
+    num_accepted_drafts: int = 0
+    host_s_per_step: float | None = None
 
 
 @dataclass(slots=True)
@@ -67,15 +75,22 @@ class StepTotals:
     Attributes:
         prompt_tokens, output_tokens: computed and sampled.
         busy_s: spent in steps, compilation included.
+        warm_steps, host_s: of the steps, those that compiled nothing, and the seconds of those in which the host
+            did not wait for the device.
     """
 
     steps: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     busy_s: float = 0.0
+    warm_steps: int = 0
+    host_s: float = 0.0
 
-    def add_step(self, seconds: float, output: SchedulerOutput, result: StepResult) -> None:
-        """Counts a step that took so long."""
+    def add_step(self, seconds: float, output: SchedulerOutput, result: StepResult, *, compiled: bool) -> None:
+        """Counts a step that took so long. `compiled`: whether programs were."""
+        if not compiled:
+            self.warm_steps += 1
+            self.host_s += seconds - result.waited_s
         self.steps += 1
         self.busy_s += seconds
         self.output_tokens += len(result.tokens)
@@ -110,6 +125,9 @@ def engine_stats(
         num_compilations=num_compilations,
         prediction_error=max(errors, default=None),
         models=by_model,
+        num_drafts=scheduler.speculation.num_drafts,
+        num_accepted_drafts=scheduler.speculation.num_accepted,
+        host_s_per_step=totals.host_s / totals.warm_steps if totals.warm_steps else None,
     )
 
 

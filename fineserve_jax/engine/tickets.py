@@ -3,13 +3,34 @@
 import weakref
 from collections.abc import Sequence
 from queue import SimpleQueue
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.request import Request
+from fineserve_jax.request import FinishReason, Request
+from fineserve_jax.runner.runner import TokenLogprobs
+
+
+class Piece(NamedTuple):
+    """What came of a sample since it was looked at before.
+
+    Attributes:
+        sample: which of the prompt's.
+        text: that became certain.
+        token_ids: new ones; their text may yet be held back.
+        logprobs: one entry a new token, if asked for.
+        finish_reason: how the sample ended; None: it goes on.
+        error: with the reason "error", what went wrong.
+    """
+
+    sample: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
 
 
 class Receiver(Protocol):
@@ -47,6 +68,7 @@ class Ticket:
     __slots__ = (
         "_is_announced",
         "_num_left",
+        "_num_told",
         "_receiver",
         "_texts",
         "error",
@@ -75,6 +97,7 @@ class Ticket:
         self.is_done = False
         self.error: BaseException | None = None
         self._num_left = 0
+        self._num_told: dict[int, int] = {}  # of each sample that has not been seen to its end, the tokens told
         self._is_announced = False
 
     @property
@@ -86,7 +109,9 @@ class Ticket:
 
     def begin(self, samples: list[Request], texts: list[RequestText]) -> None:
         """The engine has taken the prompt."""
-        self.samples, self._texts, self._num_left = samples, texts, len(samples)
+        self.samples, self._num_left = samples, len(samples)
+        self._num_told = dict.fromkeys(range(len(samples)), 0)
+        self._texts = texts  # the last of all: whoever finds it finds the others
 
     def note_finished(self) -> bool:
         """A sample has ended; whether it was the last."""
@@ -105,6 +130,29 @@ class Ticket:
         self._is_announced = False  # before anything is read: what comes from here on is announced again
         is_done = self.is_done
         return self._texts[0].take() if self._texts else "", is_done
+
+    def take_pieces(self) -> list[Piece]:
+        """What came of each sample since the last call, of those of which something did. Not to be mixed with `take`.
+
+        A sample that has ended is told of once more, and then no longer.
+        """
+        self._is_announced = False  # as in `take`
+        return [piece for index in list(self._num_told) if self._texts and (piece := self._piece(index)) is not None]
+
+    def _piece(self, index: int) -> Piece | None:
+        request, text, told = self.samples[index], self._texts[index], self._num_told[index]
+        known = text.known
+        new_text = text.take()
+        if known.num_tokens == told and not new_text and not known.has_ended:
+            return None
+        first = request.num_prompt_tokens
+        token_ids = request.token_ids[first + told : first + known.num_tokens]
+        logprobs = None if request.sampling.logprobs is None else request.logprobs[told : known.num_tokens]
+        if not known.has_ended:
+            self._num_told[index] = known.num_tokens
+            return Piece(index, new_text, token_ids, logprobs)
+        del self._num_told[index]
+        return Piece(index, new_text, token_ids, logprobs, request.finish_reason, request.error)
 
     def check(self) -> None:
         """Raises what the only sample ended with, if that is an error."""

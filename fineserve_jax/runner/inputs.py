@@ -21,11 +21,14 @@ class DecodeInputs(NamedTuple):
     Attributes:
         tokens, positions: i32[rows].
         format_ids: i32[rows], the token-wise format that each token's K and V are written in.
+        sequences: i32[rows], which of the step's decodes each row is of, as those with drafts have several; -1: none.
+            None in steps whose spec has no drafts.
     """
 
     tokens: Array
     positions: Array
     format_ids: Array
+    sequences: Array | None
 
 
 class ChunkInputs(NamedTuple):
@@ -89,7 +92,8 @@ def build_inputs(spec: StepSpec, output: SchedulerOutput, kv: KVManager) -> tupl
     """Lays what is scheduled out for the device.
 
     Returns:
-        the inputs, and the requests whose next tokens are sampled, in the order of `sample_slots`.
+        the inputs, and the requests whose next tokens are sampled, in the order of `sample_slots`; one with drafts
+        once for each of its rows.
     """
     builder = _Builder(spec, kv)
     for scheduled in output.decodes:
@@ -100,8 +104,12 @@ def build_inputs(spec: StepSpec, output: SchedulerOutput, kv: KVManager) -> tupl
 
 
 def chunk_slots(spec: StepSpec, output: SchedulerOutput) -> list[slice]:
-    """The slots of the tokens of each scheduled chunk: decode rows first, then chunks, each from a page on."""
-    slots = [slice(row, row + 1) for row in range(len(output.decodes))]
+    """The slots of the tokens of each scheduled chunk, drafts aside: decode rows first, then chunks, each from a page
+    on."""
+    slots, row = [], 0
+    for scheduled in output.decodes:
+        slots.append(slice(row, row + 1))
+        row += 1 + len(scheduled.drafts)
     first, page_size = spec.shape.rows, spec.geometry.page_size
     for scheduled in output.prefills:
         slots.append(slice(first, first + scheduled.count))
@@ -121,18 +129,20 @@ class _GroupBuilder:
         self.chunk_segments: list[BatchSegment] = []
         self.closing: list[list[tuple[int, int]]] = [[] for _ in spec.paged_formats]
 
-    def add_decode(self, row: int, scheduled: ScheduledChunk) -> None:
+    def add_decode(self, rows: range, scheduled: ScheduledChunk) -> None:
+        """`rows`: of the token, and of its drafts."""
         request, position, size = scheduled.request, scheduled.start, self.spec.geometry.page_size
+        own_rows = slice(rows.start, rows.stop)
         residual = self.kv.residual_unit(request, self.number)
         if residual is None:
-            self.decode_pages[row] = self.kv.page_unit(request, position // size, self.number)
+            self.decode_pages[own_rows] = self.kv.page_unit(request, position // size, self.number)
         else:
-            self.decode_pages[row] = residual
+            self.decode_pages[own_rows] = residual
             if position % size == size - 1:
                 target = self.kv.page_unit(request, position // size, self.number)
                 paged = list(self.spec.paged_formats).index(self.format_ids[request.kv_precision])
                 self.closing[paged].append((residual, target))
-        self._add_segments(self.decode_segments, row, scheduled)
+        self._add_segments(self.decode_segments, rows, scheduled)
 
     def add_chunk(self, chunk: int, first: int, num_pages: int, scheduled: ScheduledChunk) -> None:
         """`first`: the first of its pages of slots."""
@@ -142,12 +152,13 @@ class _GroupBuilder:
         if residual is not None and scheduled.count % size:
             pages = [*pages[: num_pages - 1], residual]
         self.chunk_pages[first : first + num_pages] = pages
-        self._add_segments(self.chunk_segments, chunk, scheduled)
+        self._add_segments(self.chunk_segments, range(chunk, chunk + 1), scheduled)
 
-    def _add_segments(self, segments: list[BatchSegment], row: int, scheduled: ScheduledChunk) -> None:
+    def _add_segments(self, segments: list[BatchSegment], rows: range, scheduled: ScheduledChunk) -> None:
         for part in self.kv.segments(scheduled.request, scheduled.start, self.number):
             format_id = self.format_ids[part.kv_format]
-            segments.append(BatchSegment(row, format_id, part.pages, part.num_tokens, part.first_position))
+            for row in rows:
+                segments.append(BatchSegment(row, format_id, part.pages, part.num_tokens, part.first_position))
 
     def finish(self, decode_queries: list[QueryRun], chunk_queries: list[QueryRun]) -> GroupInputs:
         spec, group = self.spec, self.spec.groups[self.number]
@@ -177,27 +188,33 @@ class _Builder:
         self.groups = [_GroupBuilder(spec, kv, number) for number in range(len(spec.groups))]
         self.sampled: list[Request] = []
         self.sample_slots = np.zeros(spec.shape.rows, np.int32)
-        self.num_decodes = self.num_chunks = self.next_page = 0
+        self.num_decodes = self.num_decode_rows = self.num_chunks = self.next_page = 0
         self.decode_queries: list[QueryRun] = []
         self.chunk_queries: list[QueryRun] = []
 
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
         self.tokens, self.positions = np.zeros(rows + slots, np.int32), np.zeros(rows + slots, np.int32)
         self.long = np.zeros(rows + slots, np.bool_)
-        self.row_formats = np.zeros(rows, np.int32)
+        self.row_formats, self.sequences = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self.chunk_of_page = np.full(pages, -1, np.int32)
         self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
 
     def add_decode(self, scheduled: ScheduledChunk) -> None:
-        row, position, request = self.num_decodes, scheduled.start, scheduled.request
-        self.num_decodes += 1
-        self.tokens[row], self.positions[row] = request.token_ids[position], position
-        self.long[row] = request.is_long
-        self.row_formats[row] = self._newest(request)
-        self.decode_queries.append(QueryRun(row, 1, position))
+        first, position, request = self.num_decode_rows, scheduled.start, scheduled.request
+        rows = range(first, first + 1 + len(scheduled.drafts))
+        self.tokens[first], self.tokens[first + 1 : rows.stop] = request.token_ids[position], scheduled.drafts
+        own_rows = slice(first, rows.stop)
+        self.positions[own_rows] = np.arange(position, position + len(rows))
+        self.long[own_rows] = request.is_long
+        self.row_formats[own_rows] = self._newest(request)
+        self.sequences[own_rows] = self.num_decodes
+        self.decode_queries += [QueryRun(row, 1, position + i) for i, row in enumerate(rows)]
         for group in self.groups:
-            group.add_decode(row, scheduled)
-        self._sample(scheduled, row)
+            group.add_decode(rows, scheduled)
+        for row in rows:
+            self._sample(scheduled, row)
+        self.num_decodes += 1
+        self.num_decode_rows = rows.stop
 
     def add_chunk(self, scheduled: ScheduledChunk) -> None:
         chunk, request, first = self.num_chunks, scheduled.request, self.next_page
@@ -235,7 +252,8 @@ class _Builder:
 
     def finish(self) -> StepInputs:
         rows = self.spec.shape.rows
-        decode = DecodeInputs(self.tokens[:rows], self.positions[:rows], self.row_formats)
+        sequences = self.sequences if self.spec.drafts else None
+        decode = DecodeInputs(self.tokens[:rows], self.positions[:rows], self.row_formats, sequences)
         chunk = None
         if self.spec.chunk_pages:
             chunk = ChunkInputs(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.chunk_attention import attend_within
+from fineserve_jax.pallas_kernels.chunk_attention import attend_ahead, attend_within
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.operations import paged_attention
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
@@ -73,7 +73,11 @@ class LayerAttention:
         if (cap := self.spec.model.config.attention_soft_cap) is not None:
             logit = cap * jnp.tanh(logit / cap)
         own = PartialAttention(logit, jnp.ones_like(logit), jnp.broadcast_to(v[:, :, None], q.shape))
-        spec = self.spec.decode_attention(self.spec.groups[self.group])
+        group, decode = self.spec.groups[self.group], self.inputs.decode
+        if self.spec.drafts:
+            assert decode.sequences is not None, "a step with drafts says which rows are of one sequence"
+            own = own.merge(attend_ahead(q, k, v, decode.sequences, decode.positions, group.window, cap))
+        spec = self.spec.decode_attention(group)
         cached = self._cached(spec, q, self.inputs.groups[self.group].decode_tiles, sinks)
         return own.merge(cached).output()
 

@@ -63,13 +63,15 @@ class StepResult:
     """What a step gave.
 
     Attributes:
-        tokens: the sampled tokens.
+        tokens: the sampled tokens; of a request with drafts one more than there are drafts that it would have sampled
+            itself, in their order.
         nonfinite: the requests for which the step computed NaN or infinity, be it for one token of a chunk; nothing is
             sampled for them. Each with the stage whose output was the first such, or None without `check_finite`.
         stuck: the requests that may sample nothing by their structured outputs, each with the reason.
         scores: of prompt tokens, those of each request in their order, as `ScheduledChunk.scored` names them.
         hidden: f32[tokens, hidden], for each of those what the last layer gave for the token before, of requests that
             keep it.
+        waited_s: how long the host waited for the device.
     """
 
     tokens: list[SampledToken]
@@ -77,6 +79,7 @@ class StepResult:
     stuck: dict[Request, str]
     scores: dict[Request, list[TokenScore]]
     hidden: dict[Request, np.ndarray]
+    waited_s: float
 
 
 class ModelRunner:
@@ -96,6 +99,7 @@ class ModelRunner:
         reproducible: whether a request's numbers are the same, bit for bit, whatever shares its steps: these are all of
             one size, and programs the same from the beginning. Steps must hold one chunk or only decode.
         formats: KV formats to serve from the beginning.
+        drafts: whether decodes may have drafts, in steps without chunks.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class ModelRunner:
         eos_ids: Sequence[int] = (),
         reproducible: bool = False,
         formats: Iterable[str] = (),
+        drafts: bool = False,
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         # Of each layer its kind, the number of its group and whether it has RoPE, and its number in the group.
@@ -125,7 +130,7 @@ class ModelRunner:
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.eos_ids = tuple(eos_ids)
         self.row_buckets = row_buckets(max_rows, single=model.weights != "fp32" and compiled_products())
-        self.reproducible = reproducible
+        self.reproducible, self.drafts = reproducible, drafts
         if reproducible:
             self.row_buckets = self.row_buckets[-1:]
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
@@ -181,7 +186,7 @@ class ModelRunner:
         page_size = self.geometry.page_size
         slots = sum(-(-scheduled.count // page_size) * page_size for scheduled in output.prefills)
         if not slots:
-            return StepShape(pick(self.row_buckets, len(output.decodes)), 0)
+            return StepShape(pick(self.row_buckets, output.num_decode_rows), 0)
         return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots))
 
     def _spec(self, shape: StepShape) -> StepSpec:
@@ -195,6 +200,7 @@ class ModelRunner:
             self.max_runs,
             self.implementation,
             packs=not self.reproducible,
+            drafts=self.drafts and shape.rows > 1 and not shape.chunk_tokens,
         )
 
     def _run(self, spec: StepSpec, output: SchedulerOutput, masked: bool = False, scored: bool = False) -> StepResult:
@@ -203,7 +209,8 @@ class ModelRunner:
         host_inputs, requests = build_inputs(spec, output, self.kv)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
-        inputs, sampling = jax.device_put((host_inputs, build_sampling(requests, spec.shape.rows, self.max_seq_len)))
+        host_sampling = build_sampling(requests, spec.shape.rows, self.max_seq_len, _drafts_ahead(output))
+        inputs, sampling = jax.device_put((host_inputs, host_sampling))
         start = time.perf_counter()
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
@@ -222,22 +229,23 @@ class ModelRunner:
         tiles = [programs.score(self.params, stream, tile) for tile in plan.tiles]
         kept = [programs.hidden(stream, tile.slots) for tile in plan.tiles] if plan.keeps_hidden else []
         self.arena.units = programs.commit(self.arena.units, words, inputs)
+        waiting = time.perf_counter()
         (sampled, finite), tiles, kept, checked = jax.device_get((outputs, tiles, kept, checks))
+        waited_s = time.perf_counter() - waiting
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
         if compilations:
             seconds = time.perf_counter() - start
             log.info("compiled %s for %s in %.1f s", spec.shape, "+".join(spec.format_names), seconds)
-        tokens = _collect(requests, sampled)
+        tokens, finite_logits = _accepted(output, _collect(requests, sampled), finite, sampled.finite)
         scores = plan.collect(tiles)
-        finite_logits = {request: all(math.isfinite(s.logprob) for s in own) for request, own in scores.items()}
-        for request, is_finite in zip(requests, sampled.finite.tolist(), strict=False):  # padding rows follow
-            finite_logits[request] = is_finite and finite_logits.get(request, True)
+        for request, own in scores.items():
+            finite_logits[request] = all(math.isfinite(s.logprob) for s in own) and finite_logits.get(request, True)
         nonfinite = find_nonfinite(spec, output, finite_logits, finite, checked)
         stuck = {request: reason for request, reason in stuck.items() if request not in nonfinite}
         if ended := nonfinite.keys() | stuck.keys():
             tokens = [token for token in tokens if token.request not in ended]
-        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept))
+        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept), waited_s)
 
 
 @functools.cache
@@ -269,6 +277,42 @@ class _Programs:
 
     def _count(self) -> None:
         self.num_compiled += 1
+
+
+def _drafts_ahead(output: SchedulerOutput) -> list[tuple[int, ...]]:
+    """Of each sampled row, in their order, the drafts that it follows."""
+    chunks = (chunk for chunk in output.chunks if chunk.samples)
+    return [chunk.drafts[:count] for chunk in chunks for count in range(len(chunk.drafts) + 1)]
+
+
+def _accepted(
+    output: SchedulerOutput, tokens: Sequence[SampledToken], finite_slots: np.ndarray, finite_logits: np.ndarray
+) -> tuple[list[SampledToken], dict[Request, bool]]:
+    """What was sampled, of drafts only behind those that are what was sampled in their place, so that each token is
+    the one that decoding token by token gives. Where a draft's row is not finite, what is ahead of it stands, and the
+    next step computes it again.
+
+    Args:
+        tokens: of each sampled row, in their order.
+        finite_slots: bool[N], see `step.finite_slots`.
+        finite_logits: bool[S], of each sampled row.
+
+    Returns:
+        the tokens, and of each sampled request whether the logits of the first are finite.
+    """
+    kept, finite, row = [], {}, 0
+    for chunk in output.chunks:
+        if not chunk.samples:
+            continue
+        kept.append(tokens[row])
+        finite[chunk.request] = bool(finite_logits[row])
+        for place, draft in enumerate(chunk.drafts, row):
+            is_finite = finite_slots[place + 1] and finite_logits[place + 1]  # decodes are sampled row by row
+            if tokens[place].token != draft or not is_finite:
+                break
+            kept.append(tokens[place + 1])
+        row += 1 + len(chunk.drafts)
+    return kept, finite
 
 
 def _collect(requests: Sequence[Request], sampled: Sampled) -> list[SampledToken]:

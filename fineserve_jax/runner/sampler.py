@@ -84,21 +84,29 @@ class Sampled(NamedTuple):
     asked_logprobs: Array
 
 
-def build_sampling(requests: Sequence[Request], rows: int, max_seq_len: int) -> SamplingInputs:
-    """The parameters of the requests to be sampled, in their order, padded to `rows`."""
+def build_sampling(
+    requests: Sequence[Request], rows: int, max_seq_len: int, drafts: Sequence[tuple[int, ...]] | None = None
+) -> SamplingInputs:
+    """The parameters of the requests to be sampled, in their order, padded to `rows`.
+
+    Args:
+        drafts: of each, the tokens that are taken to follow those it has; None: none.
+    """
     params = [request.sampling for request in requests]
+    drafts = drafts or [()] * len(requests)
+    num_tokens = [request.num_tokens + len(own) for request, own in zip(requests, drafts, strict=True)]
 
     def column(name: str, dtype: type, padding: float = 0) -> np.ndarray:
         values: np.ndarray = np.full(rows, padding, dtype)
         values[: len(params)] = [getattr(p, name) for p in params]
         return values
 
-    bias_ids, bias, any_bias = _bias(requests, rows)
+    bias_ids, bias, any_bias = _bias(requests, num_tokens, rows)
     any_penalty = any(p.uses_penalties for p in params)
     history = np.full((rows, max_seq_len), -1, np.int32)
     if any_penalty:
-        for row, request in enumerate(requests):
-            history[row, : request.num_tokens] = request.token_ids
+        for row, (request, own) in enumerate(zip(requests, drafts, strict=True)):
+            history[row, : num_tokens[row]] = [*request.token_ids, *own]
     logprob_ids = np.zeros((rows, MAX_LOGPROB_TOKEN_IDS), np.int32)
     for row, p in enumerate(params):
         logprob_ids[row, : len(p.logprob_token_ids)] = p.logprob_token_ids
@@ -111,7 +119,7 @@ def build_sampling(requests: Sequence[Request], rows: int, max_seq_len: int) -> 
         presence=column("presence_penalty", np.float32),
         frequency=column("frequency_penalty", np.float32),
         seed=_padded([request.seed for request in requests], rows, np.uint32),
-        position=_padded([request.num_tokens for request in requests], rows, np.int32),
+        position=_padded(num_tokens, rows, np.int32),
         bias_ids=bias_ids,
         bias=bias,
         history=history,
@@ -131,14 +139,15 @@ def _padded(values: Sequence[int], rows: int, dtype: type) -> np.ndarray:
     return padded
 
 
-def _bias(requests: Sequence[Request], rows: int) -> tuple[np.ndarray, np.ndarray, bool]:
+def _bias(requests: Sequence[Request], num_tokens: Sequence[int], rows: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """Logit biases, and minus infinity for the stop tokens of requests that are still under `min_tokens`."""
     width = MAX_LOGIT_BIAS + MAX_STOP_IDS
     ids, values = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
     any_bias = False
     for row, request in enumerate(requests):
         entries = list(request.sampling.logit_bias.items())
-        held_back = request.matcher is None and request.num_output_tokens < request.sampling.min_tokens
+        num_output_tokens = num_tokens[row] - request.num_prompt_tokens
+        held_back = request.matcher is None and num_output_tokens < request.sampling.min_tokens
         if held_back:  # else `token_masks` see to it, which know what else may follow
             entries += [(token, -np.inf) for token in sorted(request.stop_ids)]
         if entries:

@@ -42,6 +42,7 @@ class StepSpec:
         implementation: of the kernels.
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
         packs: see `AttentionSpec`.
+        drafts: whether a decode may have several rows, each of which sees those ahead of it.
     """
 
     model: CausalLM
@@ -53,6 +54,7 @@ class StepSpec:
     implementation: Implementation = "xla"
     interpret: bool | None = None
     packs: bool = True
+    drafts: bool = False
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:

@@ -81,9 +81,10 @@ def step_cost(chunks: Iterable[ScheduledChunk], formats: Mapping[str, FormatCost
     tokens, pairs, kv_bytes, kv_tokens = 0, 0, 0.0, 0
     for scheduled in chunks:
         start, count = scheduled.start, scheduled.count
-        tokens += count
-        kv_tokens += start
-        kv_bytes += start * formats[scheduled.request.kv_precision].bytes_per_token
+        rows = 1 + len(scheduled.drafts)  # each reads all that is cached
+        tokens += count + rows - 1
+        kv_tokens += rows * start
+        kv_bytes += rows * start * formats[scheduled.request.kv_precision].bytes_per_token
         if count > 1:
             pairs += count * start + count * (count + 1) // 2
     return StepCost(tokens, pairs, kv_bytes, kv_tokens)

@@ -47,7 +47,10 @@ class OutputLengths:
     def expected(self, request: Request) -> float:
         """Output tokens to expect of a request in all: no more than it allows itself, no fewer than it has."""
         most = request.max_total_tokens - request.num_prompt_tokens
+        return float(min(most, max(request.num_output_tokens, self.of_tenant(request.options.tenant, most))))
+
+    def of_tenant(self, tenant: str, most: int) -> float:
+        """Output tokens to expect of a request of a tenant that allows itself so many at most; at least 1."""
         everyone = self._all.towards(most / 2)
-        known = self._by_tenant.get(request.options.tenant)
-        estimate = everyone if known is None else known.towards(everyone)
-        return float(min(most, max(request.num_output_tokens, 1, estimate)))
+        known = self._by_tenant.get(tenant)
+        return min(float(most), max(1.0, everyone if known is None else known.towards(everyone)))

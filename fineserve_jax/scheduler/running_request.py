@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.request import Request
+from fineserve_jax.scheduler.drafting import Drafting
 from fineserve_jax.scheduler.waiting import Entry
 
 
@@ -20,6 +21,7 @@ class RunningRequest:
         covered_tokens: tokens that the pages it holds have room for; noted, so that only every `page_size`-th
             decode step of a request has to ask for memory.
         reserved_pages: pages counted for it in `GrowthReserve`, by class.
+        drafting: what is known of its drafts; None: it has had none yet.
     """
 
     request: Request
@@ -29,6 +31,7 @@ class RunningRequest:
     entry: Entry
     covered_tokens: int = 0
     reserved_pages: dict[PageClass, int] = field(default_factory=dict)
+    drafting: Drafting | None = None
 
     def note_growth(self) -> None:
         """It has got pages for all its known tokens, or in layers with a window for the next step."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import FinishReason, Request, RequestStatus, SchedulerOutput
+from fineserve_jax.request import FinishReason, Request, RequestStatus, ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.admission import Admission
 from fineserve_jax.scheduler.costs import ModelCost, StepCost, step_cost
 from fineserve_jax.scheduler.deadlines import Deadlines
@@ -29,9 +29,11 @@ from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.running import RunningRequests
 from fineserve_jax.scheduler.running_request import RunningRequest
 from fineserve_jax.scheduler.scheduler_config import SchedulerConfig
+from fineserve_jax.scheduler.speculation import Speculation
 from fineserve_jax.scheduler.swapping import Swapping
 from fineserve_jax.scheduler.victims import Victims
 from fineserve_jax.scheduler.waiting import ON_TIME, WaitingQueue, model_and_format, model_format_and_tenant
+from fineserve_jax.scheduler.waits import WaitPredictor
 
 
 class Scheduler:
@@ -42,12 +44,15 @@ class Scheduler:
         kv: host half of the KV cache; the scheduler alone grows and releases requests in it.
         models: cost of each model served, by name.
         roofline: the device, where step times are predicted from at first.
+        speculation: gives decodes drafts; None: they have none.
 
     Attributes:
         profiles: each model's step-time profile.
         quotas: who may have how much of the memory.
+        waits: how long who comes now would wait.
         row_limit: most requests that are to hold memory at once, where that is less than `max_batch_size`; None: that.
             It counts for those that are admitted from now on.
+        speculation: counts drafts.
     """
 
     def __init__(
@@ -56,14 +61,17 @@ class Scheduler:
         kv: KVManager,
         models: Mapping[str, ModelCost],
         roofline: DeviceRoofline,
+        speculation: Speculation | None = None,
     ) -> None:
         policy, lengths = find_policy(config.policy), OutputLengths()
         context = policy_context(config.ageing_s, models, lengths.expected, self._prefill_s, config.tenant_weights)
         self.config = config
         self.row_limit: int | None = None
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
+        self.speculation = speculation or Speculation()
         self._kv = kv
         self._lengths, self._tenant_shares = lengths, context.shares
+        self.waits = WaitPredictor(config.max_batch_size, self.profiles, lengths)
         self._swapping = Swapping(config, kv, self.profiles)
         self._key_of = lambda request: policy(request, context)
         self._begin(num_preemptions=0, num_reclaimed=0)
@@ -138,6 +146,11 @@ class Scheduler:
         """Whether an admission pass would admit nobody: since the last one no request came, and nothing was freed or
         can be narrowed."""
         return not (self._admission_may_help and self._queue)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether requests wait that could not be admitted: there is no memory, or no place in a batch, for them."""
+        return bool(self._queue) and not self._admission_may_help
 
     @property
     def next_deadline_s(self) -> float:
@@ -235,6 +248,7 @@ class Scheduler:
             return None
         model = self._model_choice.next(self._running, now)
         output = schedule_step(self._able(model), self.config, self.profiles[model], now)
+        output = self.speculation.with_drafts(output, self._running, self.profiles[model])
         for scheduled in output.chunks:
             scheduled.request.status = RequestStatus.RUNNING
         return output
@@ -271,10 +285,32 @@ class Scheduler:
                 advanced.append(request)
         return advanced
 
+    def note_drafts(self, scheduled: ScheduledChunk, accepted: int) -> None:
+        """Learn that the first so many of a decode's drafts were accepted."""
+        if (running := self._running.get(scheduled.request)) is not None:
+            self.speculation.note(running, len(scheduled.drafts), accepted)
+
+    def commit_draft(self, request: Request, token: int) -> bool:
+        """Enter that a step computed a request's last token too, which was a draft, and what it sampled behind it.
+
+        To be called behind `commit`, once for each accepted draft. Returns False, and does nothing, for a request that
+        does not run any more: it has ended, or is to be computed again.
+        """
+        if self._running.get(request) is None:
+            return False
+        request.num_computed_tokens += 1
+        if not request.num_computed_tokens % self.config.page_size:
+            self._kv.note_computed(request)
+            self._admission_may_help |= request.min_kv_precision is not None
+        request.token_ids.append(int(token))
+        return True
+
     def observe(self, output: SchedulerOutput, seconds: float) -> None:
         """Learn from how long a step took on the device; leave out steps that compiled."""
-        profile = self._profile(output.chunks[0].request.model)
-        profile.observe(step_cost(output.chunks, profile.model.formats), seconds)
+        model = output.chunks[0].request.model
+        profile = self._profile(model)
+        cost = step_cost(output.chunks, profile.model.formats)
+        profile.observe(cost if output.prefills else self.speculation.padded(cost, model), seconds)
 
     def note_transfer_rate(self, bytes_per_s: float | None) -> None:
         """The measured rate of copies between device and host memory; None: none was timed yet."""

@@ -14,6 +14,7 @@ class MosaicTpuBackend:
     tiling = TILING
     query_dtype = jnp.dtype(jnp.bfloat16)
     tile_units = True
+    writes_beside = False  # a page is read, changed and written back
     attend = staticmethod(attend_pages)
     write_tokens = staticmethod(write_tokens)
     write_pages = staticmethod(write_pages)

@@ -15,6 +15,7 @@ class TritonBackend:
     tiling = TILING
     query_dtype = jnp.dtype(jnp.bfloat16)
     tile_units = False
+    writes_beside = True
     attend = staticmethod(attend_pages)
     write_tokens = staticmethod(write_tokens)
     write_pages = staticmethod(write_pages)

@@ -13,6 +13,7 @@ class XlaBackend:
     tiling = TILING
     query_dtype = jnp.dtype(jnp.float32)  # products are of f32 anyway
     tile_units = False
+    writes_beside = True
     attend = staticmethod(attend_pages)
     write_tokens = staticmethod(write_tokens)
     write_pages = staticmethod(write_pages)

@@ -145,7 +145,7 @@ def test_a_log_probability_of_minus_infinity_is_null(engine):
     """A model may exclude a token; JSON has no infinity."""
     sample = CompletionOutput(0, "a", [5], [TokenLogprobs(-0.5, {5: -0.5, 6: -math.inf})], "length")
     output = RequestOutput("r", None, [4], "tiny", "int4", {}, [sample], RequestMetrics(0.0, 0.0, 0.0, 0))
-    line = as_line(AnswerRows().answer(BatchRow(1, "r", "a"), output, engine.tokenizer))
+    line = as_line(AnswerRows().answer(BatchRow(1, "r", prompt="a"), output, engine.tokenizer))
     (entry,) = json.loads(line, parse_constant=pytest.fail)["logprobs"]
     assert [other["logprob"] for other in entry["top"]] == [-0.5, None]
     with pytest.raises(ValueError, match="not JSON compliant"):

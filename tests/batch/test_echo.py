@@ -5,9 +5,9 @@ from job_cases import GREEDY, OnStep, by_id, run_job, written
 from openai.types import Completion
 
 from fineserve_jax import SamplingParams
-from fineserve_jax.batch.openai_answers import Echo, _text_logprobs
 from fineserve_jax.batch.records import Record
 from fineserve_jax.batch.rows import BadRow, parse_row
+from fineserve_jax.openai_api.logprobs import Echo, text_logprobs
 
 PROMPT = "What the model adds to this prompt"
 
@@ -129,6 +129,6 @@ def test_the_first_token_that_a_tokenizer_adds_has_no_place_in_the_text():
     def entry(text, logprob=-1.0):
         return {"text": text, "logprob": logprob}
 
-    found = _text_logprobs([entry("c")], Echo("ab", [entry("<s>", None), entry("a"), entry("b")], True))
+    found = text_logprobs([entry("c")], Echo("ab", [entry("<s>", None), entry("a"), entry("b")], True))
     assert found["text_offset"] == [0, 0, 1, 2]
     assert found["token_logprobs"] == [None, -1.0, -1.0, -1.0]

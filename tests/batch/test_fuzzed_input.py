@@ -9,7 +9,7 @@ from job_cases import written
 from stub_engine import StubEngine
 
 from fineserve_jax.batch import run_batch
-from fineserve_jax.batch.row_fields import ROW_FIELDS
+from fineserve_jax.openai_api import fields
 
 GOOD = b'{"prompt": "abc", "max_tokens": 2}'
 TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # half of a surrogate pair is JSON, too
@@ -20,7 +20,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 PROMPTS = st.fixed_dictionaries({}, optional={"prompt": JSON, "messages": JSON, "id": JSON})
-FIELDS = st.dictionaries(st.sampled_from(ROW_FIELDS), JSON, max_size=4)
+FIELDS = st.dictionaries(st.sampled_from(("id", *fields.FIELDS)), JSON, max_size=4)
 OPENAI = st.dictionaries(st.sampled_from(["custom_id", "method", "url", "body"]), JSON | PROMPTS, max_size=4)
 DEEP = st.integers(1, 4000).map(lambda depth: b'{"prompt": "a", "tools": ' + b"[" * depth + b"]" * depth + b"}")
 LINES = st.one_of(

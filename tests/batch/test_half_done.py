@@ -89,7 +89,7 @@ def test_a_row_with_which_the_engine_fails_is_found_and_the_others_go_on(engine,
 
 def test_a_sample_that_had_ended_is_finished_at_once(engine):
     requests = RowRequests({"max_tokens": 6, "ignore_eos": True})
-    prepared = engine.prepare(*requests.request(BatchRow(1, 1, "abc", sampling={"n": 2}), engine.tokenizer))
+    prepared = engine.prepare(*requests.request(BatchRow(1, 1, prompt="abc", sampling={"n": 2}), engine.tokenizer))
     whole = engine.queue(prepared)
     while engine.has_unfinished:
         engine.step()
@@ -128,7 +128,7 @@ def test_commits_are_as_frequent_as_a_hundredth_of_the_time_allows(monkeypatch, 
 
 def test_what_the_journal_keeps_of_samples_comes_back_as_it_was(engine):
     journal = Journal(None)
-    row = BatchRow(3, "x", "abc", sampling={"n": 2, "logprobs": 1, "temperature": 1.0, "max_tokens": 9})
+    row = BatchRow(3, "x", prompt="abc", sampling={"n": 2, "logprobs": 1, "temperature": 1.0, "max_tokens": 9})
     request = RowRequests().request(row, engine.tokenizer)
     pending = RowInFlight(row, engine.queue(engine.prepare(*request)), [0, 0])
     try:

@@ -10,10 +10,10 @@ from openai.types.shared import ErrorObject
 from stub_engine import StubEngine
 
 from fineserve_jax.batch import run_batch
-from fineserve_jax.batch.openai_rows import API_DEFAULTS
 from fineserve_jax.batch.records import Record
 from fineserve_jax.batch.requests import RowRequests
 from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row
+from fineserve_jax.openai_api.bodies import API_DEFAULTS
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
 

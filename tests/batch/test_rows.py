@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
 
 from fineserve_jax import RequestError, SamplingParams
-from fineserve_jax.batch import rows
 from fineserve_jax.batch.records import Record, line_records
-from fineserve_jax.batch.requests import RowRequests, prompt_tokens
-from fineserve_jax.batch.row_fields import ROW_FIELDS
+from fineserve_jax.batch.requests import RowRequests
 from fineserve_jax.batch.row_ids import id_key
 from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row, read_rows
+from fineserve_jax.openai_api import asked
+from fineserve_jax.openai_api.asked import prompt_tokens
+from fineserve_jax.openai_api.fields import FIELDS
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import OTHER_NAMES
 
@@ -138,7 +139,7 @@ def test_ids_that_differ():
 
 
 def test_a_fault_in_checking_a_row_is_that_rows(monkeypatch):
-    monkeypatch.setattr(rows, "REMEMBERED_OPTIONS", None)
+    monkeypatch.setattr(asked, "REMEMBERED_OPTIONS", None)
     bad = row(id="x", prompt="a")
     assert (bad.line, bad.id) == (7, "x")
     assert bad.error.startswith("the row cannot be prepared: TypeError: ")
@@ -221,7 +222,7 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(ROW_FIELDS), JSON, max_size=4))
+@given(st.dictionaries(st.sampled_from(("id", *FIELDS)), JSON, max_size=4))
 def test_any_json_in_any_field_is_taken_or_refused(fields):
     found = parsed(json.dumps({"prompt": "a", **fields}).encode(), 1)
     if isinstance(found, BatchRow):
@@ -244,6 +245,7 @@ def test_every_option_may_stand_in_a_row_and_null_unsets_it():
         tpot_slo_s=1,
         drop_when_late=True,
         deadline_s=60.0,
+        num_speculative_tokens=0,
     )
     assert options.model_fields_set == RequestOptions.model_fields.keys()
     assert row(prompt="a", **options.model_dump()).options == options

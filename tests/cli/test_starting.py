@@ -55,7 +55,7 @@ def test_a_summary_is_what_the_command_says_of_itself(name):
 
 
 def test_a_command_that_is_unknown_or_missing_is_told_what_there_is(run):
-    for arguments in (["serve"], []):
+    for arguments in (["sever"], []):
         status, _, err = run(*arguments)
         assert status == 2
         assert all(name in err for name in COMMANDS)

@@ -7,6 +7,7 @@ import pytest
 from engine_cases import check_nothing_is_left
 
 from fineserve_jax.async_llm import AsyncLLM
+from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.errors import EngineError, RequestError
 from fineserve_jax.request_options import RequestOptions
 from fineserve_jax.sampling_params import SamplingParams
@@ -134,6 +135,46 @@ def test_one_llm_serves_several_event_loops_also_one_after_another(make_async):
     with pytest.raises(EngineError, match="closed"):
         asyncio.run(llm.generate("a"))
     check_nothing_is_left(llm)
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 2}, {"stop": ["ab", "q"]}])
+def test_pieces_of_several_prompts_and_samples_add_up_to_their_outputs(make_async, fields):
+    """Samples that end early are told of when they end, not when the last one does."""
+    prompts = ["one", "two two"]
+    sampling = SamplingParams(max_tokens=40, n=3, temperature=1.0, seed=3, **fields)
+
+    async def main():
+        async with make_async() as llm:
+            inbox = llm.loop.inbox()
+            tickets = [
+                Ticket(llm.engine.prepare(llm.tokenizer.encode(prompt), sampling), inbox, prompt, i, wants_pieces=True)
+                for i, prompt in enumerate(prompts)
+            ]
+            pieces = [found async for listed in llm.loop.pieces(inbox, tickets) for found in listed]
+            outputs = [ticket.output() for ticket in tickets]
+            whole = await llm.generate(prompts, sampling)
+        check_nothing_is_left(llm)
+        assert [output.outputs for output in outputs] == [output.outputs for output in whole]
+        for ticket, output in zip(tickets, outputs, strict=True):
+            for sample in output.outputs:
+                own = [piece for of, piece in pieces if of is ticket and piece.sample == sample.index]
+                assert "".join(piece.text for piece in own) == sample.text
+                assert [token for piece in own for token in piece.token_ids] == sample.token_ids
+                if "logprobs" in fields:
+                    assert [entry for piece in own for entry in piece.logprobs] == sample.logprobs
+                assert [piece.finish_reason for piece in own[:-1]] == [None] * (len(own) - 1)
+                assert own[-1].finish_reason == sample.finish_reason
+                assert len(own) > len(sample.token_ids) / 4
+
+    asyncio.run(main())
+
+
+def test_nothing_is_asked_and_nothing_is_answered(make_async):
+    async def main():
+        async with make_async() as llm:
+            assert await llm.generate([]) == []
+
+    asyncio.run(main())
 
 
 def test_options_and_refusals_are_those_of_the_synchronous_front_door(make_async):

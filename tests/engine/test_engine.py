@@ -189,3 +189,12 @@ def test_settings_that_cannot_be_honoured_are_refused(tiny_model, settings, mess
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**settings)
+
+
+def test_the_host_has_its_part_of_the_steps_that_compile_nothing(make_engine):
+    engine = make_engine()
+    assert engine.stats().host_s_per_step is None
+    for _ in range(2):  # the first compiles, perhaps
+        serve(engine, [[1, 2, 3]], ["int8"], SamplingParams(max_tokens=3, ignore_eos=True))
+    stats = engine.stats()
+    assert 0 < stats.host_s_per_step < stats.num_output_tokens / stats.output_tokens_per_s

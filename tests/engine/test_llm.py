@@ -67,6 +67,7 @@ OPTIONS = {
     "tpot_slo_s": 30.0,
     "drop_when_late": True,
     "deadline_s": 90.0,
+    "num_speculative_tokens": 0,
 }
 
 

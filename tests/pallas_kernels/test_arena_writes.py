@@ -135,6 +135,18 @@ def test_a_page_written_token_by_token_is_the_page_written_at_once(kv_format, ge
 
 
 @every_token_format
+def test_tokens_of_one_page_may_be_written_together(kv_format):
+    geometry = GEOMETRIES[0]
+    k, v = vectors(geometry, seed=2)
+    arena = jnp.zeros((num_units(geometry), *geometry.unit_shape), jnp.uint16)
+    at_once = write_pages(arena, store(kv_format, k[:, :, :1], v[:, :, :1]).words, [0], kv_format, geometry)
+    offsets = np.random.default_rng(3).permutation(geometry.page_size)
+    words = one_token_words(kv_format, *(part[:, :, 0, offsets] for part in (k, v)))
+    together = write_tokens(arena, words, [0] * geometry.page_size, offsets, kv_format, geometry)
+    np.testing.assert_array_equal(together, at_once)
+
+
+@every_token_format
 @both_arenas
 @settings(max_examples=10)
 @given(data=st.data())

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from kernel_cases import (
     relative_error,
 )
 
+from fineserve_jax.pallas_kernels import chunk_attention
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
@@ -36,6 +38,7 @@ CACHED = AttentionSpec(
     segments_per_row=2,
     implementation="xla",
 )
+attend_ahead = jax.jit(chunk_attention.attend_ahead, static_argnums=(5, 6))
 Chunk = tuple[int, list[tuple[str, int]]]  # tokens; cached prefix: (format, tokens)
 
 
@@ -180,3 +183,36 @@ def test_what_is_not_finite_reaches_just_the_queries_that_see_it(case, value, pa
     sees |= (pages > bad // SIZE) & (batch.chunk_of_page[pages] == batch.chunk_of_page[bad // SIZE])
     assert not np.isfinite(found[sees]).all(axis=-1).any()
     np.testing.assert_array_equal(found[~sees], clean[~sees])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sequences=st.lists(st.integers(-1, 2), min_size=8, max_size=8),
+    begin=st.integers(0, 30),
+    window=st.sampled_from([None, 2]),
+    soft_cap=st.sampled_from([None, 3.0]),
+)
+def test_rows_of_a_sequence_see_those_ahead_of_them(sequences, begin, window, soft_cap):
+    rng, rows = np.random.default_rng(begin), len(sequences)
+    shape = (rows, SMALL.kv_heads, SMALL.head_dim)
+    q = rng.standard_normal((rows, SMALL.kv_heads, GROUP, SMALL.head_dim), np.float32)
+    k, v = (rng.standard_normal(shape, np.float32) for _ in "kv")
+    positions = np.array([begin + sequences[:row].count(own) if own >= 0 else 0 for row, own in enumerate(sequences)])
+    unused = np.array(sequences) < 0
+    v[unused], k[unused] = np.nan, np.nan  # what pads a step is seen by nobody
+    found = attend_ahead(q, k, v, np.array(sequences), positions, window, soft_cap)
+    for row in np.flatnonzero(~unused):
+        ahead = [
+            other
+            for other in range(rows)
+            if sequences[other] == sequences[row] and 0 < positions[row] - positions[other] < (window or rows)
+        ]
+        logits = np.einsum("hgd,ohd->hgo", q[row].astype(np.float64), k[ahead])
+        logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
+        weights = np.exp(logits)
+        if not ahead:
+            assert not np.asarray(found.l[row]).any()
+            assert not np.asarray(found.acc[row]).any()
+            continue
+        expected = np.einsum("hgo,ohd->hgd", weights, v[ahead]) / weights.sum(axis=-1)[..., None]
+        assert relative_error(found.output()[row], expected) < TOLERANCE

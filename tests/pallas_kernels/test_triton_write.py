@@ -40,6 +40,11 @@ def test_tokens(kv_format, geometry):
     check_write_tokens("triton", kv_format, geometry)
 
 
+def test_tokens_of_one_page():
+    page = int(EXAMPLES.places[3])
+    check_write_tokens("triton", get_format("int8"), GEOMETRIES[1], [page] * KERNEL_PAGES, [4, 0, 15, 7, 1, 2])
+
+
 @settings(max_examples=20)
 @given(
     pages=st.lists(
