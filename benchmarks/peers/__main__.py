@@ -129,7 +129,7 @@ def _offline(
     results.offline_prompts = len(prompts)
     results.offline_tokens = sum(map(len, prompts)), sum(lengths)
     for process in processes:
-        process.ask(prompts[:4], [WARM_TOKENS] * len(prompts[:4]))
+        process.ask(prompts[:8], [WARM_TOKENS] * len(prompts[:8]))
     for number in range(rounds):
         for process in processes:
             _note(f"offline batch, round {number + 1}: {process.side.name}")
