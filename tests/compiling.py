@@ -47,6 +47,7 @@ COMPILING = (
     "server/test_fuzzed_requests.py",
     "server/test_page.py",
     "server/test_stress.py",
+    "server/test_tool_calls.py",
     "test_readme.py",
     "test_shapes.py",
 )

@@ -39,7 +39,7 @@ class AnswerRows:
         if any(sample.finish_reason == FinishReason.LATE for sample in output.outputs):
             return self.error(BadRow(row.line, row.id, LATE, "late", row.form, row.file))
         entries = [logprob_entries(tokenizer, sample.token_ids, sample.logprobs) for sample in output.outputs]
-        return openai_answer(row.form, self._name(row), output, entries, used, echo)
+        return openai_answer(row.form, self._name(row), output, entries, used, echo, row.chat.callable_names)
 
     def error(self, bad: BadRow) -> dict[str, Any]:
         """What is written of a row that cannot be answered."""

@@ -5,7 +5,7 @@ completion, or {"error": ...} for a row that could not be answered, whose `error
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from fineserve_jax.batch.row_ids import RowId
@@ -40,6 +40,7 @@ def openai_answer(
     entries: Sequence[Entries | None],
     used: dict[str, Any],
     echo: Echo,
+    callable_names: Collection[str] = (),
 ) -> dict[str, Any]:
     """The answer to a request.
 
@@ -48,9 +49,10 @@ def openai_answer(
         entries: log-probabilities of each sample.
         used: further fields of the body.
         echo: the prompt.
+        callable_names: functions that the model could call.
     """
     token = name.token()
-    body = {**completion_body(form, token, name.created, [output], [entries], [echo]), **used}
+    body = {**completion_body(form, token, name.created, [output], [entries], [echo], callable_names), **used}
     return _line(name, token, 200, body, None)
 
 

@@ -1,7 +1,7 @@
 """From what callers give, prompts and all that goes with them, to tickets for the engine loop."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fineserve_jax.engine.checks import most_prompt_tokens
@@ -10,7 +10,7 @@ from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.prompts import encode_prompt, is_conversation
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import RequestError
-from fineserve_jax.loaders import ChatOptions, encode_chat
+from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
 from fineserve_jax.request_options import RequestOptions, one_each, options_of_each
 from fineserve_jax.sampling_params import SamplingParams
 
@@ -20,9 +20,19 @@ Encode = Callable[..., tuple[str | None, list[int]]]
 """A tokenizer, a prompt and `max_tokens` to the prompt's text, if it has one, and its tokens."""
 
 
-def chat_encoder(chat_options: ChatOptions | None) -> Encode:
+@dataclass(frozen=True, slots=True)
+class ChatEncoder:
     """Encodes conversations, through the model's chat template."""
-    return functools.partial(encode_chat, options=chat_options or ChatOptions())
+
+    options: ChatOptions
+
+    def __call__(self, tokenizer: Tokenizer, messages: Any, max_tokens: int | None = None) -> tuple[str, list[int]]:
+        return encode_chat(tokenizer, messages, self.options, max_tokens)
+
+
+def chat_encoder(chat_options: ChatOptions | None) -> Encode:
+    """An encoder of conversations."""
+    return ChatEncoder(chat_options or ChatOptions())
 
 
 def prepare(
@@ -34,6 +44,8 @@ def prepare(
         RequestError: a prompt that can never be served.
     """
     served = engine.served(options.model)
+    if isinstance(encode, ChatEncoder):
+        sampling = encode.options.constrained(sampling)
     text, token_ids = encode(served.tokenizer, prompt, max_tokens=most_prompt_tokens(served.max_seq_len, sampling))
     return text, engine.prepare(token_ids, sampling, options)
 

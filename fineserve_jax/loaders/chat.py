@@ -1,15 +1,18 @@
 """Chat messages to the text a model was trained on, by the Jinja template that comes with its tokenizer."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.loaders.chat_messages import check_messages, cut_after, with_parsed_arguments, with_text
 from fineserve_jax.loaders.chat_templates import RENDERER
 from fineserve_jax.loaders.tokenizer import Tokenizer
+from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.structured.params import StructuredOutputsParams
+from fineserve_jax.structured.tool_calls import BEGIN, form_of_calls, function_names
 from fineserve_jax.validation import Validated, given_values, refusal
 
 Messages = Sequence[Mapping[str, Any]]
@@ -21,7 +24,10 @@ class ChatOptions(Validated):
 
     Attributes:
         tools: functions that the model may call, JSON schemas as OpenAI's API and transformers have them; None: none.
-            A call is whatever the model writes: `strict` is refused.
+            Arguments of those that are `strict` are of their schema.
+        tool_choice: "auto": the model may call some; "none": they are not shown to it; "required": it must call one;
+            {"type": "function", "function": {"name": "f"}}: it must call this one.
+        parallel_tool_calls: whether an answer may have several calls.
         documents: texts to answer from, for templates that know such; None: none.
         chat_template: name of one of the model's templates, or the source of another one; None: the template "tool_use"
             where there are tools and such a template, else the default.
@@ -34,11 +40,14 @@ class ChatOptions(Validated):
     error_class: ClassVar[type[FineServeError]] = RequestError
 
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     documents: list[dict[str, Any]] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    _form_of_calls: StructuredOutputsParams | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -52,18 +61,6 @@ class ChatOptions(Validated):
             raise ValueError(f"{taken[0]!r} is set by other options; leave it out here")
         return value
 
-    @field_validator("tools")
-    @classmethod
-    def _none_strict(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        for place, tool in enumerate(value or ()):
-            function = tool.get("function")
-            if isinstance(function, Mapping) and function.get("strict"):
-                raise refusal(
-                    f"tools.{place}.function.strict is true, and what a model calls is not constrained; leave strict "
-                    "out, or ask for the arguments' JSON by structured_outputs"
-                )
-        return value
-
     @model_validator(mode="after")
     def _answers_or_goes_on(self) -> Self:
         if self.add_generation_prompt and self.continue_final_message:
@@ -71,6 +68,57 @@ class ChatOptions(Validated):
                 "add_generation_prompt begins a new message, continue_final_message none; give one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _calls_can_be_kept_to(self) -> Self:
+        if self.tool_choice != "none":
+            try:
+                form = form_of_calls(self.tools or (), self.tool_choice, self.parallel_tool_calls or not self.tools)
+            except RequestError as error:
+                raise refusal(str(error)) from None
+            self._form_of_calls = form
+        return self
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools, where the model may call them."""
+        return None if self.tool_choice == "none" else self.tools
+
+    @property
+    def callable_names(self) -> tuple[str, ...]:
+        """Names of the functions that the model may call."""
+        return function_names(self.shown_tools or ())
+
+    def constrained(self, sampling: SamplingParams) -> SamplingParams:
+        """How to sample, so that what must be called is, and as it must be.
+
+        Raises:
+            RequestError: the text is to be something else, too.
+        """
+        if self._form_of_calls is None:
+            return sampling
+        if sampling.structured_outputs is not None:
+            raise RequestError(
+                "structured_outputs, or response_format, and tools whose calls are constrained (strict, "
+                "parallel_tool_calls=false, or a tool_choice that demands one) both say what the text must be; give "
+                "one of them"
+            )
+        return sampling.model_copy(update={"structured_outputs": self._form_of_calls})
+
+    def check_form_of_calls(self, template: str, special_tokens: Container[str]) -> None:
+        """Raises `RequestError` if calls are constrained, and a template's are not of the form that they would have."""
+        if self._form_of_calls is None:
+            return
+        remedy = (
+            "leave out strict, parallel_tool_calls and tool_choice, or ask for the arguments' JSON by "
+            "structured_outputs"
+        )
+        if BEGIN not in template:
+            raise RequestError(
+                f"this model's chat template has no {BEGIN}, and calls can be constrained in that form only; {remedy}"
+            )
+        if BEGIN in special_tokens:
+            raise RequestError(f"{BEGIN} is a special token of this model, which no text holds; {remedy}")
 
     @property
     def generates(self) -> bool:
@@ -93,11 +141,12 @@ def render_chat(tokenizer: Tokenizer, messages: Messages, options: ChatOptions =
     """
     check_messages(messages)
     template = _template(tokenizer, options)
+    options.check_form_of_calls(template, tokenizer.special_ids)
     given = [dict(message) for message in messages]
     if any(isinstance(message.get("content"), list) for message in given) and not _takes_parts(template):
         given = [with_text(message) for message in given]
     values = {
-        "tools": options.tools,
+        "tools": options.shown_tools,
         "documents": options.documents,
         "add_generation_prompt": options.generates,
         **tokenizer.special_tokens,
@@ -130,7 +179,7 @@ def _template(tokenizer: Tokenizer, options: ChatOptions) -> str:
             known = f"one of {names}, or " if others else ""
             raise RequestError(f"chat_template={wanted!r} is no template of this model; give {known}the source of one")
         return others.get(wanted, wanted)
-    if options.tools and "tool_use" in others:
+    if options.shown_tools and "tool_use" in others:
         return others["tool_use"]
     if tokenizer.chat_template is not None:
         return tokenizer.chat_template

@@ -1,11 +1,13 @@
 """Whole answers as OpenAI's endpoints send them: chat completions, completions and errors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.openai_api.fields import Form
 from fineserve_jax.openai_api.logprobs import Echo, Entries, chat_logprobs, text_logprobs
+from fineserve_jax.openai_api.tool_calls import calls_message, find_calls
+from fineserve_jax.request import FinishReason
 
 STATUS = {"engine_fault": 500, "internal_error": 500, "not_finite": 500, "dead_end": 500, "late": 408}
 """HTTP status of errors by their code; 400 for all others that a request may make."""
@@ -23,6 +25,7 @@ def completion_body(
     outputs: Sequence[RequestOutput],
     entries: Sequence[Sequence[Entries | None]],
     echoes: Sequence[Echo],
+    callable_names: Collection[str] = (),
 ) -> dict[str, Any]:
     """The body of an answer.
 
@@ -34,6 +37,7 @@ def completion_body(
         entries: log-probabilities of each prompt's samples.
         echoes: each prompt. Where answers do not begin with it, log-probabilities of its tokens are a field of the
             body, a list for each prompt if there are several.
+        callable_names: functions whose calls in a chat's text are told as such.
     """
     samples = [
         (sample, own, echo)
@@ -44,7 +48,9 @@ def completion_body(
     return {
         **answer_head(form, token, created, outputs[0].model),
         "choices": [
-            _chat_choice(index, sample, logprobs) if form == "chat" else _text_choice(index, sample, logprobs, echo)
+            _chat_choice(index, sample, logprobs, token, callable_names)
+            if form == "chat"
+            else _text_choice(index, sample, logprobs, echo)
             for index, (sample, logprobs, echo) in enumerate(samples)
         ],
         "usage": usage_of(outputs),
@@ -84,12 +90,23 @@ def error_body(message: str, code: str | None, status: int) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _chat_choice(index: int, sample: CompletionOutput, entries: Entries | None) -> dict[str, Any]:
+def finish_reason_of(reason: str | None, has_calls: bool) -> str | None:
+    """Why an answer ended: of its own accord, after calls if it has some, or for another reason."""
+    return "tool_calls" if has_calls and reason == FinishReason.STOP else reason
+
+
+def _chat_choice(
+    index: int, sample: CompletionOutput, entries: Entries | None, token: str, callable_names: Collection[str]
+) -> dict[str, Any]:
+    text, calls = find_calls(sample.text, callable_names)
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message |= {"content": text or None, "tool_calls": calls_message(calls, token, index)}
     return {
         "index": index,
-        "message": {"role": "assistant", "content": sample.text, "refusal": None},
+        "message": message,
         "logprobs": None if entries is None else chat_logprobs(entries),
-        "finish_reason": sample.finish_reason,
+        "finish_reason": finish_reason_of(sample.finish_reason, bool(calls)),
     }
 
 

@@ -163,7 +163,7 @@ class SamplingDefaults:
         seed = fields.pop("seed", None)
         if asked.echo and fields.get("prompt_logprobs") is None:
             fields["prompt_logprobs"] = fields.get("logprobs")
-        sampling: SamplingParams = self._sampling(fields)
+        sampling: SamplingParams = asked.chat.constrained(self._sampling(fields))
         return sampling if seed is None else sampling.model_copy(update={"seed": SamplingParams(seed=seed).seed})
 
 

@@ -30,7 +30,6 @@ NEUTRAL: Neutral = {
     ),
     "store": ((False,), "answers are sent, and not kept"),
     "modalities": ((["text"],), "the models write text only"),
-    "parallel_tool_calls": ((True,), "what the model calls is not constrained; leave it out"),
     "suffix": (("",), "the models continue a text and do not fill gaps; leave it out"),
     **dict.fromkeys(("functions", "function_call"), ((), "give tools")),
 }
@@ -73,14 +72,6 @@ def _chat(fields: dict[str, Any]) -> dict[str, Any]:
         raise FieldError("prompt is for /v1/completions; give messages")
     if fields.pop("echo", False) is not False:
         raise FieldError("echo is for /v1/completions; leave it out", "unsupported_parameter")
-    choice = fields.pop("tool_choice", "auto")
-    if choice == "none":
-        fields.pop("tools", None)
-    elif choice != "auto":
-        raise FieldError(
-            f"tool_choice={shown(choice)} is not served: what the model calls is not constrained; give auto or none",
-            "unsupported_parameter",
-        )
     return _with_seed(fields)
 
 

@@ -32,6 +32,7 @@ class Asking:
         is_streamed: its answer is wanted as it comes.
         tells_usage: the stream is to end with the numbers of tokens.
         echoes: answers begin with their prompts.
+        callable_names: functions that the model may call.
     """
 
     form: Form
@@ -40,6 +41,7 @@ class Asking:
     is_streamed: bool
     tells_usage: bool
     echoes: bool
+    callable_names: tuple[str, ...]
 
 
 def read_asking(
@@ -85,7 +87,7 @@ def read_asking(
         tickets.append(Ticket(prepared, receiver, text, index, wants_pieces=is_streamed))
     if (samples := sum(ticket.prepared.sampling.n for ticket in tickets)) > MAX_SAMPLES:
         raise RequestError(f"{len(tickets)} prompts with n samples each are {samples}; at most {MAX_SAMPLES} may be")
-    return Asking(form, receiver, tickets, is_streamed, tells_usage, echoes=asked.echo)
+    return Asking(form, receiver, tickets, is_streamed, tells_usage, asked.echo, asked.chat.callable_names)
 
 
 def tokens_of(engine: Engine, asked: Asked, sampling: SamplingParams, own_templates: bool) -> list[int]:

@@ -42,6 +42,12 @@ CALL: Schema = {
         "function": _object({"name": TEXT, "arguments": {"type": "string"}}, *("name", "arguments")),
     },
 }
+CHOSEN: Schema = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {"type": {"const": "function"}, "function": _object({"name": TEXT}, "name")},
+}
+"""A function that must be called."""
 MESSAGE: Schema = {
     "anyOf": [
         {"type": "object", "required": ["role", "content"], "properties": {"role": TEXT, "content": CONTENT}},
@@ -174,7 +180,8 @@ def _request_schemas(models: Mapping[str, KnownModel]) -> Schema:
     options |= {"kv_precision": {"enum": [*formats, AUTO]}, "min_kv_precision": {"enum": formats}}
     neutral = {name: {} if taken is None else {"enum": [*taken]} for name, (taken, _) in NEUTRAL.items() if taken != ()}
     asked, chat = {**sampling, **options, **neutral, **STREAMED}, _properties(ChatOptions, schemas)
-    spoken: Schema = {"messages": MESSAGES, **asked, **chat, "tool_choice": {"enum": ["auto", "none"]}}
+    choices: Schema = {"anyOf": [{"enum": ["auto", "none", "required"]}, CHOSEN]}
+    spoken: Schema = {"messages": MESSAGES, **asked, **chat, "tool_choice": choices}
     texts = _object({"prompt": TEXT, **model}, "prompt")
     return {
         **schemas,

@@ -118,14 +118,17 @@ class Service:
             echo_of(output, ticket.prompt, tokenizer, asking.echoes)
             for output, ticket, tokenizer in zip(outputs, asking.tickets, tokenizers, strict=True)
         ]
-        body = completion_body(asking.form, secrets.token_hex(12), int(time.time()), outputs, entries, echoes)
+        body = completion_body(
+            asking.form, secrets.token_hex(12), int(time.time()), outputs, entries, echoes, asking.callable_names
+        )
         return {**body, **_used(outputs)}
 
     async def events(self, asking: Asking) -> AsyncGenerator[bytes, None]:
         """The events of a streamed answer; an error is one, and then the last."""
         num_samples = sum(ticket.prepared.sampling.n for ticket in asking.tickets)
         model = asking.tickets[0].prepared.served.name
-        chunks = Chunks(asking.form, secrets.token_hex(12), int(time.time()), model, asking.tells_usage)
+        token, now = secrets.token_hex(12), int(time.time())
+        chunks = Chunks(asking.form, token, now, model, asking.tells_usage, asking.callable_names)
         try:
             if opening := b"".join(chunks.opening(num_samples)):
                 yield opening

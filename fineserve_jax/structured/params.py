@@ -20,6 +20,8 @@ OPTIONS = {"coerce_one_of": False, "lenient": False, "json_allowed_escapes": 'nr
 two ways, lest a property come again in another spelling of its name (\\u0061 for a)."""
 WHITESPACE = r"( |\n[ \t]{0,32})"
 """Between the tokens of JSON if nothing else is said. Any number of blanks would let a model write blanks for ever."""
+JSON_OPTIONS = OPTIONS | {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+"""Of llguidance, for a schema of which nothing else is said."""
 
 
 class StructuredOutputsParams(Validated):
@@ -121,24 +123,40 @@ class StructuredOutputsParams(Validated):
         return text
 
     def _compile_schema(self, schema: str) -> str:
-        def compiled(text: str) -> str:
-            return LLMatcher.grammar_from_json_schema(text, overrides=options)
-
-        options: Any = OPTIONS | {
+        options = OPTIONS | {
             "whitespace_flexible": not self.disable_any_whitespace,
             "whitespace_pattern": None if self.disable_any_whitespace else self.whitespace_pattern or WHITESPACE,
         }
-        if (error := grammar_error(compiled("{}"))) is not None:
+        if (error := grammar_error(_compiled("{}", options))) is not None:
             raise refusal(f"whitespace_pattern={shortened(repr(self.whitespace_pattern))}: {error}")
-        exact = json.loads(schema)
-        fault = make_exact(exact)
-        text = compiled(json.dumps(exact))
-        if fault is None and (error := grammar_error(text)) is not None:
-            place, what = find_fault(exact, error, lambda part: grammar_error(compiled(json.dumps(part))))
-            fault = f"{place}: {what}"
-        if fault is not None:
-            raise refusal(f"the JSON schema cannot be kept to at {fault}; leave that out, or say it otherwise")
-        return text
+        try:
+            return _compiled(json.dumps(exact_schema(schema, options)), options)
+        except RequestError as error:
+            raise refusal(str(error)) from None
+
+
+def exact_schema(schema: str, options: Mapping[str, Any] = JSON_OPTIONS) -> dict[str, Any]:
+    """A JSON schema in the form in which llguidance keeps to it.
+
+    Args:
+        schema: an object, as text.
+        options: of llguidance.
+
+    Raises:
+        RequestError: what cannot be kept to, naming its place in the schema.
+    """
+    exact: dict[str, Any] = json.loads(schema)
+    fault = make_exact(exact)
+    if fault is None and (error := grammar_error(_compiled(json.dumps(exact), options))) is not None:
+        place, what = find_fault(exact, error, lambda part: grammar_error(_compiled(json.dumps(part), options)))
+        fault = f"{place}: {what}"
+    if fault is not None:
+        raise RequestError(f"the JSON schema cannot be kept to at {fault}; leave that out, or say it otherwise")
+    return exact
+
+
+def _compiled(schema: str, options: Any) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 
 @functools.lru_cache(maxsize=256)  # many rows of a file ask for the same

@@ -7,12 +7,15 @@ from job_cases import by_id, run_job, written
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.shared import ErrorObject
-from stub_engine import StubEngine
+from stub_engine import TOKENIZER, StubEngine
 
+from fineserve_jax import RequestError
 from fineserve_jax.batch import run_batch
+from fineserve_jax.batch.answer_rows import AnswerRows
 from fineserve_jax.batch.records import Record
 from fineserve_jax.batch.requests import RowRequests
 from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row
+from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.openai_api.bodies import API_DEFAULTS
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
@@ -121,7 +124,7 @@ def test_fields_of_plain_rows_are_taken_too():
         {"response_format": {"type": "text"}},
         {"modalities": ["text"]},
         {"parallel_tool_calls": True},
-        {"tool_choice": "none", "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"parallel_tool_calls": False, "tool_choice": "none"},
         {"functions": None, "stream_options": None},
     ],
 )
@@ -135,7 +138,7 @@ def test_what_changes_nothing_is_taken(harmless):
     ("row", "error", "code"),
     [
         (chat(stream=True), "stream=True is not served: a batch writes whole answers", "unsupported_parameter"),
-        (chat(tool_choice="required"), "tool_choice='required' is not served", "unsupported_parameter"),
+        (chat(tool_choice="required"), "tool_choice='required' without tools cannot be kept to", "invalid_request"),
         (chat(functions=[]), r"functions=\[\] is not served: give tools", "unsupported_parameter"),
         (chat(store=True), "store=True is not served", "unsupported_parameter"),
         (chat(reasoning_effort="low"), "unknown field 'reasoning_effort'", "invalid_request"),
@@ -196,3 +199,41 @@ def test_plain_rows_beside_requests_are_answered_plainly(tmp_path):
     run_job(StubEngine(), [chat("x"), {"id": "y", "prompt": "abc"}], tmp_path / "out.jsonl", {"max_tokens": 2})
     plain = by_id([row for row in written(tmp_path / "out.jsonl") if "response" not in row])
     assert set(plain) == {"y"}
+
+
+def test_calls_of_tools_are_told_as_openai_tells_them():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1.0}}\n</tool_call>'
+    texts = [(f"Hm\n{call}\n{call}", "stop"), (call, "length"), (call.replace("f", "g", 1), "stop")]
+    samples = [CompletionOutput(index, text, [1], None, reason) for index, (text, reason) in enumerate(texts)]
+    output = RequestOutput("r", None, [4], "stub", "bf16", {}, samples, RequestMetrics(0.0, 0.0, 0.0, 0))
+
+    def told(**fields):
+        body = AnswerRows().answer(parsed(chat(**fields)), output, TOKENIZER)["response"]["body"]
+        return strictly(ChatCompletion, body).choices
+
+    both, cut, other = told(tools=tools)
+    assert (both.message.content, both.finish_reason, len(both.message.tool_calls)) == ("Hm", "tool_calls", 2)
+    assert (cut.message.content, cut.finish_reason, len(cut.message.tool_calls)) == (None, "length", 1)
+    assert (other.message.content, other.finish_reason, other.message.tool_calls) == (texts[2][0], "stop", None)
+    calls = [*both.message.tool_calls, *cut.message.tool_calls]
+    assert {(one.type, one.function.name, one.function.arguments) for one in calls} == {("function", "f", '{"a": 1.0}')}
+    assert len({one.id for one in calls}) == 3
+    assert [choice.message.content for choice in told(tools=tools, tool_choice="none")] == [text for text, _ in texts]
+
+
+def test_calls_are_constrained_where_tools_are_strict_or_must_be_called():
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    tool, strict = ({"type": "function", "function": {**function, "strict": strict}} for strict in (False, True))
+    assert sampling(chat(tools=[tool])).structured_outputs is None
+    grammars = [
+        sampling(chat(**fields)).structured_outputs.grammar
+        for fields in ({"tools": [strict]}, {"tools": [tool], "tool_choice": "required"})
+    ]
+    assert len(set(grammars)) == 2
+    with pytest.raises(RequestError, match="response_format, and tools whose calls are constrained"):
+        sampling(chat(tools=[strict], response_format={"type": "json_object"}))
+    unlike = {**function, "strict": True, "parameters": {"properties": {"a": {"uniqueItems": True}}}}
+    bad = parsed(chat(tools=[{"type": "function", "function": unlike}]))
+    assert isinstance(bad, BadRow)
+    assert "tools.0.function is strict: the JSON schema cannot be kept to at #/properties/a/uniqueItems" in bad.error

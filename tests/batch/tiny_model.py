@@ -26,9 +26,9 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def tiny_tokenizer(chat_template: str | None = CHAT) -> Tokenizer:
-    """96 tokens: three special ones, space, newline, and the characters from ! to {."""
-    characters = ["Ġ", "Ċ", *(chr(code) for code in range(ord("!"), ord("{") + 1))]
+def tiny_tokenizer(chat_template: str | None = CHAT, first: str = "!") -> Tokenizer:
+    """96 tokens: three special ones, space, newline, and the characters from ! to {. `first`: what stands for !."""
+    characters = ["Ġ", "Ċ", first, *(chr(code) for code in range(ord("!") + 1, ord("{") + 1))]
     vocabulary = {token: index for index, token in enumerate(SPECIAL + characters)}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,10 +37,10 @@ def tiny_tokenizer(chat_template: str | None = CHAT) -> Tokenizer:
     return Tokenizer(backend, (2,), chat_template=chat_template, special_tokens={"eos_token": "</s>"})
 
 
-def write_tiny_model(directory: Path, chat_template: str | None = CHAT) -> Path:
+def write_tiny_model(directory: Path, chat_template: str | None = CHAT, first: str = "!") -> Path:
     """A Hugging Face directory."""
     shutil.copytree(FIXTURE, directory, ignore=shutil.ignore_patterns("expected.npz"))
-    save_tokenizer(tiny_tokenizer(chat_template), directory)
+    save_tokenizer(tiny_tokenizer(chat_template, first), directory)
     return directory
 
 

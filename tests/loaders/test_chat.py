@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from fineserve_jax import SamplingParams
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer, render_chat
 from fineserve_jax.loaders.chat_templates import WORKER, TemplateRenderer
@@ -267,9 +268,43 @@ def test_values_that_json_does_not_have_are_refused():
         render("x", chat_template_kwargs={"a": object()})
 
 
-def test_tools_that_are_to_be_strict_are_refused():
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": False}}
-    assert ChatOptions(tools=[tool]).tools == [tool]
-    strict = {**tool, "function": {**tool["function"], "strict": True}}
-    with pytest.raises(RequestError, match=r"^tools\.1\.function\.strict is true, and what a model calls is not"):
-        ChatOptions(tools=[tool, strict])
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+WITH_CALLS = "{{ messages[0].content }} {{ tools | length if tools else 0 }} <tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("options", "num_shown", "is_constrained"),
+    [
+        ({"tools": [TOOL]}, 1, False),
+        ({"tools": [TOOL, {"a": 1}]}, 2, False),
+        ({"tools": [STRICT]}, 1, True),
+        ({"tools": [TOOL], "tool_choice": "required"}, 1, True),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, 1, True),
+        ({"tools": [STRICT], "tool_choice": "none"}, 0, False),
+        ({"parallel_tool_calls": False}, 0, False),
+    ],
+)
+def test_tools_are_shown_and_their_calls_constrained_where_that_is_asked_for(options, num_shown, is_constrained):
+    chat = ChatOptions(**options)
+    assert render(WITH_CALLS, **options) == f"Hello <b> é {num_shown} <tool_call>"
+    assert len(chat.callable_names) == min(num_shown, 1)
+    plain, formed = SamplingParams(max_tokens=3), SamplingParams(structured_outputs={"regex": "a"})
+    assert (chat.constrained(plain).structured_outputs is not None) == is_constrained
+    if not is_constrained:
+        assert render("{{ 1 }}", **options) == "1"
+        assert chat.constrained(formed) is formed
+        return
+    with pytest.raises(RequestError, match=r"structured_outputs, or response_format, and tools .* give one of them"):
+        chat.constrained(formed)
+    with pytest.raises(RequestError, match=r"chat template has no <tool_call>, .*; leave out strict"):
+        render("{{ 1 }}", **options)
+
+
+def test_calls_that_cannot_be_kept_to_are_refused_by_name():
+    with pytest.raises(RequestError, match=r"^tool_choice='required' without tools cannot be kept to; give tools"):
+        ChatOptions(tool_choice="required")
+    with pytest.raises(RequestError, match=r"^tool_choice='any' is not served"):
+        ChatOptions(tools=[TOOL], tool_choice="any")
+    with pytest.raises(RequestError, match="<tool_call> is a special token of this model, which no text holds"):
+        ChatOptions(tools=[STRICT]).check_form_of_calls(WITH_CALLS, {"<tool_call>": 1})

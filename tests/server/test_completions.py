@@ -177,7 +177,7 @@ def test_what_a_request_leaves_open_is_as_in_openais_api_or_as_the_server_was_to
         ),
         ({"temperature": 7000}, openai.BadRequestError, "invalid_request", "temperature=7000: "),
         ({"messages": []}, openai.BadRequestError, "invalid_request", "messages"),
-        ({"tool_choice": "required"}, openai.BadRequestError, "unsupported_parameter", "tool_choice='required'"),
+        ({"tool_choice": "required"}, openai.BadRequestError, "invalid_request", "tool_choice='required'"),
         (
             {"extra_body": {"chat_template": "{{ 1 }}"}},
             openai.PermissionDeniedError,
