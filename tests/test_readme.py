@@ -1,4 +1,4 @@
-"""What the README shows works."""
+"""What the README and the guides show works."""
 
 import importlib.util
 import re
@@ -16,8 +16,8 @@ from fineserve_jax.pallas_kernels.formats import get_format
 ROOT = Path(__file__).parents[1]
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def relative_errors(name: str) -> list[float]:
 
 
 @pytest.mark.usefixtures("registries")
-def test_the_format_and_the_policy_of_the_readme_can_be_registered():
+def test_the_format_and_the_policy_of_the_guide_can_be_registered():
     """Two bits a normal number keep it to within 0.35 of a standard deviation at best (Max, 1960)."""
-    (block,) = (block for block in blocks() if "KVFormat" in block)
     public = {name: getattr(fineserve_jax, name) for name in fineserve_jax.__all__}
-    exec(block, public | vars(fineserve_jax.bit_packing) | {"jnp": jnp})
+    for block in blocks("docs/extend.md"):
+        exec(block, public | vars(fineserve_jax.bit_packing) | {"jnp": jnp})
     assert max(relative_errors("int2")) < 0.45
     assert "longest_first" in POLICIES
 
@@ -56,8 +56,9 @@ def test_the_format_of_the_example_can_be_registered():
     assert max(relative_errors("int2")) < 0.4
 
 
-def test_the_readme_calls_the_python_interface_as_it_is():
-    one, several, short = (block for block in blocks() if "llm.generate" in block)
+def test_the_python_interface_is_called_as_it_is():
+    (one,) = blocks("README.md")
+    short, several = blocks("docs/python.md")
     from fineserve_jax import EngineConfig, SamplingParams
     from fineserve_jax.engine.model_settings import model_sources
     from fineserve_jax.request_options import OptionKeywords
@@ -69,7 +70,7 @@ def test_the_readme_calls_the_python_interface_as_it_is():
         re.findall(r"(\w+)=", short)
     )
     for block in (one, several, short):
-        compile(block, "README.md", "exec")
+        compile(block, "a page", "exec")
         SamplingParams(**eval(f"dict({re.search(r'SamplingParams[(](.*?)[)]', block).group(1)})"))
 
 

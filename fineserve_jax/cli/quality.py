@@ -69,13 +69,18 @@ def quality(
     tokens = loaded.tokenizer.encode(content, add_special_tokens=False)
     made = Engine(loaded, options)
     found = measure_quality(made, tokens, names, window, windows, new_tokens, lambda done: _progress(done, windows))
-    chosen = found.choice(max_loss / 100)
     if as_json:
+        chosen = found.choice(max_loss / 100)
         take = None if chosen is None else chosen.kv_precision
         print(json.dumps({**found.as_dict(), "max_loss": max_loss / 100, "choice": take}))
-        return
+    else:
+        print_quality(found, max_loss)
+
+
+def print_quality(found: Quality, max_loss: float) -> None:
+    """Prints a table, and which format to take if perplexity may rise by at most `max_loss` per cent."""
     _print_table(found)
-    allowed = f"a rise of perplexity of at most {max_loss:g} %"
+    chosen, allowed = found.choice(max_loss / 100), f"a rise of perplexity of at most {max_loss:g} %"
     if chosen is None:
         print(f"none of these has {allowed} with its whole interval: take {found.wide}, or measure more windows")
     else:

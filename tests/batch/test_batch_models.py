@@ -42,7 +42,8 @@ def test_every_row_is_answered_by_its_model_as_if_that_were_alone(engine, models
 def test_a_row_that_names_no_model_or_an_unknown_one_is_an_error(engine, tmp_path):
     rows = [{"prompt": "a"}, {"prompt": "a", "model": "round"}, {"prompt": "a", "model": 5}]
     run_job(engine, rows, tmp_path / "answers.jsonl", GREEDY)
-    assert [answer["error"] for answer in written(tmp_path / "answers.jsonl")] == [
+    answers = sorted(written(tmp_path / "answers.jsonl"), key=lambda answer: answer["line"])
+    assert [answer["error"] for answer in answers] == [
         "no model is named, and there are several; give model as one of exact, rough",
         "model='round' is not served; choose one of exact, rough",
         'model=5 is a JSON number; give text such as "smollm2-135m"',

@@ -50,9 +50,7 @@ def make_llm(monkeypatch):
         model = dataclasses.replace(model, params=params_of(model, seed))  # a table of its own
         monkeypatch.setattr(load_engine, "load_model", lambda source, weights: model)
         sizes = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
-        llm = LLM("tiny", kv_precision="fp32", kv_formats=("fp32", "int8", "int4"), **sizes)
-        llm.engine.runner.use_formats(("fp32", "int8", "int4"))
-        return llm
+        return LLM("tiny", kv_precision="fp32", kv_formats=("fp32",), **sizes)
 
     return make
 

@@ -71,7 +71,7 @@ def assert_scored(request, first: int = 1) -> None:
             assert list(entry.top)[:1] in ([], [best[0]])
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=5),
     chunk=st.sampled_from([16, 64]),
