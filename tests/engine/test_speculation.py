@@ -134,7 +134,7 @@ def test_nothing_compiles_after_the_warm_up(drafting):
 def test_tokens_do_not_depend_on_preemption(tiny_model):
     formats, prompts = ["int8", "int4"] * 5, prompts_that_repeat(10)
     sampling, served = SamplingParams(max_tokens=100, ignore_eos=True), {"kv_formats": ("int8", "int4")}
-    small = engine_of(tiny_model, num_speculative_tokens=7, kv_memory="280KB", **served)
+    small = engine_of(tiny_model, num_speculative_tokens=7, kv_memory="150KB", **served)
     expected = serve(engine_of(tiny_model, **served), prompts, formats, sampling)
     assert texts(serve(small, prompts, formats, sampling)) == texts(expected)
     assert small.stats().num_preemptions > 0, "the memory was meant to be too small"
