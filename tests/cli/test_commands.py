@@ -319,7 +319,7 @@ def test_fetch_names_the_aliases_there_are(run):
     assert "known: smollm2-135m" in one_line_error(err)
 
 
-@pytest.mark.parametrize("command", ["batch", "generate", "perplexity", "convert", "fetch"])
+@pytest.mark.parametrize("command", ["batch", "serve", "generate", "perplexity", "quality", "convert", "fetch"])
 def test_help_explains_every_option(run, command):
     status, out, _ = run(command, "--help")
     assert status == 0
@@ -331,7 +331,7 @@ def test_help_explains_every_option(run, command):
 
 
 def test_unknown_commands_and_options_are_refused(run):
-    assert run("serve")[0] == 2
+    assert run("answer")[0] == 2
     assert run("batch", "-i", "a", "-o", "b", "--heat", "1")[0] == 2
     assert run()[0] == 2
 
