@@ -150,6 +150,5 @@ class BatchSummary:
         return (
             f"{errors}{self.decode_tokens_per_s:.0f} tokens/s decoding, {overall:.0f} over the whole run; "
             f"{self.compilations} compilations, {self.preemptions} preemptions, "
-            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} of {self.common_tokens} prompt tokens that rows "
-            "have in common shared"
+            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} of {self.common_tokens} common prompt tokens shared"
         )

@@ -119,11 +119,11 @@ def test_ctrl_c_in_a_batch_leaves_what_was_written(run, prompts, tmp_path, monke
     output = tmp_path / "answers.jsonl"
     status, _, err = run("batch", "MODEL", "-i", prompts, "-o", output)
     assert status == 130
-    assert "Interrupted: 0 answered, 1 errors" in err
-    assert "errors: 1 invalid_request" in err
+    assert "Interrupted: 0 answered, 2 errors" in err
+    assert "errors: 1 invalid_line, 1 invalid_request" in err
     assert err.endswith("run the same command with --resume to go on\n")
     assert "Traceback" not in err
-    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["bad"]
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [4, "bad"]
 
 
 def test_sigterm_ends_a_batch_as_cleanly_and_tells_so_by_its_status(run, prompts, tmp_path, monkeypatch):
