@@ -19,8 +19,8 @@ class CommonTokens:
         self._seen: dict[bytes, None] = {}  # hashes of blocks, those seen last at the end
 
     def note(self, request: Request) -> int:
-        """Remembers a prompt; how many of its tokens an earlier one, or sample, of its model and format begins with, as far as they
-        need not be computed for it."""
+        """Remembers a sample's prompt; how many of its tokens an earlier one of its model and format begins with, as
+        far as they need not be computed for it."""
         size, seen, common, begins_alike = self._page_size, self._seen, 0, True
         stop = (request.num_prompt_tokens - 1) // size  # its last token is computed in any case
         most = request.num_shareable_tokens // size

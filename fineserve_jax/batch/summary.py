@@ -150,5 +150,6 @@ class BatchSummary:
         return (
             f"{errors}{self.decode_tokens_per_s:.0f} tokens/s decoding, {overall:.0f} over the whole run; "
             f"{self.compilations} compilations, {self.preemptions} preemptions, "
-            f"{self.narrowed_pages} pages narrowed, {self.hit_tokens} of {self.common_tokens} common prompt tokens shared"
+            f"{self.narrowed_pages} pages narrowed, "
+            f"{self.hit_tokens} of {self.common_tokens} common prompt tokens shared"
         )
