@@ -56,8 +56,9 @@ class Answering:
 
     __slots__ = ("late", "num_output_tokens", "status")
 
-    sampling, finish_reason, num_prompt_tokens, token_ids = SamplingParams(), None, 3, (1, 2, 3, 7)
-    error, logprobs = None, list[Any]()
+    sampling, finish_reason, token_ids = SamplingParams(), None, (1, 2, 3, 7)
+    num_prompt_tokens = num_shareable_tokens = 3
+    error, logprobs, scores, prefix_root = None, list[Any](), None, b""
 
     def __init__(self, late: bool) -> None:
         self.late, self.num_output_tokens, self.status = late, 0, RequestStatus.WAITING
@@ -67,7 +68,7 @@ class InstantEngine:
     """Answers all that wait, `batch` of them in a step."""
 
     def __init__(self, batch: int, out_of_order: bool) -> None:
-        self.config = SimpleNamespace(max_batch_size=batch, seed=0)
+        self.config = SimpleNamespace(max_batch_size=batch, seed=0, prefix_cache="exact", page_size=16)
         self.model = SimpleNamespace(name="instant", tokenizer=Tokenizer(), max_seq_len=2048)
         self.models = {"instant": self.model}
         self.scheduler, self._batch, self._out_of_order = self, batch, out_of_order

@@ -23,6 +23,8 @@ class CommonTokens:
         far as they need not be computed for it."""
         size, seen, common, begins_alike = self._page_size, self._seen, 0, True
         stop = (request.num_prompt_tokens - 1) // size  # its last token is computed in any case
+        if not stop:
+            return 0
         most = request.num_shareable_tokens // size
         for block_hash, _ in hash_blocks(request.token_ids, size, request.prefix_root, 0, stop):
             begins_alike = begins_alike and block_hash in seen and common < most

@@ -76,6 +76,7 @@ def test_all_prompts_in_batches_of_sixteen(engine):
         assert_as_expected(row, request.output_token_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [0, 10])
 def test_one_prompt_at_a_time(engine, row):
     (request,) = serve(engine, [row])
