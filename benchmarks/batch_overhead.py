@@ -63,7 +63,8 @@ def take_turns(llm: LLM, prompts: list[list[int]], arguments: Arguments) -> dict
 
         def job() -> int:
             target = Path(folder) / f"answers-{next(numbers)}.jsonl"
-            return run_batch("", source, target, sampling=sampling, make_engine=lambda: llm.engine).output_tokens
+            model, make_engine = arguments.model, lambda: llm.engine
+            return run_batch(model, source, target, sampling=sampling, make_engine=make_engine).output_tokens
 
         def generate() -> int:
             outputs = llm.generate(prompts, SamplingParams(**sampling))
