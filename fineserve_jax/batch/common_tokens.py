@@ -18,9 +18,9 @@ class CommonTokens:
         self._page_size = page_size
         self._seen: dict[bytes, None] = {}  # hashes of blocks, those seen last at the end
 
-    def note(self, request: Request) -> int:
-        """Remembers a sample's prompt; how many of its tokens an earlier one of its model and format begins with, as
-        far as they need not be computed for it."""
+    def note(self, request: Request, num_samples: int = 1) -> int:
+        """Remembers a prompt; how many of its tokens an earlier one, or sample, of its model and format begins with, as
+        far as they need not be computed for it: of all its samples together."""
         size, seen, common, begins_alike = self._page_size, self._seen, 0, True
         stop = (request.num_prompt_tokens - 1) // size  # its last token is computed in any case
         if not stop:
@@ -33,4 +33,4 @@ class CommonTokens:
             seen[block_hash] = None
         while len(seen) > MAX_BLOCKS:
             del seen[next(iter(seen))]
-        return common * size
+        return (common + (num_samples - 1) * min(stop, most)) * size

@@ -169,7 +169,7 @@ class BatchJob:
         so_far = saved_tokens(self.delivery.journal, row.seq)
         samples = self.engine.queue(self.engine.prepare(*request), so_far)
         if self._shares:
-            self.summary.common_tokens += sum(map(self._common_tokens.note, samples))
+            self.summary.common_tokens += self._common_tokens.note(samples[0], len(samples))
         had = [len(part.token_ids) for part in so_far]
         pending = RowInFlight(row, samples, had + [0] * (len(samples) - len(had)))
         for sample in pending.samples:

@@ -30,7 +30,7 @@ class RowPlan:
 
     def __init__(self, num_ahead: int) -> None:
         self._num_ahead = num_ahead
-        self._groups: dict[Hashable, deque[BatchRow]] = {}  # the first is handed out
+        self._groups: dict[Hashable, deque[tuple[BatchRow, int]]] = {}  # with sizes; the first is handed out
         self._num_rows = self._num_characters = self._num_in_turn = 0
 
     def __len__(self) -> int:
@@ -43,16 +43,17 @@ class RowPlan:
 
     def add(self, row: BatchRow) -> None:
         """Holds a row until its turn."""
-        self._groups.setdefault(_beginning(row), deque()).append(row)
+        size = _num_characters(row)
+        self._groups.setdefault(_beginning(row), deque()).append((row, size))
         self._num_rows += 1
-        self._num_characters += _num_characters(row)
+        self._num_characters += size
 
     def pop(self) -> BatchRow | None:
         """The row whose turn it is; None if there is none."""
         if not self._num_rows:
             return None
         key, group = next(iter(self._groups.items()))
-        row = group.popleft()
+        row, size = group.popleft()
         self._num_in_turn += 1
         if not group or self._num_in_turn >= self._num_ahead:
             del self._groups[key]
@@ -60,7 +61,7 @@ class RowPlan:
                 self._groups[key] = group  # behind the others
             self._num_in_turn = 0
         self._num_rows -= 1
-        self._num_characters -= _num_characters(row)
+        self._num_characters -= size
         return row
 
 

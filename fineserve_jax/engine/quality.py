@@ -6,7 +6,7 @@ is worth little without the noise that it is seen in.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.perplexity import check_windows, score_window
+from fineserve_jax.engine.precision import Precision
 from fineserve_jax.errors import RequestError
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request import Request
@@ -128,13 +129,13 @@ def measure_quality(
     names = [name for name in dict.fromkeys(kv_precisions) if name != WIDE]
     if not names:
         raise RequestError(f"kv_precisions={list(kv_precisions)}: give formats besides {WIDE}, to compare with it")
-    for name in (WIDE, *names):
-        check_windows(engine, served, token_ids, window, windows, name)
+    precisions = {name: check_windows(engine, served, token_ids, window, windows, name) for name in (WIDE, *names)}
     names.sort(key=lambda name: get_format(name).bits_per_value(served.geometry))
+    precisions = {name: precisions[name] for name in (WIDE, *names)}
     measured: dict[str, list[_Window]] = {name: [] for name in names}
     for i in range(windows):
         part = list(token_ids[i * window : (i + 1) * window])
-        for name, found in _measure_window(engine, served, part, names, new_tokens).items():
+        for name, found in _measure_window(engine, served, part, precisions, new_tokens).items():
             measured[name].append(found)
         if on_window is not None:
             on_window(i + 1)
@@ -160,18 +161,18 @@ class _Window(NamedTuple):
 
 
 def _measure_window(
-    engine: Engine, served: ServedModel, token_ids: list[int], names: Sequence[str], new_tokens: int
+    engine: Engine, served: ServedModel, token_ids: list[int], precisions: Mapping[str, Precision], new_tokens: int
 ) -> dict[str, _Window]:
+    """What a window says of each format but the wide one. `precisions`: of all, by the formats' names."""
     hidden = {}
-    for name in (WIDE, *names):
-        precision = check_windows(engine, served, token_ids, len(token_ids), 1, name)
+    for name, precision in precisions.items():
         scores = score_window(engine, served, token_ids, precision, keep_hidden=True)
         hidden[name] = np.concatenate(scores.hidden or [])
     targets = np.array(token_ids[1:], np.int32)
     model, params = served.runner.model, served.runner.params
-    answers = _greedy_answers(engine, token_ids[: min(len(token_ids) // 2, PROMPT_TOKENS)], (WIDE, *names), new_tokens)
+    answers = _greedy_answers(engine, token_ids[: min(len(token_ids) // 2, PROMPT_TOKENS)], precisions, new_tokens)
     found = {}
-    for name in names:
+    for name in [name for name in precisions if name != WIDE]:
         differing = [a != b for a, b in zip(answers[WIDE], answers[name], strict=True)]
         same = differing.index(True) if True in differing else new_tokens
         found[name] = _Window(compare(model, params, hidden[WIDE], hidden[name], targets), same)
@@ -179,7 +180,7 @@ def _measure_window(
 
 
 def _greedy_answers(
-    engine: Engine, prompt: Sequence[int], names: Sequence[str], new_tokens: int
+    engine: Engine, prompt: Sequence[int], names: Iterable[str], new_tokens: int
 ) -> dict[str, list[int]]:
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     requests = {name: engine.add_request(prompt, sampling, RequestOptions(kv_precision=name)) for name in names}

@@ -7,6 +7,7 @@ piece of it is in memory beside the array itself, which JAX takes as it is where
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def read_params(directory: Path, shapes: Params) -> Params:
         with _quiet():
             _check_tree(ocp.PyTreeCheckpointHandler().metadata(directory.resolve()).tree, shapes)
         context = ts.Context({"file_io_concurrency": {"limit": 2}, "data_copy_concurrency": {"limit": 2}})
-        read = jax.tree_util.Partial(_read_array, directory.resolve(), context)
+        read = functools.partial(_read_array, directory.resolve(), context)
         return dict(jax.tree_util.tree_map_with_path(read, shapes))
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"{directory} cannot be restored: {error}; convert the model again") from error

@@ -13,16 +13,13 @@ import numpy as np
 from fineserve_jax.loaders.embedding_models import refuse_bare_tensors, refuse_embedding_directory
 from fineserve_jax.loaders.hf_config import hf_config
 from fineserve_jax.loaders.hf_multimodal import has_text_part, text_part, text_tensor_name
+from fineserve_jax.loaders.hf_tensors import HEAD, HFTensors
 from fineserve_jax.loaders.json_file import read_json
-from fineserve_jax.loaders.laid_out_tensors import LaidOutTensors
 from fineserve_jax.loaders.quantization import PlainTensors, quantization_method
 from fineserve_jax.loaders.quantized_mxfp4 import MXFP4Stacks
 from fineserve_jax.loaders.safetensors_files import SafetensorsFiles
-from fineserve_jax.models.registry import get_family
 
 log = logging.getLogger(__name__)
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_ROWS_AT_A_TIME = 1024
 # Tables of rotations, which older versions of transformers stored: they follow from the configuration.
 _HARMLESS = re.compile(r"(model\.(layers\.\d+\.self_attn\.)?)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
@@ -39,8 +36,6 @@ class HFModel:
         refuse_embedding_directory(directory)
         raw = read_json(directory / "config.json")
         self.config = hf_config(raw)
-        family = get_family(self.config.family)
-        self._norm_offset = np.float32(family.hf_norm_offset)
         self._files = SafetensorsFiles(directory)
         if has_text_part(raw):
             self._leave_out_images()
@@ -48,8 +43,12 @@ class HFModel:
         text = text_part(raw)
         method = quantization_method(text.get("quantization_config") or text.get("compression_config"))
         self._stored = MXFP4Stacks(PlainTensors(self._files, method))
-        self._tensors = LaidOutTensors(self.config, family.hf_layout, self._stored, stored_name)
-        if self.config.tie_embeddings and self._tensors.shape(HEAD) is not None and not self._head_is_the_embedding():
+        self._tensors = HFTensors(self.config, self._stored)
+        if (
+            self.config.tie_embeddings
+            and self._tensors.shape(HEAD) is not None
+            and not self._tensors.head_is_the_embedding()
+        ):
             # The flag is often left at its default; a head that was stored and differs is meant.
             self.config = dataclasses.replace(self.config, tie_embeddings=False)
 
@@ -59,8 +58,7 @@ class HFModel:
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """The tensor, f32, or these rows of it; of q and k whole heads."""
-        tensor = self._tensors.read(name, rows)
-        return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
+        return self._tensors.read(name, rows)
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used` that would change the model's numbers, by the names that the files have for them."""
@@ -75,21 +73,3 @@ class HFModel:
         if left_out := len(names) - len(kept):
             log.warning("%s: %d tensors are for images, and left out: prompts are text", self.directory, left_out)
         self._files.tensors = kept
-
-    def _head_is_the_embedding(self) -> bool:
-        """Compares a few rows at a time, so that two large tables are never in memory."""
-        if self.shape(EMBEDDING) != self.shape(HEAD):
-            return False
-        rows = (self.shape(HEAD) or (0,))[0]
-        pieces = (slice(at, min(at + _ROWS_AT_A_TIME, rows)) for at in range(0, rows, _ROWS_AT_A_TIME))
-        return all(np.array_equal(self.read(EMBEDDING, piece), self.read(HEAD, piece)) for piece in pieces)
-
-
-def stored_name(prefix: str, part: str, kind: str, stacked: bool) -> str:
-    """What Hugging Face's checkpoints call a tensor, see `NameOf`.
-
-    Stacks of experts are parameters of one module: their names end in the part's, those of biases in `_bias`.
-    """
-    if stacked:
-        return f"{prefix}{part}{'_bias' if kind == 'bias' else ''}"
-    return f"{prefix}{part}.{kind}" if kind else f"{prefix}{part}"

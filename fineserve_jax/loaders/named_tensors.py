@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fineserve_jax.loaders.hf_model import EMBEDDING, HEAD, stored_name
-from fineserve_jax.loaders.laid_out_tensors import LaidOutTensors
+from fineserve_jax.loaders.hf_tensors import HEAD, HFTensors
 from fineserve_jax.models.model_config import ModelConfig
-from fineserve_jax.models.registry import get_family
 
 
 class NamedTensors:
@@ -22,10 +20,8 @@ class NamedTensors:
     """
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Any]) -> None:
-        family = get_family(config.family)
         self.config, self._given = config, tensors
-        self._norm_offset = np.float32(family.hf_norm_offset)
-        self._tensors = LaidOutTensors(config, family.hf_layout, _Arrays(tensors), stored_name)
+        self._tensors = HFTensors(config, _Arrays(tensors))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor; None when there is none."""
@@ -33,18 +29,13 @@ class NamedTensors:
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """The tensor, f32, or these rows of it; of q and k whole heads."""
-        tensor = self._tensors.read(name, rows)
-        return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
+        return self._tensors.read(name, rows)
 
     def unused(self, used: Collection[str]) -> list[str]:
         """Tensors beside `used`."""
-        known = self._tensors.stored_names([*used, HEAD] if self._head_is_the_embedding() else used)
+        tied = self.config.tie_embeddings and self._tensors.head_is_the_embedding()
+        known = self._tensors.stored_names([*used, HEAD] if tied else used)
         return sorted(name for name in self._given if name not in known)
-
-    def _head_is_the_embedding(self) -> bool:
-        if not self.config.tie_embeddings or self.shape(HEAD) != self.shape(EMBEDDING):
-            return False
-        return np.array_equal(self.read(HEAD), self.read(EMBEDDING))
 
 
 class _Arrays:

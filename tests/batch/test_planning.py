@@ -92,5 +92,6 @@ def test_tokens_that_an_earlier_prompt_begins_with_are_counted_in_whole_blocks()
     assert common.note(request(list(range(12)))) == 8, "the last token is computed in any case"
     assert common.note(request(list(range(14)), b"another format")) == 0
     assert common.note(request([7, *range(13)])) == 0, "the same tokens in another place"
+    assert common.note(request(list(range(100, 114))), num_samples=3) == 2 * 12, "samples share with the first"
     assert common.note(request(list(range(14)), shareable=7)) == 4, "what follows is scored"
     assert common.note(request(list(range(14)), shareable=0)) == 0
