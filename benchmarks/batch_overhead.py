@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax import LLM, SamplingParams
-from fineserve_jax.batch import run_batch
 from fineserve_jax.engine.bench import random_prompts
+from fineserve_jax.entrypoints.batch import run_batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,13 @@ from unittest.mock import patch
 
 import tyro
 
-from fineserve_jax.batch import BatchJob, BatchSummary, JobOutput, read_rows
-from fineserve_jax.batch import job as job_module
-from fineserve_jax.batch.records import line_records
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.processor import processor_name
+from fineserve_jax.entrypoints.batch import BatchJob, BatchSummary, JobOutput, read_rows
+from fineserve_jax.entrypoints.batch import job as job_module
+from fineserve_jax.entrypoints.batch.records import line_records
 from fineserve_jax.loaders import load_model
 
 

@@ -22,14 +22,14 @@ from typing import Any
 
 import tyro
 
-from fineserve_jax.batch import run_batch
-from fineserve_jax.batch.requests import RowRequest
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.entrypoints.batch import run_batch
+from fineserve_jax.entrypoints.batch.requests import RowRequest
 from fineserve_jax.kv.usage import KVCounts
-from fineserve_jax.request import RequestStatus
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import RequestStatus
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 NOTHING = KVCounts(0, 0, 0, 0, 0, 0, 0)
 METRICS = RequestMetrics(0.001, 0.002, 0.003, 0)

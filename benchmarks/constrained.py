@@ -25,9 +25,9 @@ from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import load_model
+from fineserve_jax.request.sampling_params import SamplingParams
+from fineserve_jax.request.structured.params import StructuredOutputsParams
 from fineserve_jax.runner import runner as runner_module
-from fineserve_jax.sampling_params import SamplingParams
-from fineserve_jax.structured.params import StructuredOutputsParams
 
 PERSON = {
     "type": "object",

@@ -21,8 +21,8 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
-from fineserve_jax.request import Request, RequestTimes
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request, RequestTimes
+from fineserve_jax.request.sampling_params import SamplingParams
 
 PAGE_SIZE = 16
 UNIT_BYTES = 256

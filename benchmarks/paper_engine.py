@@ -36,9 +36,9 @@ from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel, load_model
-from fineserve_jax.request import SchedulerOutput
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import SchedulerOutput
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.simulator import Simulator
 from fineserve_jax.sim.workload import Arrival, Kind, assign, draw

@@ -33,8 +33,8 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import LoadedModel, load_model
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

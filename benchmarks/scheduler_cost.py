@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus, RequestTimes
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler import Scheduler
 from fineserve_jax.sim import DEVICES, SYSTEMS, Cluster, build, parse_model
 

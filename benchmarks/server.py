@@ -30,9 +30,9 @@ from rich.table import Table
 from fineserve_jax import AsyncLLM, SamplingParams
 from fineserve_jax.engine.bench import percentiles, random_prompts
 from fineserve_jax.engine.processor import processor_name
-from fineserve_jax.server.run import DrainingServer, listen, make_server
-from fineserve_jax.server.server_config import ServerConfig
-from fineserve_jax.server.service import Service
+from fineserve_jax.entrypoints.server.run import DrainingServer, listen, make_server
+from fineserve_jax.entrypoints.server.server_config import ServerConfig
+from fineserve_jax.entrypoints.server.service import Service
 
 FIGURES = (
     *("engine_step_wall_s", "engine_step_cpu_s", "server_step_cpu_s", "event_loop_cpu_s_per_step"),

@@ -17,8 +17,8 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.models import ModelConfig
-from fineserve_jax.request import FinishReason, Request, RequestTimes
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason, Request, RequestTimes
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
 
 MODEL = "smollm2"

@@ -30,12 +30,12 @@ from fineserve_jax.models.weight_formats import weight_recipe
 from fineserve_jax.pallas_kernels.cpu import library
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.operations import paged_attention
-from fineserve_jax.request import Request, ScheduledChunk, SchedulerOutput
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner import runner as stages
 from fineserve_jax.runner.inputs import StepInputs, build_inputs
 from fineserve_jax.runner.sampler import build_sampling
-from fineserve_jax.sampling_params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def recorded(folder: Path) -> str:
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS)}
-    command = [sys.executable, "-m", "fineserve_jax.cli", *COMMAND]
+    command = [sys.executable, "-m", "fineserve_jax.entrypoints.cli", *COMMAND]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdin=child, stdout=child, stderr=child)
     os.close(child)
     output = b""

@@ -4,13 +4,13 @@ Type checkers read this file, and `__init__.py` imports from it what it is asked
 """
 
 from fineserve_jax.async_llm import AsyncLLM
-from fineserve_jax.batch.predictor import FineServePredictor
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
 from fineserve_jax.engine.scoring import CompletionScore
 from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.entrypoints.batch.predictor import FineServePredictor
 from fineserve_jax.errors import (
     ConfigError,
     DeadEndError,
@@ -31,11 +31,11 @@ from fineserve_jax.pallas_kernels.format_sizes import Granularity
 from fineserve_jax.pallas_kernels.formats import FORMATS as KV_FORMATS
 from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes, PageVectors, PageWords, bit_packing
 from fineserve_jax.pallas_kernels.formats import register as register_kv_format
-from fineserve_jax.request import Request
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
+from fineserve_jax.request.structured.params import StructuredOutputsParams
 from fineserve_jax.scheduler.policies import POLICIES, Policy, PolicyContext
-from fineserve_jax.structured.params import StructuredOutputsParams
 
 __version__: str
 

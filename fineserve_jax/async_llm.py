@@ -15,8 +15,8 @@ from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.loaders import ChatOptions, Tokenizer
-from fineserve_jax.request_options import OptionKeywords, RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 
 class AsyncLLM:

@@ -17,8 +17,8 @@ from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer
-from fineserve_jax.request_options import OptionKeywords, RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 
 class LLM:

@@ -33,7 +33,7 @@ COMPILING = (
     "cli/test_real_batch.py",
     "cli/test_slabs.py",
     "engine",
-    "integrations",
+    "entrypoints",
     "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
     "loaders/test_gguf_split.py",

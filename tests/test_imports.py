@@ -11,23 +11,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "fineserve_jax"
 
+# Folders whose files and folders are rooms of their own; they only gather them.
+HALLS = {"request", "entrypoints"}
 # The storeys of the package, from the bottom to the top: a room imports from itself and from storeys below its own.
 # Rooms that share a storey do not know each other. "" is the package's front, `fineserve_jax/__init__.py`.
 STOREYS = [
-    {"errors"},
+    {"errors", *HALLS},
     {"validation"},
-    {"structured"},
-    {"sampling_params", "request_options"},
-    {"request"},
+    {"request.structured"},
+    {"request.sampling_params", "request.request_options"},
+    {"request.request"},
     {"pallas_kernels"},
     {"models", "kv"},
     {"loaders", "scheduler"},
     {"runner"},
     {"engine"},
-    {"llm", "async_llm", "openai_api", "metrics"},
-    {"batch", "sim", "server", "integrations"},
+    {"llm", "async_llm", "entrypoints.openai_api", "entrypoints.metrics"},
+    {"entrypoints.batch", "sim", "entrypoints.server", "entrypoints.lm_eval"},
     {""},
-    {"cli"},
+    {"entrypoints.cli"},
 ]
 # What can be used without the rest: these import nothing else of the package.
 ALONE = {"pallas_kernels"}
@@ -35,10 +37,10 @@ ALONE = {"pallas_kernels"}
 WITHOUT_JAX = {
     "errors",
     "validation",
-    "structured",
-    "sampling_params",
-    "request_options",
-    "request",
+    "request.structured",
+    "request.sampling_params",
+    "request.request_options",
+    "request.request",
     "kv",
     "scheduler",
     "sim",
@@ -72,9 +74,11 @@ def imports_of(path: Path, modules: dict[str, Path], *, as_run: bool = False) ->
 
 
 def room_of(module: str) -> str | None:
-    """The file or folder of the package's first level that a module is in; None: it is not the package's."""
-    package, _, rest = module.partition(".")
-    return rest.partition(".")[0] if package == PACKAGE else None
+    """The file or folder of the package's first level, or of a hall, that a module is in; None: not the package's."""
+    package, *parts = module.split(".")
+    if package != PACKAGE:
+        return None
+    return ".".join(parts[: 2 if parts and parts[0] in HALLS else 1])
 
 
 MODULES = find_modules()

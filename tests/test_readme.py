@@ -61,7 +61,7 @@ def test_the_python_interface_is_called_as_it_is():
     short, several = blocks("docs/python.md")
     from fineserve_jax import EngineConfig, SamplingParams
     from fineserve_jax.engine.model_settings import model_sources
-    from fineserve_jax.request_options import OptionKeywords
+    from fineserve_jax.request.request_options import OptionKeywords
 
     arguments = re.search(r"LLM\((.*?)\)", one).group(1)
     EngineConfig(**eval(f"dict({arguments.split(',', 1)[1]})"))

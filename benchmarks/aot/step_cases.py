@@ -19,7 +19,7 @@ from benchmarks.aot.cases import (
 )
 from benchmarks.aot.targets import Platform
 from fineserve_jax.models import ModelConfig, abstract_params, build_model
-from fineserve_jax.request import SchedulerOutput
+from fineserve_jax.request.request import SchedulerOutput
 from fineserve_jax.runner import step
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.sampler import build_sampling

@@ -9,8 +9,8 @@ import numpy as np
 
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.errors import EngineError
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 PERCENTILES = (50, 90, 99)
 

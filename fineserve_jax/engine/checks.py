@@ -9,9 +9,9 @@ from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.sampler import MAX_STOP_IDS
-from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.validation import shown, token_id
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from fineserve_jax.loaders.stream_decoder import StreamDecoder
 from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.errors import DeadEndError
-from fineserve_jax.request import FinishReason, Request
+from fineserve_jax.request.request import FinishReason, Request
 
 
 def ending_with(request: Request, text: RequestText, token: int) -> FinishReason | DeadEndError | None:

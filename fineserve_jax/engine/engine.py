@@ -24,10 +24,10 @@ from fineserve_jax.errors import EngineError, FineServeError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.request import FinishReason, Request, RequestStatus, SchedulerOutput
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus, SchedulerOutput
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.runner import ModelRunner, StepResult
-from fineserve_jax.sampling_params import SamplingParams
 from fineserve_jax.scheduler import load_profiles, save_profiles
 
 log = logging.getLogger(__name__)

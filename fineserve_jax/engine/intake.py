@@ -11,8 +11,8 @@ from fineserve_jax.engine.prompts import encode_prompt, is_conversation
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
-from fineserve_jax.request_options import RequestOptions, one_each, options_of_each
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions, one_each, options_of_each
+from fineserve_jax.request.sampling_params import SamplingParams
 
 Prompt = str | Iterable[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]

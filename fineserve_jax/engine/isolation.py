@@ -12,7 +12,7 @@ again, as when memory is short for all of them, fewer run at a time, until nothi
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 FAILURES_TO_HALVE = 3
 """Failures of which no request turned out to be the cause, until fewer run at a time."""

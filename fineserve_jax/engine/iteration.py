@@ -13,8 +13,8 @@ from fineserve_jax.engine.prompts import encode_prompt, is_conversation
 from fineserve_jax.engine.tickets import Inbox, Receiver, Ticket
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions
-from fineserve_jax.request_options import RequestOptions, options_of_each
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions, options_of_each
+from fineserve_jax.request.sampling_params import SamplingParams
 
 T = TypeVar("T")
 

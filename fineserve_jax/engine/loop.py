@@ -24,7 +24,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.supervisor import Supervisor
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import EngineError
-from fineserve_jax.request import Request, RequestStatus
+from fineserve_jax.request.request import Request, RequestStatus
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from fineserve_jax.engine.nonfinite import nonfinite_message
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.errors import FineServeError, NonFiniteError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import FinishReason, Request, RequestStatus, SchedulerOutput
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus, SchedulerOutput
 from fineserve_jax.runner.runner import SampledToken, StepResult
 from fineserve_jax.scheduler import Scheduler
 

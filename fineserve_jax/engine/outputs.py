@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fineserve_jax.request import FinishReason, Request
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request import FinishReason, Request
+from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.runner.runner import TokenLogprobs
 
 

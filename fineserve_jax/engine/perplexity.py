@@ -17,8 +17,8 @@ from fineserve_jax.engine.scoring import FOR_SCORES
 from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.request import PromptScores, Request
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request import PromptScores, Request
+from fineserve_jax.request.request_options import RequestOptions
 
 PAGES_AT_A_TIME = 32
 

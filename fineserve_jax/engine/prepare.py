@@ -16,11 +16,11 @@ from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import PromptScores, Request, RequestTimes
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import PromptScores, Request, RequestTimes
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
+from fineserve_jax.request.structured.matcher import TokenMatcher
 from fineserve_jax.scheduler.quotas import Quotas
-from fineserve_jax.structured.matcher import TokenMatcher
 
 Known = TypeVar("Known", bound=KnownModel)
 

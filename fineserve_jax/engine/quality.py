@@ -19,10 +19,10 @@ from fineserve_jax.engine.perplexity import check_windows, score_window
 from fineserve_jax.engine.precision import Precision
 from fineserve_jax.errors import RequestError
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.request import Request
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.comparison import Differences, compare
-from fineserve_jax.sampling_params import SamplingParams
 
 WIDE = "fp32"
 """What formats are compared with."""

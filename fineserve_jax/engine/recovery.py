@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from fineserve_jax.engine.output_processor import OutputProcessor
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import Request, RequestStatus
+from fineserve_jax.request.request import Request, RequestStatus
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.scheduler import Scheduler
 

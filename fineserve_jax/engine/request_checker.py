@@ -9,8 +9,8 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import load_models, model_sources
 from fineserve_jax.engine.prepare import named_model, prepare_request
 from fineserve_jax.loaders.load import describe_model
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.quotas import Quotas
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
 from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.request import FinishReason, Request
+from fineserve_jax.request.request import FinishReason, Request
 
 
 class Known(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fineserve_jax.engine.endings import ending_with
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.errors import FineServeError
-from fineserve_jax.request import FinishReason, Request, RequestStatus
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus
 from fineserve_jax.runner.runner import TokenLogprobs
 
 

@@ -15,8 +15,8 @@ from fineserve_jax.engine.prompts import encode_prompt, one_or_several
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import Tokenizer
-from fineserve_jax.request_options import RequestOptions, options_of_each
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions, options_of_each
+from fineserve_jax.request.sampling_params import SamplingParams
 
 Completion = str | Iterable[int]
 FOR_SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)

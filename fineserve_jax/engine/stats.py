@@ -7,7 +7,7 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.kv.usage import FormatUsage, KVCounts, count_events, measure_classes, measure_usage
-from fineserve_jax.request import SchedulerOutput
+from fineserve_jax.request.request import SchedulerOutput
 from fineserve_jax.runner.runner import StepResult
 from fineserve_jax.scheduler import Scheduler
 

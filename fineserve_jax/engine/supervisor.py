@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.isolation import Isolation
 from fineserve_jax.errors import EngineError
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 log = logging.getLogger(__name__)
 

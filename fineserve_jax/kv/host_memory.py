@@ -8,7 +8,7 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.operations import HostPages, Load, Save
 from fineserve_jax.kv.page_pool import Demand, PagePool
 from fineserve_jax.kv.request_pages import GroupPages, RequestPages
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 Runs = list[tuple[PageClass, int]]  # class, pages
 

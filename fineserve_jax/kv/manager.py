@@ -18,7 +18,7 @@ from fineserve_jax.kv.operations import PageOperation
 from fineserve_jax.kv.page_pool import Demand, PagePool
 from fineserve_jax.kv.request_pages import RequestPages, Segment, no_pages
 from fineserve_jax.kv.sharing import Sharing
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 
 class KVManager:

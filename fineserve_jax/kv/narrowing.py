@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fineserve_jax.kv.classes import PageClass, PageClasses
 from fineserve_jax.kv.page_pool import PagePool
 from fineserve_jax.kv.request_pages import GroupPages, RequestPages
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 MAX_RUNS = 4
 """Most runs of pages a narrowed request has in a layer group, each a segment of attention; the residual page is one

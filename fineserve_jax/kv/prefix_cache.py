@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 PAGES_AT_A_TIME = 64
 """Pages that are looked at in one go: evictable ones, and a prompt's."""

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.errors import IntegrityError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 from fineserve_jax.validation import Validated
 
 KINDS = ("tenant", "precision")

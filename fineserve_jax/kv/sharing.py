@@ -28,7 +28,7 @@ from fineserve_jax.kv.page_pool import Demand, PagePool
 from fineserve_jax.kv.prefix_cache import CachedBlock, hash_blocks
 from fineserve_jax.kv.request_pages import GroupPages, RequestPages
 from fineserve_jax.kv.shared_prefix import Prefix, Row, is_to_come, num_ready_blocks
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 PREFIX_CACHES = ("exact", "convert", "off")
 

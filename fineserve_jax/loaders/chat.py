@@ -10,9 +10,9 @@ from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.loaders.chat_messages import check_messages, cut_after, with_parsed_arguments, with_text
 from fineserve_jax.loaders.chat_templates import RENDERER
 from fineserve_jax.loaders.tokenizer import Tokenizer
-from fineserve_jax.sampling_params import SamplingParams
-from fineserve_jax.structured.params import StructuredOutputsParams
-from fineserve_jax.structured.tool_calls import BEGIN, form_of_calls, function_names
+from fineserve_jax.request.sampling_params import SamplingParams
+from fineserve_jax.request.structured.params import StructuredOutputsParams
+from fineserve_jax.request.structured.tool_calls import BEGIN, form_of_calls, function_names
 from fineserve_jax.validation import Validated, given_values, refusal
 
 Messages = Sequence[Mapping[str, Any]]

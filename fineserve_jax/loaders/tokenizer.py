@@ -10,7 +10,7 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders.stream_decoder import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
 from fineserve_jax.loaders.token_bound import TokenBound, token_bound
 from fineserve_jax.loaders.token_bytes import ByteRule, byte_rule
-from fineserve_jax.structured.vocabulary import Vocabulary
+from fineserve_jax.request.structured.vocabulary import Vocabulary
 
 # Tokens by which chat models end a turn; generation stops at them although only some files list them.
 END_OF_TURN_TOKENS = (

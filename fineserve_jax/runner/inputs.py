@@ -9,7 +9,7 @@ from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.operations import plan_attention
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
-from fineserve_jax.request import Request, ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.shapes import StepSpec
 
 Array = Any  # numpy on the host, jax.Array in the step

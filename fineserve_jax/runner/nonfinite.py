@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fineserve_jax.request import Request, SchedulerOutput
+from fineserve_jax.request.request import Request, SchedulerOutput
 from fineserve_jax.runner.inputs import chunk_slots
 from fineserve_jax.runner.shapes import StepSpec
 

@@ -20,7 +20,7 @@ from fineserve_jax.models.product_choice import compiled_products
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
-from fineserve_jax.request import Request, SchedulerOutput, TokenScore
+from fineserve_jax.request.request import Request, SchedulerOutput, TokenScore
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs

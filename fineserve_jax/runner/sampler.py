@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float32, Int32, UInt32
 
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 from fineserve_jax.runner.token_masks import WORD_BITS
-from fineserve_jax.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
 
 Array = Any  # numpy on the host, jax.Array in the step
 Logits = Float32[jax.Array, "rows vocab"]  # or what they have become: shaped logits, probabilities

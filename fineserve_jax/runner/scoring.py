@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from fineserve_jax.request import Request, SchedulerOutput, TokenScore
+from fineserve_jax.request.request import Request, SchedulerOutput, TokenScore
 from fineserve_jax.runner.inputs import chunk_slots
 from fineserve_jax.runner.sampler import likeliest
 from fineserve_jax.runner.shapes import StepSpec

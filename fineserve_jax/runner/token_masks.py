@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fineserve_jax.request import Request
-from fineserve_jax.structured.matcher import DEAD_END, fill_bitmask
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.structured.matcher import DEAD_END, fill_bitmask
 
 WORD_BITS = 32
 ALL = -1  # as i32: every bit is set

@@ -8,7 +8,7 @@ import bisect
 import math
 from collections.abc import Iterable, Sequence
 
-from fineserve_jax.request import Request, ScheduledChunk
+from fineserve_jax.request.request import Request, ScheduledChunk
 from fineserve_jax.scheduler.costs import StepCost, step_cost
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.scheduler_config import SchedulerConfig

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fineserve_jax.request import ScheduledChunk
+from fineserve_jax.request.request import ScheduledChunk
 
 
 @dataclass(frozen=True, slots=True)

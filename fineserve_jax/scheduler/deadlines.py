@@ -3,7 +3,7 @@
 import heapq
 import math
 
-from fineserve_jax.request import Request, RequestStatus
+from fineserve_jax.request.request import Request, RequestStatus
 
 
 class Deadlines:

@@ -12,7 +12,7 @@ needs steps that are shorter than its target until it has caught up.
 import math
 from collections.abc import Iterable
 
-from fineserve_jax.request import Request, ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.chunk_sizes import ChunkSizes
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.running_request import RunningRequest

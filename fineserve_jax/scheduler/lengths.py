@@ -8,7 +8,7 @@ the first request allows itself. Sums and counts fade, so that the estimate foll
 
 from dataclasses import dataclass, field
 
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 PRIOR = 8.0
 """Answers that the prior counts as."""

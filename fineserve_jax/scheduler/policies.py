@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 from fineserve_jax.scheduler.costs import ModelCost
 from fineserve_jax.scheduler.tenants import FairShares
 

@@ -16,7 +16,7 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.quotas import Quota, QuotaAccount
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 
 class Quotas:

@@ -9,7 +9,7 @@ preempt       takes a request's pages, saves them or not, and puts it back into 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 from fineserve_jax.scheduler.growth_reserve import GrowthReserve
 from fineserve_jax.scheduler.quotas import Quotas
 from fineserve_jax.scheduler.running_request import RunningRequest

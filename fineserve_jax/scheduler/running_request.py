@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from fineserve_jax.kv.classes import PageClass
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 from fineserve_jax.scheduler.drafting import Drafting
 from fineserve_jax.scheduler.waiting import Entry
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import FinishReason, Request, RequestStatus, ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus, ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.admission import Admission
 from fineserve_jax.scheduler.costs import ModelCost, StepCost, step_cost
 from fineserve_jax.scheduler.deadlines import Deadlines

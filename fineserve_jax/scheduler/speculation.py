@@ -11,7 +11,7 @@ gets as many as give the most tokens a second by the step profile: none, if that
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fineserve_jax.request import ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.costs import StepCost, step_cost
 from fineserve_jax.scheduler.drafting import Drafting
 from fineserve_jax.scheduler.profile import StepProfile

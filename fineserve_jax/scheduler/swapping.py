@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 from fineserve_jax.scheduler.costs import StepCost
 from fineserve_jax.scheduler.profile import StepProfile
 from fineserve_jax.scheduler.scheduler_config import SchedulerConfig

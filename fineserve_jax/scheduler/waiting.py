@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from fineserve_jax.request import Request, RequestStatus
+from fineserve_jax.request.request import Request, RequestStatus
 from fineserve_jax.scheduler.policies import SortKey
 
 Group: TypeAlias = tuple[str, ...]

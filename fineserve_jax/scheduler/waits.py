@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fineserve_jax.request import Request, RequestStatus
+from fineserve_jax.request.request import Request, RequestStatus
 from fineserve_jax.scheduler.costs import StepCost
 from fineserve_jax.scheduler.lengths import OutputLengths
 from fineserve_jax.scheduler.profile import StepProfile

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.sim.metrics import Summary, summarize
 from fineserve_jax.sim.models import ModelVariant, get_cache, parse_model
 from fineserve_jax.sim.records import Run

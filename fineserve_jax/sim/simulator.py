@@ -16,8 +16,8 @@ from typing import Protocol
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.operations import Copy
 from fineserve_jax.kv.usage import measure_usage
-from fineserve_jax.request import FinishReason, Request, RequestTimes, SchedulerOutput
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason, Request, RequestTimes, SchedulerOutput
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler import Scheduler, StepCost
 from fineserve_jax.scheduler.costs import step_cost
 from fineserve_jax.sim.records import RequestRecord, Run, Sample, StepRecord

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from fineserve_jax.errors import ConfigError, FineServeError
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.sim.workload import Arrival, Kind, assign, deal, updated
 from fineserve_jax.validation import Validated
 

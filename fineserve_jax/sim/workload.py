@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
 
 # Lengths of chats, log-normal: medians near those of the ShareGPT conversations that serving papers sample
 # (arXiv 2309.06180 gives means of 161 and 338 tokens).

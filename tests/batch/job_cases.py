@@ -3,11 +3,11 @@
 import json
 
 from fineserve_jax import SamplingParams
-from fineserve_jax.batch import BatchJob, JobObserver, JobOutput, read_rows
-from fineserve_jax.batch.records import line_records
-from fineserve_jax.batch.resuming import unanswered
-from fineserve_jax.request import RequestStatus
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.entrypoints.batch import BatchJob, JobObserver, JobOutput, read_rows
+from fineserve_jax.entrypoints.batch.records import line_records
+from fineserve_jax.entrypoints.batch.resuming import unanswered
+from fineserve_jax.request.request import RequestStatus
+from fineserve_jax.request.request_options import RequestOptions
 
 GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fineserve_jax import RequestMetrics
-from fineserve_jax.batch.observers import JobObserver, JobStart, RowOutcome
-from fineserve_jax.batch.summary import BatchSummary
+from fineserve_jax.entrypoints.batch.observers import JobObserver, JobStart, RowOutcome
+from fineserve_jax.entrypoints.batch.summary import BatchSummary
 
 FORMATS = ("bf16", "int8", "int4")
 HOSTILE = '<script>alert(1)</script> & "quoted"'

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stub_engine import StubEngine
 
-from fineserve_jax.request import Request
+from fineserve_jax.request.request import Request
 
 
 def noted_engine(folder: str, step_s: float = 0.0) -> StubEngine:

@@ -11,8 +11,8 @@ from typing import Any
 from tiny_model import OPTIONS
 
 from fineserve_jax import Engine, EngineConfig
-from fineserve_jax.batch import BatchSummary, JobObserver, run_batch
 from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.entrypoints.batch import BatchSummary, JobObserver, run_batch
 from fineserve_jax.loaders import load_model
 
 CONFIG = EngineConfig(**{**OPTIONS, "kv_precision": "int8", "kv_formats": ["int8", "bf16"], "reproducible": True})

@@ -20,10 +20,10 @@ from fineserve_jax.engine.resuming import SampleSoFar, replay
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.errors import FineServeError, RequestError
 from fineserve_jax.kv.usage import FormatUsage, KVCounts
-from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus, RequestTimes
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.runner import TokenLogprobs
-from fineserve_jax.sampling_params import SamplingParams
 
 NO_COUNTS = KVCounts(0, 0, 0, 0, 0, 0, 0)
 VOCABULARY = range(5, 90)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from stub_engine import StubEngine
 
-from fineserve_jax.batch import journal, run_batch
+from fineserve_jax.entrypoints.batch import journal, run_batch
 from fineserve_jax.errors import FineServeError
 
 PROCESSES = multiprocessing.get_context("forkserver")

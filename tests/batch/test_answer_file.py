@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fineserve_jax import ConfigError, FineServeError
-from fineserve_jax.batch import Inputs
-from fineserve_jax.batch.answer_rows import as_line
-from fineserve_jax.batch.answers import AnswerFile
+from fineserve_jax.entrypoints.batch import Inputs
+from fineserve_jax.entrypoints.batch.answer_rows import as_line
+from fineserve_jax.entrypoints.batch.answers import AnswerFile
 
 FIRST, SECOND = {"id": 1, "text": "ä"}, {"id": "b", "text": "\n"}
 ERROR = {"id": 3, "line": 3, "error": "bad"}

@@ -8,9 +8,9 @@ from job_cases import GREEDY, OnStep, alone, by_id, run_job, without_timing, wri
 from tiny_model import tiny_tokenizer, with_nan
 
 from fineserve_jax import CompletionOutput, Engine, RequestError, RequestMetrics, RequestOutput
-from fineserve_jax.batch.answer_rows import AnswerRows, as_line
-from fineserve_jax.batch.journal import journal_path
-from fineserve_jax.batch.rows import BatchRow
+from fineserve_jax.entrypoints.batch.answer_rows import AnswerRows, as_line
+from fineserve_jax.entrypoints.batch.journal import journal_path
+from fineserve_jax.entrypoints.batch.rows import BatchRow
 from fineserve_jax.runner.runner import TokenLogprobs
 
 

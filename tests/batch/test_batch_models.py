@@ -5,7 +5,7 @@ from job_cases import GREEDY, alone, by_id, run_job, written
 from tiny_model import OPTIONS
 
 from fineserve_jax import ConfigError, Engine, EngineConfig, ModelLoadError
-from fineserve_jax.batch import run_batch
+from fineserve_jax.entrypoints.batch import run_batch
 from fineserve_jax.loaders import load_model
 
 PROMPTS = ["abc", "prompt number 2", "x" * 40]

@@ -6,10 +6,10 @@ from datetime import datetime
 import pytest
 from rich.console import Console
 
-from fineserve_jax.batch.observers import JobStart
-from fineserve_jax.batch.progress import Bar, Lines, Pace, duration, reporter
-from fineserve_jax.batch.summary import BatchSummary
 from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.entrypoints.batch.observers import JobStart
+from fineserve_jax.entrypoints.batch.progress import Bar, Lines, Pace, duration, reporter
+from fineserve_jax.entrypoints.batch.summary import BatchSummary
 from fineserve_jax.kv.usage import FormatUsage, KVCounts
 
 

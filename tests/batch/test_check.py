@@ -8,7 +8,7 @@ from job_cases import GREEDY, run_job, written
 from tiny_model import OPTIONS
 
 from fineserve_jax import EngineConfig, ModelLoadError
-from fineserve_jax.batch import BatchCheck
+from fineserve_jax.entrypoints.batch import BatchCheck
 
 ROWS = [
     {"id": "good", "prompt": "abc", "max_tokens": 2},

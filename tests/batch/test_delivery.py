@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from job_cases import OnStep, run_job, written
 from stub_engine import StubEngine
 
-from fineserve_jax.batch import delivery as delivery_module
-from fineserve_jax.batch.answers import AnswerFile
-from fineserve_jax.batch.delivery import OrderedDelivery
-from fineserve_jax.batch.journal import Journal, journal_path
+from fineserve_jax.entrypoints.batch import delivery as delivery_module
+from fineserve_jax.entrypoints.batch.answers import AnswerFile
+from fineserve_jax.entrypoints.batch.delivery import OrderedDelivery
+from fineserve_jax.entrypoints.batch.journal import Journal, journal_path
 
 
 class Memory:

@@ -5,9 +5,9 @@ from job_cases import GREEDY, OnStep, by_id, run_job, written
 from openai.types import Completion
 
 from fineserve_jax import SamplingParams
-from fineserve_jax.batch.records import Record
-from fineserve_jax.batch.rows import BadRow, parse_row
-from fineserve_jax.openai_api.logprobs import Echo, text_logprobs
+from fineserve_jax.entrypoints.batch.records import Record
+from fineserve_jax.entrypoints.batch.rows import BadRow, parse_row
+from fineserve_jax.entrypoints.openai_api.logprobs import Echo, text_logprobs
 
 PROMPT = "What the model adds to this prompt"
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from job_cases import written
 from stub_engine import StubEngine
 
-from fineserve_jax.batch import run_batch
-from fineserve_jax.openai_api import fields
+from fineserve_jax.entrypoints.batch import run_batch
+from fineserve_jax.entrypoints.openai_api import fields
 
 GOOD = b'{"prompt": "abc", "max_tokens": 2}'
 TEXT = st.text(st.characters(exclude_categories=()), max_size=8)  # half of a surrogate pair is JSON, too

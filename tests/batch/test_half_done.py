@@ -5,11 +5,11 @@ import time
 import pytest
 from job_cases import OnStep, by_id, run_job, without_timing, written
 
-from fineserve_jax.batch.in_flight import RowInFlight, save_tokens, saved_tokens
-from fineserve_jax.batch.journal import Journal
-from fineserve_jax.batch.requests import RowRequests
-from fineserve_jax.batch.rows import BatchRow
 from fineserve_jax.engine.resuming import SampleSoFar
+from fineserve_jax.entrypoints.batch.in_flight import RowInFlight, save_tokens, saved_tokens
+from fineserve_jax.entrypoints.batch.journal import Journal
+from fineserve_jax.entrypoints.batch.requests import RowRequests
+from fineserve_jax.entrypoints.batch.rows import BatchRow
 
 LONG = {"max_tokens": 40, "ignore_eos": True}
 ROWS = [

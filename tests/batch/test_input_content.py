@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fineserve_jax import ConfigError
-from fineserve_jax.batch import Inputs
-from fineserve_jax.batch.content import SNIFFED, what_is_wrong
+from fineserve_jax.entrypoints.batch import Inputs
+from fineserve_jax.entrypoints.batch.content import SNIFFED, what_is_wrong
 
 ROW = b'{"id": 1, "prompt": "a"}'
 ROWS = [{"id": 1, "prompt": "a"}, {"id": 2, "messages": [{"role": "user", "content": "b"}]}]

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fineserve_jax import ConfigError
-from fineserve_jax.batch import BadRow, Inputs, read_rows
-from fineserve_jax.batch.records import MAX_LINE_BYTES, bounded_lines, csv_records
+from fineserve_jax.entrypoints.batch import BadRow, Inputs, read_rows
+from fineserve_jax.entrypoints.batch.records import MAX_LINE_BYTES, bounded_lines, csv_records
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": 'say "hi",\nthen go', "temperature": 0.5, "max_tokens": 3, "stop": ["x", "y"]},

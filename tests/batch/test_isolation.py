@@ -8,7 +8,7 @@ from job_cases import by_id, run_job, without_timing, written
 from stub_engine import StubEngine
 
 from fineserve_jax import FineServeError
-from fineserve_jax.batch import JobObserver
+from fineserve_jax.entrypoints.batch import JobObserver
 
 ROWS = [
     {"id": i, "prompt": [5 + i, 7], "max_tokens": 4 + i % 7, "temperature": 1.0, "n": 1 + (i % 6 == 5)}

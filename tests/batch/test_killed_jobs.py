@@ -13,8 +13,8 @@ from job_cases import without_timing, written
 from stub_engine import StubEngine
 from stub_jobs import start, write_rows
 
-from fineserve_jax.batch import run_batch
-from fineserve_jax.batch.journal import journal_path
+from fineserve_jax.entrypoints.batch import run_batch
+from fineserve_jax.entrypoints.batch.journal import journal_path
 
 ROWS = 200
 

@@ -11,8 +11,8 @@ from observed_job import Clock, failed, outcome, play, stats_after
 from prometheus_client.parser import text_string_to_metric_families
 
 from fineserve_jax import ConfigError
-from fineserve_jax.batch.metrics import MetricsServer
-from fineserve_jax.batch.summary import BatchSummary
+from fineserve_jax.entrypoints.batch.metrics import MetricsServer
+from fineserve_jax.entrypoints.batch.summary import BatchSummary
 
 
 def scrape(server: MetricsServer) -> dict[str, float]:

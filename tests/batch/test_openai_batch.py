@@ -10,13 +10,13 @@ from openai.types.shared import ErrorObject
 from stub_engine import TOKENIZER, StubEngine
 
 from fineserve_jax import RequestError
-from fineserve_jax.batch import run_batch
-from fineserve_jax.batch.answer_rows import AnswerRows
-from fineserve_jax.batch.records import Record
-from fineserve_jax.batch.requests import RowRequests
-from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from fineserve_jax.openai_api.bodies import API_DEFAULTS
+from fineserve_jax.entrypoints.batch import run_batch
+from fineserve_jax.entrypoints.batch.answer_rows import AnswerRows
+from fineserve_jax.entrypoints.batch.records import Record
+from fineserve_jax.entrypoints.batch.requests import RowRequests
+from fineserve_jax.entrypoints.batch.rows import BadRow, BatchRow, parse_row
+from fineserve_jax.entrypoints.openai_api.bodies import API_DEFAULTS
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fineserve_jax.batch import planning
-from fineserve_jax.batch.common_tokens import CommonTokens
-from fineserve_jax.batch.planning import BEGINNING, RowPlan
-from fineserve_jax.batch.rows import BatchRow
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.entrypoints.batch import planning
+from fineserve_jax.entrypoints.batch.common_tokens import CommonTokens
+from fineserve_jax.entrypoints.batch.planning import BEGINNING, RowPlan
+from fineserve_jax.entrypoints.batch.rows import BatchRow
+from fineserve_jax.request.request_options import RequestOptions
 
 LONG = "x" * BEGINNING
 

@@ -8,7 +8,7 @@ import pytest
 from stub_engine import StubEngine, next_token
 
 from fineserve_jax import RequestError
-from fineserve_jax.batch.predictor import FineServePredictor
+from fineserve_jax.entrypoints.batch.predictor import FineServePredictor
 
 
 @pytest.fixture

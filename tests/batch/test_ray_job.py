@@ -15,8 +15,8 @@ from stub_engine import StubEngine
 from tiny_model import OPTIONS
 
 from fineserve_jax import ConfigError, EngineConfig, FineServeError, FineServePredictor
-from fineserve_jax.batch import run_batch
-from fineserve_jax.batch.ray_job import RayOptions, import_ray, predictor_arguments
+from fineserve_jax.entrypoints.batch import run_batch
+from fineserve_jax.entrypoints.batch.ray_job import RayOptions, import_ray, predictor_arguments
 
 TWO = RayOptions(ray_actors=2, ray_cpus=0.5, ray_rows_per_task=16)
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from stub_jobs import start_process
 from tiny_model import OPTIONS
 
 from fineserve_jax import Engine
-from fineserve_jax.batch import journal, run_batch
-from fineserve_jax.batch.journal import journal_path
+from fineserve_jax.entrypoints.batch import journal, run_batch
+from fineserve_jax.entrypoints.batch.journal import journal_path
 from fineserve_jax.loaders import load_model
 
 

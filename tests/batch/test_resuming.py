@@ -9,8 +9,8 @@ from job_cases import by_id, without_timing, written
 from stub_engine import StubEngine
 
 from fineserve_jax import ConfigError, EngineConfig
-from fineserve_jax.batch import JobObserver, run_batch
-from fineserve_jax.batch.journal import Journal, journal_path
+from fineserve_jax.entrypoints.batch import JobObserver, run_batch
+from fineserve_jax.entrypoints.batch.journal import Journal, journal_path
 
 ROWS = [{"id": f"row {i}", "prompt": [5 + i, 6], "max_tokens": 3} for i in range(12)] + [{"id": "bad"}]
 

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
 
 from fineserve_jax import RequestError, SamplingParams
-from fineserve_jax.batch.records import Record, line_records
-from fineserve_jax.batch.requests import RowRequests
-from fineserve_jax.batch.row_ids import id_key
-from fineserve_jax.batch.rows import BadRow, BatchRow, parse_row, read_rows
-from fineserve_jax.openai_api import asked
-from fineserve_jax.openai_api.asked import prompt_tokens
-from fineserve_jax.openai_api.fields import FIELDS
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import OTHER_NAMES
+from fineserve_jax.entrypoints.batch.records import Record, line_records
+from fineserve_jax.entrypoints.batch.requests import RowRequests
+from fineserve_jax.entrypoints.batch.row_ids import id_key
+from fineserve_jax.entrypoints.batch.rows import BadRow, BatchRow, parse_row, read_rows
+from fineserve_jax.entrypoints.openai_api import asked
+from fineserve_jax.entrypoints.openai_api.asked import prompt_tokens
+from fineserve_jax.entrypoints.openai_api.fields import FIELDS
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import OTHER_NAMES
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "Hi"}]

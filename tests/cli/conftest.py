@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from tiny_model import OPTIONS, write_tiny_model
 
-from fineserve_jax.cli import main
+from fineserve_jax.entrypoints.cli import main
 
 OPTION_FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 

@@ -15,11 +15,11 @@ from observed_job import HOSTILE, Clock, failed, outcome, play, stats_after
 from stub_engine import StubEngine
 
 from fineserve_jax import ConfigError
-from fineserve_jax.batch import run as run_module
-from fineserve_jax.batch.observers import JobStart
-from fineserve_jax.batch.summary import BatchSummary
-from fineserve_jax.cli.batch_page import check_report, page, write_report
-from fineserve_jax.cli.batch_record import MOST_SAMPLES, BatchRecord, Distribution, rates
+from fineserve_jax.entrypoints.batch import run as run_module
+from fineserve_jax.entrypoints.batch.observers import JobStart
+from fineserve_jax.entrypoints.batch.summary import BatchSummary
+from fineserve_jax.entrypoints.cli.batch_page import check_report, page, write_report
+from fineserve_jax.entrypoints.cli.batch_record import MOST_SAMPLES, BatchRecord, Distribution, rates
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel
 
 from fineserve_jax import ConfigError, EngineConfig, RequestError, SamplingParams
-from fineserve_jax.cli.model_flags import DEFAULT_MODEL
-from fineserve_jax.cli.options import flags_of, settle
+from fineserve_jax.entrypoints.cli.model_flags import DEFAULT_MODEL
+from fineserve_jax.entrypoints.cli.options import flags_of, settle
 from fineserve_jax.scheduler import SchedulerConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

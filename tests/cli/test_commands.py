@@ -12,9 +12,9 @@ import pytest
 from tiny_model import OPTIONS
 
 from fineserve_jax import LLM, Engine, EngineConfig, SamplingParams
-from fineserve_jax.batch.answers import AnswerFile
-from fineserve_jax.cli import main
 from fineserve_jax.engine.perplexity import measure_perplexity
+from fineserve_jax.entrypoints.batch.answers import AnswerFile
+from fineserve_jax.entrypoints.cli import main
 from fineserve_jax.loaders import load_model
 
 
@@ -338,7 +338,7 @@ def test_unknown_commands_and_options_are_refused(run):
 
 def test_the_installed_program_starts(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fineserve_jax.cli", "generate", "x", "--config", tmp_path / "none.yaml"],
+        [sys.executable, "-m", "fineserve_jax.entrypoints.cli", "generate", "x", "--config", tmp_path / "none.yaml"],
         capture_output=True,
         text=True,
         check=False,

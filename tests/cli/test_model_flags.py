@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from fineserve_jax import ConfigError
-from fineserve_jax.cli.model_flags import choose_model, choose_models, models_of_file
-from fineserve_jax.cli.options import settle
 from fineserve_jax.engine.model_settings import ModelSource
+from fineserve_jax.entrypoints.cli.model_flags import choose_model, choose_models, models_of_file
+from fineserve_jax.entrypoints.cli.options import settle
 
 FILE = Path("settings.yaml")
 TWO = models_of_file(FILE, {"models": {"a": "x.gguf", "b": {"model": "y", "weights": "int8", "kv_precision": "int4"}}})

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny_model import OPTIONS
 
 from fineserve_jax import ConfigError, Engine, EngineConfig, RequestError
-from fineserve_jax.cli.quality import print_quality
 from fineserve_jax.engine import quality
 from fineserve_jax.engine.perplexity import check_windows, measure_perplexity, score_window
 from fineserve_jax.engine.quality import Estimate, FormatQuality, Quality, measure_quality
+from fineserve_jax.entrypoints.cli.quality import print_quality
 from fineserve_jax.loaders import load_model
 from fineserve_jax.runner import scoring
 from fineserve_jax.runner.comparison import Differences, compare

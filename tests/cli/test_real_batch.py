@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fineserve_jax.batch import run_batch
 from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.entrypoints.batch import run_batch
 
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts.jsonl"
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from fineserve_jax.cli.commands import COMMANDS, load_command
+from fineserve_jax.entrypoints.cli.commands import COMMANDS, load_command
 
 HEAVY = {"jax", "jaxlib", "flax", "orbax", "scipy", "matplotlib", "tokenizers", "gguf", "safetensors"}
 IMPORTED = """
 import json, sys
-from fineserve_jax.cli import main
+from fineserve_jax.entrypoints.cli import main
 try:
     main(sys.argv[1:])
 finally:
@@ -33,7 +33,7 @@ def test_help_and_version_import_nothing_heavy(arguments):
     modules, packages = imported_by(*arguments)
     assert not packages & HEAVY
     if "simulate" not in arguments:
-        assert not modules & {f"fineserve_jax.cli.{command.module}" for command in COMMANDS.values()}
+        assert not modules & {f"fineserve_jax.entrypoints.cli.{command.module}" for command in COMMANDS.values()}
 
 
 def test_the_version_is_that_of_the_package(run):

@@ -9,7 +9,7 @@ import pytest
 from tiny_model import OPTIONS
 
 from fineserve_jax import RequestError
-from fineserve_jax.cli.streams import mend_streams, read_stdin
+from fineserve_jax.entrypoints.cli.streams import mend_streams, read_stdin
 
 FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -17,7 +17,7 @@ FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.replace(
 def generate(tiny_model, redirections, prompt="abc", **environment):
     """`fineserve-jax generate`, its streams as a shell is told."""
     words = ["generate", prompt, "--model", str(tiny_model), *FLAGS, "--raw", "--max-tokens", "3"]
-    command = f'exec "$0" -m fineserve_jax.cli "$@" {redirections}'
+    command = f'exec "$0" -m fineserve_jax.entrypoints.cli "$@" {redirections}'
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
     return subprocess.run(
         ["bash", "-c", command, sys.executable, *words], capture_output=True, input=b"", env=environment, check=False
@@ -73,7 +73,7 @@ def test_stdin_is_utf_8_whatever_the_terminals_encoding(monkeypatch, encoding):
 
 @pytest.mark.parametrize(("redirection", "status"), [(">/dev/full", 2), (">&-", 0)])
 def test_a_command_that_only_prints_gives_no_traceback(redirection, status):
-    command = f'exec "$0" -m fineserve_jax.cli --version {redirection}'
+    command = f'exec "$0" -m fineserve_jax.entrypoints.cli --version {redirection}'
     done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, check=False)
     assert done.returncode == status
     assert done.stderr.startswith(b"error: the output cannot be written: No space left") == bool(status)

@@ -13,9 +13,9 @@ from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel, Tokenizer
 from fineserve_jax.models import ModelConfig, random_params
-from fineserve_jax.request import Request
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 CHARACTERS = ["<end>", *string.printable[:95]]
 EOS = 0

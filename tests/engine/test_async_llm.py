@@ -9,8 +9,8 @@ from engine_cases import check_nothing_is_left
 from fineserve_jax.async_llm import AsyncLLM
 from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.errors import EngineError, RequestError
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 FORMATS = ("bf16", "int8", "int4")
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)

@@ -7,7 +7,7 @@ from tokenizers.models import BPE
 
 from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
 from fineserve_jax.loaders import Tokenizer
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 WORDS = ["▁blue", "▁is", "a", "b", "\n", "<|end|>"]
 SPM = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])

@@ -6,9 +6,9 @@ from engine_cases import CHARACTERS, EOS, serve
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.request import FinishReason, RequestStatus
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason, RequestStatus
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 PROMPT = list(range(1, 20))
 

@@ -8,9 +8,9 @@ import pytest
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
-from fineserve_jax.request import FinishReason
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 
 def test_a_request_that_asked_for_it_ends_as_late(make_engine):

@@ -15,7 +15,7 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.models import pack_params
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/expected.npz"))

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fineserve_jax.engine.isolation import CALM_STEPS, FAILURES_TO_HALVE, Isolation
-from fineserve_jax.request import Request, RequestTimes
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request, RequestTimes
+from fineserve_jax.request.sampling_params import SamplingParams
 
 
 def a_request(i: int) -> Request:

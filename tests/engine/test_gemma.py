@@ -12,7 +12,7 @@ import pytest
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import load_model
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 

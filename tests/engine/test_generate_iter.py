@@ -6,8 +6,8 @@ import pytest
 from engine_cases import check_nothing_is_left
 
 from fineserve_jax.errors import RequestError
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
 

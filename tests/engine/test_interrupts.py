@@ -14,11 +14,11 @@ import pytest
 
 import fineserve_jax
 from fineserve_jax.kv.integrity import check_integrity
-from fineserve_jax.request import FinishReason, RequestStatus
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request import FinishReason, RequestStatus
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner import runner as runner_module
 from fineserve_jax.runner.runner import ModelRunner
-from fineserve_jax.sampling_params import SamplingParams
 
 FOLDERS = tuple(
     str((Path(fineserve_jax.__file__).parent / name).resolve()) for name in ("engine", "kv", "runner", "scheduler")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from engine_cases import serve
 
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 FORMATS = ["fp32", "bf16", "int8", "int4"]
 SAMPLINGS = [

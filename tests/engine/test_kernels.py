@@ -6,7 +6,7 @@ from engine_cases import serve
 from fineserve_jax.engine.build import kernel_implementation
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.pallas_kernels.cpu import library
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 FORMATS = ("fp32", "int8", "int4")
 PROMPTS = [list(range(1, 38)), list(range(40, 45)), list(range(7, 60, 2))]

@@ -10,8 +10,8 @@ from fineserve_jax.engine import prepare
 from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 TOKENIZER = character_tokenizer()
 TWENTY = SamplingParams(max_tokens=20, ignore_eos=True)

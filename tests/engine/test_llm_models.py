@@ -9,7 +9,7 @@ from fineserve_jax.engine import load as load_engine
 from fineserve_jax.engine import model_settings
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.llm import LLM
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 TEN = SamplingParams(max_tokens=10, ignore_eos=True)
 OPTIONS = {"max_seq_len": 64, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB", "kv_precision": "int8"}

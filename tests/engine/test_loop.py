@@ -13,7 +13,7 @@ import pytest
 from engine_cases import check_nothing_is_left
 
 from fineserve_jax.errors import EngineError, RequestError
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 FORMATS = ["bf16", "int8", "int4"]

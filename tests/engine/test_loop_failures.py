@@ -12,8 +12,8 @@ from engine_cases import check_nothing_is_left
 
 from fineserve_jax.errors import EngineError
 from fineserve_jax.kv.integrity import check_integrity
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.runner import ModelRunner
-from fineserve_jax.sampling_params import SamplingParams
 
 PROMPTS = [f"{i} prompts" for i in range(6)]
 SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0, seed=3)

@@ -19,7 +19,7 @@ from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.models import pack_params, random_params
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 PROMPTS = ["a" * 40, "The sky is", "b"]

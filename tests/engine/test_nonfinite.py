@@ -13,9 +13,9 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel
-from fineserve_jax.request import FinishReason, Request
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason, Request
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 FORMATS = ["fp32", "bf16", "int8", "int4"]
 BAD = 90  # the token whose embedding is not finite

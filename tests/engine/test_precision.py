@@ -3,8 +3,8 @@
 import pytest
 
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 SHORT = SamplingParams(max_tokens=4)
 

@@ -6,9 +6,9 @@ from engine_cases import serve
 
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.usage import count_events
-from fineserve_jax.request import Request
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 FORMATS = ["bf16", "int8", "int4"]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)

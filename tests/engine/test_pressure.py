@@ -7,8 +7,8 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.usage import count_events
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 LONG = SamplingParams(max_tokens=100, ignore_eos=True, temperature=1.0, seed=3)
 PROMPTS = [np.random.default_rng(i).integers(1, 96, 50 + i).tolist() for i in range(8)]

@@ -16,10 +16,10 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import NonFiniteError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.models import build_model
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner import scoring
 from fineserve_jax.runner.shapes import StepShape
-from fineserve_jax.sampling_params import SamplingParams
 
 ERROR = 1e-4  # of log-probabilities, between sums in two orders
 SCORED = SamplingParams(max_tokens=0, prompt_logprobs=2)

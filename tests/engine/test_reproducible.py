@@ -11,8 +11,8 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 FORMATS = ("bf16", "int8", "int4")
 RNG = np.random.default_rng(8)

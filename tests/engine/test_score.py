@@ -14,7 +14,7 @@ from fineserve_jax.engine.scoring import encode_completion
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import Tokenizer
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.sampling_params import SamplingParams
 
 PROMPTS = ["The sky over the harbour was the colour of ", "Water boils at "]
 COMPLETIONS = [["television", "tea", "a"], ["100 degrees"]]

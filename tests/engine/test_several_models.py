@@ -14,8 +14,8 @@ from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.pallas_kernels.formats import FORMATS
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.model_choice import MOST_TURNS_LEFT_OUT
 
 # Different in every length that a page has, in weights, and in vocabulary; "flat" alone has shorter units.

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.request import FinishReason, Request
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason, Request
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.profile import StepProfile
 
 FORMATS = ("fp32", "int8", "int4")  # each adds a loop to every program

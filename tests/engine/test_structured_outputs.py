@@ -16,9 +16,9 @@ from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.request import FinishReason, Request, RequestStatus
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.structured.matcher import TokenMatcher
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.structured.matcher import TokenMatcher
 
 SETTINGS = {
     "max_seq_len": 512,

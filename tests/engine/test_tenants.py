@@ -7,8 +7,8 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.llm import LLM
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 TWENTY = SamplingParams(max_tokens=20, ignore_eos=True)
 OPTIONS = {

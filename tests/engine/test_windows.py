@@ -15,8 +15,8 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.kv.usage import count_events
 from fineserve_jax.loaders import LoadedModel
 from fineserve_jax.models import build_model
-from fineserve_jax.request import Request
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.sampling_params import SamplingParams
 
 SHAPES: dict[str, dict[str, Any]] = {
     "some layers, a window of two pages": {"sliding_window": 32, "full_attention_layers": (1,)},

@@ -22,9 +22,9 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import MAX_RUNS
 from fineserve_jax.kv.operations import Copy
 from fineserve_jax.kv.usage import measure_usage
-from fineserve_jax.request import Request, RequestTimes
+from fineserve_jax.request.request import Request, RequestTimes
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.page_operations import _batches
-from fineserve_jax.sampling_params import SamplingParams
 
 Cells = list[Cell | None]
 UNIT_BYTES = 8

@@ -10,8 +10,8 @@ from fineserve_jax.kv.errors import IntegrityError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.request_pages import Segment
-from fineserve_jax.request import Request, RequestTimes
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request, RequestTimes
+from fineserve_jax.request.sampling_params import SamplingParams
 
 CLASSES = {("m", "bf16"): BF16, ("m", "int8"): INT8, ("m", "int4"): INT4}
 

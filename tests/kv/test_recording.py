@@ -10,8 +10,8 @@ from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.recording import Recorder, read_record
 from fineserve_jax.kv.usage import measure_usage
-from fineserve_jax.request import Request, RequestTimes
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request, RequestTimes
+from fineserve_jax.request.sampling_params import SamplingParams
 
 
 def manager(num_slabs=6):

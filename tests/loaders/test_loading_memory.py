@@ -112,7 +112,7 @@ def fp8(out, inner):
 def converted(model, weights):
     """The directory that `convert` makes of it, in a process of its own."""
     folder = model.parent / f"{model.name} converted"
-    convert = "import sys; from fineserve_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    convert = "import sys; from fineserve_jax.entrypoints.cli import main; sys.exit(main(sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", convert, "convert", model, folder, "--weights", weights], check=True, env=ENV)
     return folder
 

@@ -20,11 +20,11 @@ from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.models import ModelConfig, build_model, random_params
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.implementation import default_implementation
-from fineserve_jax.request import PromptScores, Request, RequestTimes, ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import PromptScores, Request, RequestTimes, ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.programs import compiler_options
 from fineserve_jax.runner.runner import ModelRunner, SampledToken
-from fineserve_jax.sampling_params import SamplingParams
 
 MODEL = "tiny"
 PAGE_SIZE = 16

@@ -5,9 +5,9 @@ import functools
 import jax
 import numpy as np
 
-from fineserve_jax.request import Request, RequestTimes
+from fineserve_jax.request.request import Request, RequestTimes
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.sampler import Sampled, build_sampling, sample
-from fineserve_jax.sampling_params import SamplingParams
 
 MAX_SEQ_LEN = 32
 

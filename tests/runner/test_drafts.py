@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampler_cases import make_request
 
-from fineserve_jax.request import ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.runner import SampledToken, _accepted
 
 

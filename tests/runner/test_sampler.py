@@ -18,7 +18,7 @@ from sampler_cases import (
 )
 
 from fineserve_jax.errors import RequestError
-from fineserve_jax.sampling_params import MAX_TOP_LOGPROBS, MIN_TEMPERATURE, SamplingParams
+from fineserve_jax.request.sampling_params import MAX_TOP_LOGPROBS, MIN_TEMPERATURE, SamplingParams
 
 VOCAB = 16
 SEEDS = st.integers(0, 2**32 - 1)

@@ -6,7 +6,7 @@ from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make
 
 from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import FORMATS
-from fineserve_jax.request import ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.shapes import MIN_ROWS, StepShape, StepSpec, chunk_buckets, pick, row_buckets
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampler_cases import draw, make_request, normal_logits
 
+from fineserve_jax.request.structured.params import StructuredOutputsParams
+from fineserve_jax.request.structured.vocabulary import Vocabulary
 from fineserve_jax.runner.token_masks import build_masks
-from fineserve_jax.structured.params import StructuredOutputsParams
-from fineserve_jax.structured.vocabulary import Vocabulary
 
 LETTERS = "abcdefgh"
 EOS, OTHER_EOS, STOP = 8, 9, 0

@@ -7,9 +7,9 @@ from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request import FinishReason, Request, RequestStatus, RequestTimes, SchedulerOutput
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus, RequestTimes, SchedulerOutput
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler import DeviceRoofline, FormatCost, ModelCost, Scheduler, SchedulerConfig
 
 PAGE_SIZE = 4

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from scheduler_cases import MODEL, PAGE_SIZE, PAGE_UNITS, FakeEngine, make_kv, make_request
 
 from fineserve_jax.kv.usage import measure_usage
-from fineserve_jax.request import RequestStatus
+from fineserve_jax.request.request import RequestStatus
 
 
 def held(engine):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_cases import COST, MODEL, PAGE_SIZE, ROOFLINE, make_kv, make_request
 
-from fineserve_jax.request import FinishReason, Request, SchedulerOutput
+from fineserve_jax.request.request import FinishReason, Request, SchedulerOutput
 from fineserve_jax.scheduler import Scheduler, SchedulerConfig
 from fineserve_jax.scheduler.drafting import Drafting
 from fineserve_jax.scheduler.lookup import LONGEST, SHORTEST, Lookup

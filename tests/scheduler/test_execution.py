@@ -3,7 +3,7 @@
 import pytest
 from scheduler_cases import COST, FORMATS, MODEL, PAGE_SIZE, ROOFLINE, FakeEngine, make_kv, make_request
 
-from fineserve_jax.request import ScheduledChunk
+from fineserve_jax.request.request import ScheduledChunk
 from fineserve_jax.scheduler.costs import step_cost
 
 

@@ -4,7 +4,7 @@ import pytest
 from scheduler_cases import COST, MODEL, FakeEngine, check_tokens, make_kv, make_request, make_scheduler
 
 from fineserve_jax.errors import ConfigError, RequestError
-from fineserve_jax.request import FinishReason, RequestStatus
+from fineserve_jax.request.request import FinishReason, RequestStatus
 
 
 def crowded(num_slabs=4, number=4, **settings):

@@ -19,8 +19,8 @@ from scheduler_cases import (
 from test_admission import arrivals, assert_overtaking_ends, held
 
 from fineserve_jax.errors import RequestError
-from fineserve_jax.request import FinishReason, RequestStatus
-from fineserve_jax.request_options import MAX_PRIORITY
+from fineserve_jax.request.request import FinishReason, RequestStatus
+from fineserve_jax.request.request_options import MAX_PRIORITY
 from fineserve_jax.scheduler import POLICIES
 
 priorities = st.sampled_from([-7, 0, 0, 3, 10**6])

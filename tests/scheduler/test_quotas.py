@@ -8,7 +8,7 @@ from scheduler_cases import COST, MODEL, PAGE_UNITS, FakeEngine, check_tokens, m
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.quotas import check_quotas
-from fineserve_jax.request import RequestStatus
+from fineserve_jax.request.request import RequestStatus
 
 TENANTS = ("", "alice", "bob")
 # A guarantee within which no step needs to wait for copies: preempted decodes alone can put off an admission.

@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduler_cases import COST, PAGE_UNITS, FakeEngine, check_tokens, make_kv, make_request
 
 from fineserve_jax.kv.usage import measure_usage
-from fineserve_jax.request import FinishReason, RequestStatus
+from fineserve_jax.request.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
 
 MODELS = ("m", "n", "w")

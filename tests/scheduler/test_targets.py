@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from scheduler_cases import COST, MODEL, PAGE_SIZE, FakeEngine, make_kv, make_request, one_by_one, order_of_admission
 from test_admission import arrivals, assert_overtaking_ends
 
-from fineserve_jax.request import FinishReason, RequestStatus
+from fineserve_jax.request.request import FinishReason, RequestStatus
 from fineserve_jax.scheduler import POLICIES
 from fineserve_jax.scheduler.waiting import DEADLINE_MISSED, WaitingQueue, model_and_format
 

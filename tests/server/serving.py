@@ -11,11 +11,11 @@ from typing import Any
 import openai
 
 from fineserve_jax.async_llm import AsyncLLM
+from fineserve_jax.entrypoints.server.classes import ServiceClass, ServiceClasses
+from fineserve_jax.entrypoints.server.run import DrainingServer, listen, make_server
+from fineserve_jax.entrypoints.server.server_config import ServerConfig
+from fineserve_jax.entrypoints.server.service import Service
 from fineserve_jax.kv.integrity import check_integrity
-from fineserve_jax.server.classes import ServiceClass, ServiceClasses
-from fineserve_jax.server.run import DrainingServer, listen, make_server
-from fineserve_jax.server.server_config import ServerConfig
-from fineserve_jax.server.service import Service
 
 SOON_S, PATIENCE_S = 60.0, 120.0
 """Seconds after which something that was about to happen has not happened, and a client waits no longer."""

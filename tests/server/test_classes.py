@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fineserve_jax import ConfigError, Quota, RequestOptions
-from fineserve_jax.server.classes import ServiceClass, ServiceClasses, read_classes
-from fineserve_jax.server.errors import ApiError
+from fineserve_jax.entrypoints.server.classes import ServiceClass, ServiceClasses, read_classes
+from fineserve_jax.entrypoints.server.errors import ApiError
 
 GOLD = ServiceClass(
     keys=("gold-1", "gold-2"),

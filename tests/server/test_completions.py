@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletionChunk
 from serving import eventually, serving
 
 from fineserve_jax import SamplingParams
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
 
 MESSAGES = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
 CHAT = {"messages": MESSAGES, "model": "tiny", "max_tokens": 12, "seed": 5}

@@ -12,7 +12,7 @@ import pytest
 from serving import PATIENCE_S
 from tiny_model import OPTIONS, write_tiny_model
 
-from fineserve_jax.cli import main
+from fineserve_jax.entrypoints.cli import main
 
 FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -44,7 +44,7 @@ def test_a_process_serves_by_its_classes_and_answers_what_has_begun_before_it_en
     model = write_tiny_model(tmp_path / "tiny")
     classes = tmp_path / "classes.yaml"
     classes.write_text("classes: {one: {keys: [k1], tenant: alice, kv_precisions: [int8], quota: {guaranteed: 0.5}}}")
-    command = [sys.executable, "-m", "fineserve_jax.cli", "serve", "--model", str(model), *FLAGS]
+    command = [sys.executable, "-m", "fineserve_jax.entrypoints.cli", "serve", "--model", str(model), *FLAGS]
     command += ["--port", "0", "--classes", str(classes), "--temperature", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

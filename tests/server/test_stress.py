@@ -125,7 +125,7 @@ def test_a_client_that_does_not_read_holds_up_neither_the_engine_nor_others(llm)
 
 def test_what_a_slow_reader_has_not_taken_is_merged_and_a_reader_that_stops_is_given_up(llm, slow):
     """The socket's and uvicorn's buffers bound what is made for it; then it has `stall_timeout_s`."""
-    from fineserve_jax.server.wire import EventStream
+    from fineserve_jax.entrypoints.server.wire import EventStream
 
     async def main():
         made, held = [], contextlib.ExitStack()

@@ -1,6 +1,6 @@
 """A small world to simulate: one 8B model on an H100 with little KV memory."""
 
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.sim import DEVICES, SYSTEMS, Cluster, Kind, Simulator, assign, build, draw, parse_model, prepare
 
 MODEL = parse_model("llama-3.1-8b")

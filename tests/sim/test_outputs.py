@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from sim_cases import cluster, workload
 
-from fineserve_jax.cli import main
+from fineserve_jax.entrypoints.cli import main
 from fineserve_jax.sim import get_system
 from fineserve_jax.sim.charts import distribution, line_chart
 from fineserve_jax.sim.experiment import Experiment

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from fineserve_jax.cli import main
+from fineserve_jax.entrypoints.cli import main
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.sim import DEVICES
 from fineserve_jax.sim.placement import (

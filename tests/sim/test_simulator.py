@@ -8,7 +8,7 @@ import pytest
 from sim_cases import MODEL, cluster, options, simulate, workload
 
 from fineserve_jax.kv.integrity import check_integrity
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.scheduler import StepCost
 from fineserve_jax.sim import SYSTEMS, Arrival, Kind, parse_model, summarize
 

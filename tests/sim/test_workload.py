@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.request_options import RequestOptions
+from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.sim import Arrival, Kind, assign, draw, read_csv, read_jsonl, scale_rate
 
 

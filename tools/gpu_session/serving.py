@@ -24,9 +24,9 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.loaders import LoadedModel, Tokenizer, load_model
 from fineserve_jax.models import ModelConfig, random_params
 from fineserve_jax.pallas_kernels.implementation import VARIABLE
-from fineserve_jax.request import Request
-from fineserve_jax.request_options import RequestOptions
-from fineserve_jax.sampling_params import SamplingParams
+from fineserve_jax.request.request import Request
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 
 # How far log-probabilities may lie apart: keys and values may round the other way where they are quantised.
 TOLERANCES = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.05}

@@ -1,7 +1,0 @@
-"""`python -m fineserve_jax.cli`."""
-
-import sys
-
-from fineserve_jax.cli import main
-
-sys.exit(main())

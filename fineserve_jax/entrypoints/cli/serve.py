@@ -1,0 +1,59 @@
+"""`fineserve-jax serve`: the OpenAI-compatible server."""
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from fineserve_jax.entrypoints.cli.options import ConfigFlag, EngineFlags, ModelFlags, SamplingFlags, flags_of, settle
+from fineserve_jax.entrypoints.server.server_config import ServerConfig
+from fineserve_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    ServerFlags: TypeAlias = Mapping[str, Any]
+else:
+    ServerFlags = flags_of(ServerConfig)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    *,
+    server: ServerFlags,
+    model: ModelFlags = (),
+    config: ConfigFlag = None,
+    engine: EngineFlags,
+    sampling: SamplingFlags,
+) -> None:
+    """Serve models to OpenAI's client and others like it, each request with its KV cache in the precision it asks for.
+
+    Endpoints are /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /health and /metrics; at / is a page
+    that shows how the server stands, at /openapi.json the description. Needs pip install 'fineserve-jax[serve]'.
+    SIGTERM lets nobody else in, and ends the server when all is answered.
+
+    Args:
+        model: alias, .gguf file, Hugging Face directory or converted directory. Several models are given as
+            NAME=MODEL or NAME=MODEL:WEIGHTS, e.g. small=smollm2-135m:int8, and requests name theirs as "model".
+        config: YAML file with `model` or `models` and defaults for the options below.
+    """
+    settings = settle(config, model, engine, sampling)
+    try:
+        from fineserve_jax.entrypoints.server.classes import read_classes
+        from fineserve_jax.entrypoints.server.run import listen, run_server
+        from fineserve_jax.entrypoints.server.service import Service
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        raise ConfigError("serve needs Starlette and uvicorn: pip install 'fineserve-jax[serve]'") from None
+    server_config = ServerConfig(**server)
+    classes = read_classes(server_config.classes)
+    engine_config = settings.config()
+    if twice := engine_config.quotas.keys() & classes.quotas.keys():
+        raise ConfigError(f"{min(twice)!r} has a quota in the engine's settings and in the classes; leave one out")
+    if server_config.host not in LOOPBACK and not classes.classes:
+        print(f"warning: anybody who reaches {server_config.host} is served; --classes asks for keys", file=sys.stderr)
+    listening = listen(server_config)  # before the model is loaded, which takes long
+    from fineserve_jax.async_llm import AsyncLLM
+
+    given = {**settings.engine, "quotas": {**engine_config.quotas, **classes.quotas}}
+    llm = AsyncLLM(settings.model or None, models=settings.models or None, **given)
+    run_server(Service(llm, server_config, classes, settings.sampling), listening)
