@@ -241,7 +241,7 @@ def _runner(
         formats=config.served_formats if config.reproducible else (),
         drafts=config.num_speculative_tokens > 0,
         looks_ahead=config.async_scheduling,
-        shares=implementation in ("cpu", "xla"),  # elsewhere nobody has measured whether it pays
+        shares=implementation == "cpu",  # elsewhere nobody has measured whether it pays
     )
 
 
