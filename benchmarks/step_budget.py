@@ -35,7 +35,7 @@ from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner import runner as stages
 from fineserve_jax.runner.inputs import StepInputs, build_inputs
-from fineserve_jax.runner.sampler import build_sampling
+from fineserve_jax.runner.sampling_inputs import build_sampling
 
 
 @dataclasses.dataclass(frozen=True)

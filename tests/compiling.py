@@ -32,6 +32,7 @@ COMPILING = (
     "cli/test_quality.py",
     "cli/test_real_batch.py",
     "cli/test_slabs.py",
+    "cli/test_warm.py",
     "engine",
     "entrypoints",
     "loaders/test_all_is_used.py",

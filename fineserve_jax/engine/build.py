@@ -240,6 +240,8 @@ def _runner(
         reproducible=config.reproducible,
         formats=config.served_formats if config.reproducible else (),
         drafts=config.num_speculative_tokens > 0,
+        looks_ahead=config.async_scheduling,
+        shares=implementation == "cpu",  # elsewhere nobody has measured whether it pays
     )
 
 

@@ -13,6 +13,7 @@ from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.output_processor import OutputProcessor
 from fineserve_jax.engine.outputs import RequestOutput, request_output
+from fineserve_jax.engine.pipeline import StepPipeline
 from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
 from fineserve_jax.engine.recovery import Recovery
 from fineserve_jax.engine.request_text import RequestText
@@ -24,10 +25,10 @@ from fineserve_jax.errors import EngineError, FineServeError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.request.request import FinishReason, Request, RequestStatus, SchedulerOutput
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner.runner import ModelRunner, StepResult
+from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import load_profiles, save_profiles
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Engine:
     Attributes:
         models: what it serves, by name. `model`, `tokenizer`, `runner` and `max_seq_len` are those of the only one.
         detokenizers: the text of each request, until `release`.
-        computing: the requests of the last step that was computed, or begun.
+        pipeline: its steps on their way through the device.
 
     Raises:
         ConfigError: settings that a model or the device rules out.
@@ -75,10 +76,11 @@ class Engine:
         self.clock = clock
         self._outputs = OutputProcessor(self.kv, self.scheduler, clock)
         self.detokenizers = self._outputs.texts
-        self._recovery = Recovery(self.arena, self.kv, self.scheduler, self._outputs)
+        operations, ahead = self.page_operations, self.config.async_scheduling
+        self.pipeline = StepPipeline(self.models, self.kv, self.scheduler, operations, ahead)
+        self._recovery = Recovery(self.arena, self.kv, self.scheduler, self._outputs, self.pipeline)
         self._residence = Residence(self.models, self.arena, self.kv, self._recovery)
         self._num_requests, self._totals = 0, StepTotals()
-        self.computing: tuple[Request, ...] = ()
         record = self.config.record
         self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
 
@@ -306,29 +308,32 @@ class Engine:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
         ended because they wanted none, because they were late, because numbers were not finite, or because nothing may
         follow what they said."""
-        self.computing = ()
+        self.pipeline.computing = ()
         self.recover()
         with self._recovery.changing():
             return self._step()
 
     def _step(self) -> list[Request]:
-        start, compiled_before = time.perf_counter(), self._num_compilations
-        output = self.scheduler.schedule(self.clock())
+        start, host_start = time.perf_counter(), time.thread_time()
+        compiled_before, was_ahead = self._num_compilations, self.pipeline.is_ahead
+        step = self.pipeline.next(self.clock())
+        begun = None if step is None else self.pipeline.begin_behind(step, self.clock())
         dropped = self.scheduler.take_dropped()
         for request in dropped:
             self.detokenizers[request].end()
-        if output is None:
+        if step is None:
             if dropped:
                 self._on_idle()
             return dropped
-        self.computing = tuple(chunk.request for chunk in output.chunks)
-        result = self._execute(output)
-        advanced = self._outputs.process(output, result)
-        seconds = time.perf_counter() - start
+        result = self.pipeline.collect(step)
+        advanced = self._outputs.process(step.output, result)
+        self.pipeline.finish(begun)
+        seconds, host_s = time.perf_counter() - start, time.thread_time() - host_start
         compiled = self._num_compilations > compiled_before
-        self._totals.add_step(seconds, output, result, compiled=compiled)
+        times = {"seconds": seconds, "host_s": host_s}
+        self._totals.add_step(step.output, result, **times, compiled=compiled, ahead=was_ahead)
         if not compiled and not result.scores:  # whose products no prediction counts
-            self.scheduler.observe(output, seconds)
+            self.scheduler.observe(step.output, seconds)
         if not self.scheduler.has_unfinished:
             self._on_idle()
         if self.config.check_every and self._totals.steps % self.config.check_every == 0:
@@ -337,19 +342,19 @@ class Engine:
             self._record(self._recorder)
         return advanced + dropped
 
+    @property
+    def computing(self) -> tuple[Request, ...]:
+        """The requests of the last step that was computed, or begun."""
+        return self.pipeline.computing
+
     def _record(self, recorder: Recorder) -> None:
         counts = {"preemptions": self.scheduler.num_preemptions, "reclaimed_rows": self.scheduler.num_reclaimed}
         waiting, running = self.scheduler.num_waiting, self.scheduler.num_running
         recorder.note(self._totals.steps, self.clock(), running, waiting, counts)
 
-    def _execute(self, output: SchedulerOutput) -> StepResult:
-        """Does what the KV manager has queued for the device, and computes a step."""
-        self.page_operations.apply(self.kv.take_operations())
-        self.scheduler.note_transfer_rate(self.page_operations.bytes_per_s)
-        return self.models[output.chunks[0].request.model].runner.execute(output)
-
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
+        self.pipeline.drop()
         check_integrity(self.kv)
         self.scheduler.quotas.check_integrity()
         self._save_profiles()

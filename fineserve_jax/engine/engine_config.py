@@ -45,6 +45,8 @@ class EngineConfig(SchedulerConfig):
         num_speculative_tokens: most tokens that a decode may be ahead in a step. They are looked up in the request's
             own text, computed where that pays, and kept if they are what is sampled, so that answers are the same as
             without. At most page_size - 1; 0: none.
+        async_scheduling: plan and call a step while the device computes the one before, where it can be told what it
+            computes; the tokens are the same.
         seed: of requests that name none.
         record: file to record to how the memory is used, for `fineserve-jax slabs`; None: not recorded.
         record_every: steps from one entry of the record to the next.
@@ -67,6 +69,7 @@ class EngineConfig(SchedulerConfig):
     swap_memory: int | float | str | None = None
     step_profile: str | None = None
     num_speculative_tokens: int = Field(default=0, ge=0)
+    async_scheduling: bool = True
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     record: Path | None = None
     record_every: int = Field(default=10, ge=1)

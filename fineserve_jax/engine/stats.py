@@ -8,7 +8,7 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.kv.usage import FormatUsage, KVCounts, count_events, measure_classes, measure_usage
 from fineserve_jax.request.request import SchedulerOutput
-from fineserve_jax.runner.runner import StepResult
+from fineserve_jax.runner.results import StepResult
 from fineserve_jax.scheduler import Scheduler
 
 
@@ -45,9 +45,11 @@ class EngineStats:
         models: each model's part, by name.
         num_drafts, num_accepted_drafts: tokens that were computed as guesses, and those that turned out to be what is
             sampled there, since the start.
-        host_s_per_step: seconds of a step in which the host does not wait for the device: planning, laying out inputs,
-            calling programs, committing; the device may be at work meanwhile. A mean since the start over steps that
-            compiled nothing; None before there is one.
+        host_s_per_step: seconds of processor time that a step takes of the engine's thread: planning, laying out
+            inputs, calling programs, committing; the device may be at work meanwhile. A mean since the start over steps
+            that compiled nothing; None before there is one.
+        num_ahead_steps: steps of the engine that were called before the ones ahead of them were computed, since the
+            start.
     """
 
     kv: dict[str, FormatUsage]
@@ -66,6 +68,7 @@ class EngineStats:
     num_drafts: int = 0
     num_accepted_drafts: int = 0
     host_s_per_step: float | None = None
+    num_ahead_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -75,8 +78,9 @@ class StepTotals:
     Attributes:
         prompt_tokens, output_tokens: computed and sampled.
         busy_s: spent in steps, compilation included.
-        warm_steps, host_s: of the steps, those that compiled nothing, and the seconds of those in which the host
-            did not wait for the device.
+        warm_steps, host_s: of the steps, those that compiled nothing, and the processor time of the engine's thread in
+            those.
+        ahead_steps: of the steps, those that were called before the ones ahead of them were computed.
     """
 
     steps: int = 0
@@ -85,12 +89,22 @@ class StepTotals:
     busy_s: float = 0.0
     warm_steps: int = 0
     host_s: float = 0.0
+    ahead_steps: int = 0
 
-    def add_step(self, seconds: float, output: SchedulerOutput, result: StepResult, *, compiled: bool) -> None:
-        """Counts a step that took so long. `compiled`: whether programs were."""
+    def add_step(
+        self, output: SchedulerOutput, result: StepResult, *, seconds: float, host_s: float, compiled: bool, ahead: bool
+    ) -> None:
+        """Counts a step.
+
+        Args:
+            seconds, host_s: that it took, and of the processor time of the engine's thread.
+            compiled: whether programs were.
+            ahead: whether it was called before the step ahead of it was computed.
+        """
         if not compiled:
             self.warm_steps += 1
-            self.host_s += seconds - result.waited_s
+            self.host_s += host_s
+        self.ahead_steps += ahead
         self.steps += 1
         self.busy_s += seconds
         self.output_tokens += len(result.tokens)
@@ -128,6 +142,7 @@ def engine_stats(
         num_drafts=scheduler.speculation.num_drafts,
         num_accepted_drafts=scheduler.speculation.num_accepted,
         host_s_per_step=totals.host_s / totals.warm_steps if totals.warm_steps else None,
+        num_ahead_steps=totals.ahead_steps,
     )
 
 

@@ -10,7 +10,7 @@ from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.request.request import FinishReason, Request
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.runner.results import TokenLogprobs
 
 
 class Piece(NamedTuple):

@@ -43,6 +43,7 @@ class StepSpec:
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
         packs: see `AttentionSpec`.
         drafts: whether a decode may have several rows, each of which sees those ahead of it.
+        shares: whether decode rows attend together to tokens that they share, where that pays.
     """
 
     model: CausalLM
@@ -55,6 +56,7 @@ class StepSpec:
     interpret: bool | None = None
     packs: bool = True
     drafts: bool = False
+    shares: bool = False
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -91,6 +93,16 @@ class StepSpec:
     def decode_attention(self, group: LayerGroup) -> AttentionSpec:
         """The decode rows' attention to their cached tokens, in layers of the group."""
         return self._attention(group, self.shape.rows)
+
+    def may_share(self, group: LayerGroup) -> bool:
+        """Whether decode rows may attend together to what they have in common: where a step only decodes, each row by
+        itself, and all that is cached is attended to."""
+        alone = self.drafts or not self.packs or self.shape.rows == 1
+        return self.shares and not alone and not self.shape.chunk_tokens and group.window is None
+
+    def shared_attention(self, group: LayerGroup) -> AttentionSpec:
+        """The decode rows' attention to cached tokens that some of them share; its rows are groups of them."""
+        return self._attention(group, self.shape.rows // 2, self.shape.rows)
 
     def chunk_attention(self, group: LayerGroup) -> AttentionSpec:
         """The chunks' attention to their cached tokens, in layers of the group."""

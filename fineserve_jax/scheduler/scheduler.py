@@ -9,7 +9,8 @@ It decides when a token is computed, never which token comes out.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
@@ -21,6 +22,7 @@ from fineserve_jax.scheduler.devices import DeviceRoofline
 from fineserve_jax.scheduler.execution import schedule_step
 from fineserve_jax.scheduler.growth import Growth
 from fineserve_jax.scheduler.lengths import OutputLengths
+from fineserve_jax.scheduler.look_ahead import LookAhead, as_if_computed
 from fineserve_jax.scheduler.model_choice import ModelChoice
 from fineserve_jax.scheduler.narrowing_policy import NarrowingPolicy
 from fineserve_jax.scheduler.policies import find_policy, policy_context
@@ -91,6 +93,8 @@ class Scheduler:
         self._admission = Admission(config, kv, queue, running, narrowing, quotas, victims)
         self._admission.num_reclaimed = num_reclaimed
         self._model_choice = ModelChoice(self.profiles, config.slo_aware)
+        parts = (kv, running, narrowing, self._growth, self._model_choice, self.speculation)
+        self._look_ahead = LookAhead(*parts)
         self._deadlines, self._dropped = Deadlines(), list[Request]()
         # Since the last admission pass a request came, or something was freed or can be narrowed.
         self._admission_may_help = False
@@ -252,6 +256,18 @@ class Scheduler:
         for scheduled in output.chunks:
             scheduled.request.status = RequestStatus.RUNNING
         return output
+
+    @contextmanager
+    def looking_ahead(self, step: SchedulerOutput, now: float) -> Iterator[SchedulerOutput | None]:
+        """The step behind one that is being computed, as far as that can be told; None: it cannot, or there is none.
+
+        Inside, its requests are as they will be when that step is computed, with `UNKNOWN` in the place of the tokens
+        that it samples. Those that turn out to have ended then are of no account in the step behind.
+        """
+        self._end_late(now)
+        chunks = self._look_ahead.going_on(step, bool(self._queue)) if self.is_settled else []
+        with as_if_computed(chunks):
+            yield self._look_ahead.decodes(chunks, now) if chunks else None
 
     def commit(self, output: SchedulerOutput, sampled: Sequence[int], now: float) -> list[Request]:
         """Enter the outcome of a step.

@@ -11,7 +11,7 @@ gets as many as give the most tokens a second by the step profile: none, if that
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.costs import StepCost, step_cost
 from fineserve_jax.scheduler.drafting import Drafting
 from fineserve_jax.scheduler.profile import StepProfile
@@ -49,6 +49,10 @@ class Speculation:
             decodes.append(replace(chunk, drafts=drafts[:count]) if count else chunk)
         return SchedulerOutput(tuple(decodes), ())
 
+    def may_draft(self, request: Request) -> bool:
+        """Whether its decodes may ever have drafts."""
+        return request.matcher is None and self._most_asked(request) > 0
+
     def note(self, running: RunningRequest, offered: int, accepted: int) -> None:
         """Learn from a decode's drafts, of which the first so many were accepted."""
         self.num_drafts += offered
@@ -78,14 +82,17 @@ class Speculation:
         request, own = running.request, running.page_class
         if request.matcher is not None:  # what may follow a draft is not known before it is accepted
             return 0
-        asked = request.options.num_speculative_tokens
-        most = self._most if asked is None else min(asked, self._most)
+        most = self._most_asked(request)
         # A page that is encoded as a whole is so when its last token is computed, and that must not be in doubt.
         in_page = own.page_size - 1 - start % own.page_size - (own.residual is not None)
         known = start + 1
         if request.long_after is not None and not request.is_long:
             most = min(most, request.long_after - known)
         return min(most, in_page, request.max_total_tokens - known - 1)
+
+    def _most_asked(self, request: Request) -> int:
+        asked = request.options.num_speculative_tokens
+        return self._most if asked is None else min(asked, self._most)
 
     def _counts(
         self, decodes: Sequence[ScheduledChunk], offers: Sequence[tuple[float, int]], profile: StepProfile

@@ -15,7 +15,7 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch", "models")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("request", "batch", "models")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -54,12 +54,13 @@ def test_log_probabilities_of_many_rows_are_right(rows, vocabulary):
 def test_no_program_of_a_step_joins_products_with_reductions(monkeypatch):
     texts = []
 
-    def compile_and_note(function, on_compile, donate_argnums=()):
+    def compile_and_note(function, on_compile, donate_argnums=(), static_argnums=()):
         def call(*arguments):
-            jitted = jax.jit(function, donate_argnums=donate_argnums, compiler_options=compiler_options())
+            options = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
+            jitted = jax.jit(function, **options, compiler_options=compiler_options())
             compiled = jitted.lower(*arguments).compile()
             texts.append(compiled.as_text())
-            return compiled(*arguments)
+            return compiled(*(argument for i, argument in enumerate(arguments) if i not in static_argnums))
 
         return call
 
