@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -110,6 +111,14 @@ class AsyncLLM:
                 prompt_logprobs=prompt_logprobs,
             )
         )
+
+    async def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """Serves a further model out of the same KV memory; see `LLM.load_model`."""
+        await self.loop.load_model(name, source)
+
+    async def unload_model(self, name: str, *, abort: bool = False) -> None:
+        """Serves a model no longer; see `LLM.unload_model`."""
+        await self.loop.unload_model(name, abort=abort)
 
     async def stats(self) -> EngineStats:
         """Where the engine stands between two steps; see `LLM.stats`."""

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -220,6 +221,36 @@ class LLM:
                 prompt_logprobs=prompt_logprobs,
             )
         )
+
+    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """Serves a further model out of the same KV memory; others are served meanwhile.
+
+        >>> llm.load_model("fast", {"model": "smollm2-135m", "weights": "int8"})
+
+        Args:
+            name: what requests call it.
+            source: an alias or a path, or a table, as an entry of `models`.
+
+        Raises:
+            ConfigError: a name in use, settings that cannot be honoured, weights for which there is no memory, or pages
+                that do not fit the memory as it was divided at the start.
+            ModelLoadError: a model that cannot be found, read or used.
+        """
+        self._loop.load_model(name, source)
+
+    def unload_model(self, name: str, *, abort: bool = False) -> None:
+        """Serves a model no longer: its weights are dropped, and its KV memory is free for others.
+
+        Its requests that are under way are answered before, and those that come meanwhile raise `RequestError`; others
+        are served as ever.
+
+        Args:
+            abort: end its requests instead, with the finish reason "abort".
+
+        Raises:
+            RequestError: no such model, or one that is being unloaded.
+        """
+        self._loop.unload_model(name, abort=abort)
 
     def update_params(self, source: WeightSource, model: str | None = None, *, abort: bool = False) -> None:
         """Gives a model new weights of the same shapes between two steps, as reinforcement learning does; nothing is

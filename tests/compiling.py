@@ -43,6 +43,7 @@ COMPILING = (
     "models",
     "pallas_kernels",
     "runner",
+    "server/test_admin.py",
     "server/test_completions.py",
     "server/test_fuzzed_requests.py",
     "server/test_page.py",

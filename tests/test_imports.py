@@ -24,7 +24,7 @@ STOREYS = [
     {"pallas_kernels"},
     {"models", "kv"},
     {"loaders", "scheduler"},
-    {"runner"},
+    {"runner", "router"},
     {"engine"},
     {"llm", "async_llm", "entrypoints.openai_api", "entrypoints.metrics"},
     {"entrypoints.batch", "sim", "entrypoints.server", "entrypoints.lm_eval"},
@@ -43,6 +43,7 @@ WITHOUT_JAX = {
     "request.request",
     "kv",
     "scheduler",
+    "router",
     "sim",
 }
 JAX = {"jax", "jaxlib", "flax", "jaxtyping", "orbax", "ml_dtypes"}

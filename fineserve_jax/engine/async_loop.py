@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.outputs import RequestOutput
@@ -89,6 +90,14 @@ class AsyncLoop:
     async def call(self, function: Callable[[], T]) -> T:
         """What the function gives between two steps; see `EngineLoop.call`."""
         return await asyncio.to_thread(self._loop.call, function)
+
+    async def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """See `EngineLoop.load_model`."""
+        await asyncio.to_thread(self._loop.load_model, name, source)
+
+    async def unload_model(self, name: str, *, abort: bool = False) -> None:
+        """See `EngineLoop.unload_model`."""
+        await asyncio.to_thread(self._loop.unload_model, name, abort=abort)
 
     def check_usable(self) -> None:
         """See `EngineLoop.check_usable`."""

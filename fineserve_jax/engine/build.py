@@ -110,19 +110,18 @@ def build_books(
     device = jax.devices()[0]
     implementation = kernel_implementation()
     configs = _model_configs(models, config, settings)
-    limits = {name: _max_seq_len(name, model, configs[name]) for name, model in models.items()}
+    limits = {name: max_seq_len_of(name, model, configs[name]) for name, model in models.items()}
     geometries = page_geometries(models, config.page_size, tpu=get_backend(implementation).tile_units)
     classes: dict[tuple[str, str], PageClass] = {}
     for name, geometry in geometries.items():
-        groups, step_tokens = models[name].config.layer_groups, _max_chunk_tokens(config, limits[name])
-        classes |= page_classes(name, geometry, config.served_formats, groups, step_tokens)
+        classes |= classes_of(name, models[name], geometry, config, limits[name])
     size = kv_memory_bytes(config.kv_memory, device)
     unit_words = next(iter(geometries.values())).unit_words
     allocator = _allocator(config, unit_words, classes, size)
     kv = _kv_manager(config, allocator, classes, size)
     known = {}
     for name, model in models.items():
-        _check_one_request_fits(kv, name, configs[name], limits[name], size)
+        check_one_request_fits(kv, name, configs[name], limits[name], size)
         formats = configs[name].served_formats
         known[name] = KnownModel(name, model, configs[name], formats, geometries[name], limits[name])
     return EngineBooks(device, implementation, known, allocator, kv)
@@ -147,21 +146,13 @@ def build_engine(
             f"num_speculative_tokens={config.num_speculative_tokens}: {implementation} kernels write one new token of "
             "a page in a step; leave num_speculative_tokens out"
         )
-    geometries = {name: model.geometry for name, model in known.items()}
-    costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
-    arena = Arena(next(iter(geometries.values())), allocator.num_units)
-    shapes = {
-        (name, number): group_geometry(geometries[name], group)
-        for name, model in models.items()
-        for number, group in enumerate(model.config.layer_groups)
-    }
-    operations = PageOperations(arena, shapes, allocator.slab_units, implementation)
+    costs = {name: model_cost(model.model, model.geometry, formats_kept(kv, name)) for name, model in known.items()}
+    arena = Arena(next(iter(known.values())).geometry, allocator.num_units)
+    operations = PageOperations(arena, {}, allocator.slab_units, implementation)
     served = {}
     for name, model in known.items():
-        runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
-        served[name] = ServedModel(
-            name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner
-        )
+        operations.geometries |= group_geometries(model)
+        served[name] = served_model(model, arena, kv, config, implementation)
     row_sizes = {name: model.runner.row_buckets for name, model in served.items()}
     speculation = Speculation(config.num_speculative_tokens, row_sizes)
     scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind), speculation)
@@ -181,7 +172,29 @@ def kernel_implementation() -> Implementation:
     return implementation
 
 
-def _formats_kept(kv: KVManager, model: str) -> list[str]:
+def classes_of(
+    name: str, model: LoadedModel, geometry: PageGeometry, config: EngineConfig, max_seq_len: int
+) -> dict[tuple[str, str], PageClass]:
+    """The classes of a model's pages, by model and KV format."""
+    groups, step_tokens = model.config.layer_groups, _max_chunk_tokens(config, max_seq_len)
+    return page_classes(name, geometry, config.served_formats, groups, step_tokens)
+
+
+def group_geometries(model: KnownModel) -> dict[tuple[str, int], PageGeometry]:
+    """How the pages of a model lie in the arena, by its name and the number of the layer group."""
+    groups = enumerate(model.model.config.layer_groups)
+    return {(model.name, number): group_geometry(model.geometry, group) for number, group in groups}
+
+
+def served_model(
+    model: KnownModel, arena: Arena, kv: KVManager, config: EngineConfig, implementation: Implementation
+) -> ServedModel:
+    """The model with what computes its steps. `config`: the engine's."""
+    runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
+    return ServedModel(model.name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner)
+
+
+def formats_kept(kv: KVManager, model: str) -> list[str]:
     """KV formats that pages of the model may be in: those that requests name, and their residuals."""
     return [kv_format for served, kv_format in kv.classes if served == model]
 
@@ -249,7 +262,8 @@ def _max_chunk_tokens(config: EngineConfig, max_seq_len: int) -> int:
     return config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens)
 
 
-def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:
+def max_seq_len_of(name: str, model: LoadedModel, config: EngineConfig) -> int:
+    """Most tokens of a model's requests. Raises `ConfigError` if it cannot attend to so many."""
     limit = model.config.max_position
     if config.max_seq_len is None:
         return min(DEFAULT_MAX_SEQ_LEN, limit)
@@ -306,7 +320,13 @@ def _reserve_slabs(num_slabs: int) -> int:
     return min(max(2, num_slabs // 64), num_slabs // 8)
 
 
-def _check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:
+def check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:
+    """Raises `ConfigError` if the longest request of a model that says nothing does not fit an empty memory.
+
+    Args:
+        config: the engine's settings as the model has them.
+        size: bytes of the memory.
+    """
     try:
         kv_precision = resolve_precision(
             kv, model, config.served_formats, config.kv_precision, config.min_kv_precision, max_seq_len

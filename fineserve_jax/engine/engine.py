@@ -5,10 +5,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fineserve_jax.engine.build import ServedModel, build_engine
 from fineserve_jax.engine.engine_config import EngineConfig
-from fineserve_jax.engine.model_settings import ModelSettings
+from fineserve_jax.engine.model_loading import ModelLoading
+from fineserve_jax.engine.model_settings import ModelSettings, model_sources
 from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.output_processor import OutputProcessor
@@ -49,6 +51,7 @@ class Engine:
         settings: of single models, where they differ from `config`; by name.
 
     Attributes:
+        loading: changes `models` between two steps.
         models: what it serves, by name. `model`, `tokenizer`, `runner` and `max_seq_len` are those of the only one.
         detokenizers: the text of each request, until `release`.
         computing: the requests of the last step that was computed, or begun.
@@ -77,6 +80,7 @@ class Engine:
         self.detokenizers = self._outputs.texts
         self._recovery = Recovery(self.arena, self.kv, self.scheduler, self._outputs)
         self._residence = Residence(self.models, self.arena, self.kv, self._recovery)
+        self.loading = ModelLoading(self.models, self.config, *parts[:4], self._recovery)
         self._num_requests, self._totals = 0, StepTotals()
         self.computing: tuple[Request, ...] = ()
         record = self.config.record
@@ -177,6 +181,7 @@ class Engine:
     ) -> Request:
         self.recover()
         self._residence.check_awake()
+        self.loading.check_served(prepared.served)
         sequence = self._num_requests
         own_id = self._unused_id() if request_id is None else request_id
         if own_id in self.scheduler:
@@ -226,6 +231,42 @@ class Engine:
         """Forgets a finished request's text. Callers do this when they have taken what they need."""
         self.detokenizers.pop(request, None)
 
+    # -- models come and go --------------------------------------------------------------------------------------
+
+    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """Serves a further model, out of the same KV memory.
+
+        Args:
+            name: what requests call it.
+            source: an alias or a path, or a table of the fields of `ModelSource`.
+
+        Raises:
+            ConfigError: a name in use, settings that contradict the engine's, weights for which there is no memory,
+                pages that do not fit the arena's units and slabs, or a slab policy that divides it for good.
+            ModelLoadError: a model that cannot be found, read or used.
+            EngineError: the engine is asleep.
+        """
+        (settings,) = model_sources({name: source}).values()
+        self.add_model(name, self.loading.read(name, settings), settings)
+
+    def add_model(self, name: str, model: LoadedModel, settings: ModelSettings | None = None) -> None:
+        """`load_model` of one that is loaded, perhaps by another thread (`loading.read`)."""
+        self.recover()
+        self._residence.check_awake()
+        self.loading.add(name, model, settings or ModelSettings())
+
+    def unload_model(self, name: str) -> None:
+        """Serves a model no longer: its weights are dropped, its cached pages evicted, its slabs free for others.
+
+        Raises:
+            ModelNotServedError: no such model.
+            EngineError: requests of it are unfinished, or the engine is asleep.
+        """
+        self.served(name)
+        self._settle(f"unload_model({name!r})", name)
+        self._residence.check_awake()
+        self.loading.remove(name)
+
     # -- weights and memory --------------------------------------------------------------------------------------
 
     def update_params(self, source: WeightSource, model: str | None = None) -> None:
@@ -255,9 +296,10 @@ class Engine:
     def is_asleep(self) -> bool:
         return self._residence.is_asleep
 
-    def _settle(self, what: str) -> None:
+    def _settle(self, what: str, model: str | None = None) -> None:
         self.recover()
-        if count := sum(request.finish_reason is None for request in self.detokenizers):
+        unfinished = [request.model for request in self.detokenizers if request.finish_reason is None]
+        if count := sum(model in (None, name) for name in unfinished):
             raise EngineError(f"{what} while {count} requests are unfinished; finish or abort them before")
 
     @property
@@ -380,7 +422,8 @@ class Engine:
 
     @property
     def _num_compilations(self) -> int:
-        return self.page_operations.num_compilations + sum(m.runner.num_compilations for m in self.models.values())
+        of_models = sum(served.runner.num_compilations for served in self.models.values())
+        return self.page_operations.num_compilations + self.loading.num_compilations + of_models
 
     def stats(self) -> EngineStats:
         """Where the engine stands now."""

@@ -2,9 +2,11 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import jax
+import psutil
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from fineserve_jax.errors import ConfigError
@@ -80,8 +82,22 @@ def host_capacity_bytes() -> int:
     return total if limit == "max" else min(total, int(limit))
 
 
+def host_available_bytes() -> int:
+    """Memory of the machine that is to be had without swapping, or what is left of what this process's control group
+    may use of it."""
+    available, used = int(psutil.virtual_memory().available), CGROUP_LIMIT.with_name("memory.current")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    if limit == "max" or not used.exists():
+        return available
+    reclaimable = re.search(r"^inactive_file (\d+)$", CGROUP_LIMIT.with_name("memory.stat").read_text(), re.MULTILINE)
+    cached = int(reclaimable[1]) if reclaimable else 0
+    return max(0, min(available, int(limit) - int(used.read_text()) + cached))
+
+
 def free_memory_bytes(device: jax.Device) -> int:
-    """Memory of an accelerator that is not in use."""
+    """Memory of the device that is not in use; for a CPU the machine's."""
+    if device.platform == "cpu":
+        return host_available_bytes()
     stats = device.memory_stats()
     return int(stats["bytes_limit"] - stats["bytes_in_use"])
 

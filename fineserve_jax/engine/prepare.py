@@ -13,7 +13,7 @@ from fineserve_jax.engine.build import KnownModel, ServedModel
 from fineserve_jax.engine.checks import check_drafts, check_memory, check_tokens, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
-from fineserve_jax.errors import RequestError
+from fineserve_jax.errors import ModelNotServedError, RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request.request import PromptScores, Request, RequestTimes
@@ -153,14 +153,16 @@ def matcher_of(served: KnownModel, sampling: SamplingParams) -> TokenMatcher | N
 
 def named_model(models: Mapping[str, Known], name: str | None) -> Known:
     """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
-    known = ", ".join(models)
+    there = dict(models)  # which may change meanwhile
+    known = ", ".join(there) or "none, until one is loaded"
     if name is None:
-        if len(models) > 1:
-            raise RequestError(f"no model is named, and there are several; give model as one of {known}")
-        return next(iter(models.values()))
-    if name not in models:
-        raise RequestError(f"model={name!r} is not served; choose one of {known}")
-    return models[name]
+        if len(there) != 1:
+            few = "there are several" if there else "there is none"
+            raise RequestError(f"no model is named, and {few}; give model as one of {known}")
+        return next(iter(there.values()))
+    if name not in there:
+        raise ModelNotServedError(f"model={name!r} is not served; choose one of {known}")
+    return there[name]
 
 
 def precision_of(

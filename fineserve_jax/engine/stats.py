@@ -134,7 +134,8 @@ def engine_stats(
 def _model_stats(models: Mapping[str, ServedModel], kv: KVManager, scheduler: Scheduler) -> dict[str, ModelStats]:
     by_format: dict[str, dict[str, ClassStats]] = {name: {} for name in models}
     for page_class, stats in measure_classes(kv).items():
-        by_format[page_class.model][page_class.format_and_group] = stats
+        if page_class.model in by_format:  # else what an unloading that was cut short has left
+            by_format[page_class.model][page_class.format_and_group] = stats
     return {
         name: ModelStats(served.model.weights, by_format[name], scheduler.profiles[name].error)
         for name, served in models.items()

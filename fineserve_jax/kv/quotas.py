@@ -84,12 +84,24 @@ class QuotaAccount:
     def __init__(self, kv: KVManager, quotas: Mapping[str, Quota]) -> None:
         self._kv = kv
         check_quotas(quotas, {kv_format for _, kv_format in kv.classes})
-        capacity = _fillable_units(kv)
-        self.guaranteed = {name: int(quota.guaranteed * capacity) for name, quota in quotas.items()}
-        self.most = {name: int(quota.max * capacity) for name, quota in quotas.items()}
+        self._quotas = dict(quotas)
+        self.most = dict.fromkeys(quotas, 0)
+        self.note_classes()
         self.used = dict.fromkeys(quotas, 0)
         self.num_requests = dict.fromkeys(quotas, 0)
         self._charged: dict[Request, int] = {}
+
+    def note_classes(self) -> None:
+        """The arena has other classes of pages: what can be filled of it, whatever mix of them there is, has changed.
+
+        A maximum is never lowered, so that what was accepted under it can still be served.
+
+        Raises:
+            ConfigError: memory too small to divide; then nothing has changed.
+        """
+        capacity = _fillable_units(self._kv)
+        self.guaranteed = {name: int(quota.guaranteed * capacity) for name, quota in self._quotas.items()}
+        self.most = {name: max(self.most[name], int(quota.max * capacity)) for name, quota in self._quotas.items()}
 
     def names(self, request: Request) -> list[str]:
         """Quotas that the request counts against."""
@@ -153,7 +165,7 @@ def _fillable_units(kv: KVManager) -> int:
     """Units that pages can take together, whatever classes they are of."""
     allocator = kv.pool.allocator
     pools = allocator.pools.values()
-    filled = min(pool.capacity * pool.page_units for pool in pools)
+    filled = min((pool.capacity * pool.page_units for pool in pools), default=allocator.slab_units)
     slabs = allocator.usable_slabs - len(pools)
     if slabs < 1:
         raise ConfigError(

@@ -27,6 +27,7 @@ class Arena:
     def __init__(self, geometry: PageGeometry, num_units: int) -> None:
         self._geometry, self._num_units = geometry, num_units
         self.units: jax.Array = new_arena(geometry, num_units)
+        (self._device,) = self.units.devices()
 
     @property
     def is_lost(self) -> bool:
@@ -48,6 +49,11 @@ class Arena:
     def release(self) -> None:
         """Gives the array's memory back, with all that is in it; `renew` takes it again."""
         self.units.delete()
+
+    @property
+    def device(self) -> jax.Device:
+        """Where it is."""
+        return self._device
 
     @property
     def nbytes(self) -> int:

@@ -71,6 +71,12 @@ class PageOperations:
             else:
                 self._timed(self._load, first)
 
+    def forget(self, model: str) -> None:
+        """Forget a model, of which no operation is queued: another one of its name may have other pages."""
+        self.geometries = {key: geometry for key, geometry in self.geometries.items() if key[0] != model}
+        for key in [key for key in self._programs if key[0] == "convert" and key[1].model == model]:
+            del self._programs[key]
+
     def warm_up(self, pairs: Iterable[tuple[PageClass, PageClass]], transfers: bool) -> int:
         """Compiles the copies between these classes, and with `transfers` saving and loading their pages.
 

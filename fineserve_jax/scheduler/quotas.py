@@ -52,6 +52,11 @@ class Quotas:
         if self.account is not None:
             self.account.note(request)
 
+    def note_classes(self) -> None:
+        """The models that are served have changed; see `QuotaAccount.note_classes`."""
+        if self.account is not None:
+            self.account.note_classes()
+
     def check_integrity(self) -> None:
         """Raises IntegrityError unless the account says what requests hold."""
         if self.account is not None:

@@ -72,6 +72,7 @@ class WaitPredictor:
             ahead: those that wait in the order in which they will be admitted.
             is_short: see `Scheduler.is_short`.
         """
+        ahead = [one for one in ahead if one.model in self._profiles]  # others were unloaded meanwhile
         places = self.places(ahead, is_short)
         if len(ahead) < places:
             return 0.0

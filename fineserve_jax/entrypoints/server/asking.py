@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fineserve_jax.engine.async_loop import AsyncInbox
+from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.checks import most_prompt_tokens
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.tickets import Ticket
@@ -97,7 +98,7 @@ def tokens_of(engine: Engine, asked: Asked, sampling: SamplingParams, own_templa
         RequestError: a prompt that cannot be read, or that has more tokens than its model can answer.
         ApiError: see `read_asking`.
     """
-    check_model(engine, asked.options.model)
+    check_model(dict(engine.models), asked.options.model)
     served, template = engine.served(asked.options.model), asked.chat.chat_template
     if template is not None and template not in served.tokenizer.chat_templates and not own_templates:
         known = ", ".join(sorted(served.tokenizer.chat_templates)) or "none"
@@ -106,10 +107,10 @@ def tokens_of(engine: Engine, asked: Asked, sampling: SamplingParams, own_templa
     return prompt_tokens(asked, served.tokenizer, most_prompt_tokens(served.max_seq_len, sampling))
 
 
-def check_model(engine: Engine, model: str | None) -> None:
-    """Raises `ApiError` for a model that is not served."""
-    if model is not None and model not in engine.models:
-        known = ", ".join(engine.models)
+def check_model(models: Mapping[str, KnownModel], model: str | None) -> None:
+    """Raises `ApiError` for a model that is not among those that are served; None: the only one is meant."""
+    if model is not None and model not in models:
+        known = ", ".join(models) or "none, until one is loaded"
         raise ApiError(f"model={shown(model)} is not served; choose one of {known}", "model_not_found", 404)
 
 

@@ -75,6 +75,8 @@ class Pressure:
         """What is ahead of a request of that priority."""
         waits, ahead = self._scheduler.waits, []
         for ticket in self._tickets:
+            if ticket.is_done:
+                continue
             prepared, samples = ticket.prepared, ticket.samples
             if samples:
                 left = [sample for sample in samples if sample.status is not RequestStatus.FINISHED]

@@ -59,9 +59,21 @@ class Service:
         self.pressure = Pressure(llm.engine.scheduler, self.config.max_waiting, self.config.max_wait_s)
         self.stats = LatestStats(llm.stats)
         self.is_draining = False
+        self.is_starting = self.config.warm_up
         self.created = int(time.time())
         self._defaults = SamplingDefaults(sampling)
         self._closing: asyncio.Task[None] | None = None
+
+    # -- the beginning -------------------------------------------------------------------------------------------
+
+    async def warm_up(self) -> None:
+        """Compiles what requests need that name no KV precision, or one that their class names; until then nobody is
+        let in."""
+        if self.is_starting:
+            begun, named = time.perf_counter(), self.classes.kv_precisions
+            num_programs = await self.llm.warm_up(named)
+            log.info("%d programs were made ready in %.1f s", num_programs, time.perf_counter() - begun)
+            self.is_starting = False
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -80,6 +92,9 @@ class Service:
         if self.is_draining:
             message = "the server is about to end; ask another one"
             raise ApiError(message, "server_draining", 503, {"Connection": "close", "Retry-After": "5"})
+        if self.is_starting:
+            message = "the server is starting, and compiles its programs; come again when /health says 200"
+            raise ApiError(message, "starting", 503, {"Retry-After": "5"})
         try:
             self.llm.loop.check_usable()
         except EngineError as error:
