@@ -115,6 +115,10 @@ def build_books(
     classes: dict[tuple[str, str], PageClass] = {}
     for name, geometry in geometries.items():
         classes |= classes_of(name, models[name], geometry, config, limits[name])
+    if unknown := [name for name in config.quotas if name.startswith("model:") and name[6:] not in models]:
+        raise ConfigError(
+            f"there is a quota for {unknown[0]!r}, which is not served; the models are: {', '.join(models)}"
+        )
     size = kv_memory_bytes(config.kv_memory, device)
     unit_words = next(iter(geometries.values())).unit_words
     allocator = _allocator(config, unit_words, classes, size)

@@ -93,6 +93,15 @@ class Engine:
         return named_model(self.models, model)
 
     @property
+    def max_batch_size(self) -> int:
+        return self.config.max_batch_size
+
+    @property
+    def served_formats(self) -> tuple[str, ...]:
+        """KV formats that requests may name."""
+        return self.config.served_formats
+
+    @property
     def model(self) -> LoadedModel:
         return self.served().model
 
@@ -212,6 +221,15 @@ class Engine:
     def abort(self, request: Request) -> None:
         """Ends a request at once, whatever it is doing; its tokens so far stay in it."""
         self._end(request, FinishReason.ABORT)
+
+    def withdraw(self, request: Request) -> None:
+        """Takes back a request that waits and has never had memory, as if it had not come; nobody is told."""
+        self.recover()
+        with self._recovery.changing():
+            self.scheduler.finish(request, FinishReason.ABORT, self.clock())
+            del self.detokenizers[request]
+            if not self.scheduler.has_unfinished:
+                self._on_idle()
 
     def fail(self, request: Request, error: FineServeError) -> None:
         """Ends a request at once because of an error, of which it tells; its tokens so far stay in it."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from fineserve_jax.engine.backlog import Forecast, forecast
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.model_settings import model_sources
 from fineserve_jax.engine.supervisor import Supervisor
@@ -113,6 +114,35 @@ class EngineLoop:
             return function()
 
         return self.call(when_idle)
+
+    def each(self, function: Callable[[Engine], T], model: str | None = None) -> list[T]:
+        """`call` of a function of the engine, as of the only one; see `TicketLoop`."""
+        return [self.call(lambda: function(self.engine))]
+
+    def each_when_idle(
+        self, function: Callable[[Engine], T], model: str | None = None, *, abort: bool = False
+    ) -> list[T]:
+        """`call_when_idle` of a function of the engine, as of the only one; see `TicketLoop`."""
+        return [self.call_when_idle(lambda: function(self.engine), abort=abort)]
+
+    def forecast(self, tickets: Iterable[Ticket], model: str | None, priority: int) -> Forecast:
+        """What a request of that priority has to expect behind these tickets."""
+        return forecast(self.engine.scheduler, tickets, priority)
+
+    def withdraw(self, ticket: Ticket) -> float | None:
+        """Takes a ticket back that waits, as if it had not come; its receiver is not told. When it came, by the
+        engine's clock; None, and nothing has changed, if it has begun or ended."""
+
+        def take_back() -> float | None:
+            if not ticket.has_not_begun or not all(sample in self._tickets for sample in ticket.samples):
+                return None
+            for sample in ticket.samples:
+                del self._tickets[sample]
+                self.engine.withdraw(sample)
+            self._watch(ticket, -1)
+            return ticket.samples[0].times.arrival_s
+
+        return self.call(take_back)
 
     def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
         """`Engine.load_model`, whose weights are read on the caller's thread while steps go on."""

@@ -39,6 +39,8 @@ class PreparedRequest:
             special tokens that are stop strings.
         matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
         scored_from: with `sampling.prompt_logprobs`, index of the first token that they are wanted of.
+        arrival_s: when it came, by the engine's clock, if that was at another engine, which gave it away; None: it comes
+            when it is queued.
     """
 
     served: KnownModel
@@ -50,6 +52,7 @@ class PreparedRequest:
     stop_ids: frozenset[int]
     matcher: TokenMatcher | None = None
     scored_from: int = 1
+    arrival_s: float | None = None
 
     def request(
         self,
@@ -89,7 +92,7 @@ class PreparedRequest:
             num_prompt_tokens=len(self.token_ids),
             max_total_tokens=self.max_total_tokens,
             sequence=sequence,
-            times=RequestTimes(arrival_s),
+            times=RequestTimes(arrival_s if self.arrival_s is None else self.arrival_s),
             seed=self._seed(engine_seed, sequence, sample_index),
             stop_ids=self.stop_ids,
             long_after=self.served.model.config.long_after,

@@ -1,7 +1,8 @@
 """What an engine tells of itself."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.kv.manager import KVManager
@@ -10,6 +11,8 @@ from fineserve_jax.kv.usage import FormatUsage, KVCounts, count_events, measure_
 from fineserve_jax.request.request import SchedulerOutput
 from fineserve_jax.runner.runner import StepResult
 from fineserve_jax.scheduler import Scheduler
+
+Counts = TypeVar("Counts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +143,56 @@ def _model_stats(models: Mapping[str, ServedModel], kv: KVManager, scheduler: Sc
         name: ModelStats(served.model.weights, by_format[name], scheduler.profiles[name].error)
         for name, served in models.items()
     }
+
+
+def joint_stats(parts: Sequence[EngineStats]) -> EngineStats:
+    """How several engines stand together: sums, the largest prediction error, and the mean time of the host's part of a
+    step, by the number of steps. A model that several serve is told of as one."""
+    if len(parts) == 1:
+        return parts[0]
+    kv: dict[str, list[FormatUsage]] = {}
+    models: dict[str, list[ModelStats]] = {}
+    for part in parts:
+        for name, usage in part.kv.items():
+            kv.setdefault(name, []).append(usage)
+        for name, model in part.models.items():
+            models.setdefault(name, []).append(model)
+    timed = [(part.host_s_per_step, part.num_steps) for part in parts if part.host_s_per_step is not None]
+    host_s = sum(seconds * steps for seconds, steps in timed) / max(1, sum(steps for _, steps in timed))
+    return EngineStats(
+        kv={name: _sum_of(listed) for name, listed in kv.items()},
+        kv_bytes=sum(part.kv_bytes for part in parts),
+        kv_counts=_sum_of([part.kv_counts for part in parts]),
+        num_waiting=sum(part.num_waiting for part in parts),
+        num_running=sum(part.num_running for part in parts),
+        num_prompt_tokens=sum(part.num_prompt_tokens for part in parts),
+        num_output_tokens=sum(part.num_output_tokens for part in parts),
+        output_tokens_per_s=sum(part.output_tokens_per_s for part in parts),
+        num_steps=sum(part.num_steps for part in parts),
+        num_preemptions=sum(part.num_preemptions for part in parts),
+        num_compilations=sum(part.num_compilations for part in parts),
+        prediction_error=_largest(part.prediction_error for part in parts),
+        models={name: _joint_model(listed) for name, listed in models.items()},
+        num_drafts=sum(part.num_drafts for part in parts),
+        num_accepted_drafts=sum(part.num_accepted_drafts for part in parts),
+        host_s_per_step=host_s if timed else None,
+    )
+
+
+def _joint_model(parts: Sequence[ModelStats]) -> ModelStats:
+    classes: dict[str, list[ClassStats]] = {}
+    for part in parts:
+        for name, stats in part.kv.items():
+            classes.setdefault(name, []).append(stats)
+    kv = {name: _sum_of(listed) for name, listed in classes.items()}
+    return ModelStats(parts[0].weights, kv, _largest(part.prediction_error for part in parts))
+
+
+def _sum_of(parts: Sequence[Counts]) -> Counts:
+    """The sum of records of numbers, field by field."""
+    first: Any = parts[0]
+    return replace(first, **{f.name: sum(getattr(part, f.name) for part in parts) for f in fields(first)})
+
+
+def _largest(errors: Iterable[float | None]) -> float | None:
+    return max((error for error in errors if error is not None), default=None)

@@ -7,7 +7,7 @@ from typing import Any
 from fineserve_jax.engine.async_loop import AsyncInbox
 from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.checks import most_prompt_tokens
-from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.intake import Intake
 from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.entrypoints.openai_api.asked import Asked, SamplingDefaults, prompt_tokens, sort_fields
 from fineserve_jax.entrypoints.openai_api.bodies import body_fields, prompts_of
@@ -46,7 +46,7 @@ class Asking:
 
 
 def read_asking(
-    engine: Engine,
+    engine: Intake,
     defaults: SamplingDefaults,
     receiver: AsyncInbox,
     form: Form,
@@ -91,7 +91,7 @@ def read_asking(
     return Asking(form, receiver, tickets, is_streamed, tells_usage, asked.echo, asked.chat.callable_names)
 
 
-def tokens_of(engine: Engine, asked: Asked, sampling: SamplingParams, own_templates: bool) -> list[int]:
+def tokens_of(engine: Intake, asked: Asked, sampling: SamplingParams, own_templates: bool) -> list[int]:
     """The prompt as token ids, to be answered so.
 
     Raises:

@@ -65,7 +65,7 @@ class Endpoints:
 
     def _models(self) -> dict[str, KnownModel]:
         """Those that are served now."""
-        return dict(self._service.llm.engine.models)
+        return dict(self._service.llm.intake.models)
 
     def _entry(self, served: KnownModel) -> dict[str, Any]:
         return {
@@ -90,7 +90,7 @@ class Endpoints:
             raise RequestError(
                 "/tokenize takes model, a prompt or messages, and how those are rendered; leave the rest out"
             )
-        engine, asked = self._service.llm.engine, Asked(form="chat", **fields)
+        engine, asked = self._service.llm.intake, Asked(form="chat", **fields)
         tokens = tokens_of(engine, asked, SamplingParams(), self._service.config.own_chat_templates)
         max_seq_len = engine.served(asked.options.model).max_seq_len
         return {"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens}

@@ -54,9 +54,9 @@ class Service:
     ) -> None:
         self.llm, self.config = llm, config or ServerConfig()
         self.classes = classes or ServiceClasses({})
-        self.classes.check_formats(llm.engine.config.served_formats)
+        self.classes.check_formats(llm.intake.served_formats)
         self.metrics = ServerMetrics()
-        self.pressure = Pressure(llm.engine.scheduler, self.config.max_waiting, self.config.max_wait_s)
+        self.pressure = Pressure(llm.loop, self.config.max_waiting, self.config.max_wait_s)
         self.stats = LatestStats(llm.stats)
         self.is_draining = False
         self.is_starting = self.config.warm_up
@@ -115,7 +115,7 @@ class Service:
         inbox = self.llm.loop.inbox()
         own = self.config.own_chat_templates
         return await asyncio.to_thread(
-            read_asking, self.llm.engine, self._defaults, inbox, form, body, service_class, own
+            read_asking, self.llm.intake, self._defaults, inbox, form, body, service_class, own
         )
 
     async def whole(self, asking: Asking) -> dict[str, Any]:
