@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fineserve_jax.engine.build import ServedModel, build_engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_loading import ModelLoading
@@ -49,6 +51,7 @@ class Engine:
         config: settings.
         clock: seconds, monotonic.
         settings: of single models, where they differ from `config`; by name.
+        devices: the first `tensor_parallel` of these compute its steps; None: of all that JAX finds.
 
     Attributes:
         loading: changes `models` between two steps.
@@ -66,10 +69,11 @@ class Engine:
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
         settings: Mapping[str, ModelSettings] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         models = {model.name: model} if isinstance(model, LoadedModel) else model
-        parts = build_engine(models, self.config, settings or {})
+        parts = build_engine(models, self.config, settings or {}, devices)
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
         if self.config.step_profile is not None:
             check_can_write("step_profile", self.config.step_profile, replaced=True)

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,27 +17,34 @@ DEFAULT_FRACTION = 0.5
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def kv_memory_bytes(setting: int | float | str | None, device: jax.Device) -> int:
-    """Bytes that `kv_memory` asks for on this device.
+def kv_memory_bytes(setting: int | float | str | None, devices: Sequence[jax.Device]) -> int:
+    """Bytes that `kv_memory` asks for on each of these devices.
 
     Args:
         setting: bytes, a fraction in (0, 1), either as a string, a string with a unit ("256MiB"), or None.
+        devices: all of a kind. CPUs are parts of one machine, whose memory they share.
 
     Raises:
         ConfigError: a setting that is no size, not positive, or more than the device's memory.
     """
-    capacity = device_memory_bytes(device)
+    device = devices[0]
+    capacity = device_memory_bytes(device) // (len(devices) if device.platform == "cpu" else 1)
     if setting is None:
-        return DEFAULT_ON_CPU if device.platform == "cpu" else int(DEFAULT_FRACTION * free_memory_bytes(device))
+        on_cpu = device.platform == "cpu"
+        return DEFAULT_ON_CPU if on_cpu else int(DEFAULT_FRACTION * min(map(free_memory_bytes, devices)))
     size = _parse(setting, capacity)
     if size <= 0:
         raise ConfigError(f"kv_memory={setting!r} is no memory at all; give a size such as '256MiB' or 0.25")
     if size > capacity:
         raise ConfigError(
-            f"kv_memory={setting!r} is {format_bytes(size)}, more than the {format_bytes(capacity)} of {device}; "
-            "give less, or a fraction such as 0.5"
+            f"kv_memory={setting!r} is {format_bytes(size)}, more than the {format_bytes(capacity)} of "
+            f"{_named(devices)}; give less, or a fraction such as 0.5"
         )
     return size
+
+
+def _named(devices: Sequence[jax.Device]) -> str:
+    return str(devices[0]) if len(devices) == 1 else f"each of {len(devices)} devices"
 
 
 def host_memory_bytes(setting: int | float | str) -> int:

@@ -41,6 +41,7 @@ from fineserve_jax.loaders.load import describe_model
 from fineserve_jax.models import abstract_params
 from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.runner.arena import Arena
+from fineserve_jax.runner.mesh import DeviceGroup
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.scheduler import Scheduler, load_profiles
 
@@ -89,8 +90,8 @@ class ModelLoading:
             weights = source.weights or self._config.weights
             described = describe_model(source.model, weights)
             self._known(name, described, source)
-            _check_room(name, described, self._arena.device)
-            return dataclasses.replace(load_model(source.model, weights), name=name)
+            _check_room(name, described, self._arena.group)
+            return dataclasses.replace(load_model(source.model, weights, self._arena.group), name=name)
 
     def check_served(self, model: KnownModel) -> None:
         """Raises `ModelNotServedError` for a model that is not, or that is about to go."""
@@ -105,6 +106,8 @@ class ModelLoading:
     def add(self, name: str, model: LoadedModel, settings: ModelSettings) -> None:
         """Serves a model from now on. Raises `ConfigError`, see `Engine.load_model`; then nothing has changed."""
         self._check_can_add(name)
+        group = self._arena.group
+        model = dataclasses.replace(model, params=group.place_all(model.config, model.weights, model.params))
         known, classes = self._known(name, model, settings)
         served = served_model(known, self._arena, self._kv, self._config, self._operations.implementation)
         with self._recovery.changing():
@@ -112,7 +115,7 @@ class ModelLoading:
             for page_class in classes.values():
                 self._kv.register(page_class)
             self._operations.geometries |= group_geometries(known)
-            cost = model_cost(model, known.geometry, formats_kept(self._kv, name))
+            cost = model_cost(model, known.geometry, formats_kept(self._kv, name), group.size)
             self._scheduler.add_model(name, cost, served.runner.row_buckets)
             self._models[name] = served
         profiles = self._config.step_profile
@@ -166,9 +169,12 @@ class ModelLoading:
         self, name: str, model: LoadedModel, settings: ModelSettings
     ) -> tuple[KnownModel, dict[tuple[str, str], PageClass]]:
         """The model with its page classes, checked with the books of an empty arena beside these."""
+        self._arena.group.check(model.config, model.weights)
         tpu = get_backend(self._operations.implementation).tile_units
         unit_words, allocator = self._geometry.unit_words, self._kv.pool.allocator
-        geometry = geometry_in_units(name, model.config, self._config.page_size, unit_words, tpu=tpu)
+        geometry = geometry_in_units(
+            name, model.config.of_shard(self._arena.group.size), self._config.page_size, unit_words, tpu=tpu
+        )
         own = settings.over(self._config)
         max_seq_len = max_seq_len_of(name, model, own)
         classes = classes_of(name, model, geometry, self._config, max_seq_len)
@@ -186,12 +192,13 @@ class ModelLoading:
         return KnownModel(name, model, own, own.served_formats, geometry, max_seq_len), classes
 
 
-def _check_room(name: str, model: LoadedModel, device: jax.Device) -> None:
-    """Raises `ConfigError` if the device has less memory left than the weights take."""
+def _check_room(name: str, model: LoadedModel, group: DeviceGroup) -> None:
+    """Raises `ConfigError` if the devices have less memory left than the weights take. CPUs share one memory."""
     leaves = jax.tree.leaves(abstract_params(model.config, model.weights))
-    size, free = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves), free_memory_bytes(device)
-    if size > free:
+    size, device = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves), group.devices[0]
+    part, free = size // (1 if device.platform == "cpu" else group.size), min(map(free_memory_bytes, group.devices))
+    if part > free:
         raise ConfigError(
-            f"the {model.weights} weights of {name!r} take {format_bytes(size)}, and {device} has {format_bytes(free)} "
-            "left; unload another model before, or give narrower weights"
+            f"the {model.weights} weights of {name!r} take {format_bytes(part)} of {device}, which has "
+            f"{format_bytes(free)} left; unload another model before, or give narrower weights"
         )

@@ -31,12 +31,15 @@ def padding(geometry: PageGeometry) -> float:
     return 1 - min(held)
 
 
-def page_geometries(models: Mapping[str, LoadedModel], page_size: int, *, tpu: bool = False) -> dict[str, PageGeometry]:
-    """How the pages of several models lie in one arena: in units of one length, which suits all.
+def page_geometries(
+    models: Mapping[str, LoadedModel], page_size: int, *, tpu: bool = False, shards: int = 1
+) -> dict[str, PageGeometry]:
+    """How the pages of several models lie in one arena, or in that of each of `shards` devices that share the models:
+    in units of one length, which suits all.
 
     Lengths of units are powers of two, so the least divides the others.
     """
-    alone = {name: page_geometry(model.config, page_size, tpu=tpu) for name, model in models.items()}
+    alone = {name: page_geometry(m.config.of_shard(shards), page_size, tpu=tpu) for name, m in models.items()}
     unit_words = min(geometry.unit_words for geometry in alone.values())
     return {name: dataclasses.replace(geometry, unit_words=unit_words) for name, geometry in alone.items()}
 

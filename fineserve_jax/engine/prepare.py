@@ -39,8 +39,8 @@ class PreparedRequest:
             special tokens that are stop strings.
         matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
         scored_from: with `sampling.prompt_logprobs`, index of the first token that they are wanted of.
-        arrival_s: when it came, by the engine's clock, if that was at another engine, which gave it away; None: it comes
-            when it is queued.
+        arrival_s: when it came to another engine, which gave it away, by the clock of both; None: it comes when it is
+            queued.
     """
 
     served: KnownModel

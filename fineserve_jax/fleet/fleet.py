@@ -180,9 +180,7 @@ class Fleet:
 
     def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
         """Refused: nothing says which engine is to have it."""
-        raise EngineError(
-            f"load_model({name!r}): what the engines of a plan serve is said by the plan; give another one"
-        )
+        raise EngineError(f"load_model({name!r}): the plan says what its engines serve; give another plan")
 
     def unload_model(self, name: str, *, abort: bool = False) -> None:
         """Takes a model out of all engines that serve it, see `EngineLoop.unload_model`."""

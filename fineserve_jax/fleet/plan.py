@@ -46,8 +46,8 @@ class EnginePlan(Validated):
 
     devices: tuple[int, ...] = Field(min_length=1)
     models: tuple[str, ...] = Field(min_length=1)
-    settings: dict[str, Any] = {}
-    shares: dict[str, float] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
+    shares: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -75,7 +75,7 @@ class Plan(Validated):
 
     version: Literal[1]
     models: dict[str, ModelSource] = Field(min_length=1)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     engines: tuple[EnginePlan, ...] = Field(min_length=1)
 
     @field_validator("models", mode="before")

@@ -1,4 +1,4 @@
-"""An engine of several as the router sees it: what it serves, what it has to do, what it would give one more request."""
+"""An engine of several as the router sees it: what it serves, what it has to do, what a further request would get."""
 
 from collections.abc import Collection, Iterable, Sequence
 

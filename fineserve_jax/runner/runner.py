@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
@@ -24,6 +23,7 @@ from fineserve_jax.request.request import Request, SchedulerOutput, TokenScore
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.mesh import SAME, SHARDED, Specs, over_mesh, specs_of
 from fineserve_jax.runner.nonfinite import find_nonfinite
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.sampler import Sampled, build_sampling
@@ -87,8 +87,8 @@ class ModelRunner:
 
     Args:
         model, params: the model and its weights; whoever puts others into the table between two steps has them used.
-        geometry: of its pages.
-        arena: where its pages are, beside those of other models.
+        geometry: of its pages; of several devices those of each.
+        arena: where its pages are, beside those of other models. Its devices compute the steps.
         kv: the host's half of the cache.
         max_rows: most requests in a step.
         max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
@@ -123,7 +123,7 @@ class ModelRunner:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         # Of each layer its kind, the number of its group and whether it has RoPE, and its number in the group.
         self.place_of_layer = {
-            layer: ((number, layer not in model.config.no_rope_layers), jnp.int32(index))
+            layer: ((number, layer not in model.config.no_rope_layers), arena.group.put(np.int32(index)))
             for number, group in enumerate(model.config.layer_groups)
             for index, layer in enumerate(group.layers)
         }
@@ -201,6 +201,7 @@ class ModelRunner:
             self.implementation,
             packs=not self.reproducible,
             drafts=self.drafts and shape.rows > 1 and not shape.chunk_tokens,
+            mesh=self.arena.group.mesh,
         )
 
     def _run(self, spec: StepSpec, output: SchedulerOutput, masked: bool = False, scored: bool = False) -> StepResult:
@@ -210,7 +211,7 @@ class ModelRunner:
         programs = _programs(spec)
         compiled_before = programs.num_compiled
         host_sampling = build_sampling(requests, spec.shape.rows, self.max_seq_len, _drafts_ahead(output))
-        inputs, sampling = jax.device_put((host_inputs, host_sampling))
+        inputs, sampling = self.arena.group.put((host_inputs, host_sampling))
         start = time.perf_counter()
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
@@ -223,7 +224,7 @@ class ModelRunner:
         # The layers are being computed while the host finds out what may be sampled.
         always = masked or self.reproducible  # with masks the head is another program
         masks = build_masks(requests, spec.shape.rows, self.model.config.vocab_size, self.eos_ids, always)
-        allowed, stuck = (None, {}) if masks is None else (jax.device_put(masks.allowed), masks.stuck)
+        allowed, stuck = (None, {}) if masks is None else (self.arena.group.put(masks.allowed), masks.stuck)
         outputs = programs.head(self.params, stream, inputs, sampling, allowed)
         plan = ScoringPlan([], [empty_tile(spec)]) if scored else plan_scores(spec, output)
         tiles = [programs.score(self.params, stream, tile) for tile in plan.tiles]
@@ -265,15 +266,28 @@ class _Programs:
     def __init__(self, spec: StepSpec) -> None:
         self.num_compiled = 0
 
-        def compiled(stage: Callable[..., Any], *static: int, donate_argnums: Sequence[int] = ()) -> Callable[..., Any]:
-            return compile_counted(functools.partial(stage, spec, *static), self._count, donate_argnums)
+        def compiled(
+            stage: Callable[..., Any],
+            arguments: Sequence[Specs],
+            result: Any = SAME,
+            static: Sequence[int] = (),
+            donate_argnums: Sequence[int] = (),
+        ) -> Callable[..., Any]:
+            """`arguments`, `result`: how they lie on several devices."""
+            function = over_mesh(spec.mesh, functools.partial(stage, spec, *static), arguments, result)
+            return compile_counted(function, self._count, donate_argnums)
 
-        self.embed, self.head = compiled(stages.embed), compiled(stages.head)
-        kinds = itertools.product(range(len(spec.groups)), (True, False))
-        self.layers = {kind: compiled(stages.layer, *kind) for kind in kinds}
-        self.hidden = compiled(stages.hidden)
-        self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
-        self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
+        params = specs_of(spec.model.config)
+        self.embed = compiled(stages.embed, [params, SAME])
+        self.head = compiled(stages.head, [params, SAME, SAME, SAME, SAME])
+        self.layers = {
+            kind: compiled(stages.layer, [params, SAME, SAME, SHARDED, SAME], (SAME, SHARDED), static=kind)
+            for kind in itertools.product(range(len(spec.groups)), (True, False))
+        }
+        self.hidden = compiled(stages.hidden, [SAME, SAME])
+        self.score = compiled(stages.score, [params, SAME, SAME])
+        self.commit = compiled(stages.commit, [SHARDED, SHARDED, SAME], SHARDED, donate_argnums=(0,))
+        self.finite_slots = compiled(stages.finite_slots, [SAME])  # a program only where `check_finite` asks for it
 
     def _count(self) -> None:
         self.num_compiled += 1

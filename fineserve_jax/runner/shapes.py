@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fineserve_jax.models import CausalLM, LayerGroup
 from fineserve_jax.pallas_kernels.backends import get_backend
@@ -34,7 +35,7 @@ class StepSpec:
 
     Attributes:
         model: the Flax module; its parameters are an argument of the step.
-        geometry: of the model's pages, were they of all layers.
+        geometry: of the model's pages, were they of all layers; of several devices those of each.
         format_names: KV formats the step reads and writes; format ids are indices into it. Residual formats are in it.
         shape: slots of the step.
         max_pages: pages of the longest sequence.
@@ -43,6 +44,7 @@ class StepSpec:
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
         packs: see `AttentionSpec`.
         drafts: whether a decode may have several rows, each of which sees those ahead of it.
+        mesh: the devices that compute the step together; None: one does.
     """
 
     model: CausalLM
@@ -55,6 +57,7 @@ class StepSpec:
     interpret: bool | None = None
     packs: bool = True
     drafts: bool = False
+    mesh: Mesh | None = None
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:

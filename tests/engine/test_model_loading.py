@@ -43,7 +43,7 @@ def sources(monkeypatch) -> dict[str, LoadedModel]:
     monkeypatch.setattr(
         model_loading,
         "load_model",
-        lambda source, weights: dataclasses.replace(
+        lambda source, weights, group: dataclasses.replace(
             sources[source], params=jax.tree.map(lambda leaf: leaf.copy(), sources[source].params)
         ),
     )
@@ -240,7 +240,7 @@ def test_a_model_for_whose_weights_there_is_no_memory_is_refused_before_they_are
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(SOURCES["other"].params))
     monkeypatch.setattr(model_loading, "load_model", None)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": size - 1}))
-    with pytest.raises(ConfigError, match=r"the fp32 weights of 'x' take [\d.]+ KiB, and .*cpu.* has [\d.]+ KiB left"):
+    with pytest.raises(ConfigError, match=r"fp32 weights of 'x' take [\d.]+ KiB of cpu:0, which has [\d.]+ KiB left"):
         engine.load_model("x", "other")
 
 

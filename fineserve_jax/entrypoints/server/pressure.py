@@ -23,7 +23,7 @@ class Pressure:
     """
 
     def __init__(self, loop: AsyncLoop, max_waiting: int, max_wait_s: float) -> None:
-        self._loop, self._max_waiting, self._max_wait_s = scheduler, max_waiting, max_wait_s
+        self._loop, self._max_waiting, self._max_wait_s = loop, max_waiting, max_wait_s
         self._tickets: dict[Ticket, None] = {}
         self._of_class: Counter[str] = Counter()
 
