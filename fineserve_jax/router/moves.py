@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 LEAST_GAIN_S = 0.25
 LEAST_GAIN = 0.5
-"""What a move has to gain, in seconds and as a share of the wait, lest predictions that err move requests to and fro."""
+"""What a move has to gain, in seconds and of the wait, lest requests go to and fro where predictions err."""
 
 
 @dataclass(frozen=True, slots=True)
