@@ -25,6 +25,7 @@ COMPILING = (
     "batch/test_reproducible_jobs.py",
     "benchmarks/test_aot_parsers.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
+    "benchmarks/test_server_benchmarks.py",
     "cli/test_bench.py",
     "cli/test_commands.py",
     "cli/test_model_commands.py",
@@ -34,6 +35,7 @@ COMPILING = (
     "cli/test_slabs.py",
     "engine",
     "entrypoints",
+    "fleet",
     "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
     "loaders/test_gguf_split.py",

@@ -26,6 +26,7 @@ STOREYS = [
     {"loaders", "scheduler"},
     {"runner", "router"},
     {"engine"},
+    {"fleet"},
     {"llm", "async_llm", "entrypoints.openai_api", "entrypoints.metrics"},
     {"entrypoints.batch", "sim", "entrypoints.server", "entrypoints.lm_eval"},
     {""},

@@ -3,19 +3,29 @@
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Protocol
 
+from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.errors import EngineError
-from fineserve_jax.router import moves
-
-if TYPE_CHECKING:
-    from fineserve_jax.fleet.fleet import Fleet
+from fineserve_jax.fleet.replica import EngineReplica
+from fineserve_jax.router import find_moves
 
 log = logging.getLogger(__name__)
 
 LOOKS_EVERY_S = 0.1
 MOST_MOVES = 8
 """Requests that are moved before all is looked at again."""
+
+
+class Balanced(Protocol):
+    """Engines between which tickets can be moved; `Fleet` is one."""
+
+    @property
+    def replicas(self) -> Mapping[str, EngineReplica]: ...
+
+    def move(self, ticket: Ticket, source: str, target: str) -> bool:
+        """Gives a ticket that waits to another engine."""
 
 
 class Balancer:
@@ -25,7 +35,7 @@ class Balancer:
         fleet: whose requests are moved; it may be gone before this.
     """
 
-    def __init__(self, fleet: "Fleet") -> None:
+    def __init__(self, fleet: Balanced) -> None:
         self._fleet = weakref.ref(fleet)
         self._has_work, self._is_closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -59,12 +69,12 @@ class Balancer:
                 log.exception("requests could not be moved between engines; they wait where they are")
 
 
-def balance(fleet: "Fleet") -> bool:
+def balance(fleet: Balanced) -> bool:
     """Moves what is worth moving, once; whether something waits that may be worth moving later."""
-    queues = {name: replica.queue() for name, replica in fleet.replicas.items()}
+    queues = {name: replica.queue(MOST_MOVES) for name, replica in fleet.replicas.items()}
     if not any(queue.waiting for queue in queues.values()):
         return any(replica.tickets() for replica in fleet.replicas.values())
-    for ticket, source, target in moves(
+    for ticket, source, target in find_moves(
         queues, lambda name, ticket, before: fleet.replicas[name].wait_s(ticket, before), MOST_MOVES
     ):
         fleet.move(ticket, source, target)

@@ -65,7 +65,7 @@ class EngineReplica:
         left = max(1, len(asked.token_ids) - cached_tokens)
         own = self._newcomer(asked)._replace(prefill_tokens=left, cached_tokens=len(asked.token_ids) - left)
         first_s, step_s = waits.first_token_s(ahead, own, is_short)
-        return Outlook(first_s, step_s, len(ahead))
+        return Outlook(first_s, step_s, len(ahead), cached_tokens)
 
     def output_tokens(self, asked: Asked) -> float:
         """See `router.Replica`."""
@@ -75,14 +75,14 @@ class EngineReplica:
         waits, tokens = self.engine.scheduler.waits, len(asked.token_ids)
         return waits.newcomer(asked.model, asked.tenant, tokens, asked.most_output_tokens)
 
-    def queue(self) -> Queue[Ticket]:
-        """Its tickets of which nothing was begun, with what each would wait."""
+    def queue(self, most: int) -> Queue[Ticket]:
+        """The last of its tickets of which nothing was begun, at most so many, with what each would wait."""
         waits, is_short, tickets = self.engine.scheduler.waits, self.engine.scheduler.is_short, self.tickets()
-        waiting = [
-            Waiting(ticket, waits.wait_s(self.ahead(ticket.prepared.options.priority, tickets[:place]), is_short))
-            for place, ticket in enumerate(tickets)
-            if is_short and ticket.has_not_begun
-        ]
+        places = [place for place, ticket in enumerate(tickets) if is_short and ticket.has_not_begun]
+        waiting = []
+        for place in places[-most:]:
+            ahead = self.ahead(tickets[place].prepared.options.priority, tickets[:place])
+            waiting.append(Waiting(tickets[place], waits.wait_s(ahead, is_short)))
         return Queue(is_short, waiting)
 
     def wait_s(self, ticket: Ticket, num_before: int) -> float | None:

@@ -7,8 +7,8 @@ moves      which requests that still wait would be served sooner elsewhere
 """
 
 from fineserve_jax.router.choice import Outlook, choose
-from fineserve_jax.router.moves import Queue, Waiting, moves
+from fineserve_jax.router.moves import Queue, Waiting, find_moves
 from fineserve_jax.router.prefixes import SentPrefixes
 from fineserve_jax.router.router import Asked, Replica, Router
 
-__all__ = ["Asked", "Outlook", "Queue", "Replica", "Router", "SentPrefixes", "Waiting", "choose", "moves"]
+__all__ = ["Asked", "Outlook", "Queue", "Replica", "Router", "SentPrefixes", "Waiting", "choose", "find_moves"]

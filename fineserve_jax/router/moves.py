@@ -37,7 +37,7 @@ class Queue(Generic[T]):
     waiting: Sequence[Waiting[T]]
 
 
-def moves(
+def find_moves(
     queues: Mapping[str, Queue[T]], wait_s: Callable[[str, T, int], float | None], most: int
 ) -> list[tuple[T, str, str]]:
     """Requests to move, each with the replicas it goes from and to: of those that are short, the requests that would

@@ -7,12 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fineserve_jax.errors import ModelNotServedError
-from fineserve_jax.router import Asked, Outlook, Queue, Router, SentPrefixes, Waiting, choose, moves
+from fineserve_jax.router import Asked, Outlook, Queue, Router, SentPrefixes, Waiting, choose, find_moves
+from fineserve_jax.router.choice import ABOUT
 from fineserve_jax.router.moves import LEAST_GAIN, LEAST_GAIN_S
 from fineserve_jax.router.router import BLOCK_TOKENS, block_hashes
 
 seconds = st.floats(0, 100, allow_nan=False)
-outlooks = st.lists(st.builds(Outlook, seconds, seconds, st.integers(0, 99)), min_size=1, max_size=6)
+outlooks = st.lists(
+    st.builds(Outlook, seconds, seconds, st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=6
+)
 targets = st.none() | st.floats(0.01, 50)
 ASKED = Asked("m", "int8", list(range(100)), 50)
 
@@ -27,11 +30,16 @@ def test_a_request_goes_where_its_targets_are_met_and_of_those_where_it_is_done_
         ]
         assert missed[0] <= missed[1]
         if missed[0] == missed[1]:
-            assert chosen.ttft_s + (tokens - 1) * chosen.tpot_s <= other.ttft_s + (tokens - 1) * other.tpot_s
+            done_s, other_s = (one.ttft_s + (tokens - 1) * one.tpot_s for one in (chosen, other))
+            assert done_s <= other_s * (1 + ABOUT) * (1 + 1e-12)
+            if other_s <= done_s:
+                assert chosen.cached_tokens >= other.cached_tokens
 
 
-def test_of_equals_the_one_with_fewer_requests_takes_it():
-    assert choose([Outlook(1, 1, 3), Outlook(1, 1, 2), Outlook(1, 1, 2)], 10) == 1
+def test_of_those_that_are_done_at_about_the_same_time_the_one_with_the_prefix_takes_it_or_with_fewer_requests():
+    assert choose([Outlook(1, 1, 3, 9), Outlook(1, 1, 2, 9), Outlook(1, 1, 2, 9)], 10) == 1
+    assert choose([Outlook(1.0, 0.1, 0, 0), Outlook(1.1, 0.1, 5, 16)], 1) == 1
+    assert choose([Outlook(1.0, 0.1, 0, 0), Outlook(1.2, 0.1, 0, 16)], 1) == 0
 
 
 # -- prefixes ------------------------------------------------------------------------------------------------------
@@ -77,7 +85,7 @@ class Station:
 
     def outlook(self, asked: Asked, cached_tokens: int) -> Outlook:
         self.sent.append(cached_tokens)
-        return Outlook(self.busy_s + (len(asked.token_ids) - cached_tokens) / 1000, 0.01, 0)
+        return Outlook(self.busy_s + (len(asked.token_ids) - cached_tokens) / 1000, 0.0, 0, cached_tokens)
 
     def output_tokens(self, asked: Asked) -> float:
         return asked.most_output_tokens
@@ -129,7 +137,9 @@ queues = st.dictionaries(
 
 @given(queues, st.dictionaries(st.sampled_from("abcd"), st.none() | seconds), st.integers(1, 4))
 def test_moves_go_from_replicas_that_are_short_to_others_and_are_worth_it(found, waits, most):
-    moved = moves(found, lambda name, what, before: None if waits.get(name) is None else waits[name] + before, most)
+    moved = find_moves(
+        found, lambda name, what, before: None if waits.get(name) is None else waits[name] + before, most
+    )
     assert len(moved) <= most
     assert len({what for what, _, _ in moved}) == len(moved)
     before = dict.fromkeys(found, 0)
@@ -144,5 +154,5 @@ def test_moves_go_from_replicas_that_are_short_to_others_and_are_worth_it(found,
 
 def test_the_request_that_would_begin_last_is_moved_first():
     found = {"a": Queue(True, [Waiting("x", 2.0), Waiting("y", 4.0)]), "b": Queue(False, [])}
-    assert moves(found, lambda name, what, before: 0.5 + before, most=9) == [("y", "a", "b")]
-    assert moves(found, lambda name, what, before: 0.1, most=1) == [("y", "a", "b")]
+    assert find_moves(found, lambda name, what, before: 0.5 + before, most=9) == [("y", "a", "b")]
+    assert find_moves(found, lambda name, what, before: 0.1, most=1) == [("y", "a", "b")]

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from fineserve_jax.engine.model_settings import ModelSource
 from fineserve_jax.errors import ConfigError
-from fineserve_jax.fleet import Plan
+from fineserve_jax.fleet import EnginePlan, Plan
 from fineserve_jax.sim.placement import Estimate, ModelLoad, Placement, Problem
 
 ENGINE_WEIGHTS = {"bf16": "bf16", "int8": "int8", "awq": "int4", "qoq": "int4"}
@@ -23,23 +24,23 @@ def plan_of(problem: Problem, placement: Placement, expected: Estimate) -> Plan:
     groups: dict[tuple[int, ...], list[int]] = {}
     for replica in placement:
         groups.setdefault(replica.devices, []).append(replica.model)
-    engines = [_engine(devices, models, names, expected) for devices, models in sorted(groups.items())]
+    engines = tuple(_engine(devices, models, names, expected) for devices, models in sorted(groups.items()))
     sources = {name: _source(load) for name, load in zip(names, problem.models, strict=True)}
     return Plan(version=1, models=sources, engines=engines)
 
 
-def _engine(devices: tuple[int, ...], models: list[int], names: list[str], expected: Estimate) -> dict[str, Any]:
+def _engine(devices: tuple[int, ...], models: list[int], names: list[str], expected: Estimate) -> EnginePlan:
     """An engine of these models on these devices; its share of each is the least, as all have pages of the same."""
     parts = {model: min(expected.arena_shares[device][model] for device in devices) for model in models}
     own = sum(parts.values())
     kv_bytes = min(expected.arena_bytes[device] for device in devices) * own
     shares = {names[model]: _rounded_down(part / own) for model, part in parts.items()} if len(models) > 1 else {}
-    return {
-        "devices": devices,
-        "models": [names[model] for model in models],
-        "settings": {"kv_memory": int(kv_bytes)},
-        "shares": shares,
-    }
+    return EnginePlan(
+        devices=devices,
+        models=tuple(names[model] for model in models),
+        settings={"kv_memory": int(kv_bytes)},
+        shares=shares,
+    )
 
 
 def _rounded_down(share: float) -> float:
@@ -54,10 +55,11 @@ def _name(problem: Problem, number: int) -> str:
     return load.model if is_only else f"{load.model}/{number}"
 
 
-def _source(load: ModelLoad) -> dict[str, Any]:
+def _source(load: ModelLoad) -> ModelSource:
     shape, _, weights = load.model.partition("@")
     weights = weights or "bf16"
     if weights not in ENGINE_WEIGHTS:
         known = ", ".join(ENGINE_WEIGHTS)
         raise ConfigError(f"weights {weights!r} of {load.model} are the simulator's alone; a plan may have {known}")
-    return {"model": load.source or shape, "weights": ENGINE_WEIGHTS[weights], "kv_precision": load.kv_precision}
+    fields: dict[str, Any] = {"weights": ENGINE_WEIGHTS[weights], "kv_precision": load.kv_precision}
+    return ModelSource(model=load.source or shape, **fields)
