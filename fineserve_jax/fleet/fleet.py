@@ -13,7 +13,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.prepare import PreparedRequest, named_model
 from fineserve_jax.engine.tickets import Receiver, Ticket
-from fineserve_jax.errors import EngineError, RequestError
+from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.fleet.balancer import Balancer
 from fineserve_jax.fleet.replica import EngineReplica, asked_of
 from fineserve_jax.request.request_options import RequestOptions
@@ -138,7 +138,12 @@ class Fleet:
             except RequestError:
                 return False
             self._moving[ticket] = False
-        arrival_s = self.replicas[source].loop.withdraw(ticket)  # waits for a step: without the lock
+        try:
+            arrival_s = self.replicas[source].loop.withdraw(ticket)  # waits for a step: without the lock
+        except BaseException:
+            with self._lock:
+                del self._moving[ticket]
+            raise
         with self._lock:
             is_aborted = self._moving.pop(ticket)
             if arrival_s is None:
@@ -179,8 +184,8 @@ class Fleet:
         return [replica.loop for replica in self.replicas.values() if name is None or name in replica.models]
 
     def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
-        """Refused: nothing says which engine is to have it."""
-        raise EngineError(f"load_model({name!r}): the plan says what its engines serve; give another plan")
+        """Raises `ConfigError`: nothing says which engine is to have it."""
+        raise ConfigError(f"load_model({name!r}): the plan says what its engines serve; give another plan")
 
     def unload_model(self, name: str, *, abort: bool = False) -> None:
         """Takes a model out of all engines that serve it, see `EngineLoop.unload_model`."""

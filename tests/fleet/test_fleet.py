@@ -9,7 +9,7 @@ from serving import eventually, serving
 
 from fineserve_jax import LLM, AsyncLLM, RequestOptions, SamplingParams
 from fineserve_jax.engine.tickets import Inbox, Ticket
-from fineserve_jax.errors import EngineError, RequestError
+from fineserve_jax.errors import ConfigError, EngineError, RequestError
 from fineserve_jax.fleet.balancer import balance
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request.request import FinishReason
@@ -143,7 +143,7 @@ def test_a_model_is_unloaded_from_all_and_loaded_by_no_plan(make_plan):
         llm.unload_model("a")
         assert [list(engine.models) for engine in engines(llm)] == [["b"], []]
         assert texts(llm.generate("x", TEN)) == texts(llm.generate("x", TEN, model="b"))
-        with pytest.raises(EngineError, match=r"load_model\('c'\): the plan says what its engines serve"):
+        with pytest.raises(ConfigError, match=r"load_model\('c'\): the plan says what its engines serve"):
             llm.load_model("c", "x")
     with pytest.raises(EngineError, match="closed"):
         llm.generate("x", TEN)
