@@ -450,5 +450,4 @@ class Engine:
     def stats(self) -> EngineStats:
         """Where the engine stands now."""
         self.recover()
-        kv_bytes, compiled = self.arena.nbytes, self._num_compilations
-        return engine_stats(self.models, self.kv, kv_bytes, self.scheduler, self._totals, compiled)
+        return engine_stats(self.models, self.kv, self.arena, self.scheduler, self._totals, self._num_compilations)

@@ -9,6 +9,7 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.kv.usage import FormatUsage, KVCounts, count_events, measure_classes, measure_usage
 from fineserve_jax.request.request import SchedulerOutput
+from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.runner import StepResult
 from fineserve_jax.scheduler import Scheduler
 
@@ -36,8 +37,8 @@ class EngineStats:
     """How the engine stands and what it did so far.
 
     Attributes:
-        kv: per KV format, over all models, bytes needed, reserved and free.
-        kv_bytes: the arena's size.
+        kv: per KV format, over all models, bytes needed, reserved and free; of several devices those of each.
+        kv_bytes: the arena's size; of several devices that of each.
         kv_counts: pages shared, narrowed, moved and so on since the start.
         num_waiting, num_running: requests without and with memory.
         num_prompt_tokens, num_output_tokens: computed and sampled tokens since the start.
@@ -51,6 +52,7 @@ class EngineStats:
         host_s_per_step: seconds of a step in which the host does not wait for the device: planning, laying out inputs,
             calling programs, committing; the device may be at work meanwhile. A mean since the start over steps that
             compiled nothing; None before there is one.
+        num_devices: how many compute each step together.
     """
 
     kv: dict[str, FormatUsage]
@@ -69,6 +71,7 @@ class EngineStats:
     num_drafts: int = 0
     num_accepted_drafts: int = 0
     host_s_per_step: float | None = None
+    num_devices: int = 1
 
 
 @dataclass(slots=True)
@@ -106,17 +109,17 @@ class StepTotals:
 def engine_stats(
     models: Mapping[str, ServedModel],
     kv: KVManager,
-    kv_bytes: int,
+    arena: Arena,
     scheduler: Scheduler,
     totals: StepTotals,
     num_compilations: int,
 ) -> EngineStats:
-    """Where an engine stands now. `kv_bytes`: the arena's size."""
+    """Where an engine stands now."""
     by_model = _model_stats(models, kv, scheduler)
     errors = [model.prediction_error for model in by_model.values() if model.prediction_error is not None]
     return EngineStats(
         kv=measure_usage(kv).formats,
-        kv_bytes=kv_bytes,
+        kv_bytes=arena.nbytes,
         kv_counts=count_events(kv),
         num_waiting=scheduler.num_waiting,
         num_running=scheduler.num_running,
@@ -131,6 +134,7 @@ def engine_stats(
         num_drafts=scheduler.speculation.num_drafts,
         num_accepted_drafts=scheduler.speculation.num_accepted,
         host_s_per_step=totals.host_s / totals.warm_steps if totals.warm_steps else None,
+        num_devices=arena.group.size,
     )
 
 
