@@ -150,8 +150,8 @@ def _model_stats(models: Mapping[str, ServedModel], kv: KVManager, scheduler: Sc
 
 
 def joint_stats(parts: Sequence[EngineStats]) -> EngineStats:
-    """How several engines stand together: sums, the largest prediction error, and the mean time of the host's part of a
-    step, by the number of steps. A model that several serve is told of as one."""
+    """How several engines stand together: sums, those of devices too, the largest prediction error, and the mean time of
+    the host's part of a step, by the number of steps. A model that several serve is told of as one."""
     if len(parts) == 1:
         return parts[0]
     kv: dict[str, list[FormatUsage]] = {}
@@ -180,6 +180,7 @@ def joint_stats(parts: Sequence[EngineStats]) -> EngineStats:
         num_drafts=sum(part.num_drafts for part in parts),
         num_accepted_drafts=sum(part.num_accepted_drafts for part in parts),
         host_s_per_step=host_s if timed else None,
+        num_devices=sum(part.num_devices for part in parts),
     )
 
 
