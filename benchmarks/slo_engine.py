@@ -78,13 +78,14 @@ def main() -> None:
         llm = make_llm(arguments, name)
         with serving(llm, max_wait_s=3600, max_waiting=10**6) as port:
             learning = workload(arguments, 1.0, arguments.learning_requests, seed=arguments.seed)
-            burst = asyncio.run(replay(port, llm, [dataclasses.replace(a, arrival_s=0.0) for a in learning], rng))
+            learning = [dataclasses.replace(arrival, arrival_s=0.0) for arrival in learning]
+            burst = asyncio.run(replay(port, llm, learning, rng))
             if not rate:  # of the first system, for all
                 rate = len(burst) / max(answer.total_s for answer in burst)
                 targets = targets_of(arguments, port, llm, rng)
             for load in arguments.loads:
                 arrivals = workload(arguments, load * rate, None, seed=arguments.seed + 1, targets=targets)
-                simulated = simulate(arguments, llm.engine, name, arrivals)
+                simulated = simulate(llm.engine, learning, arrivals)
                 answers = asyncio.run(replay(port, llm, arrivals, rng))
                 results.append({"system": name, "load": load, **figures(arrivals, answers), "simulated": simulated})
                 print(json.dumps(results[-1]), flush=True)
@@ -172,14 +173,17 @@ def targets_of(arguments: Arguments, port: int, llm: AsyncLLM, rng: np.random.Ge
     return arguments.ttft_slo * ttft, arguments.tpot_slo * tpot
 
 
-def simulate(arguments: Arguments, engine: Engine, system: str, arrivals: list[Arrival]) -> float:
-    """The attainment on a virtual clock, with a scheduler and memory like the engine's and its step profile."""
+def simulate(engine: Engine, learning: list[Arrival], arrivals: list[Arrival]) -> float:
+    """The attainment on a virtual clock, with a scheduler and memory like the engine's and its step profile; how long
+    answers are it learns from what the engine learnt it from."""
     (name,) = engine.models
     timer: StepProfile = copy.deepcopy(engine.scheduler.profiles[name])
     twin = Engine(engine.model, engine.config)  # for its scheduler and its KV manager; it computes nothing
     twin.scheduler.start_from({name: copy.deepcopy(timer)})
-    named = [dataclasses.replace(a, options=a.options.model_copy(update={"model": name})) for a in arrivals]
-    return summarize(Simulator(twin.scheduler, twin.kv, {name: timer}, max_output_tokens=0).run(named)).attainment
+    for listed in (learning, arrivals):
+        named = [dataclasses.replace(a, options=a.options.model_copy(update={"model": name})) for a in listed]
+        run = Simulator(twin.scheduler, twin.kv, {name: timer}, max_output_tokens=0).run(named)
+    return summarize(run).attainment
 
 
 def figures(arrivals: list[Arrival], answers: list[Answer]) -> dict[str, Any]:

@@ -150,8 +150,8 @@ def _model_stats(models: Mapping[str, ServedModel], kv: KVManager, scheduler: Sc
 
 
 def joint_stats(parts: Sequence[EngineStats]) -> EngineStats:
-    """How several engines stand together: sums, those of devices too, the largest prediction error, and the mean time of
-    the host's part of a step, by the number of steps. A model that several serve is told of as one."""
+    """How several engines stand together: sums, of devices too, the largest prediction error, and the mean time of the
+    host's part of a step, by the number of steps. A model that several serve is told of as one."""
     if len(parts) == 1:
         return parts[0]
     kv: dict[str, list[FormatUsage]] = {}
