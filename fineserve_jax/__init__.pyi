@@ -20,6 +20,7 @@ from fineserve_jax.errors import (
     NonFiniteError,
     RequestError,
 )
+from fineserve_jax.fleet.plan import EnginePlan, Plan
 from fineserve_jax.kv.quotas import Quota
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders.chat import ChatOptions
@@ -52,6 +53,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineError",
+    "EnginePlan",
     "EngineStats",
     "FineServeError",
     "FineServePredictor",
@@ -65,6 +67,7 @@ __all__ = [
     "PageVectors",
     "PageWords",
     "Perplexity",
+    "Plan",
     "Policy",
     "PolicyContext",
     "Quota",

@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from fineserve_jax.engine.async_loop import AsyncLoop
+from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
-from fineserve_jax.engine.load import load_from
-from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
-from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.engine.stats import EngineStats, joint_stats
+from fineserve_jax.fleet import Plan, only_engine, open_engines
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -32,22 +33,34 @@ class AsyncLLM:
     Args: see `LLM`. The model is loaded here, before anything can be awaited.
 
     Attributes:
-        engine: what serves; its own methods are for the loop's thread, but for `prepare`.
-        loop: on whose thread it is.
+        intake: what is asked: the engine, or those of the plan.
+        loop: what serves.
 
     Raises: see `LLM`.
     """
 
-    def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        self.engine = load_from(model, models, settings)
-        loop = EngineLoop(self.engine)
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        models: Mapping[str, Any] | None = None,
+        plan: str | Path | Plan | None = None,
+        **settings: Any,
+    ) -> None:
+        self.intake, loop = open_engines(model, models, plan, settings)
         self.loop = AsyncLoop(loop)
         weakref.finalize(self, loop.close_without_waiting).atexit = False  # the loop sees to that itself
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The only model's; those of several are in `engine.models`."""
-        return self.engine.tokenizer
+        """The only model's; those of several are in `intake.models`."""
+        return self.intake.served().tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The only engine; its own methods are for the loop's thread, but for `prepare`. Raises `EngineError` if there
+        are several, by a plan."""
+        return only_engine(self.intake)
 
     async def generate(
         self,
@@ -87,7 +100,7 @@ class AsyncLLM:
         """
         inbox = self.loop.inbox()
         ticket = await asyncio.to_thread(
-            ticket_for_pieces, self.engine, inbox, prompt, sampling_params, options, chat_options, fields
+            ticket_for_pieces, self.intake, inbox, prompt, sampling_params, options, chat_options, fields
         )
         async with contextlib.aclosing(self.loop.texts(inbox, ticket)) as texts:
             async for piece in texts:
@@ -102,18 +115,27 @@ class AsyncLLM:
         prompt_logprobs: bool = False,
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats can need; see `Engine.warm_up`."""
-        return await self.loop.call(
-            lambda: self.engine.warm_up(
+        programs = await self.loop.each(
+            lambda engine: engine.warm_up(
                 kv_precisions,
                 min_kv_precision,
                 structured_outputs=structured_outputs,
                 prompt_logprobs=prompt_logprobs,
             )
         )
+        return sum(programs)
+
+    async def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """Serves a further model out of the same KV memory; see `LLM.load_model`."""
+        await self.loop.load_model(name, source)
+
+    async def unload_model(self, name: str, *, abort: bool = False) -> None:
+        """Serves a model no longer; see `LLM.unload_model`."""
+        await self.loop.unload_model(name, abort=abort)
 
     async def stats(self) -> EngineStats:
         """Where the engine stands between two steps; see `LLM.stats`."""
-        return await self.loop.call(self.engine.stats)
+        return joint_stats(await self.loop.each(Engine.stats))
 
     async def close(self) -> None:
         """Ends the thread that computes; whoever waits, and later calls, get an `EngineError`."""
@@ -138,6 +160,6 @@ class AsyncLLM:
         self.loop.check_usable()
         inbox = self.loop.inbox()
         tickets = await asyncio.to_thread(
-            tickets_of_all, self.engine, inbox, prompts, encode, sampling_params, options, fields
+            tickets_of_all, self.intake, inbox, prompts, encode, sampling_params, options, fields
         )
         return await self.loop.outputs(inbox, tickets)

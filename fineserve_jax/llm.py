@@ -2,20 +2,21 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
 from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
-from fineserve_jax.engine.load import load_from
-from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.scoring import Completion, CompletionScore, completion_score, score_tickets
-from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.engine.stats import EngineStats, joint_stats
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import RequestError
+from fineserve_jax.fleet import Plan, only_engine, open_engines
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -40,6 +41,8 @@ class LLM:
         model: an alias, a .gguf file, a Hugging Face directory, or a directory that `fineserve-jax convert` wrote.
         models: instead of `model`, several by name: each such a source, or a table of `model` and, where they differ
             from the settings, `weights`, `kv_precision` and `max_seq_len`.
+        plan: instead of both and of settings, a YAML file, or a `Plan`, that says what several engines serve and on
+            which devices (see docs/plans.md).
         settings: the fields of `EngineConfig`.
 
     Raises:
@@ -47,15 +50,26 @@ class LLM:
         ConfigError: a setting that is unknown or cannot be honoured.
     """
 
-    def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        self.engine = load_from(model, models, settings)
-        self._loop = EngineLoop(self.engine)
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        models: Mapping[str, Any] | None = None,
+        plan: str | Path | Plan | None = None,
+        **settings: Any,
+    ) -> None:
+        self.intake, self._loop = open_engines(model, models, plan, settings)
         weakref.finalize(self, self._loop.close_without_waiting).atexit = False  # the loop sees to that itself
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The only model's; those of several are in `engine.models`."""
-        return self.engine.tokenizer
+        """The only model's; those of several are in `intake.models`."""
+        return self.intake.served().tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The only engine. Raises `EngineError` if there are several, by a plan."""
+        return only_engine(self.intake)
 
     def generate(
         self,
@@ -137,7 +151,7 @@ class LLM:
         """
         self._loop.check_usable()
         inbox = Inbox()
-        tickets = score_tickets(self.engine, inbox, prompts, completions, options, fields)
+        tickets = score_tickets(self.intake, inbox, prompts, completions, options, fields)
         self._wait_for([ticket for own in tickets for ticket in own], inbox)
         return [[completion_score(ticket) for ticket in own] for own in tickets]
 
@@ -161,7 +175,7 @@ class LLM:
         """
         self._loop.check_usable()
         inbox = Inbox()
-        ticket = ticket_for_pieces(self.engine, inbox, prompt, sampling_params, options, chat_options, fields)
+        ticket = ticket_for_pieces(self.intake, inbox, prompt, sampling_params, options, chat_options, fields)
         return self._pieces(ticket, inbox)
 
     def generate_iter(
@@ -196,8 +210,8 @@ class LLM:
             EngineError: the engine is closed, or cannot go on.
         """
         self._loop.check_usable()
-        source = PromptSource(self.engine, prompts, sampling_params, options, chat_options, fields)
-        most = 5 * self.engine.config.max_batch_size if look_ahead is None else look_ahead
+        source = PromptSource(self.intake, prompts, sampling_params, options, chat_options, fields)
+        most = 5 * self.intake.max_batch_size if look_ahead is None else look_ahead
         if most < 1:
             raise RequestError(f"look_ahead={most}: at least 1 prompt is to be asked for")
         return outputs_as_they_come(self._loop, source, most, ordered)
@@ -212,14 +226,46 @@ class LLM:
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
         `Engine.warm_up`."""
-        return self._loop.call(
-            lambda: self.engine.warm_up(
-                kv_precisions,
-                min_kv_precision,
-                structured_outputs=structured_outputs,
-                prompt_logprobs=prompt_logprobs,
+        return sum(
+            self._loop.each(
+                lambda engine: engine.warm_up(
+                    kv_precisions,
+                    min_kv_precision,
+                    structured_outputs=structured_outputs,
+                    prompt_logprobs=prompt_logprobs,
+                )
             )
         )
+
+    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """Serves a further model out of the same KV memory; others are served meanwhile.
+
+        >>> llm.load_model("fast", {"model": "smollm2-135m", "weights": "int8"})
+
+        Args:
+            name: what requests call it.
+            source: an alias or a path, or a table, as an entry of `models`.
+
+        Raises:
+            ConfigError: a name in use, settings that cannot be honoured, weights for which there is no memory, or pages
+                that do not fit the memory as it was divided at the start.
+            ModelLoadError: a model that cannot be found, read or used.
+        """
+        self._loop.load_model(name, source)
+
+    def unload_model(self, name: str, *, abort: bool = False) -> None:
+        """Serves a model no longer: its weights are dropped, and its KV memory is free for others.
+
+        Its requests that are under way are answered before, and those that come meanwhile raise `RequestError`; others
+        are served as ever.
+
+        Args:
+            abort: end its requests instead, with the finish reason "abort".
+
+        Raises:
+            RequestError: no such model, or one that is being unloaded.
+        """
+        self._loop.unload_model(name, abort=abort)
 
     def update_params(self, source: WeightSource, model: str | None = None, *, abort: bool = False) -> None:
         """Gives a model new weights of the same shapes between two steps, as reinforcement learning does; nothing is
@@ -238,7 +284,7 @@ class LLM:
             ModelLoadError: a source that cannot be found or read, or whose tensors are not the model's.
             ConfigError: a model of another configuration.
         """
-        self._loop.call_when_idle(lambda: self.engine.update_params(source, model), abort=abort)
+        self._loop.each_when_idle(lambda engine: engine.update_params(source, model), model, abort=abort)
 
     def sleep(self, *, drop_weights: bool = False, abort: bool = False) -> None:
         """Gives the memory of keys and values, and of weights on an accelerator, back until `wake_up`.
@@ -249,16 +295,17 @@ class LLM:
             drop_weights: do not keep the weights in host memory, since `update_params` will give others.
             abort: end what is under way instead, with the finish reason "abort".
         """
-        self._loop.call_when_idle(lambda: self.engine.sleep(drop_weights=drop_weights), abort=abort)
+        self._loop.each_when_idle(lambda engine: engine.sleep(drop_weights=drop_weights), abort=abort)
 
     def wake_up(self) -> None:
         """Takes the memory again that `sleep` gave back. Raises `EngineError` if the weights were dropped, and none
         given since."""
-        self._loop.call(self.engine.wake_up)
+        self._loop.each(Engine.wake_up)
 
     def stats(self) -> EngineStats:
-        """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
-        return self._loop.call(self.engine.stats)
+        """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions; of all
+        engines together."""
+        return joint_stats(self._loop.each(Engine.stats))
 
     def close(self) -> None:
         """Ends the thread that computes; calls that wait, and later ones, raise `EngineError`."""
@@ -299,7 +346,7 @@ class LLM:
         """Prepares all prompts, then waits until they are served. Nothing stays behind, whatever happens."""
         self._loop.check_usable()
         inbox = Inbox(wants_stats=on_step is not None)
-        tickets = tickets_of_all(self.engine, inbox, prompts, encode, sampling_params, options, fields)
+        tickets = tickets_of_all(self.intake, inbox, prompts, encode, sampling_params, options, fields)
         self._wait_for(tickets, inbox, on_step)
         return [ticket.output() for ticket in tickets]
 

@@ -25,6 +25,7 @@ COMPILING = (
     "batch/test_reproducible_jobs.py",
     "benchmarks/test_aot_parsers.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
+    "benchmarks/test_server_benchmarks.py",
     "cli/test_bench.py",
     "cli/test_commands.py",
     "cli/test_model_commands.py",
@@ -35,6 +36,7 @@ COMPILING = (
     "cli/test_warm.py",
     "engine",
     "entrypoints",
+    "fleet",
     "loaders/test_all_is_used.py",
     "loaders/test_gguf_model.py",
     "loaders/test_gguf_split.py",
@@ -44,6 +46,7 @@ COMPILING = (
     "models",
     "pallas_kernels",
     "runner",
+    "server/test_admin.py",
     "server/test_completions.py",
     "server/test_fuzzed_requests.py",
     "server/test_page.py",

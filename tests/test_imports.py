@@ -24,8 +24,9 @@ STOREYS = [
     {"pallas_kernels"},
     {"models", "kv"},
     {"loaders", "scheduler"},
-    {"runner"},
+    {"runner", "router"},
     {"engine"},
+    {"fleet"},
     {"llm", "async_llm", "entrypoints.openai_api", "entrypoints.metrics"},
     {"entrypoints.batch", "sim", "entrypoints.server", "entrypoints.lm_eval"},
     {""},
@@ -43,6 +44,7 @@ WITHOUT_JAX = {
     "request.request",
     "kv",
     "scheduler",
+    "router",
     "sim",
 }
 JAX = {"jax", "jaxlib", "flax", "jaxtyping", "orbax", "ml_dtypes"}

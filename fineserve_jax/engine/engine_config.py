@@ -28,7 +28,9 @@ class EngineConfig(SchedulerConfig):
         kv_formats: KV formats that requests may name; None: all that are registered. Baseline slab policies divide
             memory by this list.
         kv_memory: size of the KV arena: bytes, a string such as "256MiB", or a fraction of the device's memory such
-            as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU.
+            as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU. With `tensor_parallel` on each device.
+        tensor_parallel: how many devices compute each step together, each with a part of the weights and of the KV
+            heads: they have to divide the model's query heads, MLP and experts evenly, and its KV heads either way.
         max_seq_len: most tokens of a request, prompt and output. None: 2048, or the model's limit if that is less.
         slab_policy: "elastic" moves slabs between precisions; "partitioned" fixes each one's share, without quotas;
             "uniform" gives every page the length of the widest.
@@ -59,6 +61,7 @@ class EngineConfig(SchedulerConfig):
     kv_precision: str = "bf16"
     kv_formats: tuple[str, ...] | None = None
     kv_memory: int | float | str | None = None
+    tensor_parallel: int = Field(default=1, ge=1, le=1024)
     max_batch_size: int = Field(default=32, ge=1, le=1024)
     max_seq_len: int | None = Field(default=None, ge=2)
     page_size: Literal[16, 32, 64, 128] = 16
@@ -124,6 +127,11 @@ class EngineConfig(SchedulerConfig):
             raise ValueError(
                 f"reproducible with num_speculative_tokens={self.num_speculative_tokens}: how sums are taken would "
                 "depend on what is guessed; leave num_speculative_tokens out"
+            )
+        if self.reproducible and self.tensor_parallel > 1:
+            raise ValueError(
+                f"reproducible with tensor_parallel={self.tensor_parallel}: in what order devices' sums are added up "
+                "may depend on where a row stands; leave one of them out"
             )
         if self.preemption == "recompute" and self.swap_memory not in (None, 0, "0"):
             raise ValueError(f"swap_memory={self.swap_memory!r} is not used with preemption='recompute'; leave it out")

@@ -169,13 +169,13 @@ def _measure_window(
         scores = score_window(engine, served, token_ids, precision, keep_hidden=True)
         hidden[name] = np.concatenate(scores.hidden or [])
     targets = np.array(token_ids[1:], np.int32)
-    model, params = served.runner.model, served.runner.params
+    model, params, mesh = served.runner.model, served.runner.params, engine.arena.group.mesh
     answers = _greedy_answers(engine, token_ids[: min(len(token_ids) // 2, PROMPT_TOKENS)], precisions, new_tokens)
     found = {}
     for name in [name for name in precisions if name != WIDE]:
         differing = [a != b for a, b in zip(answers[WIDE], answers[name], strict=True)]
         same = differing.index(True) if True in differing else new_tokens
-        found[name] = _Window(compare(model, params, hidden[WIDE], hidden[name], targets), same)
+        found[name] = _Window(compare(model, params, hidden[WIDE], hidden[name], targets, mesh), same)
     return found
 
 

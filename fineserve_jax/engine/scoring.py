@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.intake import Intake
 from fineserve_jax.engine.prompts import encode_prompt, one_or_several
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import RequestError
@@ -110,7 +110,7 @@ def encode_completion(
 
 
 def score_tickets(
-    engine: Engine,
+    engine: Intake,
     receiver: Receiver,
     prompts: Any,
     completions: Any,
@@ -141,7 +141,7 @@ def score_tickets(
 
 
 def _ticket(
-    engine: Engine, receiver: Receiver, token_ids: list[int], scored_from: int, options: RequestOptions
+    engine: Intake, receiver: Receiver, token_ids: list[int], scored_from: int, options: RequestOptions
 ) -> Ticket:
     prepared = engine.prepare(token_ids, FOR_SCORES, options)
     return Ticket(replace(prepared, scored_from=scored_from), receiver)

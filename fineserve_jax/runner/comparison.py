@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 
 from fineserve_jax.models import CausalLM, Params
+from fineserve_jax.runner.mesh import SAME, Specs, over_mesh, specs_of
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.scoring import most_slots
 
@@ -31,14 +33,22 @@ class Differences(NamedTuple):
     logprobs: Array
 
 
-def compare(model: CausalLM, params: Params, first: np.ndarray, second: np.ndarray, targets: np.ndarray) -> Differences:
+def compare(
+    model: CausalLM,
+    params: Params,
+    first: np.ndarray,
+    second: np.ndarray,
+    targets: np.ndarray,
+    mesh: Mesh | None = None,
+) -> Differences:
     """Compares two runs of one model over the same tokens, a tile of positions at a time.
 
     Args:
         first, second: f32[positions, hidden], what the last layer gave in each run.
         targets: i32[positions], the tokens that follow.
+        mesh: of the devices that have the parameters; None: one has.
     """
-    size, program = most_slots(model.config.vocab_size), _program(model)
+    size, program = most_slots(model.config.vocab_size), _program(model, mesh)
     parts = []
     for start in range(0, len(targets), size):
         own = slice(start, start + size)
@@ -50,8 +60,9 @@ def compare(model: CausalLM, params: Params, first: np.ndarray, second: np.ndarr
 
 
 @functools.cache
-def _program(model: CausalLM) -> Callable[..., Differences]:
-    return compile_counted(functools.partial(_compare, model), lambda: None)
+def _program(model: CausalLM, mesh: Mesh | None) -> Callable[..., Differences]:
+    arguments: list[Specs] = [specs_of(model.config), SAME, SAME, SAME]
+    return compile_counted(over_mesh(mesh, functools.partial(_compare, model), arguments, SAME), lambda: None)
 
 
 def _compare(

@@ -1,18 +1,15 @@
 """Runs steps on the device: the only holder of compiled programs."""
 
-import copy
 import functools
-import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
@@ -23,19 +20,18 @@ from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.request.request import SchedulerOutput
-from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.ahead import CompileAhead, num_threads
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.compilations import why_compiled
 from fineserve_jax.runner.inputs import build_inputs
 from fineserve_jax.runner.launched import BegunStep, LaunchedStep
+from fineserve_jax.runner.mesh import DeviceGroup
 from fineserve_jax.runner.nonfinite import find_nonfinite
-from fineserve_jax.runner.packing import pack, unpack
-from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.results import StepResult, accepted, sampled_tokens
 from fineserve_jax.runner.sampling_inputs import SamplingInputs, build_sampling
 from fineserve_jax.runner.scoring import ScoringPlan, empty_tile, plan_scores
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
+from fineserve_jax.runner.step_programs import StepPrograms, step_programs
 from fineserve_jax.runner.token_masks import build_masks
 
 log = logging.getLogger(__name__)
@@ -47,8 +43,8 @@ class ModelRunner:
 
     Args:
         model, params: the model and its weights; whoever puts others into the table between two steps has them used.
-        geometry: of its pages.
-        arena: where its pages are, beside those of other models.
+        geometry: of its pages; of several devices those of each.
+        arena: where its pages are, beside those of other models. Its devices compute the steps.
         kv: the host's half of the cache.
         max_rows: most requests in a step.
         max_chunk_tokens: most prefill tokens in a step, a multiple of the page size.
@@ -88,7 +84,7 @@ class ModelRunner:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         # Of each layer its kind, the number of its group and whether it has RoPE, and its number in the group.
         self.place_of_layer = {
-            layer: ((number, layer not in model.config.no_rope_layers), jnp.int32(index))
+            layer: ((number, layer not in model.config.no_rope_layers), arena.group.put(np.int32(index)))
             for number, group in enumerate(model.config.layer_groups)
             for index, layer in enumerate(group.layers)
         }
@@ -133,6 +129,16 @@ class ModelRunner:
             prompt_logprobs: also for steps in which prompt tokens are scored.
         """
         before, self._is_warm = self.num_compilations, False
+        if self.arena.group.is_default:
+            self._compile_ahead(structured_outputs, prompt_logprobs)
+        self._run_all(structured_outputs, prompt_logprobs)
+        jax.block_until_ready(self.arena.units)
+        self._is_warm = True
+        return self.num_compilations - before
+
+    def _compile_ahead(self, structured_outputs: bool, prompt_logprobs: bool) -> None:
+        """Compiles programs side by side. Those of several devices are not: what one of them would give does not tell
+        how it lies on the devices."""
         units = self.arena.units
         with ThreadPoolExecutor(num_threads()) as pool:
             self._ahead = CompileAhead(pool)
@@ -141,10 +147,6 @@ class ModelRunner:
                 self._ahead.wait()
             finally:
                 self._ahead, self.arena.units = None, units
-        self._run_all(structured_outputs, prompt_logprobs)
-        jax.block_until_ready(self.arena.units)
-        self._is_warm = True
-        return self.num_compilations - before
 
     def _run_all(self, structured_outputs: bool, prompt_logprobs: bool) -> None:
         """Calls each program that `warm_up` compiles, in the order in which they are needed: prompts come first."""
@@ -204,6 +206,7 @@ class ModelRunner:
             packs=not self.reproducible,
             drafts=self.drafts and shape.rows > 1 and not shape.chunk_tokens,
             shares=self.shares,
+            mesh=self.arena.group.mesh,
         )
 
     def _begin(
@@ -213,7 +216,7 @@ class ModelRunner:
         programs, words, checks = self._programs_of(spec), [], []
         with self._noting_compilations(spec, programs):
             sources = None if behind is None else behind.rows_of(output.decodes, spec.shape.rows)
-            inputs, sources = programs.on_device((host_inputs, sources))
+            inputs, sources = programs.put(self.arena.group, (host_inputs, sources))
             if behind is not None:
                 tokens = programs.take_tokens(inputs.decode.tokens, behind.outputs[0].tokens, sources)
                 inputs = inputs._replace(decode=inputs.decode._replace(tokens=tokens))
@@ -244,8 +247,8 @@ class ModelRunner:
         allowed, stuck = (None, {}) if masks is None else (masks.allowed, masks.stuck)
         programs = self._programs_of(spec)
         with self._noting_compilations(spec, programs):
-            sampling, allowed = programs.on_device((host_sampling._replace(history=None), allowed))
-            sampling = sampling._replace(history=_history_on_device(host_sampling))
+            sampling, allowed = programs.put(self.arena.group, (host_sampling._replace(history=None), allowed))
+            sampling = sampling._replace(history=_history_on(self.arena.group, host_sampling))
             outputs = programs.head(self.params, step.stream, step.inputs, sampling, allowed)
             plan = ScoringPlan([], [empty_tile(spec)]) if scored else plan_scores(spec, output)
             tiles = [programs.score(self.params, step.stream, tile) for tile in plan.tiles]
@@ -269,11 +272,11 @@ class ModelRunner:
             tokens = [token for token in tokens if token.request not in ended]
         return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept))
 
-    def _programs_of(self, spec: StepSpec) -> "_Programs":
-        return _programs(spec) if self._ahead is None else _programs(spec).stand_ins(self._ahead)
+    def _programs_of(self, spec: StepSpec) -> StepPrograms:
+        return step_programs(spec) if self._ahead is None else step_programs(spec).stand_ins(self._ahead)
 
     @contextmanager
-    def _noting_compilations(self, spec: StepSpec, programs: "_Programs") -> Iterator[None]:
+    def _noting_compilations(self, spec: StepSpec, programs: StepPrograms) -> Iterator[None]:
         before, start = len(programs.compiled), time.perf_counter()
         yield
         stages = programs.compiled[before:]
@@ -289,55 +292,15 @@ class ModelRunner:
             log.info("compiled %s in %.1f s", what, seconds)
 
 
-def _history_on_device(sampling: SamplingInputs) -> jax.Array:
+def _history_on(group: DeviceGroup, sampling: SamplingInputs) -> jax.Array:
     """`SamplingInputs.history`, which goes over only where a row has penalties, since nothing else looks at it."""
-    return jax.device_put(sampling.history) if sampling.any_penalty else _no_history(sampling.history.shape)
+    if sampling.any_penalty:
+        history: jax.Array = group.put(sampling.history)
+        return history
+    return _no_history(group, sampling.history.shape)
 
 
 @functools.cache
-def _no_history(shape: tuple[int, int]) -> jax.Array:
-    return jax.device_put(np.full(shape, -1, np.int32))
-
-
-@functools.cache
-def _programs(spec: StepSpec) -> "_Programs":
-    """The programs of a spec; engines of one model share them."""
-    return _Programs(spec)
-
-
-class _Programs:
-    """The jitted stages of steps of one spec.
-
-    Attributes:
-        compiled: the stage of each program that was compiled, or loaded from JAX's compilation cache.
-        layers: a layer of each group, with RoPE and without.
-    """
-
-    def __init__(self, spec: StepSpec) -> None:
-        self.compiled: list[str] = []
-
-        def program(stage: Callable[..., Any], *static: int, donate_argnums: Sequence[int] = ()) -> Callable[..., Any]:
-            note = functools.partial(self.compiled.append, stage.__name__)
-            return compile_counted(functools.partial(stage, spec, *static), note, donate_argnums)
-
-        self.embed, self.head = program(stages.embed), program(stages.head)
-        kinds = itertools.product(range(len(spec.groups)), (True, False))
-        self.layers = {kind: program(stages.layer, *kind) for kind in kinds}
-        self.hidden = program(stages.hidden)
-        self.take_tokens = program(stages.take_tokens)  # only where steps are called before others are computed
-        self.score, self.commit = program(stages.score), program(stages.commit, donate_argnums=(0,))
-        self.finite_slots = program(stages.finite_slots)  # only where `check_finite` asks for it
-
-        self._unpack = compile_counted(unpack, lambda: self.compiled.append("inputs"), static_argnums=(1, 2))
-
-    def stand_ins(self, ahead: CompileAhead) -> "_Programs":
-        """The same, but that calls only have programs compiled, see `CompileAhead`."""
-        own = copy.copy(self)
-        own.layers = {kind: ahead.stand_in(layer) for kind, layer in self.layers.items()}
-        for name in ("embed", "head", "hidden", "take_tokens", "score", "commit", "finite_slots", "_unpack"):
-            setattr(own, name, ahead.stand_in(getattr(self, name)))
-        return own
-
-    def on_device(self, tree: Any) -> Any:
-        """A tree of numpy arrays on the device, in one transfer."""
-        return self._unpack(*pack(tree))
+def _no_history(group: DeviceGroup, shape: tuple[int, int]) -> jax.Array:
+    history: jax.Array = group.put(np.full(shape, -1, np.int32))
+    return history

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fineserve_jax.models import CausalLM, LayerGroup
 from fineserve_jax.pallas_kernels.backends import get_backend
@@ -34,7 +35,7 @@ class StepSpec:
 
     Attributes:
         model: the Flax module; its parameters are an argument of the step.
-        geometry: of the model's pages, were they of all layers.
+        geometry: of the model's pages, were they of all layers; of several devices those of each.
         format_names: KV formats the step reads and writes; format ids are indices into it. Residual formats are in it.
         shape: slots of the step.
         max_pages: pages of the longest sequence.
@@ -44,6 +45,7 @@ class StepSpec:
         packs: see `AttentionSpec`.
         drafts: whether a decode may have several rows, each of which sees those ahead of it.
         shares: whether decode rows attend together to tokens that they share, where that pays.
+        mesh: the devices that compute the step together; None: one does.
     """
 
     model: CausalLM
@@ -57,6 +59,7 @@ class StepSpec:
     packs: bool = True
     drafts: bool = False
     shares: bool = False
+    mesh: Mesh | None = None
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:

@@ -67,15 +67,16 @@ class Scheduler:
     ) -> None:
         policy, lengths = find_policy(config.policy), OutputLengths()
         context = policy_context(config.ageing_s, models, lengths.expected, self._prefill_s, config.tenant_weights)
+        self._policy_context = context
         self.config = config
         self.row_limit: int | None = None
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
         self.speculation = speculation or Speculation()
-        self._kv = kv
+        self._kv, self._roofline = kv, roofline
         self._lengths, self._tenant_shares = lengths, context.shares
         self.waits = WaitPredictor(config.max_batch_size, self.profiles, lengths)
         self._swapping = Swapping(config, kv, self.profiles)
-        self._key_of = lambda request: policy(request, context)
+        self._key_of = lambda request: policy(request, self._policy_context)
         self._begin(num_preemptions=0, num_reclaimed=0)
 
     def _begin(self, num_preemptions: int, num_reclaimed: int) -> None:
@@ -125,6 +126,34 @@ class Scheduler:
                     f"the step profile of {name!r} was learnt with other weights or KV formats; use another file"
                 )
             self.profiles[name] = profiles[name]
+
+    # -- models come and go ----------------------------------------------------------------------------------
+
+    def add_model(self, name: str, cost: ModelCost, row_sizes: Sequence[int]) -> None:
+        """Serve a further model, whose page classes the KV manager knows by now.
+
+        Args:
+            row_sizes: numbers of rows that its steps are padded to, ascending.
+
+        Raises:
+            ConfigError: quotas that cannot divide the memory among so many classes; then nothing has changed.
+        """
+        self.quotas.note_classes()
+        self.profiles[name] = StepProfile(cost, self._roofline)
+        self.speculation.row_sizes[name] = row_sizes
+        self._note_models()
+
+    def remove_model(self, name: str) -> None:
+        """Serve a model no longer, of which there is no request, and whose page classes are gone."""
+        self.profiles.pop(name, None)
+        self.speculation.row_sizes.pop(name, None)
+        self.quotas.note_classes()
+        self._note_models()
+
+    def _note_models(self) -> None:
+        """Requests that wait already keep their places."""
+        costs = {name: profile.model for name, profile in self.profiles.items()}
+        self._policy_context = self._policy_context.for_models(costs)
 
     # -- requests come and go --------------------------------------------------------------------------------
 

@@ -27,11 +27,12 @@ class Speculation:
         row_sizes: of each model the numbers of rows that its steps are padded to, ascending.
 
     Attributes:
+        row_sizes: as given; models may come and go.
         num_drafts, num_accepted: drafts that were computed and those that were accepted, since the start.
     """
 
     def __init__(self, most: int = 0, row_sizes: Mapping[str, Sequence[int]] | None = None) -> None:
-        self._most, self._row_sizes = most, row_sizes or {}
+        self._most, self.row_sizes = most, dict(row_sizes or {})
         self.num_drafts = self.num_accepted = 0
 
     def with_drafts(self, output: SchedulerOutput, running: RunningRequests, profile: StepProfile) -> SchedulerOutput:
@@ -66,7 +67,7 @@ class Speculation:
         return replace(cost, tokens=self._size(cost.tokens, model)) if self._most else cost
 
     def _size(self, rows: int, model: str) -> int:
-        return next((size for size in self._row_sizes[model] if size >= rows), rows)
+        return next((size for size in self.row_sizes[model] if size >= rows), rows)
 
     def _find(self, chunk: ScheduledChunk, running: RunningRequests) -> tuple[Drafting, tuple[int, ...]]:
         request, own = chunk.request, running.get(chunk.request)
@@ -105,7 +106,7 @@ class Speculation:
         )
         cost, tokens, chosen = step_cost(decodes, formats), float(len(decodes)), 0
         best = tokens / profile.predict(self.padded(cost, model))
-        for number, (gain, row) in enumerate(gains[: self._row_sizes[model][-1] - len(decodes)], 1):
+        for number, (gain, row) in enumerate(gains[: self.row_sizes[model][-1] - len(decodes)], 1):
             start, own = decodes[row].start, formats[decodes[row].request.kv_precision]
             cost, tokens = cost + StepCost(1, 0, start * own.bytes_per_token, start), tokens + gain
             rate = tokens / profile.predict(self.padded(cost, model))

@@ -18,8 +18,8 @@ from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request.request import FinishReason, RequestStatus
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner import runner as runner_module
 from fineserve_jax.runner.runner import ModelRunner
+from fineserve_jax.runner.step_programs import step_programs
 
 FOLDERS = tuple(
     str((Path(fineserve_jax.__file__).parent / name).resolve()) for name in ("engine", "kv", "runner", "scheduler")
@@ -178,7 +178,7 @@ def test_a_result_that_is_lost_is_computed_again(make_engine, undisturbed, monke
         return lose
 
     def lose_results(patch, spec):
-        programs = runner_module._programs(spec)
+        programs = step_programs(spec)
         if name == "layer":
             patch.setattr(programs, "layers", {kind: losing(layer) for kind, layer in programs.layers.items()})
         else:

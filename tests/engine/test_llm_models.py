@@ -21,7 +21,7 @@ def loads(monkeypatch) -> list[tuple[str, str | None]]:
     """What was loaded, as (source, weights)."""
     loads = []
 
-    def load(source, weights):
+    def load(source, weights, placement):
         loads.append((source, weights))
         return random_model("from a file", weights or "fp32")
 

@@ -166,7 +166,7 @@ def test_samples_that_fork_a_bad_prompt_all_fail(spoilt_model):
 
 @pytest.fixture
 def llm(monkeypatch, spoilt_model) -> LLM:
-    monkeypatch.setattr(load_engine, "load_model", lambda source, weights: spoilt_model)
+    monkeypatch.setattr(load_engine, "load_model", lambda *_: spoilt_model)
     return LLM("tiny", **SETTINGS)
 
 

@@ -9,13 +9,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fineserve_jax.engine.compilation_cache import use_compilation_cache
-from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.load import load_engine
 from fineserve_jax.engine.perplexity import read_text
 from fineserve_jax.engine.quality import PROMPT_TOKENS, WIDE, Estimate, Quality, measure_quality
 from fineserve_jax.entrypoints.cli.flag_types import Switch
 from fineserve_jax.entrypoints.cli.options import ConfigFlag, ModelFlag, QualityFlags, settle
-from fineserve_jax.loaders import load_model
 from fineserve_jax.pallas_kernels.formats import FORMATS
 
 Precisions = Annotated[
@@ -64,10 +62,8 @@ def quality(
         max_seq_len=max(window, min(window // 2, PROMPT_TOKENS) + new_tokens),
         max_batch_size=1 + len(names),
     )
-    use_compilation_cache()
-    loaded = load_model(settings.model, options.weights)
-    tokens = loaded.tokenizer.encode(content, add_special_tokens=False)
-    made = Engine(loaded, options)
+    made = load_engine(settings.model, options)
+    tokens = made.tokenizer.encode(content, add_special_tokens=False)
     found = measure_quality(made, tokens, names, window, windows, new_tokens, lambda done: _progress(done, windows))
     if as_json:
         chosen = found.choice(max_loss / 100)
