@@ -28,7 +28,7 @@ FORMATS = ["bf16", "int4", "int8", "bf16", "int4", "bf16"]
 SHARED = list(range(1, 40))  # two full pages that some prompts have in common
 RNG = np.random.default_rng(5)
 PROMPTS = [[*SHARED[: 39 * (i % 2)], *RNG.integers(1, 90, 9 + 5 * i).tolist()] for i in range(6)]
-SETTINGS = {"kv_memory": "220KB", "kv_precision": "int4", "kv_formats": ("bf16", "int8", "int4"), "max_seq_len": 128}
+SETTINGS = {"kv_memory": "200KB", "kv_precision": "int4", "kv_formats": ("bf16", "int8", "int4"), "max_seq_len": 128}
 
 
 class ResultLost(Exception):
