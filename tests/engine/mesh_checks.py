@@ -242,7 +242,7 @@ def test_each_device_does_with_its_pages_what_one_device_would():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "olmo2", "cohere2", "gemma3", "phi3_long", "qwen3", "smollm3"])
+@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "olmo2", "cohere2", "gemma3", "qwen3"])
 def test_families_say_over_two_devices_what_transformers_say(case):
     """Experts over devices, norms across heads, sinks, windows, biases, vocabularies that do not divide."""
     source = loaded(case)
