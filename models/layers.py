@@ -71,7 +71,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float32[jax.Array, "*leading {self.width}"]) -> Float32[jax.Array, "*leading {self.width}"]:
         scale = self.param("scale", nn.initializers.ones, (self.width,), jnp.float32)
-        mean = sum_shards(jnp.mean(x * x, axis=-1, keepdims=True), self.shards) / self.shards
+        mean = jnp.mean(x * x, axis=-1, keepdims=True)
+        if self.shards > 1:
+            mean = lax.pmean(mean, SHARDS)
         return x * lax.rsqrt(mean + self.eps) * scale
 
 
