@@ -7,7 +7,7 @@ slot's page is `slot // page_size`. Queries are kept heads first, f32[kv_heads, 
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats import PageVectors
+from fineserve_jax.pallas_kernels.formats import PageVectors, UnpackedVectors
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.xla.dense_attention import attend
 
@@ -86,7 +86,7 @@ def _exact(k: jax.Array, v: jax.Array) -> PageVectors:
     """Keys and values as they are. A token whose values are not finite has 0 for values and NaN for keys instead: the
     queries that see it get NaN either way, while 0 * NaN would spread it to those that do not, other requests' too."""
     finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
-    return PageVectors((jnp.where(finite, k, jnp.nan),), (jnp.where(finite, v, 0.0),))
+    return PageVectors(UnpackedVectors((jnp.where(finite, k, jnp.nan),)), UnpackedVectors((jnp.where(finite, v, 0.0),)))
 
 
 def _ungroup(q: jax.Array) -> jax.Array:

@@ -21,10 +21,21 @@ def started(engine, **how):
         (("fp16", "int4", "bf16"), ("bf16", "int4")),
         (("int8", "int4"), ("int8", "int4")),
         (("int8",), ("int8", None)),
+        (("bf16", "int3"), ("bf16", "int3")),
     ],
 )
 def test_auto_starts_as_wide_as_16_bits_and_goes_down_to_the_narrowest(make_engine, formats, expected):
     assert started(make_engine(kv_formats=formats, kv_precision=formats[0]), kv_precision="auto") == expected
+
+
+def test_pairs_and_int3_are_served_where_they_are_named(make_engine):
+    engine = make_engine(kv_formats=("bf16", "k8v4"))
+    assert started(engine, kv_precision="k8v4") == ("k8v4", None)
+    assert started(engine, kv_precision="auto") == ("bf16", "k8v4")
+    assert started(make_engine(kv_precision="k8v4", kv_formats=None)) == ("k8v4", None)
+    assert started(make_engine(kv_formats=None), kv_precision="auto") == ("bf16", "int4")
+    with pytest.raises(RequestError, match=r"'k8v4' is not served; choose one of fp32, .*, or name it in kv_formats"):
+        started(make_engine(), kv_precision="k8v4")
 
 
 def test_a_request_may_name_its_floor_or_has_the_engines(make_engine):
