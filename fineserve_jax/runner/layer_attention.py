@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.chunk_attention import attend_ahead, attend_within
+from fineserve_jax.pallas_kernels.backends import get_backend
+from fineserve_jax.pallas_kernels.chunk_attention import attend_ahead
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.operations import paged_attention
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
@@ -95,10 +96,10 @@ class LayerAttention:
         earlier_pages = _select(stored | paged_stored, chunk.full_format_ids)
         self.words.pages.update(words | paged_words)
 
-        cap = self.spec.model.config.attention_soft_cap
-        own = attend_within(q.swapaxes(0, 1), own_page, earlier_pages, chunk.chunk_of_page, group.window, cap)
-        own = PartialAttention(*(part.swapaxes(0, 1) for part in own))
-        return own.merge(self._cached(self.spec.chunk_attention(group), q, tiles, sinks)).output()
+        spec = self.spec.chunk_attention(group)
+        attend_within = get_backend(spec.implementation).attend_within
+        own = attend_within(q, own_page, earlier_pages, chunk.chunk_of_page, spec.window, spec.soft_cap)
+        return own.merge(self._cached(spec, q, tiles, sinks)).output()
 
     def _cached(self, spec: AttentionSpec, q: jax.Array, tiles: Tiles, sinks: jax.Array | None) -> PartialAttention:
         """Attention of f32[N, kv_heads, group, D] queries to the cached tokens, and to the sinks."""
