@@ -25,8 +25,8 @@ class EngineConfig(SchedulerConfig):
         weights: precision of the weights: fp32, bf16, int8 (8-bit activations too) or int4 (weights only). None:
             bf16, or what a converted checkpoint holds.
         kv_precision: KV format of requests that do not name one; or "auto": bf16 while there is room.
-        kv_formats: KV formats that requests may name; None: all that are registered. Baseline slab policies divide
-            memory by this list.
+        kv_formats: KV formats that requests may name, int3 and pairs such as k8v4 too; None: all that are registered,
+            which these are not. Baseline slab policies divide memory by this list.
         kv_memory: size of the KV arena: bytes, a string such as "256MiB", or a fraction of the device's memory such
             as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU. With `tensor_parallel` on each device.
         tensor_parallel: how many devices compute each step together, each with a part of the weights and of the KV
@@ -150,7 +150,10 @@ class EngineConfig(SchedulerConfig):
     @property
     def served_formats(self) -> tuple[str, ...]:
         """KV formats that requests may name."""
-        return tuple(FORMATS) if self.kv_formats is None else self.kv_formats
+        if self.kv_formats is not None:
+            return self.kv_formats
+        named = (name for name in (self.kv_precision, self.min_kv_precision) if name not in (AUTO, None))
+        return tuple(dict.fromkeys((*FORMATS, *(name for name in named if name is not None))))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

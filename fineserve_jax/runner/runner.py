@@ -115,7 +115,8 @@ class ModelRunner:
         """
         wanted = {*self.format_names, *names}
         wanted |= {residual for name in wanted if (residual := get_format(name).residual)}
-        self.format_names = tuple(name for name in FORMATS if name in wanted)
+        # In one order, however they were met, so that programs are the same; pairs and the like come last.
+        self.format_names = (*(name for name in FORMATS if name in wanted), *sorted(wanted - FORMATS.keys()))
 
     def use_narrowing(self) -> None:
         """Makes the steps from now on serve requests with pages in several formats."""
