@@ -1,5 +1,11 @@
 """What holds for all tests."""
 
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -22,3 +28,16 @@ settings.register_profile("timeless", settings(), deadline=None)
 settings.load_profile("timeless")
 
 pytest_plugins = ["compiling"]
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000
+"""Of a process's memory: each compiled program takes dozens, Linux allows 65,530, and XLA crashes where it gets none."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped_before_there_are_too_many() -> Iterator[None]:
+    yield
+    if "jax" in sys.modules and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()

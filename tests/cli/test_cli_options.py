@@ -89,7 +89,7 @@ def test_a_floor_is_a_flag_and_is_refused_where_it_frees_nothing():
 @pytest.mark.parametrize(
     ("settings", "values", "switches"),
     [
-        (EngineConfig, ENGINE, ["chunked_prefill", "slo_aware", "check_finite", "reproducible"]),
+        (EngineConfig, ENGINE, ["async_scheduling", "chunked_prefill", "slo_aware", "check_finite", "reproducible"]),
         (SamplingParams, SAMPLING, ["ignore_eos", "include_stop_str_in_output", "skip_special_tokens"]),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_flag_beats_the_file_even_with_the_default_value(file):
     [
         ("kv_precison: int8", r"settings.yaml sets 'kv_precison'; it may set: model, models, weights, .*max_tokens"),
         ("1: 2\nfoo: 3", r"settings.yaml sets '1', 'foo'; it may set"),
-        ("kv_precision: int3", r"kv_precision='int3': unknown KV precision"),
+        ("kv_precision: int7", r"kv_precision='int7': unknown KV precision"),
         ("weights: int2", r"weights='int2': input should be 'fp32', 'bf16', 'int8' or 'int4'"),
         ("model: 5", r"model=5 in .*settings.yaml is not text"),
         ("- a", r"must hold settings"),

@@ -90,7 +90,7 @@ def test_batch_reads_stdin_and_writes_stdout(run, monkeypatch):
         (["-i", "none-*.jsonl", "-o", "out"], "the input none-*.jsonl matches no file"),
         (["-i", "-", "-o", "out", "--resume"], "stdin, or a pipe, cannot be resumed"),
         (["-i", "prompts.jsonl", "-o", "out", "--max-retries", "-1"], "max_retries=-1 is less than 0"),
-        (["-i", "prompts.jsonl", "-o", "out", "--kv-precision", "int3"], "kv_precision='int3'"),
+        (["-i", "prompts.jsonl", "-o", "out", "--kv-precision", "int7"], "kv_precision='int7'"),
         (["-i", "prompts.jsonl", "-o", "out", "--temperature", "-1"], "temperature=-1.0"),
         (["-i", "prompts.jsonl", "-o", "out", "--config", "none.yaml"], "cannot read the configuration"),
         (["-i", "prompts.jsonl", "-o", "out", "--model", "none.gguf"], "model 'none.gguf' is neither"),

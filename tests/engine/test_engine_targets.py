@@ -52,9 +52,9 @@ def test_a_step_is_observed_with_all_that_it_took(make_engine, monkeypatch):
     """Not only the time on the device: who predicts when tokens come needs the host's part, too."""
     engine, sampling = make_engine(), SamplingParams(max_tokens=4, ignore_eos=True)
     engine.warm_up()
-    observed, execute = [], engine._execute
+    observed, next_step = [], engine.pipeline.next
     monkeypatch.setattr(engine.scheduler, "observe", lambda plan, seconds: observed.append(seconds))
-    monkeypatch.setattr(engine, "_execute", lambda plan: (time.sleep(0.02), execute(plan))[1])
+    monkeypatch.setattr(engine.pipeline, "next", lambda now: (time.sleep(0.02), next_step(now))[1])
     engine.add_request([5, 6, 7], sampling)
     while engine.has_unfinished:
         engine.step()

@@ -31,7 +31,7 @@ from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
 
-ROWS, GROUP = 8, 3
+ROWS, GROUP = len(ALL_FORMATS), 3
 PLAIN = AttentionSpec(
     SMALL, tuple(ALL_FORMATS.values()), num_rows=ROWS, max_pages=PAGES, segments_per_row=3, implementation="xla"
 )
@@ -70,7 +70,7 @@ def check(
 
 
 def batches(spec: AttentionSpec) -> st.SearchStrategy:
-    """Eight rows, some without a query; a seed."""
+    """As many rows as there are formats, some without a query; a seed."""
     row = st.tuples(rows(spec), st.sampled_from([1, 1, 1, 0]))
     return st.tuples(st.lists(row, min_size=ROWS, max_size=ROWS), st.integers(0, 2**32 - 1))
 
