@@ -3,15 +3,13 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.engine.tickets import Piece, Ticket
 
-T = TypeVar("T")
 Pieces = list[tuple[Ticket, Piece]]
 
 
@@ -36,11 +34,15 @@ class AsyncLoop:
             inbox = self._inboxes[event_loop] = AsyncInbox(event_loop)
         return inbox
 
-    async def outputs(self, inbox: "AsyncInbox", tickets: Sequence[Ticket]) -> list[RequestOutput]:
-        """The outputs of tickets for that inbox, when all are done. Raises what one of them ended with."""
+    async def served(self, inbox: "AsyncInbox", tickets: Sequence[Ticket]) -> None:
+        """Waits until all of the tickets, which are for that inbox, are done."""
         async with contextlib.aclosing(self._news(inbox, tickets)) as news:
             while not all(ticket.is_done for ticket in tickets):
                 await anext(news)
+
+    async def outputs(self, inbox: "AsyncInbox", tickets: Sequence[Ticket]) -> list[RequestOutput]:
+        """The outputs of tickets for that inbox, when all are done. Raises what one of them ended with."""
+        await self.served(inbox, tickets)
         return [ticket.output() for ticket in tickets]
 
     async def texts(self, inbox: "AsyncInbox", ticket: Ticket) -> AsyncGenerator[str, None]:
@@ -86,17 +88,9 @@ class AsyncLoop:
             finally:
                 self._loop.abort(tickets)
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """What the function gives between two steps; see `EngineLoop.call`."""
-        return await asyncio.to_thread(self._loop.call, function)
-
     def check_usable(self) -> None:
         """See `EngineLoop.check_usable`."""
         self._loop.check_usable()
-
-    async def close(self) -> None:
-        """See `EngineLoop.close`."""
-        await asyncio.to_thread(self._loop.close)
 
 
 class AsyncInbox:

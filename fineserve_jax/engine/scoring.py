@@ -109,35 +109,46 @@ def encode_completion(
     return token_ids, first
 
 
-def score_tickets(
-    engine: Engine,
-    receiver: Receiver,
-    prompts: Any,
-    completions: Any,
-    options: RequestOptions | Sequence[RequestOptions] | None,
-    fields: Mapping[str, Any],
-) -> list[list[Ticket]]:
-    """Tickets for the completions of each prompt, see `LLM.score`.
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Scores of completions, see `LLM.score`; a `Call`.
 
-    Raises:
-        RequestError: naming the first prompt and completion that cannot be scored.
+    Attributes:
+        prompts: one or more, in a list.
+        completions: of each prompt.
+        options, fields: as of `LLM.score`.
     """
-    listed, of_each = completion_lists(prompts, completions)
-    option_list = options_of_each(len(listed), options, fields)
-    tickets: list[list[Ticket]] = []
-    for i, (prompt, own, wanted) in enumerate(zip(listed, option_list, of_each, strict=True)):
-        tickets.append([])
-        where = f"prompt {i}"
-        try:
-            served = engine.served(own.model)
-            text, prompt_ids = encode_prompt(served.tokenizer, prompt, served.max_seq_len)
-            for j, completion in enumerate(wanted):
-                where = f"prompt {i}, completion {j}"
-                pair = encode_completion(served.tokenizer, text, prompt_ids, completion, served.max_seq_len)
-                tickets[-1].append(_ticket(engine, receiver, *pair, own))
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
-    return tickets
+
+    prompts: Sequence[Any]
+    completions: Sequence[Sequence[Completion]]
+    options: RequestOptions | Sequence[RequestOptions] | None
+    fields: Mapping[str, Any]
+
+    def tickets(self, engine: Engine, receiver: Receiver) -> list[Ticket]:
+        """Those of all completions, prompt by prompt.
+
+        Raises:
+            RequestError: naming the first prompt and completion that cannot be scored.
+        """
+        option_list = options_of_each(len(self.prompts), self.options, self.fields)
+        tickets = []
+        for i, (prompt, own, wanted) in enumerate(zip(self.prompts, option_list, self.completions, strict=True)):
+            where = f"prompt {i}"
+            try:
+                served = engine.served(own.model)
+                text, prompt_ids = encode_prompt(served.tokenizer, prompt, served.max_seq_len)
+                for j, completion in enumerate(wanted):
+                    where = f"prompt {i}, completion {j}"
+                    pair = encode_completion(served.tokenizer, text, prompt_ids, completion, served.max_seq_len)
+                    tickets.append(_ticket(engine, receiver, *pair, own))
+            except RequestError as error:
+                raise RequestError(f"{where}: {error}") from None
+        return tickets
+
+    def result(self, tickets: Sequence[Ticket]) -> list[list[CompletionScore]]:
+        """The scores of each prompt's completions."""
+        found = iter(tickets)
+        return [[_completion_score(next(found)) for _ in own] for own in self.completions]
 
 
 def _ticket(
@@ -147,11 +158,11 @@ def _ticket(
     return Ticket(replace(prepared, scored_from=scored_from), receiver)
 
 
-def completion_score(ticket: Ticket) -> CompletionScore:
-    """What a ticket of `score_tickets` gave, which is done; raises its error if there is one."""
+def _completion_score(ticket: Ticket) -> CompletionScore:
+    """What a ticket gave, which is done; raises its error if there is one."""
     ticket.output()
     (request,) = ticket.samples
-    assert request.scores is not None, "a ticket of score_tickets asks for them"
+    assert request.scores is not None, "a completion's ticket asks for them"
     entries, error = request.scores.entries, None if request.error is None else str(request.error)
     if error is None and request.scores.next < request.num_prompt_tokens:
         error = f"it ended before it was scored, with the reason {str(request.finish_reason)!r}"
