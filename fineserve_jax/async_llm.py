@@ -27,10 +27,10 @@ def _on_another_thread(
 ) -> Callable[Concatenate["AsyncLLM", P], Coroutine[Any, Any, T]]:
     """A method of `LLM` that waits, as one of `AsyncLLM` that is awaited."""
 
-    @functools.wraps(method)
-    async def awaited(self: "AsyncLLM", *arguments: P.args, **options: P.kwargs) -> T:
+    async def awaited(self: "AsyncLLM", /, *arguments: P.args, **options: P.kwargs) -> T:
         return await asyncio.to_thread(method, self._llm, *arguments, **options)
 
+    functools.update_wrapper(awaited, method)
     return awaited
 
 

@@ -39,6 +39,7 @@ class PreparedRequest:
             special tokens that are stop strings.
         matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
         scored_from: with `sampling.prompt_logprobs`, index of the first token that they are wanted of.
+        branches: see `Request`.
     """
 
     served: KnownModel
@@ -50,6 +51,7 @@ class PreparedRequest:
     stop_ids: frozenset[int]
     matcher: TokenMatcher | None = None
     scored_from: int = 1
+    branches: tuple[tuple[int, ...], ...] = ()
 
     def request(
         self,
@@ -97,6 +99,7 @@ class PreparedRequest:
             options=self.options,
             matcher=None if self.matcher is None else self.matcher.copy(),
             scores=PromptScores(self.scored_from, num_top or 0) if is_scored else None,
+            branches=self.branches,
         )
 
     def _seed(self, engine_seed: int, sequence: int, sample_index: int) -> int:

@@ -1,20 +1,30 @@
 """Scores of completions that are given: what `LLM.score` asks of the engine, and what it tells.
 
-prompt       |  t0  t1  t2  t3  t4 |          Full pages of the prompt are computed once and shared by all of its
-completions                        | a b c    completions; the tokens behind its last full page, and before each
-                                   | d e      completion, are computed with that.
+prompt       |  t0  t1  t2  t3  t4 |          The prompt is computed once, and its completions with its end, as branches
+completions                        | a b c    that do not see each other: t4 a b d go through the model, and tell of
+                                   | d e      a b c and d e.
+
+Where the KV format encodes whole pages, or a completion has no room in a step, it is a request by itself, which shares
+the full pages of the prompt.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.nonfinite import nonfinite_message
+from fineserve_jax.engine.precision import Precision
+from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.prompts import encode_prompt, one_or_several
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import Tokenizer
+from fineserve_jax.pallas_kernels.formats import get_format
+from fineserve_jax.request.request import Request, TokenScore, num_branch_tokens
 from fineserve_jax.request.request_options import RequestOptions, options_of_each
 from fineserve_jax.request.sampling_params import SamplingParams
 
@@ -133,41 +143,81 @@ class Scoring:
         option_list = options_of_each(len(self.prompts), self.options, self.fields)
         tickets = []
         for i, (prompt, own, wanted) in enumerate(zip(self.prompts, option_list, self.completions, strict=True)):
-            where = f"prompt {i}"
+            where, found = f"prompt {i}", []
             try:
                 served = engine.served(own.model)
                 text, prompt_ids = encode_prompt(served.tokenizer, prompt, served.max_seq_len)
                 for j, completion in enumerate(wanted):
                     where = f"prompt {i}, completion {j}"
                     pair = encode_completion(served.tokenizer, text, prompt_ids, completion, served.max_seq_len)
-                    tickets.append(_ticket(engine, receiver, *pair, own))
+                    found.append(_prepare(engine, *pair, own))
             except RequestError as error:
                 raise RequestError(f"{where}: {error}") from None
+            tickets += [Ticket(prepared, receiver) for prepared in _together(engine, served, found)]
         return tickets
 
     def result(self, tickets: Sequence[Ticket]) -> list[list[CompletionScore]]:
         """The scores of each prompt's completions."""
-        found = iter(tickets)
-        return [[_completion_score(next(found)) for _ in own] for own in self.completions]
+        found = itertools.chain.from_iterable(map(_completion_scores, tickets))
+        return [list(itertools.islice(found, len(own))) for own in self.completions]
 
 
-def _ticket(
-    engine: Engine, receiver: Receiver, token_ids: list[int], scored_from: int, options: RequestOptions
-) -> Ticket:
-    prepared = engine.prepare(token_ids, FOR_SCORES, options)
-    return Ticket(replace(prepared, scored_from=scored_from), receiver)
+def _prepare(engine: Engine, token_ids: list[int], scored_from: int, options: RequestOptions) -> PreparedRequest:
+    """A completion by itself, checked."""
+    return replace(engine.prepare(token_ids, FOR_SCORES, options), scored_from=scored_from)
 
 
-def _completion_score(ticket: Ticket) -> CompletionScore:
-    """What a ticket gave, which is done; raises its error if there is one."""
-    ticket.output()
+def _together(engine: Engine, served: ServedModel, found: Sequence[PreparedRequest]) -> Iterator[PreparedRequest]:
+    """The completions of a prompt, in their order: neighbours that have the same tokens ahead of them as branches of
+    these, as many as a step computes beside the last page of them, and others by themselves."""
+    for prefix, group in itertools.groupby(found, lambda prepared: prepared.token_ids[: prepared.scored_from]):
+        first, *others = group
+        most, branches = _most_branch_tokens(engine, served, first.precision), list[tuple[int, ...]]()
+        for prepared in (first, *others):
+            branch = tuple(prepared.token_ids[len(prefix) :])
+            if branches and num_branch_tokens([*branches, branch]) > most:
+                yield _branched(first, prefix, branches)
+                branches = []
+            if num_branch_tokens([branch]) > most:
+                yield prepared
+            else:
+                branches.append(branch)
+        if branches:
+            yield _branched(first, prefix, branches)
+
+
+def _branched(prepared: PreparedRequest, prefix: list[int], branches: list[tuple[int, ...]]) -> PreparedRequest:
+    return replace(prepared, token_ids=prefix, max_total_tokens=len(prefix), branches=tuple(branches))
+
+
+def _most_branch_tokens(engine: Engine, served: ServedModel, precision: Precision) -> int:
+    """How many tokens of branches a step computes behind a prompt; -1: it takes no branches, since they are not laid
+    out in pages as the KV format has them, or for what `ModelRunner.takes_branches` says."""
+    config = engine.config
+    if get_format(precision.start).residual or not (config.chunked_prefill and served.runner.takes_branches):
+        return -1
+    return config.max_chunk_tokens - served.geometry.page_size
+
+
+def _completion_scores(ticket: Ticket) -> list[CompletionScore]:
+    """What came of a ticket's completions, which are done; raises its error if there is one."""
+    if ticket.error is not None:
+        raise ticket.error
     (request,) = ticket.samples
     assert request.scores is not None, "a completion's ticket asks for them"
-    entries, error = request.scores.entries, None if request.error is None else str(request.error)
-    if error is None and request.scores.next < request.num_prompt_tokens:
+    completions = [list(branch) for branch in request.branches] or [request.token_ids[request.scores.first :]]
+    entries = iter(request.scores.entries)
+    return [_completion_score(request, own, list(itertools.islice(entries, len(own)))) for own in completions]
+
+
+def _completion_score(request: Request, token_ids: list[int], entries: list[TokenScore]) -> CompletionScore:
+    error = None if request.error is None else str(request.error)
+    if error is None and len(entries) < len(token_ids):
         error = f"it ended before it was scored, with the reason {str(request.finish_reason)!r}"
+    if error is None and not all(math.isfinite(entry.logprob) for entry in entries):
+        error = nonfinite_message(request.model, 0, None)
     return CompletionScore(
-        token_ids=request.token_ids[request.scores.first :],
+        token_ids=token_ids,
         logprobs=[entry.logprob for entry in entries],
         is_greedy=[entry.is_greedy for entry in entries],
         error=error,

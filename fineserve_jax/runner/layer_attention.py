@@ -42,6 +42,7 @@ class LayerAttention:
 
     group: number of the layer's group.
     layer: i32[], number of the layer in its group.
+    branches: i32[C], see `branch_numbers`; None: no chunk has any.
     """
 
     spec: StepSpec
@@ -49,6 +50,7 @@ class LayerAttention:
     layer: jax.Array
     arena: jax.Array
     inputs: StepInputs
+    branches: jax.Array | None = None
     words: LayerWords = field(default_factory=lambda: LayerWords({}, {}))
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
@@ -96,7 +98,8 @@ class LayerAttention:
         self.words.pages.update(words | paged_words)
 
         cap = self.spec.model.config.attention_soft_cap
-        own = attend_within(q.swapaxes(0, 1), own_page, earlier_pages, chunk.chunk_of_page, group.window, cap)
+        queries, chunks = q.swapaxes(0, 1), chunk.chunk_of_page
+        own = attend_within(queries, own_page, earlier_pages, chunks, group.window, cap, self.branches)
         own = PartialAttention(*(part.swapaxes(0, 1) for part in own))
         return own.merge(self._cached(self.spec.chunk_attention(group), q, tiles, sinks)).output()
 

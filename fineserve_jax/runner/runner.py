@@ -23,7 +23,7 @@ from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.request.request import Request, SchedulerOutput, TokenScore
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
-from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.inputs import branch_numbers, build_inputs
 from fineserve_jax.runner.nonfinite import find_nonfinite
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.sampler import Sampled, build_sampling
@@ -144,6 +144,14 @@ class ModelRunner:
         """The weights of each layer."""
         return [self.params[f"layers_{i}"] for i in range(self.geometry.num_layers)]
 
+    @property
+    def takes_branches(self) -> bool:
+        """Whether chunks may have branches: where positions tell of nothing but rotations, and nobody asks for the
+        stage at which a branch stops being finite."""
+        config = self.model.config
+        has_windows = any(group.window is not None for group in config.layer_groups)
+        return not (has_windows or config.long_after is not None or self.reproducible or self.check_finite)
+
     def use_formats(self, names: Iterable[str]) -> None:
         """Makes the steps from now on serve these KV formats too, and the residuals they need.
 
@@ -171,6 +179,8 @@ class ModelRunner:
         for shape in shapes:
             scored = prompt_logprobs and shape.chunk_tokens > 0
             self._run(self._spec(shape), empty, scored=scored)
+            if scored and self.takes_branches:
+                self._run(self._spec(shape), empty, branched=True)
             if structured_outputs:
                 self._run(self._spec(shape), empty, masked=True)
         return self.num_compilations - before
@@ -184,7 +194,7 @@ class ModelRunner:
 
     def _shape(self, output: SchedulerOutput) -> StepShape:
         page_size = self.geometry.page_size
-        slots = sum(-(-scheduled.count // page_size) * page_size for scheduled in output.prefills)
+        slots = sum(-(-scheduled.num_slots // page_size) * page_size for scheduled in output.prefills)
         if not slots:
             return StepShape(pick(self.row_buckets, output.num_decode_rows), 0)
         return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots))
@@ -203,20 +213,28 @@ class ModelRunner:
             drafts=self.drafts and shape.rows > 1 and not shape.chunk_tokens,
         )
 
-    def _run(self, spec: StepSpec, output: SchedulerOutput, masked: bool = False, scored: bool = False) -> StepResult:
+    def _run(
+        self,
+        spec: StepSpec,
+        output: SchedulerOutput,
+        masked: bool = False,
+        scored: bool = False,
+        branched: bool = False,
+    ) -> StepResult:
         """Computes a step. `masked`: with masks of tokens even if no request needs them; `scored`: also a tile that
-        scores nothing."""
+        scores nothing; `branched`: as if there were branches."""
         host_inputs, requests = build_inputs(spec, output, self.kv)
+        numbers = np.zeros(spec.shape.chunk_tokens, np.int32) if branched else branch_numbers(spec, output)
         programs = _programs(spec)
         compiled_before = programs.num_compiled
         host_sampling = build_sampling(requests, spec.shape.rows, self.max_seq_len, _drafts_ahead(output))
-        inputs, sampling = jax.device_put((host_inputs, host_sampling))
+        inputs, sampling, branches = jax.device_put((host_inputs, host_sampling, numbers))
         start = time.perf_counter()
         stream = programs.embed(self.params, inputs)
         words, checks = [], [programs.finite_slots(stream)] if self.check_finite else []
         for index, params in enumerate(self.layer_params):
             kind, number = self.place_of_layer[index]
-            stream, encoded = programs.layers[kind](params, stream, number, self.arena.units, inputs)
+            stream, encoded = programs.layers[kind](params, stream, number, self.arena.units, inputs, branches)
             words.append(encoded)
             if self.check_finite:
                 checks.append(programs.finite_slots(stream))
@@ -240,6 +258,8 @@ class ModelRunner:
         tokens, finite_logits = _accepted(output, _collect(requests, sampled), finite, sampled.finite)
         scores = plan.collect(tiles)
         for request, own in scores.items():
+            if request.branches:
+                continue  # what is wrong with one is no reason to lose the others
             finite_logits[request] = all(math.isfinite(s.logprob) for s in own) and finite_logits.get(request, True)
         nonfinite = find_nonfinite(spec, output, finite_logits, finite, checked)
         stuck = {request: reason for request, reason in stuck.items() if request not in nonfinite}

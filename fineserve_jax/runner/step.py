@@ -54,10 +54,11 @@ def layer(
     index: jax.Array,
     arena: jax.Array,
     inputs: StepInputs,
+    branches: jax.Array | None = None,
 ) -> tuple[Stream, LayerWords]:
     """One layer. `group`: number of its group, and `has_rope`, static; `params`: of that layer alone; `index`: i32[],
-    its number in the group."""
-    attention = LayerAttention(spec, group, index, arena, inputs)
+    its number in the group; `branches`: see `branch_numbers`."""
+    attention = LayerAttention(spec, group, index, arena, inputs, branches)
     rope = stream.ropes[group] if has_rope else None
     x = _apply(block_of(spec.model, params), params, stream.x, rope, attention)
     return stream._replace(x=x), attention.words
