@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from fineserve_jax.engine.async_loop import AsyncLoop
 from fineserve_jax.engine.calls import Call, Generation
+from fineserve_jax.engine.embedding import Embedding, PromptEmbedding
 from fineserve_jax.engine.intake import Conversation, Prompt, chat_encoder, ticket_for_pieces
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
@@ -119,6 +120,18 @@ class AsyncLLM:
     ) -> list[list[CompletionScore]]:
         """Log-probabilities of completions that are given, each after its prompt; see `LLM.score`."""
         return await self._served(Scoring(*completion_lists(prompts, completions), options, fields))
+
+    async def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+        *,
+        pooling: str,
+        normalize: bool = False,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[PromptEmbedding]:
+        """Vectors of prompts; see `LLM.embed`."""
+        return await self._served(Embedding(prompt_list(prompts), pooling, normalize, options, fields))
 
     warm_up = _on_another_thread(LLM.warm_up)
     update_params = _on_another_thread(LLM.update_params)

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from fineserve_jax.engine.calls import Call, Generation
+from fineserve_jax.engine.embedding import Embedding, PromptEmbedding
 from fineserve_jax.engine.intake import Conversation, Prompt, chat_encoder, ticket_for_pieces
 from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
 from fineserve_jax.engine.load import load_from
@@ -144,6 +145,34 @@ class LLM:
             EngineError: the engine is closed, or cannot go on.
         """
         return self._served(Scoring(*completion_lists(prompts, completions), options, fields))
+
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+        *,
+        pooling: str,
+        normalize: bool = False,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[PromptEmbedding]:
+        """Vectors of prompts: the model's last hidden states, behind its final norm, pooled.
+
+        They are computed through the KV cache as requests keep it, in chunks, however long a prompt is.
+
+        Args:
+            prompts: as `generate` takes them; they may be as long as `max_seq_len`.
+            options, fields: as of `generate`.
+            pooling: "mean" of all tokens, which are then not taken from the prefix cache, or the "last" token's alone.
+            normalize: scale vectors to length 1.
+
+        Returns:
+            a vector for each prompt, in order. What cannot be computed has an `error`.
+
+        Raises:
+            RequestError: before anything is computed, another `pooling`, or naming the first prompt without a vector.
+            EngineError: the engine is closed, or cannot go on.
+        """
+        return self._served(Embedding(prompt_list(prompts), pooling, normalize, options, fields))
 
     def stream(
         self,

@@ -16,7 +16,7 @@ from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request.request import PromptScores, Request, RequestTimes
+from fineserve_jax.request.request import PromptPooling, PromptScores, Request, RequestTimes
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.request.structured.matcher import TokenMatcher
@@ -40,6 +40,7 @@ class PreparedRequest:
         matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
         scored_from: with `sampling.prompt_logprobs`, index of the first token that they are wanted of.
         branches: see `Request`.
+        pooled_from: index of the first token whose hidden states are pooled, with none scored; None: none are.
     """
 
     served: KnownModel
@@ -52,6 +53,7 @@ class PreparedRequest:
     matcher: TokenMatcher | None = None
     scored_from: int = 1
     branches: tuple[tuple[int, ...], ...] = ()
+    pooled_from: int | None = None
 
     def request(
         self,
@@ -79,8 +81,9 @@ class PreparedRequest:
             raise RequestError(
                 f"fork_of={fork_of.request_id!r} is of another prompt or model; fork a sample of the same prompt"
             )
-        num_top = self.sampling.prompt_logprobs
-        is_scored = num_top is not None and sample_index == 0  # the prompt is the same for all samples
+        num_top, pooled_from = self.sampling.prompt_logprobs, self.pooled_from
+        is_first = sample_index == 0  # the prompt is the same for all samples
+        is_scored = num_top is not None and is_first and pooled_from is None
         return Request(
             request_id=request_id,
             model=self.served.name,
@@ -100,6 +103,9 @@ class PreparedRequest:
             matcher=None if self.matcher is None else self.matcher.copy(),
             scores=PromptScores(self.scored_from, num_top or 0) if is_scored else None,
             branches=self.branches,
+            pooling=None if pooled_from is None else PromptPooling(pooled_from),
+            # What was computed for others has no hidden states.
+            shares_prefix=pooled_from is None or pooled_from == len(self.token_ids) - 1,
         )
 
     def _seed(self, engine_seed: int, sequence: int, sample_index: int) -> int:

@@ -83,6 +83,26 @@ class PromptScores:
         return self.first + len(self.entries)
 
 
+@dataclass(slots=True)
+class PromptPooling:
+    """The sum of what the model gives for a prompt's tokens, which comes as it is computed, chunk by chunk.
+
+    Attributes:
+        first: index of the first token that counts: 0 for a mean, that of the last token for that alone.
+        count: how many of the tokens from `first` on are in the sum, which they stay, whatever happens to the request's
+            pages.
+        total: the sum of their last hidden states, f64[hidden]; 0 where there are none.
+    """
+
+    first: int
+    count: int = 0
+    total: Any = 0.0
+
+    def wanted(self, start: int, stop: int) -> range:
+        """Which of the tokens that a chunk computes are yet to be added."""
+        return range(max(start, self.first + self.count), stop)
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence on its way through the engine. `eq=False`: identity is what makes a request itself.
@@ -113,6 +133,7 @@ class Request:
         scores: of its prompt's tokens, or of its branches; None: nobody asked for them.
         branches: texts that go on from its prompt, each by itself, whose tokens are scored with the step that ends the
             prompt; they leave nothing in the cache.
+        pooling: of the prompt's hidden states; None: nobody asked for them.
     """
 
     request_id: str
@@ -134,6 +155,7 @@ class Request:
     matcher: TokenMatcher | None = None
     scores: PromptScores | None = None
     branches: tuple[tuple[int, ...], ...] = ()
+    pooling: PromptPooling | None = None
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0

@@ -25,6 +25,7 @@ from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.inputs import branch_numbers, build_inputs
 from fineserve_jax.runner.nonfinite import find_nonfinite
+from fineserve_jax.runner.pooling import plan_pooling
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.sampler import Sampled, build_sampling
 from fineserve_jax.runner.scoring import ScoringPlan, empty_tile, plan_scores
@@ -69,6 +70,8 @@ class StepResult:
             sampled for them. Each with the stage whose output was the first such, or None without `check_finite`.
         stuck: the requests that may sample nothing by their structured outputs, each with the reason.
         scores: of prompt tokens, those of each request in their order, as `ScheduledChunk.scored` names them.
+        pooled: f64[hidden], sums of hidden states, of requests that pool them, over the tokens of the step that
+            `PromptPooling.wanted` names.
         hidden: f32[tokens, hidden], for each of those what the last layer gave for the token before, of requests that
             keep it.
         waited_s: how long the host waited for the device.
@@ -80,6 +83,7 @@ class StepResult:
     scores: dict[Request, list[TokenScore]]
     hidden: dict[Request, np.ndarray]
     waited_s: float
+    pooled: dict[Request, np.ndarray] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -246,9 +250,11 @@ class ModelRunner:
         plan = ScoringPlan([], [empty_tile(spec)]) if scored else plan_scores(spec, output)
         tiles = [programs.score(self.params, stream, tile) for tile in plan.tiles]
         kept = [programs.hidden(stream, tile.slots) for tile in plan.tiles] if plan.keeps_hidden else []
+        pooling = plan_pooling(spec, output)
+        sums = None if pooling is None else programs.pool(self.params, stream, pooling.owners)
         self.arena.units = programs.commit(self.arena.units, words, inputs)
         waiting = time.perf_counter()
-        (sampled, finite), tiles, kept, checked = jax.device_get((outputs, tiles, kept, checks))
+        (sampled, finite), tiles, kept, checked, sums = jax.device_get((outputs, tiles, kept, checks, sums))
         waited_s = time.perf_counter() - waiting
         compilations = programs.num_compiled - compiled_before
         self.num_compilations += compilations
@@ -265,7 +271,8 @@ class ModelRunner:
         stuck = {request: reason for request, reason in stuck.items() if request not in nonfinite}
         if ended := nonfinite.keys() | stuck.keys():
             tokens = [token for token in tokens if token.request not in ended]
-        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept), waited_s)
+        pooled = {} if pooling is None else pooling.collect(sums)
+        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept), waited_s, pooled)
 
 
 @functools.cache
@@ -291,7 +298,7 @@ class _Programs:
         self.embed, self.head = compiled(stages.embed), compiled(stages.head)
         kinds = itertools.product(range(len(spec.groups)), (True, False))
         self.layers = {kind: compiled(stages.layer, *kind) for kind in kinds}
-        self.hidden = compiled(stages.hidden)
+        self.hidden, self.pool = compiled(stages.hidden), compiled(stages.pool)
         self.score, self.commit = compiled(stages.score), compiled(stages.commit, donate_argnums=(0,))
         self.finite_slots = compiled(stages.finite_slots)  # a program only where `check_finite` asks for it
 

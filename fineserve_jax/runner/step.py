@@ -97,6 +97,13 @@ def hidden(spec: StepSpec, stream: Stream, slots: jax.Array) -> jax.Array:
     return stream.x[slots]
 
 
+def pool(spec: StepSpec, params: Params, stream: Stream, owners: jax.Array) -> jax.Array:
+    """f32[rows + chunk_pages, hidden], sums of last hidden states over slots: i-th of those with i in `owners` i32[N].
+    A slot whose owner is beyond the last is in no sum."""
+    hidden = _apply(spec.model, params, stream.x, method="last_hidden")
+    return jax.ops.segment_sum(hidden, owners, spec.shape.rows + spec.chunk_pages)
+
+
 def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: StepInputs) -> jax.Array:
     """Writes what the layers encoded: decoded tokens, chunks' pages, and then residual pages that became full.
 
