@@ -1,8 +1,8 @@
 """Which implementation multiplies: XLA's products, or on CPUs compiled ones that read each weight once.
 
-The compiled ones win where rows are few, since XLA's read weights at a fraction of the memory's rate there; with many
-rows arithmetic is the limit, for which XLA has more (AMX). A program has one number of rows, so the choice is made when
-it is traced.
+The compiled ones win where rows are few, since XLA's read weights at a fraction of the memory's rate there, and where
+arithmetic is the limit as far as it was measured. A program has one number of rows, so the choice is made when it is
+traced.
 """
 
 import os
@@ -13,7 +13,7 @@ from fineserve_jax.errors import ConfigError
 from fineserve_jax.pallas_kernels.cpu import library
 
 VARIABLE = "FINESERVE_PRODUCTS"
-MOST_ROWS = {"bf16": 256, "int8": 1024, "int4": 256}
+MOST_ROWS = {"bf16": 1024, "int8": 4096, "int4": 1024}
 """Up to how many rows the compiled products are taken, by kind of weights: as far as they were no slower where measured
 (docs/performance.md)."""
 

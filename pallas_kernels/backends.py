@@ -51,6 +51,17 @@ class Backend(Protocol):
             of f32[num_queries, kv_heads, group].
         """
 
+    def attend_within(
+        self,
+        q: jax.Array,
+        own_page: tuple[jax.Array, jax.Array],
+        earlier_pages: tuple[jax.Array, jax.Array],
+        chunk_of_page: jax.Array,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> PartialAttention:
+        """Causal attention of each chunk's tokens to themselves: see `chunk_attention.attend_within`."""
+
     def write_tokens(
         self,
         spec: WriteSpec,

@@ -1,7 +1,7 @@
 """Attention of prefill chunks, and of drafts, among a step's own tokens.
 
 A step's chunks lie side by side on one token axis of C slots, each starting at a multiple of the page size, so that a
-slot's page is `slot // page_size`. Queries are kept heads first, f32[kv_heads, C, group, head_dim].
+slot's page is `slot // page_size`.
 """
 
 import jax
@@ -27,7 +27,7 @@ def attend_within(
     pages as they are kept from then on: just what decoding token by token would read.
 
     Args:
-        q: f32[kv_heads, C, group, head_dim], already multiplied by the softmax scale.
+        q: f32[C, kv_heads, group, head_dim], already multiplied by the softmax scale.
         own_page: k and v, f32[kv_heads, pages, T, head_dim].
         earlier_pages: k and v, the same shape.
         chunk_of_page: i32[pages], the chunk that each page of slots belongs to; any two unused pages may share -1.
@@ -37,11 +37,28 @@ def attend_within(
             are then no positions: without a window, and where pages are kept the same before and after they are full.
             None: nobody is of one.
 
+    Returns:
+        of f32[C, kv_heads, group].
+
     Raises:
         ValueError: branches, and a window.
     """
     if branches is not None and window is not None:
         raise ValueError(f"branches, and window={window}: slots of branches do not tell how far back positions are")
+    seen = _attend_heads(q.swapaxes(0, 1), own_page, earlier_pages, chunk_of_page, window, soft_cap, branches)
+    return PartialAttention(*(part.swapaxes(0, 1) for part in seen))
+
+
+def _attend_heads(
+    q: jax.Array,
+    own_page: tuple[jax.Array, jax.Array],
+    earlier_pages: tuple[jax.Array, jax.Array],
+    chunk_of_page: jax.Array,
+    window: int | None,
+    soft_cap: float | None,
+    branches: jax.Array | None,
+) -> PartialAttention:
+    """The same with heads first: q f32[kv_heads, C, group, head_dim]."""
     kv_heads, pages, page_size, head_dim = own_page[0].shape
     group = q.shape[2]
     ahead = jnp.arange(page_size)[:, None] - jnp.arange(page_size)
@@ -51,7 +68,7 @@ def attend_within(
         seen = seen & _on_its_way(by_page[:, :, None], by_page[:, None])
     seen = jnp.repeat(seen, group, axis=-2)
     paged = q.reshape(kv_heads, pages, page_size * group, head_dim)
-    own = _regroup(attend(paged, _exact(*own_page), seen, soft_cap), q)
+    own = _regroup(attend(paged, _vectors(own_page), seen, soft_cap), q)
     if pages == 1:
         return own
     same_chunk = chunk_of_page[:, None] == chunk_of_page
@@ -63,7 +80,7 @@ def attend_within(
     if branches is not None:
         visible &= jnp.repeat(_on_its_way(branches[:, None], branches), group, axis=0)
     k, v = (part.reshape(kv_heads, pages * page_size, head_dim) for part in earlier_pages)
-    return own.merge(_regroup(attend(_ungroup(q), _exact(k, v), visible, soft_cap), q))
+    return own.merge(_regroup(attend(_ungroup(q), _vectors((k, v)), visible, soft_cap), q))
 
 
 def attend_ahead(
@@ -88,7 +105,7 @@ def attend_ahead(
     """
     ahead = positions[:, None] - positions
     visible = (sequences[:, None] == sequences) & (ahead > 0) & _within(ahead, window)
-    keys_and_values = _exact(k.swapaxes(0, 1), v.swapaxes(0, 1))
+    keys_and_values = _vectors((k.swapaxes(0, 1), v.swapaxes(0, 1)))
     seen = attend(_ungroup(q.swapaxes(0, 1)), keys_and_values, jnp.repeat(visible, q.shape[2], axis=0), soft_cap)
     return PartialAttention(*(part.swapaxes(0, 1) for part in _regroup(seen, q.swapaxes(0, 1))))
 
@@ -103,11 +120,16 @@ def _on_its_way(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return (keys == 0) | (keys == queries)
 
 
-def _exact(k: jax.Array, v: jax.Array) -> PageVectors:
+def without_spreading(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values as they are. A token whose values are not finite has 0 for values and NaN for keys instead: the
     queries that see it get NaN either way, while 0 * NaN would spread it to those that do not, other requests' too."""
     finite = jnp.isfinite(v).all(axis=-1, keepdims=True)
-    return PageVectors((jnp.where(finite, k, jnp.nan),), (jnp.where(finite, v, 0.0),))
+    return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0.0)
+
+
+def _vectors(keys_and_values: tuple[jax.Array, jax.Array]) -> PageVectors:
+    k, v = without_spreading(*keys_and_values)
+    return PageVectors((k,), (v,))
 
 
 def _ungroup(q: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.chunk_attention import attend_ahead, attend_within
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.operations import paged_attention
@@ -97,11 +98,13 @@ class LayerAttention:
         earlier_pages = _select(stored | paged_stored, chunk.full_format_ids)
         self.words.pages.update(words | paged_words)
 
-        cap = self.spec.model.config.attention_soft_cap
-        queries, chunks = q.swapaxes(0, 1), chunk.chunk_of_page
-        own = attend_within(queries, own_page, earlier_pages, chunks, group.window, cap, self.branches)
-        own = PartialAttention(*(part.swapaxes(0, 1) for part in own))
-        return own.merge(self._cached(self.spec.chunk_attention(group), q, tiles, sinks)).output()
+        spec = self.spec.chunk_attention(group)
+        what = (q, own_page, earlier_pages, chunk.chunk_of_page, spec.window, spec.soft_cap)
+        if self.branches is None:
+            own = get_backend(spec.implementation).attend_within(*what)
+        else:  # which no backend has code of its own for
+            own = attend_within(*what, self.branches)
+        return own.merge(self._cached(spec, q, tiles, sinks)).output()
 
     def _cached(self, spec: AttentionSpec, q: jax.Array, tiles: Tiles, sinks: jax.Array | None) -> PartialAttention:
         """Attention of f32[N, kv_heads, group, D] queries to the cached tokens, and to the sinks."""

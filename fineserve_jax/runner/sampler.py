@@ -184,11 +184,21 @@ def _exclude(logits: Logits, allowed: Masks) -> Logits:
 def _greedy(logits: Logits) -> tuple[Tokens, Finite]:
     """The likeliest tokens, and whether each row's logits are finite, see `Sampled`.
 
-    A row's largest logit tells, so that nothing is read again: `argmax` takes NaN for larger than all numbers, infinity
-    is larger than all others, and minus infinity is the largest only where there is nothing else.
+    A row's largest logit tells, so that nothing is read again: NaN is the largest where there is any, infinity exceeds
+    all others, and minus infinity is the largest only where there is nothing else.
     """
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return tokens, jnp.isfinite(jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0])
+    largest = jnp.max(logits, axis=-1)
+    return _first(logits, largest), jnp.isfinite(largest)
+
+
+def _first(x: Logits, largest: Float32[jax.Array, " rows"]) -> Tokens:
+    """The first token of each row at which `x` is that large; any where that is NaN.
+
+    XLA's `argmax` takes one number at a time on CPUs, fifteen times as long as these two reductions.
+    """
+    vocab = x.shape[-1]
+    places = jnp.where(x == largest[:, None], jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    return jnp.min(places, axis=-1)
 
 
 def _sample_as_asked(logits: Logits, candidates: Logits, inputs: SamplingInputs) -> Sampled:
@@ -233,8 +243,9 @@ def _draw(logits: Logits, greedy: Tokens, inputs: SamplingInputs) -> Tokens:
     def noise(seed: UInt32[jax.Array, ""], position: Int32[jax.Array, ""]) -> Float32[jax.Array, " vocab"]:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), logits.shape[1:])
 
-    drawn = jnp.argmax(jnp.log(probabilities) + jax.vmap(noise)(inputs.seed, inputs.position), axis=-1)
-    return jnp.where(inputs.temperature > 0, drawn.astype(jnp.int32), greedy)
+    noisy = jnp.log(probabilities) + jax.vmap(noise)(inputs.seed, inputs.position)
+    drawn = _first(noisy, jnp.max(noisy, axis=-1))
+    return jnp.where(inputs.temperature > 0, drawn, greedy)
 
 
 def _filter(probabilities: Logits, inputs: SamplingInputs) -> Logits:

@@ -1,4 +1,4 @@
-"""Paged attention by the compiled kernel, which reads pages where they lie, all formats in one call.
+"""Attention by the compiled kernels: to pages where they lie, all formats in one call, and among a step's own tokens.
 
 Batches are cut as for XLA, so that what has no codec can be left to XLA's loops over the same tiles.
 """
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fineserve_jax.pallas_kernels.chunk_attention import without_spreading
 from fineserve_jax.pallas_kernels.cpu.codecs import has_codec, layouts, rotation_block
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec
@@ -25,6 +26,22 @@ def attend_pages(
     if not others:
         return seen
     return seen.merge(attention_loop.attend_pages(spec, q, arena, tiles, layer, others))
+
+
+def attend_within(
+    q: jax.Array,
+    own_page: tuple[jax.Array, jax.Array],
+    earlier_pages: tuple[jax.Array, jax.Array],
+    chunk_of_page: jax.Array,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> PartialAttention:
+    """Causal attention of each chunk's tokens to themselves: see `chunk_attention.attend_within`."""
+    results = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape[:-1], q.shape[:-1], q.shape))
+    call = jax.ffi.ffi_call("fineserve_attend_within", results)
+    vectors = [*without_spreading(*own_page), *without_spreading(*earlier_pages)]
+    seen = call(q, *vectors, chunk_of_page, window=np.int64(window or 0), soft_cap=np.float32(soft_cap or 0.0))
+    return PartialAttention(*seen)
 
 
 def _attend(spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array) -> PartialAttention:

@@ -14,9 +14,15 @@ import os
 log = logging.getLogger(__name__)
 
 VARIABLE = "FINESERVE_CPU_ISA"
-INTERFACE = 1
+INTERFACE = 2
 """Of the custom calls, as `library.cpp` counts it."""
-TARGETS = ("fineserve_attend", "fineserve_multiply_bf16", "fineserve_multiply_int8", "fineserve_multiply_int4")
+TARGETS = (
+    "fineserve_attend",
+    "fineserve_attend_within",
+    "fineserve_multiply_bf16",
+    "fineserve_multiply_int8",
+    "fineserve_multiply_int4",
+)
 
 
 def why_unavailable() -> str | None:

@@ -1,4 +1,4 @@
-"""Products of few activations with stored matrices by the compiled kernels, which read each weight once.
+"""Products of activations with stored matrices by the compiled kernels, which read each weight once.
 
 Matrices lie `[out, in]`, as XLA multiplies them too, so both use the same copy. `src/products.h` has the code.
 """

@@ -16,7 +16,7 @@ REASON = library.why_unavailable()
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SETS = () if REASON else library.instruction_sets()
 KINDS = ("bf16", "int8", "int4")
-ROWS = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 31, 32, 33])
+ROWS = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 32, 33, 257])
 jitted = {kind: jax.jit(FORMATS[kind].dot) for kind in KINDS}
 
 
@@ -105,16 +105,18 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(kind, value):
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [3, 33, 300])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_gets_the_same_bits_whatever_is_beside_it(kind):
-    """Alone, or first, last or in the middle of others."""
-    packed, x = stored(kind, random_matrix(1, 70, 200 if kind != "int4" else 256)), random_matrix(2, 9, 256)
-    x = x[:, : 200 if kind != "int4" else 256]
+def test_a_row_gets_the_same_bits_whatever_is_beside_it(kind, rows):
+    """Wherever it stands among as many rows: which kernel multiplies is decided by their number."""
+    packed = stored(kind, random_matrix(1, 70, 200 if kind != "int4" else 256))
+    x, beside = (random_matrix(seed, rows, 200 if kind != "int4" else 256) for seed in (2, 3))
+    order = np.random.default_rng(4).permutation(rows)
+    beside[order[: rows // 2]] = x[: rows // 2]
 
     def check():
-        together = np.asarray(jitted[kind](packed, jnp.asarray(x)))
-        for row in range(9):
-            np.testing.assert_array_equal(jitted[kind](packed, jnp.asarray(x[row : row + 1]))[0], together[row])
+        found, moved = (np.asarray(jitted[kind](packed, jnp.asarray(own))) for own in (x, beside))
+        np.testing.assert_array_equal(moved[order[: rows // 2]], found[: rows // 2])
 
     on_every_instruction_set(check)
 

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import strategies as st
 
 from fineserve_jax.pallas_kernels import operations
-from fineserve_jax.pallas_kernels.chunk_attention import attend_within as attend_within_function
+from fineserve_jax.pallas_kernels.backends import get_backend
+from fineserve_jax.pallas_kernels.cpu import library
 from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, PageWords
 from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
@@ -161,7 +162,11 @@ def paged_attention(spec, q, arena, tiles, layer, sinks=None) -> PartialAttentio
 
 
 _paged_attention = jax.jit(operations.paged_attention, static_argnums=0)
-attend_within = jax.jit(attend_within_function, static_argnames=("window", "soft_cap"))
+WITHIN = ("xla",) if library.why_unavailable() else ("xla", "cpu")
+"""The implementations of `attend_within` there are here; those of the other backends are XLA's."""
+attend_within = {
+    name: jax.jit(get_backend(name).attend_within, static_argnames=("window", "soft_cap")) for name in WITHIN
+}
 
 
 # -- cached tokens -----------------------------------------------------------------------------------------

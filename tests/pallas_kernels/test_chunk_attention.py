@@ -12,6 +12,7 @@ from kernel_cases import (
     PAGES,
     SMALL,
     TOLERANCE,
+    WITHIN,
     Cache,
     attend_within,
     exact_attention,
@@ -74,11 +75,11 @@ class Batch:
         pages = (SMALL.kv_heads, SLOT_PAGES, SIZE, SMALL.head_dim)
         self.own, self.earlier = ([self.rng.standard_normal(pages, np.float32) for _ in "kv"] for _ in range(2))
 
-    def within(self, window: int | None = None, soft_cap: float | None = None) -> PartialAttention:
+    def within(self, by: str, window: int | None = None, soft_cap: float | None = None) -> PartialAttention:
         """f32[SLOTS, kv_heads, group], among the step's own tokens."""
-        own, earlier, q = tuple(self.own), tuple(self.earlier), self.q.swapaxes(0, 1)
-        seen = attend_within(q, own, earlier, self.chunk_of_page, window=window, soft_cap=soft_cap)
-        return PartialAttention(*(np.asarray(part).swapaxes(0, 1) for part in seen))
+        own, earlier = tuple(self.own), tuple(self.earlier)
+        seen = attend_within[by](self.q, own, earlier, self.chunk_of_page, window=window, soft_cap=soft_cap)
+        return PartialAttention(*map(np.asarray, seen))
 
     def to_cached(self, layer: int) -> PartialAttention:
         runs = [
@@ -121,14 +122,16 @@ class Batch:
 def check_merged(chunks: list[Chunk], seed: int) -> None:
     batch = Batch(chunks, seed)
     for layer in range(SMALL.num_layers):
-        batch.check(batch.to_cached(layer).merge(batch.within()), layer)
+        for by in WITHIN:
+            batch.check(batch.to_cached(layer).merge(batch.within(by)), layer)
 
 
 @settings(max_examples=20)
 @given(chunk_batches())
 def test_a_token_sees_its_page_as_it_is_now_and_earlier_pages_of_its_chunk_as_they_will_be_kept(case):
     batch = Batch(*case)
-    batch.check(batch.within())
+    for by in WITHIN:
+        batch.check(batch.within(by))
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(1, None), (3, 0.5), (SIZE, None), (SIZE + 5, 2.0)])
@@ -136,7 +139,8 @@ def test_a_token_sees_its_page_as_it_is_now_and_earlier_pages_of_its_chunk_as_th
 @given(chunk_batches())
 def test_windows_and_soft_caps(window, soft_cap, case):
     batch = Batch(*case)
-    batch.check(batch.within(window, soft_cap), window=window, soft_cap=soft_cap)
+    for by in WITHIN:
+        batch.check(batch.within(by, window, soft_cap), window=window, soft_cap=soft_cap)
 
 
 @settings(max_examples=15)
@@ -159,25 +163,27 @@ def test_a_long_prefix_of_two_formats_takes_several_tiles():
 
 def test_a_single_page_of_slots_has_no_earlier_pages():
     rng = np.random.default_rng(4)
-    q = rng.standard_normal((SMALL.kv_heads, SIZE, GROUP, SMALL.head_dim), np.float32)
+    q = rng.standard_normal((SIZE, SMALL.kv_heads, GROUP, SMALL.head_dim), np.float32)
     pages = (SMALL.kv_heads, 1, SIZE, SMALL.head_dim)
     (k, v), nothing = (rng.standard_normal((2, *pages), np.float32), np.full((2, *pages), np.nan, np.float32))
-    output = np.asarray(attend_within(q, (k, v), tuple(nothing), np.zeros(1, np.int32)).output())
     exact = functools.partial(exact_attention, k=k[:, 0], v=v[:, 0], visible=np.tri(SIZE, dtype=bool))
-    assert relative_error(output.swapaxes(0, 1), exact(q.swapaxes(0, 1)).output) < TOLERANCE
+    for by in WITHIN:
+        output = np.asarray(attend_within[by](q, (k, v), tuple(nothing), np.zeros(1, np.int32)).output())
+        assert relative_error(output, exact(q).output) < TOLERANCE
 
 
+@pytest.mark.parametrize("by", WITHIN)
 @given(case=chunk_batches(), value=st.sampled_from([np.nan, np.inf, -np.inf]), part=st.integers(0, 1))
 @settings(max_examples=20)
-def test_what_is_not_finite_reaches_just_the_queries_that_see_it(case, value, part):
+def test_what_is_not_finite_reaches_just_the_queries_that_see_it(by, case, value, part):
     """One slot's key or value, of a chunk or of a slot that no chunk uses."""
     chunks, seed = case
     batch = Batch(chunks, seed)
-    clean = batch.within().output()
+    clean = np.asarray(batch.within(by).output())
     bad = int(batch.rng.integers(SLOTS))
     for kept in (batch.own, batch.earlier):
         kept[part][:, bad // SIZE, bad % SIZE, 0] = value if part else np.nan
-    found = batch.within().output()
+    found = np.asarray(batch.within(by).output())
     slots, pages = np.arange(SLOTS), np.arange(SLOTS) // SIZE
     sees = (pages == bad // SIZE) & (slots >= bad)
     sees |= (pages > bad // SIZE) & (batch.chunk_of_page[pages] == batch.chunk_of_page[bad // SIZE])
@@ -227,21 +233,21 @@ def test_a_token_of_a_branch_sees_what_is_of_none_and_its_own(trunk, lengths, se
     branches = np.zeros(SLOTS, np.int32)
     branches[first : first + len(numbers)] = numbers
     rng = np.random.default_rng(seed)
-    q = rng.standard_normal((SMALL.kv_heads, SLOTS, GROUP, SMALL.head_dim), np.float32)
+    q = rng.standard_normal((SLOTS, SMALL.kv_heads, GROUP, SMALL.head_dim), np.float32)
     kept = tuple(rng.standard_normal((SMALL.kv_heads, SLOT_PAGES, SIZE, SMALL.head_dim), np.float32) for _ in "kv")
     chunk_of_page = np.minimum(np.arange(SLOT_PAGES), 1)
-    output = np.asarray(attend_within(q, kept, kept, chunk_of_page, branches=branches).output())
+    output = np.asarray(attend_within["xla"](q, kept, kept, chunk_of_page, branches=branches).output())
     k, v = (part.reshape(SMALL.kv_heads, SLOTS, -1) for part in kept)
     slots = np.arange(first, first + len(numbers))
     for slot in slots:
         seen = slots[(slots <= slot) & ((numbers == 0) | (numbers == branches[slot]))]
-        exact = exact_attention(q[:, slot][None], k[:, seen], v[:, seen])
-        assert relative_error(output[:, slot], exact.output[0]) < TOLERANCE
+        exact = exact_attention(q[slot][None], k[:, seen], v[:, seen])
+        assert relative_error(output[slot], exact.output[0]) < TOLERANCE
 
 
 def test_branches_do_not_go_with_windows():
     batch = Batch([(SLOTS, [])], seed=5)
     with pytest.raises(ValueError, match="branches, and window=3"):
-        attend_within(
-            batch.q.swapaxes(0, 1), batch.own, batch.own, batch.chunk_of_page, 3, branches=np.zeros(SLOTS, np.int32)
+        chunk_attention.attend_within(
+            batch.q, batch.own, batch.own, batch.chunk_of_page, 3, branches=np.zeros(SLOTS, np.int32)
         )

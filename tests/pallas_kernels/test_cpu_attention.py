@@ -14,7 +14,7 @@ import pytest
 from attention_cases import LAYERS, Cache, Segment, check, page_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ALL_FORMATS, make_geometry
+from kernel_cases import ALL_FORMATS, TOLERANCE, attend_within, make_geometry, relative_error
 
 from fineserve_jax.pallas_kernels import implementation
 from fineserve_jax.pallas_kernels.cpu import library
@@ -129,6 +129,25 @@ def test_any_geometry(instruction_set, kv_heads, head_dim, page_size, group):
     segments = [Segment(row, name, count) for row, (name, count) in enumerate(rows)]
     spec = make_spec(pages=pages, max_pages=2)
     check(spec, group, segments, decode_runs(*(count for _, count in rows)), seed=3)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "page_size", "group", "window", "soft_cap"),
+    [(1, 24, 4, 1, None, None), (3, 64, 16, 3, None, None), (2, 80, 128, 2, 70, 3.0), (1, 128, 32, 8, 5, None)],
+)
+def test_chunks_of_any_geometry(instruction_set, kv_heads, head_dim, page_size, group, window, soft_cap):
+    """Among their own tokens, as XLA computes it: three chunks, of one page, of several, and no chunk's."""
+    rng, of_page = np.random.default_rng(0), np.array([0, 1, 1, 1, -1], np.int32)
+    q = rng.standard_normal((len(of_page) * page_size, kv_heads, group, head_dim), np.float32) / head_dim**0.5
+    pages = (2, kv_heads, len(of_page), page_size, head_dim)
+    own, earlier = (tuple(rng.standard_normal(pages, np.float32)) for _ in range(2))
+    expected, found = (
+        attend_within[by](q.astype(np.float32), own, earlier, of_page, window=window, soft_cap=soft_cap)
+        for by in ("xla", "cpu")
+    )
+    assert relative_error(np.asarray(found.output()), np.asarray(expected.output())) < TOLERANCE
+    np.testing.assert_allclose(found.log_sum_exp, expected.log_sum_exp, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @needs_kernels

@@ -37,6 +37,13 @@ struct Attention {
   const int32_t *query_starts, *query_counts, *query_positions;
 };
 
+// The keys and values of a step's own tokens, each f32[kv_heads, num_queries, head_dim]: as tokens of their own page see
+// them, and as those of later pages do.
+struct Within {
+  const float *own_k, *own_v, *earlier_k, *earlier_v;
+  const int32_t* chunk_of_page;  // [num_queries / page_size]
+};
+
 // What a query block attends to, one KV split: its number among those of all tiles, and its format.
 struct Piece {
   int64_t split;
@@ -51,13 +58,27 @@ struct Partial {
 
 // -- products ----------------------------------------------------------------------------------------------------------
 
-// Matrices [out, inner] whose rows lie one behind the other. Activations are prepared once and read by every task.
+// What a row of int8 activations was divided by, and what its sums have to start with.
+struct RowScale {
+  float scale;
+  int32_t start;
+};
+
+// Prepared once and read by every task.
+struct Activations {
+  int64_t rows, inner;
+  const float* x;    // [rows, inner]
+  void* codes;       // what `prepare` makes of them, `row_bytes` a row
+  RowScale* scales;  // int8: [rows]
+};
+
+// Matrices [out, inner] whose rows lie one behind the other.
 struct Products {
-  int64_t rows, out, inner;
+  Activations activations;
+  int64_t out;
   const void* kernel;
   const void* scale;    // int8: f32[out]; int4: f16[out, inner / 32]
   const void* minimum;  // int4: f16[out, inner / 32]
-  const void* prepared; // what `prepare` made of the activations
   float* y;             // [rows, out]
 };
 
@@ -76,10 +97,15 @@ struct Kernels {
   // Merges parts in order and writes m, l and acc of a block's queries.
   void (*merge)(const Attention&, int64_t block, int64_t head, const Partial* parts, int64_t num_parts, float* m,
                 float* l, float* acc);
-  // Bytes that `prepare` writes of so many rows.
-  int64_t (*prepared_bytes[kNumWeights])(int64_t rows, int64_t inner);
-  void (*prepare[kNumWeights])(const float* x, int64_t rows, int64_t inner, void* prepared);
-  // Outputs `first` to `last` of all rows. Scratch: `width` times `inner` 16-bit words.
+  // Attention of a page of queries to the tokens of its chunk, for a KV head.
+  int64_t (*attend_within_scratch)(const Attention&);
+  void (*attend_within)(const Attention&, const Within&, int64_t page, int64_t head, void* scratch, float* m, float* l,
+                        float* acc);
+  // Bytes of a prepared row, and of the memory that preparing needs besides.
+  int64_t (*row_bytes[kNumWeights])(int64_t inner);
+  void (*prepare[kNumWeights])(const Activations&, int64_t first, int64_t last, void* row);
+  // Outputs `first` to `last` of all rows, with scratch memory of so many bytes.
+  int64_t (*multiply_scratch[kNumWeights])(int64_t rows, int64_t inner);
   void (*multiply[kNumWeights])(const Products&, int64_t first, int64_t last, void* scratch);
 };
 

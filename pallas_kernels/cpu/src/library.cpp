@@ -217,23 +217,58 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
   return ffi::Error::Success();
 }
 
+ffi::Error AttendWithin(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> own_k,
+                        ffi::Buffer<ffi::F32> own_v, ffi::Buffer<ffi::F32> earlier_k, ffi::Buffer<ffi::F32> earlier_v,
+                        I32 chunk_of_page, ffi::ResultBuffer<ffi::F32> m, ffi::ResultBuffer<ffi::F32> l,
+                        ffi::ResultBuffer<ffi::F32> acc, int64_t window, float soft_cap) {
+  const auto shape = q.dimensions();
+  const int64_t pages = chunk_of_page.element_count();
+  if (shape.size() != 4 || !pages || shape[0] % pages ||
+      own_k.element_count() != static_cast<size_t>(shape[0] * shape[1] * shape[3])) {
+    return ffi::Error::InvalidArgument("attention in chunks was called with arrays of other shapes than it takes");
+  }
+  Attention a{};
+  a.num_queries = shape[0], a.kv_heads = shape[1], a.group = shape[2], a.head_dim = shape[3];
+  a.page_size = a.num_queries / pages, a.window = window, a.soft_cap = soft_cap, a.q = q.typed_data();
+  const Within within{own_k.typed_data(), own_v.typed_data(), earlier_k.typed_data(), earlier_v.typed_data(),
+                      chunk_of_page.typed_data()};
+  const Kernels& own = kernels();
+  run_tasks(pool, pages * a.kv_heads, [&](int64_t i) {
+    const int64_t page = pages - 1 - i / a.kv_heads;  // the last see most
+    own.attend_within(a, within, page, i % a.kv_heads, scratch<kOfTask>(own.attend_within_scratch(a)), m->typed_data(),
+                      l->typed_data(), acc->typed_data());
+  });
+  return ffi::Error::Success();
+}
+
 // -- products ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kOutputs = 64;  // of a task, at least
+constexpr int64_t kOutputs = 64;         // of a task, at least
+constexpr int64_t kPrepared = 1 << 14;  // numbers that a task prepares, at least
+
+// Runs `body(first, last)` for the pieces of `count` things: several for each thread, but of at least so many things.
+template <class Body>
+void run_pieces(ffi::ThreadPool& pool, int64_t count, int64_t least, const Body& body) {
+  const int64_t share = count / (8 * pool.num_threads()) / least * least, size = share < least ? least : share;
+  run_tasks(pool, (count + size - 1) / size, [&](int64_t i) {
+    body(i * size, (i + 1) * size < count ? (i + 1) * size : count);
+  });
+}
 
 ffi::Error multiply(ffi::ThreadPool& pool, Weights kind, ffi::Buffer<ffi::F32>& x, const void* kernel,
                     const void* scale, const void* minimum, ffi::ResultBuffer<ffi::F32>& y) {
   const Kernels& own = kernels();
   const int64_t rows = x.dimensions()[0], inner = x.dimensions()[1], out = y->dimensions()[1];
   if (!rows) return ffi::Error::Success();
-  void* prepared = scratch<kOfCall>(own.prepared_bytes[kind](rows, inner));
-  own.prepare[kind](x.typed_data(), rows, inner, prepared);
-  const Products products{rows, out, inner, kernel, scale, minimum, prepared, y->typed_data()};
-  const int64_t share = out / (8 * pool.num_threads()) / kOutputs * kOutputs, size = share < kOutputs ? kOutputs : share;
-  run_tasks(pool, (out + size - 1) / size, [&](int64_t i) {
-    const int64_t first = i * size, last = first + size < out ? first + size : out;
-    void* own_memory = kind == kWeightsInt4 ? scratch<kOfTask>(own.width * inner * sizeof(uint16_t)) : nullptr;
-    own.multiply[kind](products, first, last, own_memory);
+  const int64_t row_bytes = own.row_bytes[kind](inner), of_codes = (rows * row_bytes + kLine - 1) / kLine * kLine;
+  char* memory = static_cast<char*>(scratch<kOfCall>(of_codes + rows * sizeof(RowScale)));
+  const Activations activations{rows, inner, x.typed_data(), memory, reinterpret_cast<RowScale*>(memory + of_codes)};
+  run_pieces(pool, rows, kPrepared / inner + 1, [&](int64_t first, int64_t last) {
+    own.prepare[kind](activations, first, last, scratch<kOfTask>(row_bytes));
+  });
+  const Products products{activations, out, kernel, scale, minimum, y->typed_data()};
+  run_pieces(pool, out, kOutputs, [&](int64_t first, int64_t last) {
+    own.multiply[kind](products, first, last, scratch<kOfTask>(own.multiply_scratch[kind](rows, inner)));
   });
   return ffi::Error::Success();
 }
@@ -261,7 +296,7 @@ ffi::Error MultiplyInt4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
 extern "C" {
 
 // Raised whenever a custom call takes other arguments: `library.py` names the one it fits.
-int fineserve_interface() { return 1; }
+int fineserve_interface() { return 2; }
 
 // The instruction set whose kernels are used.
 const char* fineserve_instruction_set() { return fineserve::kernels().name; }
@@ -320,6 +355,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fineserve_attend, fineserve::Attend,
                                   .Attr<ffi::Span<const int64_t>>("layer_words")
                                   .Attr<ffi::Span<const int64_t>>("vector_words")
                                   .Attr<ffi::Span<const int64_t>>("scale_starts"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fineserve_attend_within, fineserve::AttendWithin,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Integers>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("soft_cap"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     fineserve_multiply_bf16, fineserve::MultiplyBFloat16,

@@ -1,129 +1,15 @@
-// Products of few activations with matrices [out, inner]: each weight is read from memory once, in the layout in which XLA
-// multiplies it too, whatever the number of rows.
+// Products of activations with matrices [out, inner]: each weight is read from memory once, in the layout in which XLA
+// multiplies it too, whatever the number of rows. Many rows are multiplied by panels (see panels.h).
 //
-// A tile is up to W sums, of R rows by W / R outputs; each is a vector of partial sums along `inner`, and in the end all W are
-// added up across lanes at once. Weights and activations are multiplied as `models.weight_formats` says: bf16 by bf16 with
-// sums in f32, or integers with sums in i32.
+// With few, a tile is up to W sums, of R rows by W / R outputs; each is a vector of partial sums along `inner`, and in the end
+// all W are added up across lanes at once.
 #pragma once
 
-#include "interface.h"
-#include "vectors.h"
+#include "panels.h"
 
 namespace fineserve::ISA {
 
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// -- bf16 -------------------------------------------------------------------------------------------------------------
-
-struct BFloat16Kind {
-  using Weight = uint16_t;
-  using Sum = F;
-  static constexpr int64_t kChunk = 2 * W;  // weights of a vector
-#if defined(__AVX512BF16__)
-  using Activation = uint16_t;
-  using Vector = __m512bh;
-
-  INLINE static Vector read(const Weight* from) { return bits<Vector>(load<__m512i>(from)); }
-  INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
-    sum = bits<F>(_mm512_dpbf16_ps(bits<__m512>(sum), w, bits<Vector>(load<__m512i>(x))));
-  }
-  INLINE static void prepare_chunk(const float* x, Activation* to) {
-    store(to, _mm512_cvtne2ps_pbh(load<__m512>(x + W), load<__m512>(x)));
-  }
-#else
-  using Activation = float;  // of a chunk those at even places, then those at odd ones
-  struct Vector {
-    F even, odd;
-  };
-
-  INLINE static Vector read(const Weight* from) {
-    const U pairs = load<U>(from);
-    return {bits<F>(pairs << 16), bits<F>(pairs & 0xFFFF0000u)};
-  }
-  INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
-    sum += w.even * load<F>(x);
-    sum += w.odd * load<F>(x + W);
-  }
-  INLINE static void prepare_chunk(const float* x, Activation* to) {
-    const F first = to_bf16_and_back(load<F>(x)), second = to_bf16_and_back(load<F>(x + W));
-    store(to, every_other<0>(first, second));
-    store(to + W, every_other<1>(first, second));
-  }
-#endif
-};
-
-// -- int8 -------------------------------------------------------------------------------------------------------------
-
-// What a row of activations was divided by, and what its sums have to start with.
-struct RowScale {
-  float scale;
-  int32_t start;
-};
-
-struct Int8Kind {
-  using Weight = int8_t;
-  using Sum = I;
-#if defined(__AVX512VNNI__)
-  // Bytes with sign times bytes without: weights are moved by 128, and 128 times the activations' sum is taken off.
-  using Activation = int8_t;
-  using Vector = __m512i;
-  static constexpr int64_t kChunk = 4 * W;
-  static constexpr int32_t kMoved = 128;
-
-  INLINE static Vector read(const Weight* from) {
-    return _mm512_xor_si512(load<__m512i>(from), _mm512_set1_epi8(static_cast<char>(0x80)));
-  }
-  INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
-    sum = bits<I>(_mm512_dpbusd_epi32(bits<__m512i>(sum), w, load<__m512i>(x)));
-  }
-#else
-  using Activation = int16_t;
-  static constexpr int32_t kMoved = 0;
-#if defined(__AVX512BW__)
-  using Vector = __m512i;
-  static constexpr int64_t kChunk = 2 * W;
-  INLINE static Vector read(const Weight* from) { return _mm512_cvtepi8_epi16(load<__m256i>(from)); }
-  INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
-    sum += bits<I>(_mm512_madd_epi16(w, load<__m512i>(x)));
-  }
-#elif defined(__AVX2__)
-  using Vector = __m256i;
-  static constexpr int64_t kChunk = 2 * W;
-  INLINE static Vector read(const Weight* from) { return _mm256_cvtepi8_epi16(load<__m128i>(from)); }
-  INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
-    sum += bits<I>(_mm256_madd_epi16(w, load<__m256i>(x)));
-  }
-#elif defined(__SSE2__)
-  using Vector = __m128i;
-  static constexpr int64_t kChunk = 2 * W;
-  INLINE static Vector read(const Weight* from) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
-  }
-  INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
-    sum += bits<I>(_mm_madd_epi16(w, load<__m128i>(x)));
-  }
-#else
-  typedef int16_t Shorts __attribute__((vector_size(2 * W)));
-  typedef int8_t SignedBytes __attribute__((vector_size(W)));
-  using Vector = Shorts;
-  static constexpr int64_t kChunk = W;
-  INLINE static Vector read(const Weight* from) { return __builtin_convertvector(load<SignedBytes>(from), Shorts); }
-  INLINE static void add(Sum& sum, const Vector& w, const Activation* x) {
-    sum += __builtin_convertvector(w, I) * __builtin_convertvector(load<Shorts>(x), I);
-  }
-#endif
-#endif
-};
-
 // -- tiles ------------------------------------------------------------------------------------------------------------
-
-template <class Kind>
-INLINE typename Kind::Vector read_some(const typename Kind::Weight* from, int64_t count) {
-  typename Kind::Weight padded[Kind::kChunk] = {};
-  std::memcpy(padded, from, count * sizeof *from);
-  return Kind::read(padded);
-}
 
 // Sums of R rows by C outputs, in lane r * C + c. Rows of weights are `inner` apart, of activations `length`.
 //
@@ -247,31 +133,48 @@ INLINE void store_tile(float* y, int64_t out, F found) {
 
 // -- activations ------------------------------------------------------------------------------------------------------
 
-inline int64_t bf16_prepared_bytes(int64_t rows, int64_t inner) {
-  return rows * round_up(inner, BFloat16Kind::kChunk) * sizeof(BFloat16Kind::Activation);
+template <class Kind>
+INLINE bool in_panels(int64_t rows) {
+  return kHasPanels && rows >= Kind::kLeastPanelRows;
 }
 
-inline void bf16_prepare(const float* x, int64_t rows, int64_t inner, void* prepared) {
-  constexpr int64_t kChunk = BFloat16Kind::kChunk;
-  auto* to = static_cast<BFloat16Kind::Activation*>(prepared);
-  for (int64_t r = 0; r < rows; ++r, x += inner) {
-    int64_t i = 0;
-    for (; i + kChunk <= inner; i += kChunk, to += kChunk) BFloat16Kind::prepare_chunk(x + i, to);
-    if (i == inner) continue;
-    float rest[kChunk] = {};
-    std::memcpy(rest, x + i, (inner - i) * sizeof(float));
-    BFloat16Kind::prepare_chunk(rest, to);
-    to += kChunk;
+// Prepares rows `first` to `last` by `encode(row, to)`: side by side where panels are multiplied, else one behind the other.
+template <class Kind, class Encode>
+INLINE void prepare_rows(int64_t rows, int64_t first, int64_t last, int64_t length, typename Kind::Activation* to,
+                         void* row, const Encode& encode) {
+  using Activation = typename Kind::Activation;
+  if (in_panels<Kind>(rows)) {
+    interleave_rows(rows, first, last, num_steps<Kind>(length), static_cast<uint32_t*>(row),
+                    reinterpret_cast<uint32_t*>(to),
+                    [&](int64_t r, uint32_t* words) { encode(r, reinterpret_cast<Activation*>(words)); });
+  } else {
+    for (int64_t r = first; r < last; ++r) encode(r, to + r * length);
   }
 }
 
-// Scales of all rows, then their codes.
-inline int64_t int8_prepared_bytes(int64_t rows, int64_t inner) {
-  return rows * (sizeof(RowScale) + round_up(inner, Int8Kind::kChunk) * sizeof(Int8Kind::Activation));
+inline int64_t bf16_row_bytes(int64_t inner) {
+  return round_up(inner, BFloat16Kind::kChunk) * sizeof(BFloat16Kind::Activation);
 }
 
-INLINE const Int8Kind::Activation* int8_codes(const void* prepared, int64_t rows) {
-  return reinterpret_cast<const Int8Kind::Activation*>(static_cast<const RowScale*>(prepared) + rows);
+INLINE void bf16_encode(const float* x, int64_t inner, BFloat16Kind::Activation* to) {
+  constexpr int64_t kChunk = BFloat16Kind::kChunk;
+  int64_t i = 0;
+  for (; i + kChunk <= inner; i += kChunk, to += kChunk) BFloat16Kind::prepare_chunk(x + i, to);
+  if (i == inner) return;
+  float rest[kChunk] = {};
+  std::memcpy(rest, x + i, (inner - i) * sizeof(float));
+  BFloat16Kind::prepare_chunk(rest, to);
+}
+
+template <class Kind>
+inline void bf16_prepare(const Activations& a, int64_t first, int64_t last, void* row) {
+  auto* to = static_cast<BFloat16Kind::Activation*>(a.codes);
+  prepare_rows<Kind>(a.rows, first, last, round_up(a.inner, Kind::kChunk), to, row,
+                     [&](int64_t r, auto* own) { bf16_encode(a.x + r * a.inner, a.inner, own); });
+}
+
+inline int64_t int8_row_bytes(int64_t inner) {
+  return round_up(inner, Int8Kind::kChunk) * sizeof(Int8Kind::Activation);
 }
 
 // The codes of W numbers: nearest to x * factor, ties to even, at most 127 to either side.
@@ -282,39 +185,42 @@ INLINE I int8_code(F x, F factor) {
   return bits<I>(bounded + shift) - bits<I>(shift);
 }
 
-// Codes as `Int8Weights.dot` has them.
-inline void int8_prepare(const float* x, int64_t rows, int64_t inner, void* prepared) {
+// A row's codes and scale as `Int8Weights.dot` has them.
+INLINE RowScale int8_encode(const float* x, int64_t inner, Int8Kind::Activation* to) {
   typedef Int8Kind::Activation Narrow __attribute__((vector_size(W * sizeof(Int8Kind::Activation))));
-  auto* scales = static_cast<RowScale*>(prepared);
-  auto* to = reinterpret_cast<Int8Kind::Activation*>(scales + rows);
   const int64_t length = round_up(inner, Int8Kind::kChunk), whole = inner / W * W;
-  for (int64_t r = 0; r < rows; ++r, x += inner, to += length) {
-    float rest[W] = {};
-    std::memcpy(rest, x + whole, (inner - whole) * sizeof(float));
-    F tops{}, nothing{};  // x - x is 0 unless x is not finite
-    const auto look_at = [&](F own) {
-      tops = larger(bits<F>(bits<U>(own) & 0x7FFFFFFFu), tops);
-      nothing += own - own;
-    };
-    for (int64_t i = 0; i < whole; i += W) look_at(load<F>(x + i));
-    look_at(load<F>(rest));
-    float top = largest(tops);
-    top = top > 1e-30f ? top : 1e-30f;
-    const F factor = splat(127.0f / top);
-    I total{};
-    const auto encode = [&](F own, Int8Kind::Activation* place) {
-      const I code = int8_code(own, factor);
-      total += code;
-      store(place, __builtin_convertvector(code, Narrow));
-    };
-    for (int64_t i = 0; i < whole; i += W) encode(load<F>(x + i), to + i);
-    if (whole < length) std::memset(to + whole, 0, (length - whole) * sizeof *to);
-    if (whole < inner) encode(load<F>(rest), to + whole);
-    int32_t sum = 0;
-    for (int i = 0; i < W; ++i) sum += total[i];
-    const bool finite = ISA::sum(nothing) == 0.0f;
-    scales[r] = {finite ? top / 127.0f : __builtin_nanf(""), -Int8Kind::kMoved * sum};
-  }
+  float rest[W] = {};
+  std::memcpy(rest, x + whole, (inner - whole) * sizeof(float));
+  F tops{}, nothing{};  // x - x is 0 unless x is not finite
+  const auto look_at = [&](F own) {
+    tops = larger(bits<F>(bits<U>(own) & 0x7FFFFFFFu), tops);
+    nothing += own - own;
+  };
+  for (int64_t i = 0; i < whole; i += W) look_at(load<F>(x + i));
+  look_at(load<F>(rest));
+  float top = largest(tops);
+  top = top > 1e-30f ? top : 1e-30f;
+  const F factor = splat(127.0f / top);
+  I total{};
+  const auto encode = [&](F own, Int8Kind::Activation* place) {
+    const I code = int8_code(own, factor);
+    total += code;
+    store(place, __builtin_convertvector(code, Narrow));
+  };
+  for (int64_t i = 0; i < whole; i += W) encode(load<F>(x + i), to + i);
+  if (whole < length) std::memset(to + whole, 0, (length - whole) * sizeof *to);
+  if (whole < inner) encode(load<F>(rest), to + whole);
+  int32_t sum = 0;
+  for (int i = 0; i < W; ++i) sum += total[i];
+  const bool finite = ISA::sum(nothing) == 0.0f;
+  return {finite ? top / 127.0f : __builtin_nanf(""), -Int8Kind::kMoved * sum};
+}
+
+inline void int8_prepare(const Activations& a, int64_t first, int64_t last, void* row) {
+  auto* to = static_cast<Int8Kind::Activation*>(a.codes);
+  prepare_rows<Int8Kind>(
+      a.rows, first, last, round_up(a.inner, Int8Kind::kChunk), to, row,
+      [&](int64_t r, auto* own) { a.scales[r] = int8_encode(a.x + r * a.inner, a.inner, own); });
 }
 
 // -- outputs ----------------------------------------------------------------------------------------------------------
@@ -327,19 +233,47 @@ struct StoreSums {
   INLINE void take(int64_t r, int64_t c, F found) const {
     store_tile<R, C>(y + r * out + c, out, found);
   }
+  INLINE void store_row(int64_t r, int64_t c, int64_t count, F found) const {
+    std::memcpy(y + r * out + c, &found, count * sizeof(float));
+  }
 };
 
-INLINE void bf16_multiply_outputs(const Products& p, const uint16_t* weights, int64_t o, int64_t outputs) {
-  const auto* x = static_cast<const BFloat16Kind::Activation*>(p.prepared);
-  const StoreSums finish{p.y + o, p.out};
-  const int64_t length = round_up(p.inner, BFloat16Kind::kChunk);
-  Multiplier<BFloat16Kind, const StoreSums>{weights, p.inner, outputs, x, length, finish}.all_rows(p.rows);
+// Outputs of a matrix that are multiplied together, of all rows, and the memory that takes.
+template <class Kind>
+INLINE int64_t outputs_together(int64_t rows) {
+  return in_panels<Kind>(rows) ? kPanelOutputs : W;
 }
 
-inline void bf16_multiply(const Products& p, int64_t first, int64_t last, void*) {
+template <class Kind>
+INLINE int64_t panel_scratch(int64_t rows, int64_t inner) {
+  return outputs_together<Kind>(rows) == W ? 0 : panel_bytes<Kind>(inner);
+}
+
+template <class Kind, class Finish>
+INLINE void multiply_outputs(const typename Kind::Weight* weights, int64_t inner, int64_t outputs,
+                             const typename Kind::Activation* x, int64_t rows, void* panel, const char* next,
+                             const Finish& finish) {
+  if constexpr (kHasPanels) {
+    if (in_panels<Kind>(rows)) {
+      return multiply_panel<Kind>(weights, inner, outputs, x, rows, static_cast<F*>(panel), next, finish);
+    }
+  }
+  Multiplier<Kind, const Finish>{weights, inner, outputs, x, round_up(inner, Kind::kChunk), finish}.all_rows(rows);
+}
+
+inline int64_t bf16_scratch(int64_t rows, int64_t inner) { return panel_scratch<BFloat16Kind>(rows, inner); }
+
+inline void bf16_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
   const auto* weights = static_cast<const uint16_t*>(p.kernel);
-  for (int64_t o = first; o < last; o += W) {
-    bf16_multiply_outputs(p, weights + o * p.inner, o, last - o < W ? last - o : W);
+  const auto* x = static_cast<const BFloat16Kind::Activation*>(p.activations.codes);
+  const int64_t rows = p.activations.rows, inner = p.activations.inner;
+  const int64_t together = outputs_together<BFloat16Kind>(rows);
+  for (int64_t o = first; o < last; o += together) {
+    const StoreSums finish{p.y + o, p.out};
+    const auto* own = weights + o * inner;
+    const auto* next = o + 2 * together <= p.out ? reinterpret_cast<const char*>(own + together * inner) : nullptr;
+    multiply_outputs<BFloat16Kind>(own, inner, last - o < together ? last - o : together, x, rows, scratch, next,
+                                   finish);
   }
 }
 
@@ -360,17 +294,28 @@ struct ScaleSums {
     }
     store_tile<R, C>(y + r * out + c, out, floats(found + start) * of_row * repeated<C>(scales + c));
   }
+  INLINE void store_row(int64_t r, int64_t c, int64_t count, I found) const {
+    F own{};
+    std::memcpy(&own, scales + c, count * sizeof(float));
+    const F values = floats(found + of_rows[r].start) * of_rows[r].scale * own;
+    std::memcpy(y + r * out + c, &values, count * sizeof(float));
+  }
 };
 
-inline void int8_multiply(const Products& p, int64_t first, int64_t last, void*) {
+inline int64_t int8_scratch(int64_t rows, int64_t inner) { return panel_scratch<Int8Kind>(rows, inner); }
+
+inline void int8_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
   const auto* weights = static_cast<const int8_t*>(p.kernel);
   const auto* scales = static_cast<const float*>(p.scale);
-  const auto* x = int8_codes(p.prepared, p.rows);
-  const int64_t length = round_up(p.inner, Int8Kind::kChunk);
-  for (int64_t o = first; o < last; o += W) {
-    const ScaleSums finish{p.y + o, p.out, scales + o, static_cast<const RowScale*>(p.prepared)};
-    Multiplier<Int8Kind, const ScaleSums>{weights + o * p.inner, p.inner, last - o < W ? last - o : W, x, length, finish}
-        .all_rows(p.rows);
+  const auto* x = static_cast<const Int8Kind::Activation*>(p.activations.codes);
+  const int64_t rows = p.activations.rows, inner = p.activations.inner;
+  const int64_t together = outputs_together<Int8Kind>(rows);
+  for (int64_t o = first; o < last; o += together) {
+    const ScaleSums finish{p.y + o, p.out, scales + o, p.activations.scales};
+    const auto* own = weights + o * inner;
+    const auto* next = o + 2 * together <= p.out ? reinterpret_cast<const char*>(own + together * inner) : nullptr;
+    multiply_outputs<Int8Kind>(own, inner, last - o < together ? last - o : together, x, rows, scratch, next,
+                               finish);
   }
 }
 
@@ -413,8 +358,8 @@ INLINE F fp16_of(const uint16_t* words, int64_t count) {
 
 // `to` bf16[outputs, inner], of outputs from `o` on.
 INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16_t* to) {
-  const int64_t half = p.inner / 2, groups = p.inner / kGroup, groups_of_half = groups / 2;
-  for (int64_t c = 0; c < outputs; ++c, to += p.inner) {
+  const int64_t inner = p.activations.inner, half = inner / 2, groups = inner / kGroup, groups_of_half = groups / 2;
+  for (int64_t c = 0; c < outputs; ++c, to += inner) {
     const auto* bytes = static_cast<const uint8_t*>(p.kernel) + (o + c) * half;
     const auto* scale_words = static_cast<const uint16_t*>(p.scale) + (o + c) * groups;
     const auto* minimum_words = static_cast<const uint16_t*>(p.minimum) + (o + c) * groups;
@@ -434,12 +379,26 @@ INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16
   }
 }
 
+// The decoded outputs come first, then their panel.
+inline int64_t int4_decoded_bytes(int64_t rows, int64_t inner) {
+  return round_up(outputs_together<Int4Kind>(rows) * inner * static_cast<int64_t>(sizeof(uint16_t)), sizeof(F));
+}
+
+inline int64_t int4_scratch(int64_t rows, int64_t inner) {
+  return int4_decoded_bytes(rows, inner) + panel_scratch<Int4Kind>(rows, inner);
+}
+
 inline void int4_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
   auto* decoded = static_cast<uint16_t*>(scratch);
-  for (int64_t o = first; o < last; o += W) {
-    const int64_t outputs = last - o < W ? last - o : W;
+  const auto* x = static_cast<const Int4Kind::Activation*>(p.activations.codes);
+  const int64_t rows = p.activations.rows, inner = p.activations.inner;
+  void* panel = static_cast<char*>(scratch) + int4_decoded_bytes(rows, inner);
+  const int64_t together = outputs_together<Int4Kind>(rows);
+  for (int64_t o = first; o < last; o += together) {
+    const int64_t outputs = last - o < together ? last - o : together;
+    const StoreSums finish{p.y + o, p.out};
     decode_outputs(p, o, outputs, decoded);
-    bf16_multiply_outputs(p, decoded, o, outputs);
+    multiply_outputs<Int4Kind>(decoded, inner, outputs, x, rows, panel, nullptr, finish);
   }
 }
 

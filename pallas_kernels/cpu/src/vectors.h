@@ -31,6 +31,8 @@ typedef uint8_t Bytes __attribute__((vector_size(W)));
 
 #define INLINE inline __attribute__((always_inline))
 
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 template <class V, class T>
 INLINE V load(const T* from) {
   V v;
