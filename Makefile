@@ -59,6 +59,8 @@ aot: .venv-aot-gpu/.installed .venv-aot-tpu/.installed
 	.venv-aot-gpu/bin/python -m benchmarks.aot gpu $(AOT_OPTIONS) & gpu=$$!; \
 	.venv-aot-tpu/bin/python -m benchmarks.aot tpu $(AOT_OPTIONS); tpu=$$?; \
 	wait $$gpu && exit $$tpu
+	.venv-aot-gpu/bin/python -m benchmarks.aot.mesh gpu
+	.venv-aot-tpu/bin/python -m benchmarks.aot.mesh tpu
 	.venv-aot-gpu/bin/python -m benchmarks.aot report
 
 .venv-aot-%/.installed: pyproject.toml

@@ -20,6 +20,7 @@ from fineserve_jax.pallas_kernels import (
     Tiles,
     WriteSpec,
     choose_unit_words,
+    get_format,
     new_arena,
     paged_attention,
     plan_attention,
@@ -72,7 +73,7 @@ def make_batch(
         queries: new tokens of each row, at the positions that follow its cached ones; None: one each (decoding).
         options: of the `AttentionSpec`.
     """
-    residuals = {FORMATS[kv_format.residual] for kv_format in formats if kv_format.residual is not None}
+    residuals = {get_format(kv_format.residual) for kv_format in formats if kv_format.residual is not None}
     program = tuple(dict.fromkeys([*formats, *residuals]))
     plan: dict[KVFormat, list[int]] = {kv_format: [] for kv_format in program}
     segments, next_unit, size = [], max(f.page_units(geometry) for f in program), geometry.page_size
@@ -81,7 +82,7 @@ def make_batch(
         whole = num_tokens if kv_format.residual is None else num_tokens // size * size
         parts = [(kv_format, 0, whole)]
         if whole < num_tokens:
-            parts.append((FORMATS[kv_format.residual], whole, num_tokens - whole))
+            parts.append((get_format(kv_format.residual), whole, num_tokens - whole))
         for part, first, count in parts:
             pages = [next_unit + i * part.page_units(geometry) for i in range(-(-count // size))]
             next_unit += len(pages) * part.page_units(geometry)

@@ -24,8 +24,8 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.perplexity import measure_perplexity, read_text
 from fineserve_jax.loaders import load_model
-from fineserve_jax.pallas_kernels.formats import FORMATS, PackedLanes, PageWords, get_format, register
-from fineserve_jax.pallas_kernels.formats.wide import Float32KV
+from fineserve_jax.pallas_kernels.formats import FORMATS, EncodedVectors, KVFormat, PackedLanes, get_format, register
+from fineserve_jax.pallas_kernels.formats.wide import Float32Codec
 
 Quantise = Callable[[jax.Array], jax.Array]  # f32[..., T, D] -> the same, rounded to what 4 bits keep
 
@@ -39,16 +39,24 @@ class Arguments:
     windows: int = 8
 
 
-class Simulated(Float32KV):
-    """A page-wise scheme, given as what it makes of keys and of values."""
+class Rounded(Float32Codec):
+    """A page-wise codec, given as what it makes of vectors."""
 
     residual = "int8"
 
-    def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
-        self.name, self.bits, self._k, self._v = name, bits, k, v
+    def __init__(self, name: str, quantise: Quantise) -> None:
+        self.name, self._quantise = name, quantise
 
-    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
-        return super().encode((self._k(*k),), (self._v(*v),))
+    def encode(self, lanes: PackedLanes) -> EncodedVectors:
+        return super().encode((self._quantise(*lanes),))
+
+
+class Simulated(KVFormat):
+    """A scheme, given as what it makes of keys and of values."""
+
+    def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
+        super().__init__(Rounded(f"{name}, keys", k), Rounded(f"{name}, values", v), name)
+        self.bits = bits
 
 
 def symmetric(x: jax.Array) -> jax.Array:
@@ -74,7 +82,7 @@ def by_channel(x: jax.Array) -> jax.Array:
 
 def rotated(quantise: Quantise) -> Quantise:
     """The same of vectors that are rotated as the project's int4 does."""
-    int4 = get_format("int4")
+    int4 = get_format("int4").key
     return lambda x: int4.unrotate(quantise(int4.rotate(x)))
 
 

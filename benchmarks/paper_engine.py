@@ -165,7 +165,7 @@ class Serving:
         self.preemptions, self.start_s = engine.scheduler.num_preemptions, engine.clock()
         (profile,) = engine.scheduler.profiles.values()
         self.profile, self.observe = copy.deepcopy(profile), engine.scheduler.observe
-        engine.scheduler.observe = self.note  # type: ignore[method-assign]
+        engine.scheduler.observe = self.note
         self.requests = [
             engine.add_request(
                 rng.integers(1000, 20000, arrival.prompt_tokens).tolist(),

@@ -147,7 +147,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
 @contextlib.contextmanager
 def running(llm: AsyncLLM) -> Iterator[tuple[DrainingServer, int]]:
     """A server, and the port that it listens at."""
-    config = ServerConfig(port=0, max_wait_s=3600)
+    config = ServerConfig(port=0, max_wait_s=3600, warm_up=False)
     with listen(config) as listening:
         server = make_server(Service(llm, config))
         thread = threading.Thread(target=server.run, args=([listening],))

@@ -33,9 +33,10 @@ from fineserve_jax.pallas_kernels.operations import paged_attention
 from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner import runner as stages
 from fineserve_jax.runner.inputs import StepInputs, build_inputs
-from fineserve_jax.runner.sampler import build_sampling
+from fineserve_jax.runner.sampling_inputs import build_sampling
+from fineserve_jax.runner.shapes import StepSpec
+from fineserve_jax.runner.step_programs import step_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def measure(arguments: Arguments, engine: Engine, requests: list[Request]) -> di
     # The newest tokens that have been computed, once more: the pages of those that follow are not there yet.
     output = SchedulerOutput(tuple(ScheduledChunk(r, r.num_tokens - 2, 1) for r in requests), ())
     spec = runner._spec(runner._shape(output))
-    programs = stages._programs(spec)
+    programs = step_programs(spec)
     host, _ = build_inputs(spec, output, runner.kv)
     inputs, sampling = jax.device_put((host, build_sampling(requests, spec.shape.rows, runner.max_seq_len)))
     stream = programs.embed(runner.params, inputs)
@@ -170,7 +171,7 @@ def products_call(engine: Engine, rows: int) -> Callable[[], object]:
     return lambda: [layer(params, vectors) for params in runner.layer_params]
 
 
-def attention_call(engine: Engine, spec: stages.StepSpec, inputs: StepInputs) -> Callable[[], object]:
+def attention_call(engine: Engine, spec: StepSpec, inputs: StepInputs) -> Callable[[], object]:
     """The decode attention of all layers to cached tokens, nothing else."""
     runner, config = engine.runner, engine.runner.model.config
     q = jnp.ones((spec.shape.rows, config.num_heads, config.head_dim), jnp.float32)

@@ -21,6 +21,7 @@ from fineserve_jax.errors import (
     NonFiniteError,
     RequestError,
 )
+from fineserve_jax.fleet.plan import EnginePlan, Plan
 from fineserve_jax.kv.quotas import Quota
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders.chat import ChatOptions
@@ -30,7 +31,14 @@ from fineserve_jax.models.family import Family as ModelFamily
 from fineserve_jax.models.registry import register_family as register_model_family
 from fineserve_jax.pallas_kernels.format_sizes import Granularity
 from fineserve_jax.pallas_kernels.formats import FORMATS as KV_FORMATS
-from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes, PageVectors, PageWords, bit_packing
+from fineserve_jax.pallas_kernels.formats import (
+    Codec,
+    EncodedVectors,
+    KVFormat,
+    PackedLanes,
+    UnpackedVectors,
+    bit_packing,
+)
 from fineserve_jax.pallas_kernels.formats import register as register_kv_format
 from fineserve_jax.request.request import Request
 from fineserve_jax.request.request_options import RequestOptions
@@ -46,13 +54,16 @@ __all__ = [
     "POLICIES",
     "AsyncLLM",
     "ChatOptions",
+    "Codec",
     "CompletionOutput",
     "CompletionScore",
     "ConfigError",
     "DeadEndError",
+    "EncodedVectors",
     "Engine",
     "EngineConfig",
     "EngineError",
+    "EnginePlan",
     "EngineStats",
     "FineServeError",
     "FineServePredictor",
@@ -63,9 +74,8 @@ __all__ = [
     "ModelLoadError",
     "NonFiniteError",
     "PackedLanes",
-    "PageVectors",
-    "PageWords",
     "Perplexity",
+    "Plan",
     "Policy",
     "PolicyContext",
     "PromptEmbedding",
@@ -77,6 +87,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
+    "UnpackedVectors",
     "__version__",
     "bit_packing",
     "load_model",

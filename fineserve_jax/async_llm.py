@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from fineserve_jax.engine.async_loop import AsyncLoop
 from fineserve_jax.engine.calls import Call, Generation
 from fineserve_jax.engine.embedding import Embedding, PromptEmbedding
+from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.intake import Conversation, Prompt, chat_encoder, ticket_for_pieces
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.scoring import Completion, CompletionScore, Scoring, completion_lists
+from fineserve_jax.fleet import Plan
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
@@ -45,27 +48,39 @@ class AsyncLLM:
     Prompts are encoded on other threads, and steps are computed on one of their own. A task that is cancelled, or that
     leaves a stream, ends its requests, and their memory is free before the next step. Options say how urgent each is.
 
-    `warm_up`, `update_params`, `sleep`, `wake_up`, `stats` and `close` are those of `LLM`, awaited; a task that is
-    cancelled does not end them.
+    `warm_up`, `load_model`, `unload_model`, `update_params`, `sleep`, `wake_up`, `stats` and `close` are those of
+    `LLM`, awaited; a task that is cancelled does not end them.
 
     Args: see `LLM`. The model is loaded here, before anything can be awaited.
 
     Attributes:
-        engine: what serves; its own methods are for the loop's thread, but for `prepare`.
-        loop: on whose thread it is.
+        intake: what is asked: the engine, or those of the plan.
+        loop: what serves.
 
     Raises: see `LLM`.
     """
 
-    def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        self._llm = LLM(model, models=models, **settings)
-        self.engine = self._llm.engine
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        models: Mapping[str, Any] | None = None,
+        plan: str | Path | Plan | None = None,
+        **settings: Any,
+    ) -> None:
+        self._llm = LLM(model, models=models, plan=plan, **settings)
+        self.intake = self._llm.intake
         self.loop = AsyncLoop(self._llm.loop)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The only model's; those of several are in `engine.models`."""
+        """The only model's; those of several are in `intake.models`."""
         return self._llm.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The only engine, see `LLM.engine`."""
+        return self._llm.engine
 
     async def generate(
         self,
@@ -105,7 +120,7 @@ class AsyncLLM:
         """
         inbox = self.loop.inbox()
         ticket = await asyncio.to_thread(
-            ticket_for_pieces, self.engine, inbox, prompt, sampling_params, options, chat_options, fields
+            ticket_for_pieces, self.intake, inbox, prompt, sampling_params, options, chat_options, fields
         )
         async with contextlib.aclosing(self.loop.texts(inbox, ticket)) as texts:
             async for piece in texts:
@@ -134,6 +149,8 @@ class AsyncLLM:
         return await self._served(Embedding(prompt_list(prompts), pooling, normalize, options, fields))
 
     warm_up = _on_another_thread(LLM.warm_up)
+    load_model = _on_another_thread(LLM.load_model)
+    unload_model = _on_another_thread(LLM.unload_model)
     update_params = _on_another_thread(LLM.update_params)
     sleep = _on_another_thread(LLM.sleep)
     wake_up = _on_another_thread(LLM.wake_up)
@@ -152,6 +169,6 @@ class AsyncLLM:
         """What comes of a call; whoever is cancelled meanwhile, ends it."""
         self.loop.check_usable()
         inbox = self.loop.inbox()
-        tickets = await asyncio.to_thread(call.tickets, self.engine, inbox)
+        tickets = await asyncio.to_thread(call.tickets, self.intake, inbox)
         await self.loop.served(inbox, tickets)
         return call.result(tickets)

@@ -27,3 +27,9 @@ class NonFiniteError(FineServeError):
 
 class RequestError(FineServeError, ValueError):
     """A request that can never be served: bad sampling values, an empty or too long prompt."""
+
+
+class ModelNotServedError(RequestError):
+    """A request for a model that is not, or no longer, served."""
+
+    code = "model_not_found"

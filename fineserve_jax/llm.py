@@ -2,22 +2,23 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from fineserve_jax.engine.calls import Call, Generation
 from fineserve_jax.engine.embedding import Embedding, PromptEmbedding
+from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.intake import Conversation, Prompt, chat_encoder, ticket_for_pieces
 from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
-from fineserve_jax.engine.load import load_from
-from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.scoring import Completion, CompletionScore, Scoring, completion_lists
-from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.engine.stats import EngineStats, joint_stats
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import RequestError
+from fineserve_jax.fleet import Plan, only_engine, open_engines
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -44,26 +45,40 @@ class LLM:
         model: an alias, a .gguf file, a Hugging Face directory, or a directory that `fineserve-jax convert` wrote.
         models: instead of `model`, several by name: each such a source, or a table of `model` and, where they differ
             from the settings, `weights`, `kv_precision` and `max_seq_len`.
+        plan: instead of both and of settings, a YAML file, or a `Plan`, that says what several engines serve and on
+            which devices (see docs/plans.md).
         settings: the fields of `EngineConfig`.
 
     Attributes:
-        engine: what serves; its own methods are for the loop's thread, but for `prepare`.
-        loop: on whose thread it is.
+        intake: what is asked: the engine, or those of the plan.
+        loop: what serves.
 
     Raises:
         ModelLoadError: a model that cannot be found, read or used.
         ConfigError: a setting that is unknown or cannot be honoured.
     """
 
-    def __init__(self, model: str | None = None, *, models: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        self.engine = load_from(model, models, settings)
-        self.loop = EngineLoop(self.engine)
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        models: Mapping[str, Any] | None = None,
+        plan: str | Path | Plan | None = None,
+        **settings: Any,
+    ) -> None:
+        self.intake, self.loop = open_engines(model, models, plan, settings)
         weakref.finalize(self, self.loop.close_without_waiting).atexit = False  # the loop sees to that itself
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The only model's; those of several are in `engine.models`."""
-        return self.engine.tokenizer
+        """The only model's; those of several are in `intake.models`."""
+        return self.intake.served().tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        """The only engine; its own methods are for the loop's thread, but for `prepare`. Raises `EngineError` if there
+        are several, by a plan."""
+        return only_engine(self.intake)
 
     def generate(
         self,
@@ -194,7 +209,7 @@ class LLM:
         """
         self.loop.check_usable()
         inbox = Inbox()
-        ticket = ticket_for_pieces(self.engine, inbox, prompt, sampling_params, options, chat_options, fields)
+        ticket = ticket_for_pieces(self.intake, inbox, prompt, sampling_params, options, chat_options, fields)
         return self._pieces(ticket, inbox)
 
     def generate_iter(
@@ -229,8 +244,8 @@ class LLM:
             EngineError: the engine is closed, or cannot go on.
         """
         self.loop.check_usable()
-        source = PromptSource(self.engine, prompts, sampling_params, options, chat_options, fields)
-        most = 5 * self.engine.config.max_batch_size if look_ahead is None else look_ahead
+        source = PromptSource(self.intake, prompts, sampling_params, options, chat_options, fields)
+        most = 5 * self.intake.max_batch_size if look_ahead is None else look_ahead
         if most < 1:
             raise RequestError(f"look_ahead={most}: at least 1 prompt is to be asked for")
         return outputs_as_they_come(self.loop, source, most, ordered)
@@ -245,14 +260,46 @@ class LLM:
     ) -> int:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
         `Engine.warm_up`."""
-        return self.loop.call(
-            lambda: self.engine.warm_up(
-                kv_precisions,
-                min_kv_precision,
-                structured_outputs=structured_outputs,
-                prompt_logprobs=prompt_logprobs,
+        return sum(
+            self.loop.each(
+                lambda engine: engine.warm_up(
+                    kv_precisions,
+                    min_kv_precision,
+                    structured_outputs=structured_outputs,
+                    prompt_logprobs=prompt_logprobs,
+                )
             )
         )
+
+    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """Serves a further model out of the same KV memory; others are served meanwhile.
+
+        >>> llm.load_model("fast", {"model": "smollm2-135m", "weights": "int8"})
+
+        Args:
+            name: what requests call it.
+            source: an alias or a path, or a table, as an entry of `models`.
+
+        Raises:
+            ConfigError: a name in use, settings that cannot be honoured, weights for which there is no memory, or pages
+                that do not fit the memory as it was divided at the start.
+            ModelLoadError: a model that cannot be found, read or used.
+        """
+        self.loop.load_model(name, source)
+
+    def unload_model(self, name: str, *, abort: bool = False) -> None:
+        """Serves a model no longer: its weights are dropped, and its KV memory is free for others.
+
+        Its requests that are under way are answered before, and those that come meanwhile raise `RequestError`; others
+        are served as ever.
+
+        Args:
+            abort: end its requests instead, with the finish reason "abort".
+
+        Raises:
+            RequestError: no such model, or one that is being unloaded.
+        """
+        self.loop.unload_model(name, abort=abort)
 
     def update_params(self, source: WeightSource, model: str | None = None, *, abort: bool = False) -> None:
         """Gives a model new weights of the same shapes between two steps, as reinforcement learning does; nothing is
@@ -271,7 +318,7 @@ class LLM:
             ModelLoadError: a source that cannot be found or read, or whose tensors are not the model's.
             ConfigError: a model of another configuration.
         """
-        self.loop.call_when_idle(lambda: self.engine.update_params(source, model), abort=abort)
+        self.loop.each_when_idle(lambda engine: engine.update_params(source, model), model, abort=abort)
 
     def sleep(self, *, drop_weights: bool = False, abort: bool = False) -> None:
         """Gives the memory of keys and values, and of weights on an accelerator, back until `wake_up`.
@@ -282,16 +329,17 @@ class LLM:
             drop_weights: do not keep the weights in host memory, since `update_params` will give others.
             abort: end what is under way instead, with the finish reason "abort".
         """
-        self.loop.call_when_idle(lambda: self.engine.sleep(drop_weights=drop_weights), abort=abort)
+        self.loop.each_when_idle(lambda engine: engine.sleep(drop_weights=drop_weights), abort=abort)
 
     def wake_up(self) -> None:
         """Takes the memory again that `sleep` gave back. Raises `EngineError` if the weights were dropped, and none
         given since."""
-        self.loop.call(self.engine.wake_up)
+        self.loop.each(Engine.wake_up)
 
     def stats(self) -> EngineStats:
-        """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions."""
-        return self.loop.call(self.engine.stats)
+        """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions; of all
+        engines together."""
+        return joint_stats(self.loop.each(Engine.stats))
 
     def close(self) -> None:
         """Ends the thread that computes; calls that wait, and later ones, raise `EngineError`."""
@@ -324,7 +372,7 @@ class LLM:
         """Prepares all that a call asks for, then waits until it is served. Nothing stays behind, whatever happens."""
         self.loop.check_usable()
         inbox = Inbox(wants_stats=on_step is not None)
-        tickets = call.tickets(self.engine, inbox)
+        tickets = call.tickets(self.intake, inbox)
         self.loop.abort_with(inbox, tickets)
         try:
             self.loop.submit(tickets)

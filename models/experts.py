@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float32, Int32
 
-from fineserve_jax.models.layers import Linear, declared, gated
+from fineserve_jax.models.layers import SHARDS, Linear, declared, gated, sum_shards
 from fineserve_jax.models.model_config import ExpertsConfig, ModelConfig
 from fineserve_jax.models.weight_formats import Arrays, Float32Weights, GroupedWeightFormat, WeightFormat, weight_recipe
 
@@ -32,7 +32,7 @@ class Grouping(NamedTuple):
     """M pairs of a token and one of its experts, sorted by expert.
 
     order: i32[M], the numbers of the sorted pairs; pair p is of token p // used.
-    sizes: i32[experts], how many pairs each expert has.
+    sizes: i32[experts], how many pairs each expert has; pairs of experts that are not here are behind all of these.
     """
 
     order: jax.Array
@@ -77,35 +77,49 @@ class Experts(nn.Module):
     TPUs have a grouped product (`jax.lax.ragged_dot`), of floats and of 8-bit integers. On CPUs and GPUs XLA makes of
     it one of every row with every expert, most of them zero (seen with JAX 0.10.2), so there experts take their rows
     tile by tile.
+
+    shards: how many devices have some of the experts each. All route all tokens, compute what their own experts give,
+        and add that up.
     """
 
     config: ModelConfig
     weights: str
+    shards: int = 1
 
     @property
     def experts(self) -> ExpertsConfig:
         assert self.config.experts is not None, "only models with experts have such layers"
         return self.config.experts
 
+    @property
+    def count(self) -> int:
+        """How many experts are here."""
+        return self.experts.count // self.shards
+
     def setup(self) -> None:
         cfg, mixture, fmt = self.config, self.experts, weight_recipe(self.weights).linear
         hidden, inner = cfg.hidden_size, mixture.intermediate_size
         # What the router gives decides more than a product: it stays exact.
         self.router = Linear(hidden, mixture.count, Float32Weights(), use_bias=mixture.router_bias)
-        self.gate_up = ExpertMatrices(mixture.count, hidden, 2 * inner, fmt, cfg.mlp_bias)
-        self.down = ExpertMatrices(mixture.count, inner, hidden, fmt, cfg.mlp_bias)
+        self.gate_up = ExpertMatrices(self.count, hidden, 2 * inner, fmt, cfg.mlp_bias)
+        self.down = ExpertMatrices(self.count, inner, hidden, fmt, cfg.mlp_bias)
 
     def __call__(
         self, x: Float32[jax.Array, "N {self.config.hidden_size}"]
     ) -> Float32[jax.Array, "N {self.config.hidden_size}"]:
         weights, chosen = route(self.experts, self.router(x))
-        groups = group_by_expert(chosen, self.experts.count)
+        if self.shards > 1:
+            chosen = chosen - lax.axis_index(SHARDS) * self.count
+            chosen = jnp.where((chosen >= 0) & (chosen < self.count), chosen, self.count)
+        groups = group_by_expert(chosen, self.count)
         if isinstance(weight_recipe(self.weights).linear, GroupedWeightFormat):
             results = lax.platform_dependent(x, groups, tpu=self.all_at_once, default=self.tile_by_tile)
         else:
             results = self.tile_by_tile(x, groups)
         by_token = jnp.zeros_like(results).at[groups.order].set(results).reshape(*chosen.shape, -1)
-        return jnp.sum(by_token * weights[:, :, None], axis=1)
+        if self.shards > 1:  # of experts elsewhere there is anything here
+            by_token = jnp.where((chosen < self.count)[:, :, None], by_token, 0.0)
+        return sum_shards(jnp.sum(by_token * weights[:, :, None], axis=1), self.shards)
 
     def all_at_once(self, x: jax.Array, groups: Grouping) -> Results:
         """What every pair gives, in sorted order, by grouped products."""
@@ -118,8 +132,8 @@ class Experts(nn.Module):
 
         A tile at the end of an expert's rows reaches into the next expert's, whose tiles come later and overwrite that.
         """
-        num_pairs, count, used = len(groups.order), self.experts.count, self.experts.used
-        rows = tile_rows(num_pairs, count)
+        num_pairs, used = len(groups.order), self.experts.used
+        rows = tile_rows(num_pairs, self.experts.count)
         tiles = -(-groups.sizes // rows)
         last_tile, ends = jnp.cumsum(tiles), jnp.cumsum(groups.sizes)
         token_of_row = jnp.pad(groups.order // used, (0, rows))
@@ -149,7 +163,8 @@ def route(
 
 
 def group_by_expert(chosen: Int32[jax.Array, "N used"], count: int) -> Grouping:
-    """The pairs of tokens and experts, sorted by expert, and of one expert by token."""
+    """The pairs of tokens and experts, sorted by expert, and of one expert by token. Number `count` stands for any
+    expert that is not here."""
     of_pair = chosen.reshape(-1)
     return Grouping(jnp.argsort(of_pair, stable=True).astype(jnp.int32), jnp.bincount(of_pair, length=count))
 

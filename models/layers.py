@@ -14,6 +14,9 @@ from jaxtyping import Float32, Int32
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.weight_formats import Arrays, WeightFormat
 
+SHARDS = "fineserve_shards"
+"""The mesh axis over which a model is divided, see `sharding`; no other mesh has one of this name."""
+
 
 class Matrix(nn.Module):
     """A stored matrix `[out_features, in_features]`: products, and row look-up as an embedding table."""
@@ -36,9 +39,14 @@ class Matrix(nn.Module):
 
 
 class Linear(Matrix):
-    """f32[N, in_features] -> f32[N, out_features], with a f32 bias when `use_bias`."""
+    """f32[N, in_features] -> f32[N, out_features], with a f32 bias when `use_bias`.
+
+    shards: how many devices hold some of the columns each, `in_features` of them, and add up what they get; 1: all are
+        here.
+    """
 
     use_bias: bool = False
+    shards: int = 1
 
     def setup(self) -> None:
         super().setup()
@@ -46,20 +54,27 @@ class Linear(Matrix):
             self.bias = self.param("bias", declared, jax.ShapeDtypeStruct((self.out_features,), jnp.float32))
 
     def __call__(self, x: Float32[jax.Array, "N {self.in_features}"]) -> Float32[jax.Array, "N {self.out_features}"]:
-        y = self.dot(x)
+        y = sum_shards(self.dot(x), self.shards)
         return y + self.bias if self.use_bias else y
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467), all in f32."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467), all in f32.
+
+    shards: how many devices hold `width` of the values each, over all of which the mean is; 1: all are here.
+    """
 
     width: int
     eps: float
+    shards: int = 1
 
     @nn.compact
     def __call__(self, x: Float32[jax.Array, "*leading {self.width}"]) -> Float32[jax.Array, "*leading {self.width}"]:
         scale = self.param("scale", nn.initializers.ones, (self.width,), jnp.float32)
-        return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+        mean = jnp.mean(x * x, axis=-1, keepdims=True)
+        if self.shards > 1:
+            mean = lax.pmean(mean, SHARDS)
+        return x * lax.rsqrt(mean + self.eps) * scale
 
 
 class LayerNorm(nn.Module):
@@ -80,6 +95,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+def sum_shards(x: jax.Array, shards: int) -> jax.Array:
+    """What the devices have of a sum, added up on each of them."""
+    summed: jax.Array = x if shards == 1 else lax.psum(x, SHARDS)
+    return summed
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

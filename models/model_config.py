@@ -226,6 +226,16 @@ class ModelConfig:
         )
         return tuple(group for group in groups if group.layers)
 
+    def of_shard(self, shards: int) -> ModelConfig:
+        """The model that each of so many devices computes: some of the heads, and a part of the MLP's width. Where
+        there are fewer KV heads than devices, each has one, as have others. The rest is told by `sharding`."""
+        return dataclasses.replace(
+            self,
+            num_heads=self.num_heads // shards,
+            num_kv_heads=max(1, self.num_kv_heads // shards),
+            intermediate_size=max(1, self.intermediate_size // shards),
+        )
+
     def with_rope_of(self, group: LayerGroup) -> ModelConfig:
         """The same with the RoPE of the group's layers as that of all."""
         if group.window is None or self.local_rope_theta is None:

@@ -34,6 +34,31 @@ from fineserve_jax.models.row_packing import LatestOfThread, aligned_empty, pack
 from fineserve_jax.models.weight_formats import Float32Weights, WeightFormat, weight_recipe
 
 Params = dict[str, Any]
+HostParams = dict[str, Any]  # the same with numpy arrays
+
+
+class Placement(Protocol):
+    """Where parameters go, see `pack_params`."""
+
+    def check(self, config: ModelConfig, weights: str) -> None:
+        """Raises ConfigError for a model whose parameters cannot go there."""
+
+    def place(self, config: ModelConfig, weights: str, name: str, tree: HostParams) -> Params:
+        """A part of the tree, `layers_0` or another of its first names, whose arrays are the host's, as jax arrays."""
+
+
+class DefaultDevice:
+    """JAX's default device, where that is the host in the same memory if possible."""
+
+    def check(self, config: ModelConfig, weights: str) -> None:
+        """Any model can go there."""
+
+    def place(self, config: ModelConfig, weights: str, name: str, tree: HostParams) -> Params:
+        placed: Params = jax.tree.map(to_device, tree)
+        return placed
+
+
+DEFAULT_DEVICE = DefaultDevice()
 
 
 class TensorSource(Protocol):
@@ -59,23 +84,32 @@ def abstract_params(config: ModelConfig, weights: str) -> Params:
     return dict(tree["params"])
 
 
-def pack_params(config: ModelConfig, weights: str, source: TensorSource) -> Params:
+def pack_params(
+    config: ModelConfig, weights: str, source: TensorSource, placement: Placement = DEFAULT_DEVICE
+) -> Params:
     """Check, fuse and encode a checkpoint's tensors; returns jax arrays in the tree of `abstract_params`.
 
     Layers are packed by a few threads, a few rows of a matrix in memory as float32 each: numpy's inner loops release
-    the GIL. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
-    than `config` says or is used by nothing, and for widths the weight format cannot store.
+    the GIL. Each goes where `placement` says before the thread takes the next, so that the host never has to hold them
+    all. Raises ModelLoadError, before anything is read, for a tensor that is missing, has another shape
+    than `config` says or is used by nothing, and for widths the weight format cannot store; what `placement` refuses
+    raises ConfigError.
     """
+    placement.check(config, weights)
     packer = _Packer(config, weights, source)
     packer.check()
-    jobs: dict[str, Callable[[], Params]] = {
+    jobs: dict[str, Callable[[], HostParams]] = {
         "embed": packer.embed,
         "norm": lambda: packer.norm("model.norm.weight"),
         **{f"layers_{index}": functools.partial(packer.layer, index) for index in range(config.num_layers)},
     }
     if not config.tie_embeddings:
         jobs["lm_head"] = packer.lm_head
-    return together(jobs)
+
+    def placed(name: str, job: Callable[[], HostParams]) -> Params:
+        return placement.place(config, weights, name, job())
+
+    return together({name: functools.partial(placed, name, job) for name, job in jobs.items()})
 
 
 def random_params(config: ModelConfig, weights: str, seed: int = 0, scale: float = 0.05) -> Params:
@@ -184,17 +218,17 @@ class _Packer:
             if len(shape := tensor_shape(self.config, name)) == 2:
                 self.recipe.linear.declare(1, shape[1])
 
-    def embed(self) -> Params:
+    def embed(self) -> HostParams:
         fmt = self.recipe.head if self.config.tie_embeddings else self.recipe.embedding
         return self.matrix(fmt, "model.embed_tokens.weight")
 
-    def lm_head(self) -> Params:
+    def lm_head(self) -> HostParams:
         return self.matrix(self.recipe.head, "lm_head.weight")
 
-    def layer(self, index: int) -> Params:
+    def layer(self, index: int) -> HostParams:
         prefix, cfg, fmt = f"model.layers.{index}.", self.config, self.recipe.linear
         attention = prefix + "self_attn."
-        attn: Params = {
+        attn: HostParams = {
             "qkv": self.linear(fmt, [f"{attention}{p}_proj" for p in "qkv"], cfg.qkv_bias),
             "o": self.linear(fmt, [attention + "o_proj"], cfg.o_bias),
         }
@@ -202,11 +236,11 @@ class _Packer:
             attn["q_norm"] = self.norm(attention + "q_norm.weight")
             attn["k_norm"] = self.norm(attention + "k_norm.weight")
         if cfg.attention_sinks:
-            attn["sinks"] = to_device(self.source.read(attention + "sinks"))
+            attn["sinks"] = self.source.read(attention + "sinks")
         mlp = self.experts(prefix + "mlp.") if cfg.has_experts(index) else self.mlp(prefix + "mlp.")
         return {"attn": attn, "mlp": mlp, **self.residual_norms(prefix)}
 
-    def residual_norms(self, prefix: str) -> Params:
+    def residual_norms(self, prefix: str) -> HostParams:
         cfg = self.config
         names = {"attn_norm": "input_layernorm"} if cfg.pre_norms else {}
         if cfg.pre_norms and not cfg.parallel:
@@ -215,14 +249,14 @@ class _Packer:
             names |= {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
         return {key: self.norm(f"{prefix}{name}.weight") for key, name in names.items()}
 
-    def mlp(self, prefix: str) -> Params:
+    def mlp(self, prefix: str) -> HostParams:
         fmt, bias = self.recipe.linear, self.config.mlp_bias
         return {
             "gate_up": self.linear(fmt, [prefix + "gate_proj", prefix + "up_proj"], bias),
             "down": self.linear(fmt, [prefix + "down_proj"], bias),
         }
 
-    def experts(self, prefix: str) -> Params:
+    def experts(self, prefix: str) -> HostParams:
         assert self.config.experts is not None, "only models with experts have such layers"
         router_bias = self.config.experts.router_bias
         return {
@@ -231,33 +265,29 @@ class _Packer:
             "down": self.stack(prefix, ["down_proj"]),
         }
 
-    def stack(self, prefix: str, parts: list[str]) -> Params:
+    def stack(self, prefix: str, parts: list[str]) -> HostParams:
         """A matrix of every expert, encoded expert by expert, and their biases."""
         assert self.config.experts is not None, "only models with experts have such layers"
         count, fmt, stacked = self.config.experts.count, self.recipe.linear, dict[str, np.ndarray]()
         for expert in range(count):
             names = [f"{prefix}experts.{expert}.{part}" for part in parts]
-            for key, array in self.encode(fmt, names, self.config.mlp_bias).items():
+            for key, array in self.linear(fmt, names, self.config.mlp_bias).items():
                 if expert == 0:
                     stacked[key] = aligned_empty((count, *array.shape), array.dtype)
                 stacked[key][expert] = array
-        return {key: to_device(array) for key, array in stacked.items()}
+        return stacked
 
-    def linear(self, fmt: WeightFormat, names: list[str], bias: bool) -> Params:
-        return {key: to_device(array) for key, array in self.encode(fmt, names, bias).items()}
-
-    def encode(self, fmt: WeightFormat, names: list[str], bias: bool) -> dict[str, np.ndarray]:
+    def linear(self, fmt: WeightFormat, names: list[str], bias: bool) -> dict[str, np.ndarray]:
         """The matrices of these names as one, encoded, and their biases."""
         shapes = [(name, tensor_shape(self.config, name)) for name in (f"{name}.weight" for name in names)]
         stored = pack_rows(fmt, self.source, shapes, unit=self.config.head_dim)
         return {**stored, "bias": np.concatenate([self.source.read(n + ".bias") for n in names])} if bias else stored
 
-    def matrix(self, fmt: WeightFormat, name: str) -> Params:
-        packed = pack_rows(fmt, self.source, [(name, tensor_shape(self.config, name))])
-        return {key: to_device(array) for key, array in packed.items()}
+    def matrix(self, fmt: WeightFormat, name: str) -> HostParams:
+        return pack_rows(fmt, self.source, [(name, tensor_shape(self.config, name))])
 
-    def norm(self, name: str) -> Params:
-        return {"scale": to_device(self.source.read(name))}
+    def norm(self, name: str) -> HostParams:
+        return {"scale": self.source.read(name)}
 
 
 class _RandomSource:

@@ -65,10 +65,14 @@ def family_of_gguf_architecture(architecture: str) -> Family:
     return _find(architecture, lambda family: family.gguf_architectures)
 
 
-def build_model(config: ModelConfig, weights: str = "fp32") -> CausalLM:
-    """The Flax module of `config.family` with matrices stored as `weights` says; raises ModelLoadError."""
+def build_model(config: ModelConfig, weights: str = "fp32", shards: int = 1) -> CausalLM:
+    """The Flax module of `config.family` with matrices stored as `weights` says; raises ModelLoadError.
+
+    shards: how many devices compute the model together, see `CausalLM`.
+    """
     weight_recipe(weights)
-    return get_family(config.family).module(config, weights)
+    module = get_family(config.family).module
+    return module(config, weights) if shards == 1 else module(config, weights, shards)
 
 
 def _find(architecture: str, names_of: Callable[[Family], Iterable[str]]) -> Family:

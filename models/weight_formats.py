@@ -28,6 +28,7 @@ _GROUPED = lax.RaggedDotDimensionNumbers(  # [N, in] in groups times [groups, ou
 )
 
 Arrays = Mapping[str, jax.Array]
+HostArrays = Mapping[str, np.ndarray]
 Vectors = F32[jax.Array, "N inner"]
 Products = F32[jax.Array, "N out"]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -48,6 +49,9 @@ class WeightFormat(Protocol):
 
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         """Rows `ids` i32[N] of the matrix, f32[N, in]: the embedding look-up."""
+
+    def columns(self, stored: HostArrays, columns: slice) -> dict[str, np.ndarray]:
+        """The stored arrays of some columns of a matrix, as many as `declare` takes; on the host."""
 
 
 @runtime_checkable
@@ -82,6 +86,9 @@ class Float32Weights:
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         return jnp.take(stored["kernel"], ids, axis=0)
 
+    def columns(self, stored: HostArrays, columns: slice) -> dict[str, np.ndarray]:
+        return {"kernel": stored["kernel"][:, columns]}
+
 
 @dataclasses.dataclass(frozen=True)
 class BFloat16Weights:
@@ -104,6 +111,9 @@ class BFloat16Weights:
 
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         return jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
+
+    def columns(self, stored: HostArrays, columns: slice) -> dict[str, np.ndarray]:
+        return {"kernel": stored["kernel"][:, columns]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +148,9 @@ class Int8Weights:
         codes = jnp.take(stored["kernel"], ids, axis=0).astype(jnp.float32)
         return codes * jnp.take(stored["scale"], ids)[:, None]
 
+    def columns(self, stored: HostArrays, columns: slice) -> dict[str, np.ndarray]:
+        return {"kernel": stored["kernel"][:, columns], "scale": stored["scale"]}
+
 
 @dataclasses.dataclass(frozen=True)
 class Int4Weights:
@@ -171,8 +184,7 @@ class Int4Weights:
         # A constant group has scale 0; any divisor gives its codes as 0, which decode to the minimum.
         divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
         codes = np.rint((groups - minimum.astype(np.float32)[:, :, None]) / divisor[:, :, None])
-        low, high = np.split(codes.clip(0, 15).astype(np.uint8).reshape(out, inner), 2, axis=1)
-        return {"kernel": low | high << 4, "scale": scale, "minimum": minimum}
+        return {"kernel": _two_planes(codes.clip(0, 15).astype(np.uint8)), "scale": scale, "minimum": minimum}
 
     def dot(self, stored: Arrays, x: Vectors) -> Products:
         def plain(x: jax.Array, stored: Arrays) -> jax.Array:
@@ -185,6 +197,11 @@ class Int4Weights:
     def rows(self, stored: Arrays, ids: Int32[jax.Array, " N"]) -> Vectors:
         taken = {name: jnp.take(array, ids, axis=0) for name, array in stored.items()}
         return jnp.concatenate(self._planes(taken), axis=-1).astype(jnp.float32)
+
+    def columns(self, stored: HostArrays, columns: slice) -> dict[str, np.ndarray]:
+        codes = np.concatenate([stored["kernel"] & 0xF, stored["kernel"] >> 4], axis=1)[:, columns]
+        groups = slice(columns.start // INT4_GROUP, columns.stop // INT4_GROUP)
+        return {"kernel": _two_planes(codes)} | {name: stored[name][:, groups] for name in ("scale", "minimum")}
 
     def _planes(self, stored: Arrays) -> list[jax.Array]:
         """The left and the right half of the matrix, bf16[out, in / 2] each."""
@@ -224,6 +241,12 @@ def weight_recipe(weights: str) -> WeightRecipe:
             f"weights={weights!r} is not a known weight precision; choose one of {', '.join(WEIGHT_RECIPES)}"
         )
     return WEIGHT_RECIPES[weights]
+
+
+def _two_planes(codes: np.ndarray) -> np.ndarray:
+    """4-bit codes u8[out, in], or in groups, as `Int4Weights` keeps them, u8[out, in / 2]."""
+    low, high = np.split(codes.reshape(len(codes), -1), 2, axis=1)
+    return low | high << 4
 
 
 def _compiled_or(

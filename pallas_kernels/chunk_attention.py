@@ -7,7 +7,7 @@ slot's page is `slot // page_size`.
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats import PageVectors
+from fineserve_jax.pallas_kernels.formats import PageVectors, UnpackedVectors
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.xla.dense_attention import attend
 
@@ -129,7 +129,7 @@ def without_spreading(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]
 
 def _vectors(keys_and_values: tuple[jax.Array, jax.Array]) -> PageVectors:
     k, v = without_spreading(*keys_and_values)
-    return PageVectors((k,), (v,))
+    return PageVectors(UnpackedVectors((k,)), UnpackedVectors((v,)))
 
 
 def _ungroup(q: jax.Array) -> jax.Array:

@@ -6,7 +6,8 @@ begins at unit p occupies `units_per_layer` units from `p + l * units_per_layer`
     | K of head 0 | K of head 1 | ... | V of head 0 | V of head 1 | ... | scales and the like       | padding |
       T x W words   T x W words         T x W words                       each part head after head
 
-W is the words of one head vector (`KVFormat.vector_words`). Only a layer as a whole is rounded up to units.
+W is the words of one head vector in the codec of keys or in that of values (`Codec.vector_words`). Only a layer as a
+whole is rounded up to units.
 """
 
 import math

@@ -5,7 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PackedLanes, PageWords
+from fineserve_jax.pallas_kernels.formats import (
+    Codec,
+    EncodedVectors,
+    Granularity,
+    KVFormat,
+    PackedLanes,
+    PageWords,
+)
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 
 
@@ -14,7 +21,7 @@ def lay_out(words: PageWords, kv_format: KVFormat, geometry: PageGeometry) -> ja
 
     `a` and `b` are layers and pages, or pages and layers. Padding is 0.
     """
-    parts = [joined(words.k), joined(words.v), *words.scales]
+    parts = [joined(side.words) for side in words] + [words[side].scales[i] for side, i in kv_format.scale_order()]
     flat = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=-1)
     units = kv_format.units_per_layer(geometry)
     flat = jnp.pad(flat, [(0, 0), (0, 0), (0, units * geometry.unit_words - flat.shape[-1])])
@@ -23,22 +30,28 @@ def lay_out(words: PageWords, kv_format: KVFormat, geometry: PageGeometry) -> ja
 
 def take_apart(layers: jax.Array, kv_format: KVFormat, geometry: PageGeometry) -> PageWords:
     """The inverse of `lay_out`, of u16[..., words of a layer]: words of [..., heads, ...]."""
-    block = kv_format.block_words(geometry)
-    size = geometry.kv_heads * block
+    scales = take_scales_apart(layers, kv_format, geometry)
+    starts = kv_format.block_starts(geometry)
+    shapes = [(geometry.page_size, codec.vector_words(geometry)) for codec in kv_format.sides]
+    blocks = [_part(layers, start, geometry, *shape) for start, shape in zip(starts, shapes, strict=True)]
+    sides = zip(blocks, kv_format.sides, scales, strict=True)
+    return PageWords(*(EncodedVectors(split(block, codec), own) for block, codec, own in sides))
 
-    def vectors(start: int) -> PackedLanes:
-        return split(_part(layers, start, geometry, geometry.page_size, block // geometry.page_size), kv_format)
 
-    return PageWords(vectors(0), vectors(size), take_scales_apart(layers[..., 2 * size :], kv_format, geometry))
+def take_scales_apart(
+    words: jax.Array, kv_format: KVFormat, geometry: PageGeometry, first: int = 0
+) -> tuple[PackedLanes, PackedLanes]:
+    """The scale arrays of keys and of values, u16[..., heads, ...], of u16[..., words] from word `first` on."""
 
+    def arrays(codec: Codec, starts: tuple[int, ...]) -> PackedLanes:
+        parts = zip(codec.scales, starts, codec.scale_sizes(geometry), strict=True)
+        return tuple(
+            _part(words, start - first, geometry, *((size, 1) if kind is Granularity.TOKEN else (1, size)))
+            for kind, start, size in parts
+        )
 
-def take_scales_apart(words: jax.Array, kv_format: KVFormat, geometry: PageGeometry) -> PackedLanes:
-    """The scale arrays, u16[..., heads, ...], of u16[..., words] that begin with the first of them."""
-    parts, start = [], 0
-    for kind, size in zip(kv_format.scales, kv_format.scale_sizes(geometry), strict=True):
-        parts.append(_part(words, start, geometry, *((size, 1) if kind is Granularity.TOKEN else (1, size))))
-        start += geometry.kv_heads * size
-    return tuple(parts)
+    of_keys, of_values = map(arrays, kv_format.sides, kv_format.scale_starts(geometry))
+    return of_keys, of_values
 
 
 def _part(words: jax.Array, start: int, geometry: PageGeometry, *shape: int) -> jax.Array:
@@ -52,6 +65,6 @@ def joined(parts: PackedLanes) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def split(vectors: jax.Array, kv_format: KVFormat) -> PackedLanes:
+def split(vectors: jax.Array, codec: Codec) -> PackedLanes:
     """The inverse of `joined`."""
-    return tuple(jnp.split(vectors, kv_format.word_parts, axis=-1))
+    return tuple(jnp.split(vectors, codec.word_parts, axis=-1))

@@ -1,4 +1,4 @@
-"""The distinct rotations of a program's formats: vectors that several formats keep alike are rotated once."""
+"""The distinct rotations of a program's codecs: vectors that several of them keep alike are rotated once."""
 
 from collections.abc import Sequence
 
@@ -6,28 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fineserve_jax.pallas_kernels.formats import KVFormat
+from fineserve_jax.pallas_kernels.formats import Codec
 
 
 class Rotations:
-    """Distinct rotations of some formats; no rotation counts as one.
+    """Distinct rotations of some codecs; no rotation counts as one.
 
     Attributes:
-        of_format: of each format, the number of the rotation in which it keeps its vectors.
+        of_codec: of each codec, the number of the rotation in which it keeps its vectors.
     """
 
-    def __init__(self, formats: Sequence[KVFormat], head_dim: int) -> None:
+    def __init__(self, codecs: Sequence[Codec], head_dim: int) -> None:
         matrices: list[np.ndarray | None] = []
-        self._examples: list[KVFormat] = []  # one format of each rotation
-        of_format = []
-        for kv_format in formats:
-            matrix = kv_format.rotation(head_dim)
+        self._examples: list[Codec] = []  # one codec of each rotation
+        of_codec = []
+        for codec in codecs:
+            matrix = codec.rotation(head_dim)
             number = next((i for i, known in enumerate(matrices) if _same(known, matrix)), len(matrices))
             if number == len(matrices):
                 matrices.append(matrix)
-                self._examples.append(kv_format)
-            of_format.append(number)
-        self.of_format = tuple(of_format)
+                self._examples.append(codec)
+            of_codec.append(number)
+        self.of_codec = tuple(of_codec)
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -10,12 +10,13 @@ from fineserve_jax import KV_FORMATS, ModelLoadError
 from fineserve_jax.models import get_family, registry
 from fineserve_jax.models.registry import family_of_hf_architecture
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
-from fineserve_jax.pallas_kernels.formats import get_format, register
-from fineserve_jax.pallas_kernels.formats.int8 import Int8KV
+from fineserve_jax.pallas_kernels.formats import KVFormat, get_format, register
+from fineserve_jax.pallas_kernels.formats.int8 import Int8Codec
 
 
-class Other(Int8KV):
-    name = "other8"
+class Other(KVFormat):
+    def __init__(self) -> None:
+        super().__init__(Int8Codec(), Int8Codec(), "other8")
 
 
 OTHER = dataclasses.replace(get_family("llama"), name="other", hf_architectures=("OtherForCausalLM",))
@@ -62,11 +63,11 @@ def test_a_format_whose_module_registers_it_is_taken_as_it_is(offer):
 
 def test_offered_formats_are_named_among_those_to_choose_from(offer):
     offer("fineserve_jax.kv_formats", "other8", Other)
-    with pytest.raises(ValueError, match=r"unknown KV precision 'int9'; choose one of fp32, .*int4, other8"):
+    with pytest.raises(ValueError, match=r"unknown KV precision 'int9'; choose one of fp32, .*int4, int3, other8"):
         get_format("int9")
 
 
-@pytest.mark.parametrize("what", [Int8KV, 8], ids=["another name", "no format"])
+@pytest.mark.parametrize("what", [lambda: KVFormat(Int8Codec(), Int8Codec()), 8], ids=["another name", "no format"])
 def test_an_entry_point_that_is_no_format_of_that_name_is_refused(offer, what):
     offer("fineserve_jax.kv_formats", "other8", what)
     with pytest.raises(ValueError, match=r"'other8' of fineserve_jax.kv_formats is .* no KVFormat of that name"):

@@ -24,8 +24,9 @@ STOREYS = [
     {"pallas_kernels"},
     {"models", "kv"},
     {"loaders", "scheduler"},
-    {"runner"},
+    {"runner", "router"},
     {"engine"},
+    {"fleet"},
     {"llm", "entrypoints.openai_api", "entrypoints.metrics"},
     {"async_llm"},
     {"entrypoints.batch", "sim", "entrypoints.server", "entrypoints.lm_eval"},
@@ -44,6 +45,7 @@ WITHOUT_JAX = {
     "request.request",
     "kv",
     "scheduler",
+    "router",
     "sim",
 }
 JAX = {"jax", "jaxlib", "flax", "jaxtyping", "orbax", "ml_dtypes"}

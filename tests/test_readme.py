@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fineserve_jax
-from fineserve_jax import KV_FORMATS, POLICIES
+from fineserve_jax import KV_FORMATS, POLICIES, KVFormat
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import get_format
 
@@ -52,7 +52,7 @@ def test_the_format_of_the_example_can_be_registered():
     spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    fineserve_jax.register_kv_format(example.Int2())
+    fineserve_jax.register_kv_format(KVFormat(example.Keys(), example.Values()))
     assert max(relative_errors("int2")) < 0.4
 
 

@@ -55,7 +55,7 @@ def attention_case(
 ) -> Case:
     """Attention of `ROWS` decoding rows, or of a chunk of tokens of several rows; `dtype` is that of the queries."""
     case = _case(platform, operation, model, name, formats, dtype)
-    if platform == "tpu" or not any(kv_format.scales for kv_format in formats):
+    if platform == "tpu" or not any(codec.scales for kv_format in formats for codec in kv_format.sides):
         return case
     bare = _case(platform, operation, model, name, tuple(map(without_scales, formats)), dtype)
     return dataclasses.replace(case, without_scales=bare)

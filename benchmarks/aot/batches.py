@@ -83,9 +83,11 @@ def _segments(spec: AttentionSpec, lengths: tuple[int, ...]) -> tuple[list[Batch
 def held_bytes(kv_format: KVFormat, geometry: PageGeometry, num_tokens: int) -> int:
     """Bytes of one layer's keys, values and scale arrays of `num_tokens` tokens, all heads."""
     num_pages = -(-num_tokens // geometry.page_size)
-    words = 2 * num_tokens * kv_format.vector_words(geometry)
-    for kind, size in zip(kv_format.scales, kv_format.scale_sizes(geometry), strict=True):
-        words += num_tokens if kind is Granularity.TOKEN else num_pages * size
+    words = 0
+    for codec in kv_format.sides:
+        words += num_tokens * codec.vector_words(geometry)
+        for kind, size in zip(codec.scales, codec.scale_sizes(geometry), strict=True):
+            words += num_tokens if kind is Granularity.TOKEN else num_pages * size
     return 2 * geometry.kv_heads * words
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from benchmarks.aot.results import Bytes, Result
 from benchmarks.aot.targets import Platform
 from fineserve_jax.pallas_kernels import KVFormat, PageGeometry, choose_unit_words
-from fineserve_jax.pallas_kernels.formats import PackedLanes
+from fineserve_jax.pallas_kernels.formats import Codec, PackedLanes
 from fineserve_jax.pallas_kernels.implementation import Implementation
 
 IMPLEMENTATION: dict[Platform, Implementation] = {"gpu": "triton", "tpu": "mosaic_tpu"}
@@ -119,11 +119,14 @@ def arena_shape(geometry: PageGeometry) -> jax.ShapeDtypeStruct:
 
 def without_scales(kv_format: KVFormat) -> KVFormat:
     """A format like this one, whose scales and zero points all read as 1: compilers then drop the loads of them."""
+    return KVFormat(_without_scales(kv_format.key), _without_scales(kv_format.value), kv_format.name)
 
-    class WithoutScales(type(kv_format)):
+
+def _without_scales(codec: Codec) -> Codec:
+    class WithoutScales(type(codec)):
         def read_scales(self, scales: PackedLanes) -> PackedLanes:
-            return tuple(jnp.ones_like(array) for array in kv_format.read_scales(scales))
+            return tuple(jnp.ones_like(array) for array in codec.read_scales(scales))
 
-    other = copy.copy(kv_format)
+    other = copy.copy(codec)
     other.__class__ = WithoutScales
     return other

@@ -8,6 +8,7 @@ from pathlib import Path
 
 PAGE_LOAD_BYTES = 16  # of one thread's load: 128 bits
 MOST_EXTRA_TRAFFIC = 1.05  # bytes moved over bytes that must be
+MOST_SMALL_COLLECTIVES = 4096  # bytes
 DECODE_REGISTERS, DECODE_HEAD_DIM = 128, 128  # registers a thread, at this head size, in decode on sm_90a
 
 
@@ -69,6 +70,8 @@ class Result:
         bytes: traffic; None: not counted.
         traffic_error: why traffic could not be counted.
         strict_bytes: whether `bytes` has to be within bounds.
+        collectives: of a step over several chips, by kind of collective, bytes that it gives each chip.
+        collectives_must: bytes that the chips have to be given.
         crashes: how often its compiler took its process along before it compiled.
         fingerprint: of what was compiled; "" after an error, so that it is compiled again.
     """
@@ -86,6 +89,8 @@ class Result:
     bytes: Bytes | None = None
     traffic_error: str = ""
     strict_bytes: bool = True
+    collectives: dict[str, int] = field(default_factory=dict)
+    collectives_must: int = 0
     crashes: int = 0
     fingerprint: str = ""
 
@@ -106,6 +111,9 @@ class Result:
         found += [narrow for kernel in self.kernels if (narrow := _narrow_loads(kernel))]
         if self.head_dim == DECODE_HEAD_DIM:
             found += self._many_registers()
+        sent = sum(self.collectives.values())
+        if sent > MOST_EXTRA_TRAFFIC * self.collectives_must + MOST_SMALL_COLLECTIVES:
+            found.append(f"collectives give each chip {sent:,} bytes where {self.collectives_must:,} have to be given")
         if self.traffic_error:
             found.append(f"its traffic cannot be counted: {self.traffic_error}")
         if self.bytes is not None and self.strict_bytes and self.bytes.ratio > MOST_EXTRA_TRAFFIC:

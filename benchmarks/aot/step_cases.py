@@ -22,7 +22,7 @@ from fineserve_jax.models import ModelConfig, abstract_params, build_model
 from fineserve_jax.request.request import SchedulerOutput
 from fineserve_jax.runner import step
 from fineserve_jax.runner.inputs import build_inputs
-from fineserve_jax.runner.sampler import build_sampling
+from fineserve_jax.runner.sampling_inputs import build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec
 
 FORMATS = ("bf16", "int8", "int4")

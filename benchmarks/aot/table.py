@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.aot.results import Result
-from benchmarks.aot.targets import TARGETS
+from benchmarks.aot.targets import MESH_TARGETS, TARGETS
 from fineserve_jax.pallas_kernels.triton.launch_shape import MAX_ROWS
 
-GPUS = {target.name for target in TARGETS["gpu"]}
+GPUS = {target.name for targets in (TARGETS, MESH_TARGETS) for target in targets["gpu"]}
 Column = tuple[str, Callable[[Result], str]]
 
 
@@ -56,6 +56,14 @@ def _bytes(result: Result) -> str:
     return f"{traffic.moved:,} / {traffic.must:,}{padding} = {traffic.ratio:.3f}"
 
 
+def _collectives(result: Result) -> str:
+    if not result.operation.startswith("step over"):
+        return ""
+    return (
+        ", ".join(f"{name} {size:,}" for name, size in result.collectives.items()) + f" / {result.collectives_must:,}"
+    )
+
+
 NAMES: tuple[Column, ...] = (
     ("model", lambda r: r.model),
     ("KV format", lambda r: r.formats),
@@ -80,6 +88,7 @@ TPU_COLUMNS: tuple[Column, ...] = (
 LAST: tuple[Column, ...] = (
     ("temporary bytes", lambda r: f"{r.temp_bytes:,}"),
     ("bytes moved / must", _bytes),
+    ("collectives' bytes / must", _collectives),
 )
 
 
@@ -139,6 +148,11 @@ of the compiled program.
 
 `make aot` lowers every case, and hands to the chip's compiler those whose program, compiler or chip has changed since
 `benchmarks/aot/saved` was written; `make aot AOT_OPTIONS=--all` compiles all of them.
+
+The tables whose titles begin with "step over" are of whole steps that 8 chips compute together (`tensor_parallel=8`),
+compiled by `benchmarks/aot/mesh.py`; temporary bytes are of each chip, and **collectives' bytes** what the compiled
+program's collectives give each chip, over what it has to be given: the sums of the residual stream behind attention and
+MLP, in f32, and once a step the embedded tokens and the logits of the sampled rows. GPUs' registers are not told there.
 
 A failed compilation, a spill, a page load narrower than 128 bits, or a kernel that moves more than 1.05 times the bytes
 it must (but for single tokens on TPUs, which copy whole tiles) is an error: {num_problems} here. So are more than 128

@@ -1,5 +1,6 @@
 """The chips that kernels are compiled for."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,5 +73,11 @@ A100 = Target(
 
 V5E = Target("v5e", "tpu", "v5e:2x2")
 V6E = Target("v6e", "tpu", "v6e:2x2")
+
+# Slices and hosts of 8, for steps that several chips compute together.
+H100_8 = dataclasses.replace(H100, name="8 x H100")
+V5E_8 = dataclasses.replace(V5E, name="v5e-8", topology="v5e:2x4")
+V6E_8 = dataclasses.replace(V6E, name="v6e-8", topology="v6e:2x4")
+MESH_TARGETS: dict[Platform, tuple[Target, ...]] = {"gpu": (H100_8,), "tpu": (V5E_8, V6E_8)}
 
 TARGETS: dict[Platform, tuple[Target, ...]] = {"gpu": (H100, A100), "tpu": (V5E, V6E)}

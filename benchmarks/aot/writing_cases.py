@@ -99,7 +99,7 @@ def _requantize_case(platform: Platform, model: Model, source: KVFormat, target:
             batch=RequantizeBatch(IMPLEMENTATION[platform], source, target, geometry),
         )
 
-    bare = case(without_scales(source)) if platform == "gpu" and source.scales else None
+    bare = case(without_scales(source)) if platform == "gpu" and source.key.scales else None
     return dataclasses.replace(case(source), without_scales=bare)
 
 

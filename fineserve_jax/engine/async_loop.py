@@ -3,13 +3,17 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.backlog import Forecast
+from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.engine.ticket_loop import TicketLoop
 from fineserve_jax.engine.tickets import Piece, Ticket
 
+T = TypeVar("T")
 Pieces = list[tuple[Ticket, Piece]]
 
 
@@ -17,10 +21,10 @@ class AsyncLoop:
     """Serves tickets of tasks, on any number of event loops. A task that is cancelled ends its tickets.
 
     Args:
-        loop: on whose thread the engine is.
+        loop: on whose thread, or threads, the engine is.
     """
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: TicketLoop) -> None:
         self._loop = loop
         self._inboxes: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, AsyncInbox] = (
             weakref.WeakValueDictionary()
@@ -87,6 +91,14 @@ class AsyncLoop:
                     yield
             finally:
                 self._loop.abort(tickets)
+
+    async def each(self, function: Callable[[Engine], T]) -> list[T]:
+        """What the function gives for each engine between two of its steps; see `TicketLoop.each`."""
+        return await asyncio.to_thread(self._loop.each, function)
+
+    def forecast(self, tickets: Iterable[Ticket], model: str | None, priority: int) -> Forecast:
+        """See `TicketLoop.forecast`."""
+        return self._loop.forecast(tickets, model, priority)
 
     def check_usable(self) -> None:
         """See `EngineLoop.check_usable`."""

@@ -1,8 +1,9 @@
 """From models and settings to the parts of an engine: page geometries, KV manager, scheduler, arena, runners."""
 
+import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.models import build_model
+from fineserve_jax.models import Params, build_model
 from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.formats import get_format
@@ -32,6 +33,7 @@ from fineserve_jax.pallas_kernels.implementation import (
     missing_kernels,
 )
 from fineserve_jax.runner.arena import Arena
+from fineserve_jax.runner.mesh import DeviceGroup, device_group, per_device_bytes
 from fineserve_jax.runner.page_operations import PageOperations
 from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import FormatCost, ModelCost, Scheduler
@@ -81,10 +83,10 @@ class EngineBooks(NamedTuple):
 
     Attributes:
         models: by the names that requests use; their weights are not looked at.
-        kv: the host's half of the cache.
+        kv: the host's half of the cache; of several devices that of each, since all are alike.
     """
 
-    device: jax.Device
+    group: DeviceGroup
     implementation: Implementation
     models: dict[str, KnownModel]
     allocator: SlabAllocator
@@ -100,36 +102,48 @@ class EngineParts(NamedTuple):
 
 
 def build_books(
-    models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
+    models: Mapping[str, LoadedModel],
+    config: EngineConfig,
+    settings: Mapping[str, ModelSettings],
+    devices: Sequence[jax.Device] | None = None,
 ) -> EngineBooks:
     """What can be said of an engine from its models' configurations; for the arguments see `build_engine`.
 
     Raises:
         ConfigError: settings that a model or the device rules out, or that are for no model.
     """
-    device = jax.devices()[0]
+    group = device_group(config.tensor_parallel, devices)
+    for model in models.values():
+        group.check(model.config, model.weights)
     implementation = kernel_implementation()
     configs = _model_configs(models, config, settings)
-    limits = {name: _max_seq_len(name, model, configs[name]) for name, model in models.items()}
-    geometries = page_geometries(models, config.page_size, tpu=get_backend(implementation).tile_units)
+    limits = {name: max_seq_len_of(name, model, configs[name]) for name, model in models.items()}
+    tpu = get_backend(implementation).tile_units
+    geometries = page_geometries(models, config.page_size, tpu=tpu, shards=group.size)
     classes: dict[tuple[str, str], PageClass] = {}
     for name, geometry in geometries.items():
-        groups, step_tokens = models[name].config.layer_groups, _max_chunk_tokens(config, limits[name])
-        classes |= page_classes(name, geometry, config.served_formats, groups, step_tokens)
-    size = kv_memory_bytes(config.kv_memory, device)
+        classes |= classes_of(name, models[name], geometry, config, limits[name])
+    if unknown := [name for name in config.quotas if name.startswith("model:") and name[6:] not in models]:
+        raise ConfigError(
+            f"there is a quota for {unknown[0]!r}, which is not served; the models are: {', '.join(models)}"
+        )
+    size = kv_memory_bytes(config.kv_memory, group.devices)
     unit_words = next(iter(geometries.values())).unit_words
     allocator = _allocator(config, unit_words, classes, size)
-    kv = _kv_manager(config, allocator, classes, size)
+    kv = _kv_manager(config, allocator, classes, size, group.size)
     known = {}
     for name, model in models.items():
-        _check_one_request_fits(kv, name, configs[name], limits[name], size)
+        check_one_request_fits(kv, name, configs[name], limits[name], size)
         formats = configs[name].served_formats
         known[name] = KnownModel(name, model, configs[name], formats, geometries[name], limits[name])
-    return EngineBooks(device, implementation, known, allocator, kv)
+    return EngineBooks(group, implementation, known, allocator, kv)
 
 
 def build_engine(
-    models: Mapping[str, LoadedModel], config: EngineConfig, settings: Mapping[str, ModelSettings]
+    models: Mapping[str, LoadedModel],
+    config: EngineConfig,
+    settings: Mapping[str, ModelSettings],
+    devices: Sequence[jax.Device] | None = None,
 ) -> EngineParts:
     """Builds the parts of an engine.
 
@@ -137,35 +151,42 @@ def build_engine(
         models: what it serves, by the names that requests use.
         config: its settings.
         settings: of single models, where they differ; by name.
+        devices: the first `tensor_parallel` of these compute its steps; None: of all that JAX finds.
 
     Raises:
         ConfigError: settings that a model or the device rules out, or that are for no model.
     """
-    device, implementation, known, allocator, kv = build_books(models, config, settings)
+    group, implementation, known, allocator, kv = build_books(models, config, settings, devices)
     if config.num_speculative_tokens and not get_backend(implementation).writes_beside:
         raise ConfigError(
             f"num_speculative_tokens={config.num_speculative_tokens}: {implementation} kernels write one new token of "
             "a page in a step; leave num_speculative_tokens out"
         )
-    geometries = {name: model.geometry for name, model in known.items()}
-    costs = {name: model_cost(model, geometries[name], _formats_kept(kv, name)) for name, model in models.items()}
-    arena = Arena(next(iter(geometries.values())), allocator.num_units)
-    shapes = {
-        (name, number): group_geometry(geometries[name], group)
-        for name, model in models.items()
-        for number, group in enumerate(model.config.layer_groups)
+    placed = _placed({name: model.model for name, model in known.items()}, group)
+    known = {name: dataclasses.replace(model, model=placed[name]) for name, model in known.items()}
+    costs = {
+        name: model_cost(model.model, model.geometry, formats_kept(kv, name), group.size)
+        for name, model in known.items()
     }
-    operations = PageOperations(arena, shapes, allocator.slab_units, implementation)
+    arena = Arena(next(iter(known.values())).geometry, allocator.num_units, group)
+    operations = PageOperations(arena, {}, allocator.slab_units, implementation)
     served = {}
     for name, model in known.items():
-        runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
-        served[name] = ServedModel(
-            name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner
-        )
+        operations.geometries |= group_geometries(model)
+        served[name] = served_model(model, arena, kv, config, implementation)
     row_sizes = {name: model.runner.row_buckets for name, model in served.items()}
-    speculation = Speculation(config.num_speculative_tokens, row_sizes)
+    speculation, device = Speculation(config.num_speculative_tokens, row_sizes), group.devices[0]
     scheduler = Scheduler(config, kv, costs, device_roofline(device.platform, device.device_kind), speculation)
     return EngineParts(kv, scheduler, arena, operations, served)
+
+
+def _placed(models: Mapping[str, LoadedModel], group: DeviceGroup) -> dict[str, LoadedModel]:
+    """The models with their weights on the devices; those that share weights still do."""
+    tables: dict[int, Params] = {}
+    for model in models.values():
+        if id(model.params) not in tables:
+            tables[id(model.params)] = group.place_all(model.config, model.weights, model.params)
+    return {name: dataclasses.replace(model, params=tables[id(model.params)]) for name, model in models.items()}
 
 
 def kernel_implementation() -> Implementation:
@@ -181,15 +202,37 @@ def kernel_implementation() -> Implementation:
     return implementation
 
 
-def _formats_kept(kv: KVManager, model: str) -> list[str]:
+def classes_of(
+    name: str, model: LoadedModel, geometry: PageGeometry, config: EngineConfig, max_seq_len: int
+) -> dict[tuple[str, str], PageClass]:
+    """The classes of a model's pages, by model and KV format."""
+    groups, step_tokens = model.config.layer_groups, _max_chunk_tokens(config, max_seq_len)
+    return page_classes(name, geometry, config.served_formats, groups, step_tokens)
+
+
+def group_geometries(model: KnownModel) -> dict[tuple[str, int], PageGeometry]:
+    """How the pages of a model lie in the arena, by its name and the number of the layer group."""
+    groups = enumerate(model.model.config.layer_groups)
+    return {(model.name, number): group_geometry(model.geometry, group) for number, group in groups}
+
+
+def served_model(
+    model: KnownModel, arena: Arena, kv: KVManager, config: EngineConfig, implementation: Implementation
+) -> ServedModel:
+    """The model with what computes its steps. `config`: the engine's."""
+    runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
+    return ServedModel(model.name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner)
+
+
+def formats_kept(kv: KVManager, model: str) -> list[str]:
     """KV formats that pages of the model may be in: those that requests name, and their residuals."""
     return [kv_format for served, kv_format in kv.classes if served == model]
 
 
-def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str]) -> ModelCost:
-    """What a step of this model costs, for the scheduler's predictions."""
+def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str], shards: int = 1) -> ModelCost:
+    """What a step of this model costs each of the devices that share it, for the scheduler's predictions."""
     leaves = jax.tree.leaves(model.params)
-    shape = model.config
+    shape = model.config.of_shard(shards)
     attention = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
     widths = [shape.mlp_width(layer) for layer in range(shape.num_layers)]
     costs = {}
@@ -200,7 +243,7 @@ def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str
     return ModelCost(
         flops_per_token=2 * sum(dense_layer_parameters(*attention, width) for width in widths),
         flops_per_pair=pair_flops(shape.num_layers, shape.num_heads, shape.head_dim),
-        weight_bytes=sum(leaf.nbytes for leaf in leaves),
+        weight_bytes=sum(map(per_device_bytes, leaves)),
         formats=costs,
     )
 
@@ -226,7 +269,7 @@ def _runner(
     implementation: Implementation,
 ) -> ModelRunner:
     return ModelRunner(
-        build_model(model.config, model.weights),
+        build_model(model.config, model.weights, arena.group.size),
         model.params,
         geometry,
         arena,
@@ -240,6 +283,8 @@ def _runner(
         reproducible=config.reproducible,
         formats=config.served_formats if config.reproducible else (),
         drafts=config.num_speculative_tokens > 0,
+        looks_ahead=config.async_scheduling,
+        shares=implementation == "cpu",  # elsewhere nobody has measured whether it pays
     )
 
 
@@ -249,7 +294,8 @@ def _max_chunk_tokens(config: EngineConfig, max_seq_len: int) -> int:
     return config.max_chunk_tokens if config.chunked_prefill else max(longest, config.max_chunk_tokens)
 
 
-def _max_seq_len(name: str, model: LoadedModel, config: EngineConfig) -> int:
+def max_seq_len_of(name: str, model: LoadedModel, config: EngineConfig) -> int:
+    """Most tokens of a model's requests. Raises `ConfigError` if it cannot attend to so many."""
     limit = model.config.max_position
     if config.max_seq_len is None:
         return min(DEFAULT_MAX_SEQ_LEN, limit)
@@ -280,25 +326,26 @@ def _allocator(
 
 
 def _kv_manager(
-    config: EngineConfig, allocator: SlabAllocator, classes: dict[tuple[str, str], PageClass], size: int
+    config: EngineConfig, allocator: SlabAllocator, classes: dict[tuple[str, str], PageClass], size: int, shards: int
 ) -> KVManager:
     return KVManager(
         allocator,
         classes,
         prefix_cache=config.prefix_cache,
         reserve_slabs=_reserve_slabs(allocator.num_slabs),
-        host_bytes=_host_bytes(config, size),
+        host_bytes=_host_bytes(config, size, shards),
         chunk_pages=config.max_chunk_tokens // config.page_size if config.reproducible else None,
     )
 
 
-def _host_bytes(config: EngineConfig, size: int) -> int:
-    """Host memory for preempted requests: as much as the arena unless another size is set, and none if never used."""
+def _host_bytes(config: EngineConfig, size: int, shards: int) -> int:
+    """Host memory for preempted requests: as much as the arena unless another size is set, and none if never used; of
+    several devices each one's part of it, as the books are of one."""
     if config.preemption == "recompute":
         return 0
     if config.swap_memory is None:
-        return min(size, host_capacity_bytes() // 4)
-    return host_memory_bytes(config.swap_memory)
+        return min(size, host_capacity_bytes() // 4 // shards)
+    return host_memory_bytes(config.swap_memory) // shards
 
 
 def _reserve_slabs(num_slabs: int) -> int:
@@ -306,7 +353,13 @@ def _reserve_slabs(num_slabs: int) -> int:
     return min(max(2, num_slabs // 64), num_slabs // 8)
 
 
-def _check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:
+def check_one_request_fits(kv: KVManager, model: str, config: EngineConfig, max_seq_len: int, size: int) -> None:
+    """Raises `ConfigError` if the longest request of a model that says nothing does not fit an empty memory.
+
+    Args:
+        config: the engine's settings as the model has them.
+        size: bytes of the memory.
+    """
     try:
         kv_precision = resolve_precision(
             kv, model, config.served_formats, config.kv_precision, config.min_kv_precision, max_seq_len

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.intake import Encode, prepare
+from fineserve_jax.engine.intake import Encode, Intake, prepare
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import RequestError
@@ -23,9 +22,9 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Call(Protocol[Result]):
-    """Something that is asked of an engine."""
+    """Something that is asked of an engine, or of several behind a router."""
 
-    def tickets(self, engine: Engine, receiver: Receiver) -> list[Ticket]:
+    def tickets(self, engine: Intake, receiver: Receiver) -> list[Ticket]:
         """What the engine is to serve. May be called by any thread.
 
         Raises:
@@ -52,7 +51,7 @@ class Generation:
     options: RequestOptions | Sequence[RequestOptions] | None
     fields: Mapping[str, Any]
 
-    def tickets(self, engine: Engine, receiver: Receiver) -> list[Ticket]:
+    def tickets(self, engine: Intake, receiver: Receiver) -> list[Ticket]:
         count = len(self.prompts)
         params = one_each(self.sampling_params or SamplingParams(), SamplingParams, count, "sampling_params")
         option_list = options_of_each(count, self.options, self.fields)

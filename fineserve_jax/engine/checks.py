@@ -11,7 +11,7 @@ from fineserve_jax.errors import RequestError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner.sampler import MAX_STOP_IDS
+from fineserve_jax.runner.sampling_inputs import MAX_STOP_IDS
 from fineserve_jax.validation import shown, token_id
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.intake import Intake
 from fineserve_jax.engine.prompts import encode_prompt
 from fineserve_jax.engine.scoring import FOR_SCORES
 from fineserve_jax.engine.tickets import Receiver, Ticket
@@ -46,7 +46,7 @@ class Embedding:
     options: RequestOptions | Sequence[RequestOptions] | None
     fields: Mapping[str, Any]
 
-    def tickets(self, engine: Engine, receiver: Receiver) -> list[Ticket]:
+    def tickets(self, engine: Intake, receiver: Receiver) -> list[Ticket]:
         """One each. Raises `RequestError`, naming the first prompt that has no vector."""
         if self.pooling not in POOLINGS:
             raise RequestError(f"pooling={self.pooling!r}: choose one of {', '.join(POOLINGS)}")

@@ -5,14 +5,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from fineserve_jax.engine.build import ServedModel, build_engine
 from fineserve_jax.engine.engine_config import EngineConfig
-from fineserve_jax.engine.model_settings import ModelSettings
+from fineserve_jax.engine.model_loading import ModelLoading
+from fineserve_jax.engine.model_settings import ModelSettings, model_sources
 from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.output_files import check_can_write
 from fineserve_jax.engine.output_processor import OutputProcessor
 from fineserve_jax.engine.outputs import RequestOutput, request_output
+from fineserve_jax.engine.pipeline import StepPipeline
 from fineserve_jax.engine.prepare import PreparedRequest, named_model, prepare_request, use_precision
 from fineserve_jax.engine.recovery import Recovery
 from fineserve_jax.engine.request_text import RequestText
@@ -24,10 +29,10 @@ from fineserve_jax.errors import EngineError, FineServeError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.recording import Recorder
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.request.request import FinishReason, Request, RequestStatus, SchedulerOutput
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner.runner import ModelRunner, StepResult
+from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler import load_profiles, save_profiles
 
 log = logging.getLogger(__name__)
@@ -47,11 +52,13 @@ class Engine:
         config: settings.
         clock: seconds, monotonic.
         settings: of single models, where they differ from `config`; by name.
+        devices: the first `tensor_parallel` of these compute its steps; None: of all that JAX finds.
 
     Attributes:
+        loading: changes `models` between two steps.
         models: what it serves, by name. `model`, `tokenizer`, `runner` and `max_seq_len` are those of the only one.
         detokenizers: the text of each request, until `release`.
-        computing: the requests of the last step that was computed, or begun.
+        pipeline: its steps on their way through the device.
 
     Raises:
         ConfigError: settings that a model or the device rules out.
@@ -63,10 +70,11 @@ class Engine:
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
         settings: Mapping[str, ModelSettings] | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         models = {model.name: model} if isinstance(model, LoadedModel) else model
-        parts = build_engine(models, self.config, settings or {})
+        parts = build_engine(models, self.config, settings or {}, devices)
         self.kv, self.scheduler, self.arena, self.page_operations, self.models = parts
         if self.config.step_profile is not None:
             check_can_write("step_profile", self.config.step_profile, replaced=True)
@@ -75,10 +83,12 @@ class Engine:
         self.clock = clock
         self._outputs = OutputProcessor(self.kv, self.scheduler, clock)
         self.detokenizers = self._outputs.texts
-        self._recovery = Recovery(self.arena, self.kv, self.scheduler, self._outputs)
+        operations, ahead = self.page_operations, self.config.async_scheduling
+        self.pipeline = StepPipeline(self.models, self.kv, self.scheduler, operations, ahead)
+        self._recovery = Recovery(self.arena, self.kv, self.scheduler, self._outputs, self.pipeline)
         self._residence = Residence(self.models, self.arena, self.kv, self._recovery)
+        self.loading = ModelLoading(self.models, self.config, *parts[:4], self._recovery)
         self._num_requests, self._totals = 0, StepTotals()
-        self.computing: tuple[Request, ...] = ()
         record = self.config.record
         self._recorder = None if record is None else Recorder(record, self.kv, self.config.record_every)
 
@@ -87,6 +97,15 @@ class Engine:
     def served(self, model: str | None = None) -> ServedModel:
         """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
         return named_model(self.models, model)
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.config.max_batch_size
+
+    @property
+    def served_formats(self) -> tuple[str, ...]:
+        """KV formats that requests may name."""
+        return self.config.served_formats
 
     @property
     def model(self) -> LoadedModel:
@@ -177,6 +196,7 @@ class Engine:
     ) -> Request:
         self.recover()
         self._residence.check_awake()
+        self.loading.check_served(prepared.served)
         sequence = self._num_requests
         own_id = self._unused_id() if request_id is None else request_id
         if own_id in self.scheduler:
@@ -208,6 +228,15 @@ class Engine:
         """Ends a request at once, whatever it is doing; its tokens so far stay in it."""
         self._end(request, FinishReason.ABORT)
 
+    def withdraw(self, request: Request) -> None:
+        """Takes back a request that waits and has never had memory, as if it had not come; nobody is told."""
+        self.recover()
+        with self._recovery.changing():
+            self.scheduler.finish(request, FinishReason.ABORT, self.clock())
+            del self.detokenizers[request]
+            if not self.scheduler.has_unfinished:
+                self._on_idle()
+
     def fail(self, request: Request, error: FineServeError) -> None:
         """Ends a request at once because of an error, of which it tells; its tokens so far stay in it."""
         self._end(request, FinishReason.ERROR, error)
@@ -225,6 +254,42 @@ class Engine:
     def release(self, request: Request) -> None:
         """Forgets a finished request's text. Callers do this when they have taken what they need."""
         self.detokenizers.pop(request, None)
+
+    # -- models come and go --------------------------------------------------------------------------------------
+
+    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """Serves a further model, out of the same KV memory.
+
+        Args:
+            name: what requests call it.
+            source: an alias or a path, or a table of the fields of `ModelSource`.
+
+        Raises:
+            ConfigError: a name in use, settings that contradict the engine's, weights for which there is no memory,
+                pages that do not fit the arena's units and slabs, or a slab policy that divides it for good.
+            ModelLoadError: a model that cannot be found, read or used.
+            EngineError: the engine is asleep.
+        """
+        (settings,) = model_sources({name: source}).values()
+        self.add_model(name, self.loading.read(name, settings), settings)
+
+    def add_model(self, name: str, model: LoadedModel, settings: ModelSettings | None = None) -> None:
+        """`load_model` of one that is loaded, perhaps by another thread (`loading.read`)."""
+        self.recover()
+        self._residence.check_awake()
+        self.loading.add(name, model, settings or ModelSettings())
+
+    def unload_model(self, name: str) -> None:
+        """Serves a model no longer: its weights are dropped, its cached pages evicted, its slabs free for others.
+
+        Raises:
+            ModelNotServedError: no such model.
+            EngineError: requests of it are unfinished, or the engine is asleep.
+        """
+        self.served(name)
+        self._settle(f"unload_model({name!r})", name)
+        self._residence.check_awake()
+        self.loading.remove(name)
 
     # -- weights and memory --------------------------------------------------------------------------------------
 
@@ -255,9 +320,10 @@ class Engine:
     def is_asleep(self) -> bool:
         return self._residence.is_asleep
 
-    def _settle(self, what: str) -> None:
+    def _settle(self, what: str, model: str | None = None) -> None:
         self.recover()
-        if count := sum(request.finish_reason is None for request in self.detokenizers):
+        unfinished = [request.model for request in self.detokenizers if request.finish_reason is None]
+        if count := sum(model in (None, name) for name in unfinished):
             raise EngineError(f"{what} while {count} requests are unfinished; finish or abort them before")
 
     @property
@@ -306,29 +372,32 @@ class Engine:
         """Computes one step; returns the requests that got a token, some of which it may have finished, and those that
         ended because they wanted none, because they were late, because numbers were not finite, or because nothing may
         follow what they said."""
-        self.computing = ()
+        self.pipeline.computing = ()
         self.recover()
         with self._recovery.changing():
             return self._step()
 
     def _step(self) -> list[Request]:
-        start, compiled_before = time.perf_counter(), self._num_compilations
-        output = self.scheduler.schedule(self.clock())
+        start, host_start = time.perf_counter(), time.thread_time()
+        compiled_before, was_ahead = self._num_compilations, self.pipeline.is_ahead
+        step = self.pipeline.next(self.clock())
+        begun = None if step is None else self.pipeline.begin_behind(step, self.clock())
         dropped = self.scheduler.take_dropped()
         for request in dropped:
             self.detokenizers[request].end()
-        if output is None:
+        if step is None:
             if dropped:
                 self._on_idle()
             return dropped
-        self.computing = tuple(chunk.request for chunk in output.chunks)
-        result = self._execute(output)
-        advanced = self._outputs.process(output, result)
-        seconds = time.perf_counter() - start
+        result = self.pipeline.collect(step)
+        advanced = self._outputs.process(step.output, result)
+        self.pipeline.finish(begun)
+        seconds, host_s = time.perf_counter() - start, time.thread_time() - host_start
         compiled = self._num_compilations > compiled_before
-        self._totals.add_step(seconds, output, result, compiled=compiled)
+        times = {"seconds": seconds, "host_s": host_s}
+        self._totals.add_step(step.output, result, **times, compiled=compiled, ahead=was_ahead)
         if not compiled and not result.scores:  # whose products no prediction counts
-            self.scheduler.observe(output, seconds)
+            self.scheduler.observe(step.output, seconds)
         if not self.scheduler.has_unfinished:
             self._on_idle()
         if self.config.check_every and self._totals.steps % self.config.check_every == 0:
@@ -337,19 +406,19 @@ class Engine:
             self._record(self._recorder)
         return advanced + dropped
 
+    @property
+    def computing(self) -> tuple[Request, ...]:
+        """The requests of the last step that was computed, or begun."""
+        return self.pipeline.computing
+
     def _record(self, recorder: Recorder) -> None:
         counts = {"preemptions": self.scheduler.num_preemptions, "reclaimed_rows": self.scheduler.num_reclaimed}
         waiting, running = self.scheduler.num_waiting, self.scheduler.num_running
         recorder.note(self._totals.steps, self.clock(), running, waiting, counts)
 
-    def _execute(self, output: SchedulerOutput) -> StepResult:
-        """Does what the KV manager has queued for the device, and computes a step."""
-        self.page_operations.apply(self.kv.take_operations())
-        self.scheduler.note_transfer_rate(self.page_operations.bytes_per_s)
-        return self.models[output.chunks[0].request.model].runner.execute(output)
-
     def _on_idle(self) -> None:
         """What is done when nobody is left to serve: the books are audited and step times saved."""
+        self.pipeline.drop()
         check_integrity(self.kv)
         self.scheduler.quotas.check_integrity()
         self._save_profiles()
@@ -380,10 +449,10 @@ class Engine:
 
     @property
     def _num_compilations(self) -> int:
-        return self.page_operations.num_compilations + sum(m.runner.num_compilations for m in self.models.values())
+        of_models = sum(served.runner.num_compilations for served in self.models.values())
+        return self.page_operations.num_compilations + self.loading.num_compilations + of_models
 
     def stats(self) -> EngineStats:
         """Where the engine stands now."""
         self.recover()
-        kv_bytes, compiled = self.arena.nbytes, self._num_compilations
-        return engine_stats(self.models, self.kv, kv_bytes, self.scheduler, self._totals, compiled)
+        return engine_stats(self.models, self.kv, self.arena, self.scheduler, self._totals, self._num_compilations)

@@ -25,10 +25,12 @@ class EngineConfig(SchedulerConfig):
         weights: precision of the weights: fp32, bf16, int8 (8-bit activations too) or int4 (weights only). None:
             bf16, or what a converted checkpoint holds.
         kv_precision: KV format of requests that do not name one; or "auto": bf16 while there is room.
-        kv_formats: KV formats that requests may name; None: all that are registered. Baseline slab policies divide
-            memory by this list.
+        kv_formats: KV formats that requests may name, int3 and pairs such as k8v4 too; None: all that are registered,
+            which these are not. Baseline slab policies divide memory by this list.
         kv_memory: size of the KV arena: bytes, a string such as "256MiB", or a fraction of the device's memory such
-            as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU.
+            as 0.25. None: half of an accelerator's free memory, 512MiB on a CPU. With `tensor_parallel` on each device.
+        tensor_parallel: how many devices compute each step together, each with a part of the weights and of the KV
+            heads: they have to divide the model's query heads, MLP and experts evenly, and its KV heads either way.
         max_seq_len: most tokens of a request, prompt and output. None: 2048, or the model's limit if that is less.
         slab_policy: "elastic" moves slabs between precisions; "partitioned" fixes each one's share, without quotas;
             "uniform" gives every page the length of the widest.
@@ -45,6 +47,8 @@ class EngineConfig(SchedulerConfig):
         num_speculative_tokens: most tokens that a decode may be ahead in a step. They are looked up in the request's
             own text, computed where that pays, and kept if they are what is sampled, so that answers are the same as
             without. At most page_size - 1; 0: none.
+        async_scheduling: plan and call a step while the device computes the one before, where it can be told what it
+            computes; the tokens are the same.
         seed: of requests that name none.
         record: file to record to how the memory is used, for `fineserve-jax slabs`; None: not recorded.
         record_every: steps from one entry of the record to the next.
@@ -57,6 +61,7 @@ class EngineConfig(SchedulerConfig):
     kv_precision: str = "bf16"
     kv_formats: tuple[str, ...] | None = None
     kv_memory: int | float | str | None = None
+    tensor_parallel: int = Field(default=1, ge=1, le=1024)
     max_batch_size: int = Field(default=32, ge=1, le=1024)
     max_seq_len: int | None = Field(default=None, ge=2)
     page_size: Literal[16, 32, 64, 128] = 16
@@ -67,6 +72,7 @@ class EngineConfig(SchedulerConfig):
     swap_memory: int | float | str | None = None
     step_profile: str | None = None
     num_speculative_tokens: int = Field(default=0, ge=0)
+    async_scheduling: bool = True
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     record: Path | None = None
     record_every: int = Field(default=10, ge=1)
@@ -122,6 +128,11 @@ class EngineConfig(SchedulerConfig):
                 f"reproducible with num_speculative_tokens={self.num_speculative_tokens}: how sums are taken would "
                 "depend on what is guessed; leave num_speculative_tokens out"
             )
+        if self.reproducible and self.tensor_parallel > 1:
+            raise ValueError(
+                f"reproducible with tensor_parallel={self.tensor_parallel}: in what order devices' sums are added up "
+                "may depend on where a row stands; leave one of them out"
+            )
         if self.preemption == "recompute" and self.swap_memory not in (None, 0, "0"):
             raise ValueError(f"swap_memory={self.swap_memory!r} is not used with preemption='recompute'; leave it out")
         if self.preemption == "swap" and self.swap_memory in (0, "0"):
@@ -139,7 +150,10 @@ class EngineConfig(SchedulerConfig):
     @property
     def served_formats(self) -> tuple[str, ...]:
         """KV formats that requests may name."""
-        return tuple(FORMATS) if self.kv_formats is None else self.kv_formats
+        if self.kv_formats is not None:
+            return self.kv_formats
+        named = (name for name in (self.kv_precision, self.min_kv_precision) if name not in (AUTO, None))
+        return tuple(dict.fromkeys((*FORMATS, *(name for name in named if name is not None))))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

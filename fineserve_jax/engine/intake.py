@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.checks import most_prompt_tokens
-from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.prompts import encode_prompt, is_conversation
 from fineserve_jax.engine.tickets import Receiver, Ticket
@@ -18,6 +18,34 @@ Prompt = str | Iterable[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
 Encode = Callable[..., tuple[str | None, list[int]]]
 """A tokenizer, a prompt and `max_tokens` to the prompt's text, if it has one, and its tokens."""
+
+
+class Intake(Protocol):
+    """What prompts are asked of: an engine, or several behind a router. `prepare` and `served` may be called by any
+    thread.
+
+    Attributes:
+        models: what is served, by name; copied before somebody goes through it.
+        max_batch_size: most requests that are computed at once.
+        served_formats: KV formats that requests may name.
+    """
+
+    @property
+    def models(self) -> Mapping[str, KnownModel]: ...
+
+    @property
+    def max_batch_size(self) -> int: ...
+
+    @property
+    def served_formats(self) -> tuple[str, ...]: ...
+
+    def served(self, model: str | None = None) -> KnownModel:
+        """See `Engine.served`."""
+
+    def prepare(
+        self, token_ids: Sequence[int], sampling: SamplingParams | None = None, options: RequestOptions | None = None
+    ) -> PreparedRequest:
+        """See `Engine.prepare`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +64,7 @@ def chat_encoder(chat_options: ChatOptions | None) -> Encode:
 
 
 def prepare(
-    engine: Engine, prompt: Any, encode: Encode, sampling: SamplingParams, options: RequestOptions
+    engine: Intake, prompt: Any, encode: Encode, sampling: SamplingParams, options: RequestOptions
 ) -> tuple[str | None, PreparedRequest]:
     """The prompt's text, if it has one, and what the engine can queue. May be called by any thread.
 
@@ -51,7 +79,7 @@ def prepare(
 
 
 def ticket_for_pieces(
-    engine: Engine,
+    engine: Intake,
     receiver: Receiver,
     prompt: Any,
     sampling_params: SamplingParams | None,

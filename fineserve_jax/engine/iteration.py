@@ -5,11 +5,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.intake import chat_encoder, prepare
-from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.intake import Intake, chat_encoder, prepare
 from fineserve_jax.engine.outputs import RequestOutput, refused_output
 from fineserve_jax.engine.prompts import encode_prompt, is_conversation
+from fineserve_jax.engine.ticket_loop import TicketLoop
 from fineserve_jax.engine.tickets import Inbox, Receiver, Ticket
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions
@@ -30,7 +29,7 @@ class PromptSource:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Intake,
         prompts: Iterable[Any],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         options: RequestOptions | Iterable[RequestOptions] | None,
@@ -64,7 +63,7 @@ class PromptSource:
         return Ticket(prepared, receiver, text, index)
 
 
-def outputs_as_they_come(loop: EngineLoop, source: PromptSource, most: int, ordered: bool) -> Iterator[RequestOutput]:
+def outputs_as_they_come(loop: TicketLoop, source: PromptSource, most: int, ordered: bool) -> Iterator[RequestOutput]:
     """The outputs of all prompts of a source, with at most so many asked for and not given out."""
     inbox, tickets, ready = Inbox(), list[Ticket](), deque[Ticket | RequestOutput]()
     early = dict[int, Ticket | RequestOutput]()  # those that are ready, and have to wait for others

@@ -1,8 +1,11 @@
 """From what names a model, or several, to an engine that serves them."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
@@ -10,20 +13,28 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.model_settings import load_models, model_sources
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.loaders import load_model
+from fineserve_jax.runner.mesh import device_group
 
 
-def load_engine(model: str | Path | Mapping[str, Any], config: EngineConfig) -> Engine:
+def load_engine(
+    model: str | Path | Mapping[str, Any], config: EngineConfig, devices: Sequence[jax.Device] | None = None
+) -> Engine:
     """Loads `model`, an alias or a path, or several as `model_sources` takes them, and makes an engine of it.
+
+    Args:
+        devices: the first `tensor_parallel` of these compute its steps; None: of all that JAX finds.
 
     Raises:
         ModelLoadError: a model that cannot be found, read or used.
         ConfigError: settings that cannot be honoured.
     """
     use_compilation_cache()
+    group = device_group(config.tensor_parallel, devices)
     if not isinstance(model, Mapping):
-        return Engine(load_model(model, config.weights), config)
+        return Engine(load_model(model, config.weights, group), config, devices=group.devices)
     sources = model_sources(model)
-    return Engine(load_models(sources, config), config, settings=sources)
+    load = functools.partial(load_model, placement=group)
+    return Engine(load_models(sources, config, load), config, settings=sources, devices=group.devices)
 
 
 def load_from(model: str | None, models: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> Engine:

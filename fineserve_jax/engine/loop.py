@@ -16,11 +16,14 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from fineserve_jax.engine.backlog import Forecast, forecast
 from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.model_settings import model_sources
 from fineserve_jax.engine.supervisor import Supervisor
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import EngineError
@@ -112,6 +115,57 @@ class EngineLoop:
 
         return self.call(when_idle)
 
+    def each(self, function: Callable[[Engine], T], model: str | None = None) -> list[T]:
+        """`call` of a function of the engine, as of the only one; see `TicketLoop`."""
+        return [self.call(lambda: function(self.engine))]
+
+    def each_when_idle(
+        self, function: Callable[[Engine], T], model: str | None = None, *, abort: bool = False
+    ) -> list[T]:
+        """`call_when_idle` of a function of the engine, as of the only one; see `TicketLoop`."""
+        return [self.call_when_idle(lambda: function(self.engine), abort=abort)]
+
+    def forecast(self, tickets: Iterable[Ticket], model: str | None, priority: int) -> Forecast:
+        """What a request of that priority has to expect behind these tickets."""
+        return forecast(self.engine.scheduler, tickets, priority)
+
+    def withdraw(self, ticket: Ticket) -> float | None:
+        """Takes a ticket back that waits, as if it had not come; its receiver is not told. When it came, by the
+        engine's clock; None, and nothing has changed, if it has begun or ended."""
+
+        def take_back() -> float | None:
+            if not ticket.has_not_begun or not all(sample in self._tickets for sample in ticket.samples):
+                return None
+            for sample in ticket.samples:
+                del self._tickets[sample]
+                self.engine.withdraw(sample)
+            self._watch(ticket, -1)
+            return ticket.samples[0].times.arrival_s
+
+        return self.call(take_back)
+
+    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+        """`Engine.load_model`, whose weights are read on the caller's thread while steps go on."""
+        self.check_usable()
+        (settings,) = model_sources({name: source}).values()
+        model = self.engine.loading.read(name, settings)
+        self.call(lambda: self.engine.add_model(name, model, settings))
+
+    def unload_model(self, name: str, *, abort: bool = False) -> None:
+        """`Engine.unload_model`, when none of the model's tickets is being served. Others are served meanwhile; those
+        of the model that come are refused.
+
+        Args:
+            abort: end those that are being served, with the finish reason "abort"; else they are served to their ends.
+        """
+
+        def unload() -> None:
+            with self.engine.loading.refusing(name):
+                self._end_all(name, abort)
+                self.engine.unload_model(name)
+
+        self.call(unload)
+
     def close(self) -> None:
         """Ends the thread after the step that it computes. Tickets that are left end with an `EngineError`."""
         self.close_without_waiting()
@@ -171,22 +225,26 @@ class EngineLoop:
             self._supervisor.note_progress(advanced)
             self._deliver(advanced)
 
+    def _end_all(self, model: str | None, abort: bool) -> None:
+        """Serves the tickets of a model, or of all, to their ends, or ends them. Others are served meanwhile."""
+        if abort:
+            for request in [request for request in self._tickets if model in (None, request.model)]:
+                self.engine.abort(request)
+                self._deliver([request])
+        while self._to_abort or any(model in (None, request.model) for request in self._tickets):
+            try:
+                while not self._commands.empty():
+                    self._commands.get()()
+                self._step()
+            except BaseException as error:  # as in `_run`
+                self._go_on_after(error)
+
     def _drain(self, abort: bool) -> None:
         """Serves all tickets to their ends, or ends them; others are held back until the next command."""
         is_first, held_back = self._held_back is None, self._held_back or []
         self._held_back = held_back
         try:
-            if abort:
-                for request in list(self._tickets):
-                    self.engine.abort(request)
-                    self._deliver([request])
-            while self._tickets or self._to_abort:
-                try:
-                    while not self._commands.empty():
-                        self._commands.get()()
-                    self._step()
-                except BaseException as error:  # as in `_run`
-                    self._go_on_after(error)
+            self._end_all(None, abort)
         finally:
             if is_first:  # and not within another one's
                 self._held_back = None

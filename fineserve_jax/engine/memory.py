@@ -2,9 +2,12 @@
 
 import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import psutil
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from fineserve_jax.errors import ConfigError
@@ -14,27 +17,34 @@ DEFAULT_FRACTION = 0.5
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def kv_memory_bytes(setting: int | float | str | None, device: jax.Device) -> int:
-    """Bytes that `kv_memory` asks for on this device.
+def kv_memory_bytes(setting: int | float | str | None, devices: Sequence[jax.Device]) -> int:
+    """Bytes that `kv_memory` asks for on each of these devices.
 
     Args:
         setting: bytes, a fraction in (0, 1), either as a string, a string with a unit ("256MiB"), or None.
+        devices: all of a kind. CPUs are parts of one machine, whose memory they share.
 
     Raises:
         ConfigError: a setting that is no size, not positive, or more than the device's memory.
     """
-    capacity = device_memory_bytes(device)
+    device = devices[0]
+    capacity = device_memory_bytes(device) // (len(devices) if device.platform == "cpu" else 1)
     if setting is None:
-        return DEFAULT_ON_CPU if device.platform == "cpu" else int(DEFAULT_FRACTION * free_memory_bytes(device))
+        on_cpu = device.platform == "cpu"
+        return DEFAULT_ON_CPU if on_cpu else int(DEFAULT_FRACTION * min(map(free_memory_bytes, devices)))
     size = _parse(setting, capacity)
     if size <= 0:
         raise ConfigError(f"kv_memory={setting!r} is no memory at all; give a size such as '256MiB' or 0.25")
     if size > capacity:
         raise ConfigError(
-            f"kv_memory={setting!r} is {format_bytes(size)}, more than the {format_bytes(capacity)} of {device}; "
-            "give less, or a fraction such as 0.5"
+            f"kv_memory={setting!r} is {format_bytes(size)}, more than the {format_bytes(capacity)} of "
+            f"{_named(devices)}; give less, or a fraction such as 0.5"
         )
     return size
+
+
+def _named(devices: Sequence[jax.Device]) -> str:
+    return str(devices[0]) if len(devices) == 1 else f"each of {len(devices)} devices"
 
 
 def host_memory_bytes(setting: int | float | str) -> int:
@@ -80,8 +90,22 @@ def host_capacity_bytes() -> int:
     return total if limit == "max" else min(total, int(limit))
 
 
+def host_available_bytes() -> int:
+    """Memory of the machine that is to be had without swapping, or what is left of what this process's control group
+    may use of it."""
+    available, used = int(psutil.virtual_memory().available), CGROUP_LIMIT.with_name("memory.current")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    if limit == "max" or not used.exists():
+        return available
+    reclaimable = re.search(r"^inactive_file (\d+)$", CGROUP_LIMIT.with_name("memory.stat").read_text(), re.MULTILINE)
+    cached = int(reclaimable[1]) if reclaimable else 0
+    return max(0, min(available, int(limit) - int(used.read_text()) + cached))
+
+
 def free_memory_bytes(device: jax.Device) -> int:
-    """Memory of an accelerator that is not in use."""
+    """Memory of the device that is not in use; for a CPU the machine's."""
+    if device.platform == "cpu":
+        return host_available_bytes()
     stats = device.memory_stats()
     return int(stats["bytes_limit"] - stats["bytes_in_use"])
 

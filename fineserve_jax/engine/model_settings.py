@@ -71,12 +71,12 @@ def model_sources(models: Mapping[str, Any] | None) -> dict[str, ModelSource]:
 def load_models(
     sources: Mapping[str, ModelSource],
     config: EngineConfig,
-    load: Callable[[str, str | None], LoadedModel] | None = None,
+    load: Callable[[str, str | None], LoadedModel] = load_model,
 ) -> dict[str, LoadedModel]:
     """Loads models by name. Those of one file in one precision share their weights.
 
     Args:
-        load: `describe_model`, of a source in a precision, where no weights are wanted; None: `load_model`.
+        load: of a source in a precision; `describe_model` where no weights are wanted.
 
     Raises:
         ConfigError: settings of a model that the engine's contradict.
@@ -91,7 +91,7 @@ def load_models(
     loaded: dict[tuple[Path, str | None], LoadedModel] = {}
     for name, key in keys.items():
         if key not in loaded:
-            loaded[key] = (load or load_model)(sources[name].model, key[1])
+            loaded[key] = load(sources[name].model, key[1])
     return {name: dataclasses.replace(loaded[key], name=name) for name, key in keys.items()}
 
 

@@ -12,26 +12,32 @@ from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.loaders.named_tensors import NamedTensors
 from fineserve_jax.models import Params, pack_params
 from fineserve_jax.models.tree_packing import pack_tree
+from fineserve_jax.runner.mesh import DeviceGroup, device_group
 
 WeightSource = str | Path | Mapping[str, Any]
 """Where weights come from: what names a model, as `load_model` takes it; tensors by the names of Hugging Face's
 checkpoints; or a tree of parameters, see `pack_tree`."""
 
 
-def new_params(model: LoadedModel, source: WeightSource) -> Params:
-    """Parameters of the same shapes and dtypes as the model's, on the device, complete.
+def new_params(model: LoadedModel, source: WeightSource, group: DeviceGroup | None = None) -> Params:
+    """Parameters of the same shapes and dtypes as the model's, complete.
+
+    Args:
+        group: where they go; None: JAX's default device.
 
     Raises:
         ModelLoadError: a source that cannot be found or read, that lacks something, or has something else.
         ConfigError: a model of another configuration, naming what differs.
     """
+    group = group or device_group(1)
     if isinstance(source, Mapping):
         if any(isinstance(part, Mapping) for part in source.values()):
-            params = pack_tree(model.config, model.weights, source)
+            packed = pack_tree(model.config, model.weights, source)
+            params = group.place_all(model.config, model.weights, packed)
         else:
-            params = pack_params(model.config, model.weights, NamedTensors(model.config, source))
+            params = pack_params(model.config, model.weights, NamedTensors(model.config, source), group)
     else:
-        loaded = load_model(source, model.weights)
+        loaded = load_model(source, model.weights, group)
         _check_config(model, loaded)
         params = loaded.params
     jax.block_until_ready(params)

@@ -1,6 +1,7 @@
 """What becomes of requests: their texts grow by the tokens that steps sample, and they end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from fineserve_jax.engine.endings import dead_end, ending_with
 from fineserve_jax.engine.nonfinite import nonfinite_message
@@ -8,8 +9,10 @@ from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.errors import FineServeError, NonFiniteError
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request.request import FinishReason, Request, RequestStatus, SchedulerOutput
-from fineserve_jax.runner.runner import SampledToken, StepResult
+from fineserve_jax.runner.results import SampledToken, StepResult
 from fineserve_jax.scheduler import Scheduler
+
+T = TypeVar("T")
 
 
 class OutputProcessor:
@@ -28,12 +31,18 @@ class OutputProcessor:
         self.texts: dict[Request, RequestText] = {}
 
     def process(self, output: SchedulerOutput, result: StepResult) -> list[Request]:
-        """Commits a step that was computed; the requests that got a token, or ended for want of one, or wanted none."""
+        """Commits a step that was computed; the requests that got a token, or ended for want of one, or wanted none.
+
+        What it gave for requests that ended before is left aside.
+        """
         # Before their tokens count as computed: no page with NaN in it is ever shared.
-        for request, stage in result.nonfinite.items():
+        failed: list[Request] = []
+        for request, stage in _unfinished(result.nonfinite):
             self.fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
-        for request, reason in result.stuck.items():
+            failed.append(request)
+        for request, reason in _unfinished(result.stuck):
             self.fail(request, dead_end(request, reason))
+            failed.append(request)
         for request, scores in result.scores.items():
             if request.scores is not None and request not in result.nonfinite:
                 request.scores.entries.extend(scores)
@@ -61,7 +70,7 @@ class OutputProcessor:
             for token in behind_drafts:
                 if self._scheduler.commit_draft(request, token.token):
                     self._append(request, token)
-        return [*advanced, *result.nonfinite, *result.stuck]
+        return [*advanced, *failed]
 
     def _append(self, request: Request, sampled: SampledToken) -> None:
         """Adds a sampled token to the request's text, and ends the request if that is its end.
@@ -116,3 +125,7 @@ class OutputProcessor:
         if request.times.finished_s is None:
             request.times.finished_s = self._clock()
         request.status, request.fork_of = RequestStatus.FINISHED, None
+
+
+def _unfinished(found: Mapping[Request, T]) -> list[tuple[Request, T]]:
+    return [(request, value) for request, value in found.items() if request.status is not RequestStatus.FINISHED]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fineserve_jax.request.request import FinishReason, Request
 from fineserve_jax.request.request_options import RequestOptions
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.runner.results import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

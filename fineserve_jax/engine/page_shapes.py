@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.loaders import LoadedModel
 from fineserve_jax.models import LayerGroup, ModelConfig
@@ -30,14 +31,35 @@ def padding(geometry: PageGeometry) -> float:
     return 1 - min(held)
 
 
-def page_geometries(models: Mapping[str, LoadedModel], page_size: int, *, tpu: bool = False) -> dict[str, PageGeometry]:
-    """How the pages of several models lie in one arena: in units of one length, which suits all.
+def page_geometries(
+    models: Mapping[str, LoadedModel], page_size: int, *, tpu: bool = False, shards: int = 1
+) -> dict[str, PageGeometry]:
+    """How the pages of several models lie in one arena, or in that of each of `shards` devices that share the models:
+    in units of one length, which suits all.
 
     Lengths of units are powers of two, so the least divides the others.
     """
-    alone = {name: page_geometry(model.config, page_size, tpu=tpu) for name, model in models.items()}
+    alone = {name: page_geometry(m.config.of_shard(shards), page_size, tpu=tpu) for name, m in models.items()}
     unit_words = min(geometry.unit_words for geometry in alone.values())
     return {name: dataclasses.replace(geometry, unit_words=unit_words) for name, geometry in alone.items()}
+
+
+def geometry_in_units(
+    name: str, model: ModelConfig, page_size: int, unit_words: int, *, tpu: bool = False
+) -> PageGeometry:
+    """How the pages of a model of that name lie in an arena that has units already.
+
+    Raises:
+        ConfigError: the block of a head is no whole number of such units.
+    """
+    longest = choose_unit_words(model.head_dim, page_size, tpu=tpu)
+    if longest % unit_words:
+        raise ConfigError(
+            f"the arena has units of {unit_words * WORD_BYTES} bytes since the start, and a head of {name!r} "
+            f"(head_dim={model.head_dim}) needs units of {longest * WORD_BYTES} bytes or a part of that; give the "
+            "engine this model at the start"
+        )
+    return PageGeometry(model.num_layers, model.num_kv_heads, model.head_dim, page_size, unit_words)
 
 
 def group_geometry(geometry: PageGeometry, group: LayerGroup) -> PageGeometry:

@@ -46,7 +46,7 @@ def resolve_precision(
     for name, value in (("kv_precision", kv_precision), ("min_kv_precision", min_kv_precision)):
         if value is not None and value not in formats and (name, value) != ("kv_precision", AUTO):
             choices = ", ".join((*formats, AUTO) if name == "kv_precision" else formats)
-            raise RequestError(f"{name}={value!r} is not served; choose one of {choices}")
+            raise RequestError(f"{name}={value!r} is not served; choose one of {choices}, or name it in kv_formats")
     classes = {name: kv.class_of(model, name) for name in formats}
     if kv_precision != AUTO:
         floor = min_kv_precision
@@ -62,7 +62,7 @@ def resolve_precision(
     return Precision(start, None if floor == start else floor)
 
 
-def _steps(classes: dict[str, PageClass], most_bits: int, floor: str) -> list[str]:
+def _steps(classes: dict[str, PageClass], most_bits: float, floor: str) -> list[str]:
     """Formats from the widest of at most so many bits a value down to the floor; ties go to bf16."""
     at_least = classes[floor].page_bytes
     between = [n for n, c in classes.items() if c.page_bytes >= at_least and get_format(n).value_bits <= most_bits]

@@ -13,7 +13,7 @@ from fineserve_jax.engine.build import KnownModel, ServedModel
 from fineserve_jax.engine.checks import check_drafts, check_memory, check_tokens, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
-from fineserve_jax.errors import RequestError
+from fineserve_jax.errors import ModelNotServedError, RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request.request import PromptPooling, PromptScores, Request, RequestTimes
@@ -41,6 +41,8 @@ class PreparedRequest:
         scored_from: with `sampling.prompt_logprobs`, index of the first token that they are wanted of.
         branches: see `Request`.
         pooled_from: index of the first token whose hidden states are pooled, with none scored; None: none are.
+        arrival_s: when it came to another engine, which gave it away, by the clock of both; None: it comes when it is
+            queued.
     """
 
     served: KnownModel
@@ -54,6 +56,7 @@ class PreparedRequest:
     scored_from: int = 1
     branches: tuple[tuple[int, ...], ...] = ()
     pooled_from: int | None = None
+    arrival_s: float | None = None
 
     def request(
         self,
@@ -94,7 +97,7 @@ class PreparedRequest:
             num_prompt_tokens=len(self.token_ids),
             max_total_tokens=self.max_total_tokens,
             sequence=sequence,
-            times=RequestTimes(arrival_s),
+            times=RequestTimes(arrival_s if self.arrival_s is None else self.arrival_s),
             seed=self._seed(engine_seed, sequence, sample_index),
             stop_ids=self.stop_ids,
             long_after=self.served.model.config.long_after,
@@ -162,14 +165,16 @@ def matcher_of(served: KnownModel, sampling: SamplingParams) -> TokenMatcher | N
 
 def named_model(models: Mapping[str, Known], name: str | None) -> Known:
     """The model of that name; None stands for the only one. Raises `RequestError`, naming those there are."""
-    known = ", ".join(models)
+    there = dict(models)  # which may change meanwhile
+    known = ", ".join(there) or "none, until one is loaded"
     if name is None:
-        if len(models) > 1:
-            raise RequestError(f"no model is named, and there are several; give model as one of {known}")
-        return next(iter(models.values()))
-    if name not in models:
-        raise RequestError(f"model={name!r} is not served; choose one of {known}")
-    return models[name]
+        if len(there) != 1:
+            few = "there are several" if there else "there is none"
+            raise RequestError(f"no model is named, and {few}; give model as one of {known}")
+        return next(iter(there.values()))
+    if name not in there:
+        raise ModelNotServedError(f"model={name!r} is not served; choose one of {known}")
+    return there[name]
 
 
 def precision_of(

@@ -1,4 +1,4 @@
-"""What KV formats cost: a text scored, and gone on with, in each of them and in a wide one.
+"""What KV formats and narrow weights cost: a text scored, and gone on with, in each of them and in a wide one.
 
 Perplexity of windows of a text; how far probabilities are from the wide format's (KL divergence), and whether the
 likeliest token is the same; how many tokens are the same when both go on greedily. With intervals, as a difference
@@ -6,7 +6,7 @@ is worth little without the noise that it is seen in.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
+from fineserve_jax.engine.estimates import Estimate, draws_of, estimate
 from fineserve_jax.engine.perplexity import check_windows, score_window
 from fineserve_jax.engine.precision import Precision
 from fineserve_jax.errors import RequestError
@@ -28,23 +29,17 @@ WIDE = "fp32"
 """What formats are compared with."""
 PROMPT_TOKENS = 128
 """Most tokens of a window that both formats go on from greedily."""
-RESAMPLES, LEVEL = 2000, 0.95
-
-
-class Estimate(NamedTuple):
-    """A figure and its 95 % interval, a percentile bootstrap over windows (Efron, 1979)."""
-
-    value: float
-    low: float
-    high: float
+WORD_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class FormatQuality:
-    """What a KV format costs.
+    """What a KV format costs, or weights of a precision.
 
     Attributes:
-        kv_precision, bits_per_value: the format, and bits of a key or value in it, scales and padding counted.
+        weights, kv_precision: precision of the weights, and the KV format.
+        bits_per_value: bits of a key or value in the format, scales and padding counted.
+        kv_bytes_per_token: bytes of a token's keys and values of all layers, likewise.
         perplexity: of the text.
         rise: of the perplexity over the wide format's, 0.01 for 1 %; of the same windows, so that their differences
             cancel.
@@ -54,8 +49,10 @@ class FormatQuality:
         same_greedy: tokens of a greedy answer up to the first that differs, all of them if none does.
     """
 
+    weights: str
     kv_precision: str
     bits_per_value: float
+    kv_bytes_per_token: float
     perplexity: Estimate
     rise: Estimate
     kl: Estimate
@@ -73,7 +70,8 @@ class Quality:
         wide: the format that others are compared with; its perplexity is `wide_perplexity`.
         window, windows: tokens of a window, and their number.
         new_tokens: tokens of a greedy answer.
-        formats: those that were measured, narrowest first.
+        formats: those that were measured, narrowest first, all with these weights.
+        other_weights: the wide format with weights of other precisions.
     """
 
     model: str
@@ -84,6 +82,7 @@ class Quality:
     windows: int
     new_tokens: int
     formats: tuple[FormatQuality, ...]
+    other_weights: tuple[FormatQuality, ...] = ()
 
     def choice(self, max_rise: float) -> FormatQuality | None:
         """The narrowest format whose rise of perplexity, its whole interval, is at most that; None: there is none."""
@@ -103,6 +102,7 @@ def measure_quality(
     new_tokens: int = 64,
     on_window: Callable[[int], None] | None = None,
     seed: int = 0,
+    others: Sequence[Engine] = (),
 ) -> Quality:
     """What KV formats cost on the first `windows` consecutive runs of `window` tokens of a text, each by itself.
 
@@ -113,6 +113,7 @@ def measure_quality(
         new_tokens: tokens of greedy answers to the beginning of each window.
         on_window: called after each window with how many are done.
         seed: of the resampling.
+        others: engines of the same model with other weights, to be measured in fp32, with room for a window.
 
     Raises:
         RequestError: too short a text, windows that the engine cannot hold, or fewer than 2, which have no interval.
@@ -131,26 +132,42 @@ def measure_quality(
         raise RequestError(f"kv_precisions={list(kv_precisions)}: give formats besides {WIDE}, to compare with it")
     precisions = {name: check_windows(engine, served, token_ids, window, windows, name) for name in (WIDE, *names)}
     names.sort(key=lambda name: get_format(name).bits_per_value(served.geometry))
-    precisions = {name: precisions[name] for name in (WIDE, *names)}
-    measured: dict[str, list[_Window]] = {name: [] for name in names}
+    subjects = [_Subject(engine, name, precisions[name]) for name in (WIDE, *names)]
+    for other in others:
+        other.recover()
+        subjects.append(_Subject(other, WIDE, check_windows(other, other.served(), token_ids, window, windows, WIDE)))
+    measured: list[list[_Window]] = [[] for _ in subjects[1:]]
     for i in range(windows):
         part = list(token_ids[i * window : (i + 1) * window])
-        for name, found in _measure_window(engine, served, part, precisions, new_tokens).items():
-            measured[name].append(found)
+        for own, found in zip(measured, _measure_window(subjects, part, new_tokens), strict=True):
+            own.append(found)
         if on_window is not None:
             on_window(i + 1)
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(windows, size=(RESAMPLES, windows))
+    draws = draws_of(windows, seed)
+    rows = [_format_quality(*pair, draws) for pair in zip(subjects[1:], measured, strict=True)]
     return Quality(
         model=served.name,
         weights=served.model.weights,
         wide=WIDE,
-        wide_perplexity=_estimate(draws, lambda own: _perplexity(own, 0), measured[names[0]]),
+        wide_perplexity=estimate(draws, lambda own: _perplexity(own, 0), measured[0]),
         window=window,
         windows=windows,
         new_tokens=new_tokens,
-        formats=tuple(_format_quality(served, name, measured[name], draws) for name in names),
+        formats=tuple(rows[: len(names)]),
+        other_weights=tuple(rows[len(names) :]),
     )
+
+
+class _Subject(NamedTuple):
+    """What is measured: an engine, whose weights it is, and a KV format that it serves."""
+
+    engine: Engine
+    kv_precision: str
+    precision: Precision
+
+    @property
+    def served(self) -> ServedModel:
+        return self.engine.served()
 
 
 class _Window(NamedTuple):
@@ -160,38 +177,40 @@ class _Window(NamedTuple):
     same_greedy: int
 
 
-def _measure_window(
-    engine: Engine, served: ServedModel, token_ids: list[int], precisions: Mapping[str, Precision], new_tokens: int
-) -> dict[str, _Window]:
-    """What a window says of each format but the wide one. `precisions`: of all, by the formats' names."""
-    hidden = {}
-    for name, precision in precisions.items():
-        scores = score_window(engine, served, token_ids, precision, keep_hidden=True)
-        hidden[name] = np.concatenate(scores.hidden or [])
+def _measure_window(subjects: Sequence[_Subject], token_ids: list[int], new_tokens: int) -> list[_Window]:
+    """What a window says of each subject but the first, the wide one."""
+    hidden = []
+    for subject in subjects:
+        scores = score_window(subject.engine, subject.served, token_ids, subject.precision, keep_hidden=True)
+        hidden.append(np.concatenate(scores.hidden or []))
     targets = np.array(token_ids[1:], np.int32)
-    model, params = served.runner.model, served.runner.params
-    answers = _greedy_answers(engine, token_ids[: min(len(token_ids) // 2, PROMPT_TOKENS)], precisions, new_tokens)
-    found = {}
-    for name in [name for name in precisions if name != WIDE]:
-        differing = [a != b for a, b in zip(answers[WIDE], answers[name], strict=True)]
+    answers = _greedy_answers(subjects, token_ids[: min(len(token_ids) // 2, PROMPT_TOKENS)], new_tokens)
+    wide, found = subjects[0].served.runner, []
+    mesh = subjects[0].engine.arena.group.mesh
+    for subject, own_hidden, answer in zip(subjects[1:], hidden[1:], answers[1:], strict=True):
+        runner = subject.served.runner
+        differing = [a != b for a, b in zip(answers[0], answer, strict=True)]
         same = differing.index(True) if True in differing else new_tokens
-        found[name] = _Window(compare(model, params, hidden[WIDE], hidden[name], targets), same)
+        other = None if runner is wide else (runner.model, runner.params)
+        found.append(_Window(compare(wide.model, wide.params, hidden[0], own_hidden, targets, other, mesh), same))
     return found
 
 
-def _greedy_answers(
-    engine: Engine, prompt: Sequence[int], names: Iterable[str], new_tokens: int
-) -> dict[str, list[int]]:
+def _greedy_answers(subjects: Sequence[_Subject], prompt: Sequence[int], new_tokens: int) -> list[list[int]]:
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    requests = {name: engine.add_request(prompt, sampling, RequestOptions(kv_precision=name)) for name in names}
+    requests: list[tuple[Engine, Request]] = []
     try:
-        while engine.has_unfinished:
-            engine.step()
+        for subject in subjects:
+            options = RequestOptions(kv_precision=subject.kv_precision)
+            requests.append((subject.engine, subject.engine.add_request(prompt, sampling, options)))
+        for engine in dict.fromkeys(subject.engine for subject in subjects):
+            while engine.has_unfinished:
+                engine.step()
     finally:
-        for request in requests.values():
+        for engine, request in requests:
             engine.abort(request)
             engine.release(request)
-    return {name: _answer(request) for name, request in requests.items()}
+    return [_answer(request) for _, request in requests]
 
 
 def _answer(request: Request) -> list[int]:
@@ -200,17 +219,21 @@ def _answer(request: Request) -> list[int]:
     return request.output_token_ids
 
 
-def _format_quality(served: ServedModel, name: str, found: Sequence[_Window], draws: np.ndarray) -> FormatQuality:
+def _format_quality(subject: _Subject, found: Sequence[_Window], draws: np.ndarray) -> FormatQuality:
     def mean_of(values: Callable[[_Window], np.ndarray | int]) -> Estimate:
-        return _estimate(draws, lambda own: float(np.mean([np.mean(values(window)) for window in own])), found)
+        return estimate(draws, lambda own: float(np.mean([np.mean(values(window)) for window in own])), found)
 
+    served, kv_format = subject.served, get_format(subject.kv_precision)
+    page_bytes = WORD_BYTES * kv_format.page_units(served.geometry) * served.geometry.unit_words
     return FormatQuality(
-        kv_precision=name,
-        bits_per_value=get_format(name).bits_per_value(served.geometry),
-        perplexity=_estimate(draws, lambda own: _perplexity(own, 1), found),
-        rise=_estimate(draws, lambda own: _perplexity(own, 1) / _perplexity(own, 0) - 1, found),
+        weights=served.model.weights,
+        kv_precision=subject.kv_precision,
+        bits_per_value=kv_format.bits_per_value(served.geometry),
+        kv_bytes_per_token=page_bytes / served.geometry.page_size,
+        perplexity=estimate(draws, lambda own: _perplexity(own, 1), found),
+        rise=estimate(draws, lambda own: _perplexity(own, 1) / _perplexity(own, 0) - 1, found),
         kl=mean_of(lambda window: window.differences.kl),
-        kl_p99=_estimate(
+        kl_p99=estimate(
             draws, lambda own: float(np.quantile(np.concatenate([w.differences.kl for w in own]), 0.99)), found
         ),
         same_top=mean_of(lambda window: window.differences.same_top),
@@ -220,15 +243,6 @@ def _format_quality(served: ServedModel, name: str, found: Sequence[_Window], dr
 
 def _perplexity(windows: Sequence[_Window], run: int) -> float:
     return math.exp(-float(np.mean([np.mean(w.differences.logprobs[run], dtype=np.float64) for w in windows])))
-
-
-def _estimate(
-    draws: np.ndarray, statistic: Callable[[Sequence[_Window]], float], windows: Sequence[_Window]
-) -> Estimate:
-    """A statistic of windows, and its interval: of windows drawn with replacement, as often as there are."""
-    values = [statistic([windows[i] for i in draw]) for draw in draws]
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(statistic(windows), float(low), float(high))
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from fineserve_jax.engine.output_processor import OutputProcessor
+from fineserve_jax.engine.pipeline import StepPipeline
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request.request import Request, RequestStatus
 from fineserve_jax.runner.arena import Arena
@@ -19,10 +20,14 @@ class Recovery:
     Args:
         arena, kv, scheduler: of the engine.
         outputs: what knows all requests that are not released.
+        pipeline: what has called steps that are not collected.
     """
 
-    def __init__(self, arena: Arena, kv: KVManager, scheduler: Scheduler, outputs: OutputProcessor) -> None:
+    def __init__(
+        self, arena: Arena, kv: KVManager, scheduler: Scheduler, outputs: OutputProcessor, pipeline: StepPipeline
+    ) -> None:
         self._arena, self._kv, self._scheduler, self._outputs = arena, kv, scheduler, outputs
+        self._pipeline = pipeline
         self._is_changing = False
         self._served_only: set[Request] | None = None
 
@@ -49,6 +54,7 @@ class Recovery:
         """
         if not self._is_changing:
             return
+        self._pipeline.drop()
         lost = self._arena.is_lost
         if lost:
             self._arena.renew()

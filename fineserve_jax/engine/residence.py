@@ -9,7 +9,7 @@ from fineserve_jax.engine.new_weights import WeightSource, new_params
 from fineserve_jax.engine.recovery import Recovery
 from fineserve_jax.errors import EngineError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.models import Params
+from fineserve_jax.loaders import LoadedModel
 from fineserve_jax.runner.arena import Arena
 
 
@@ -40,7 +40,7 @@ class Residence:
         Raises:
             ModelLoadError, ConfigError: see `new_params`.
         """
-        new = new_params(served.model, source)
+        new = new_params(served.model, source, self._arena.group)
         self._forget_cached()
         served.model.params.update(new)  # at once, as far as other Python code can tell
 
@@ -54,11 +54,11 @@ class Residence:
         self._forget_cached()
         self.is_asleep = True
         self._arena.release()
-        for params in self._params():
+        for model in self._distinct():
             if drop_weights:
-                params.clear()
+                model.params.clear()
             elif jax.default_backend() != "cpu":
-                params.update(jax.device_get(params))
+                model.params.update(jax.device_get(model.params))
 
     def wake_up(self) -> None:
         """Takes the memory again that `sleep` gave back, if it did.
@@ -72,8 +72,8 @@ class Residence:
             raise EngineError(
                 f"the weights of {lacking[0]!r} were dropped; give others by update_params before wake_up"
             )
-        for params in self._params():
-            params.update(jax.device_put(params))
+        for model in self._distinct():
+            model.params.update(jax.device_put(model.params, self._arena.group.shardings(model.config, model.params)))
         self._arena.renew()
         self.is_asleep = False
 
@@ -82,9 +82,9 @@ class Residence:
         if self.is_asleep:
             raise EngineError("the engine is asleep; wake_up gives it its memory back")
 
-    def _params(self) -> list[Params]:
-        """The weights there are, of models that share them once."""
-        return list({id(served.model.params): served.model.params for served in self._models.values()}.values())
+    def _distinct(self) -> list[LoadedModel]:
+        """The models, of those that share their weights one."""
+        return list({id(served.model.params): served.model for served in self._models.values()}.values())
 
     def _forget_cached(self) -> None:
         if not self.is_asleep:

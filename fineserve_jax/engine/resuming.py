@@ -7,7 +7,7 @@ from fineserve_jax.engine.endings import ending_with
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.errors import FineServeError
 from fineserve_jax.request.request import FinishReason, Request, RequestStatus
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.runner.results import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fineserve_jax.engine.build import ServedModel
-from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.intake import Intake
 from fineserve_jax.engine.nonfinite import nonfinite_message
-from fineserve_jax.engine.precision import Precision
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.prompts import encode_prompt, one_or_several
 from fineserve_jax.engine.tickets import Receiver, Ticket
@@ -27,6 +25,7 @@ from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request.request import Request, TokenScore, num_branch_tokens
 from fineserve_jax.request.request_options import RequestOptions, options_of_each
 from fineserve_jax.request.sampling_params import SamplingParams
+from fineserve_jax.runner.scoring import takes_branches
 
 Completion = str | Iterable[int]
 FOR_SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)
@@ -134,7 +133,7 @@ class Scoring:
     options: RequestOptions | Sequence[RequestOptions] | None
     fields: Mapping[str, Any]
 
-    def tickets(self, engine: Engine, receiver: Receiver) -> list[Ticket]:
+    def tickets(self, engine: Intake, receiver: Receiver) -> list[Ticket]:
         """Those of all completions, prompt by prompt.
 
         Raises:
@@ -153,7 +152,7 @@ class Scoring:
                     found.append(_prepare(engine, *pair, own))
             except RequestError as error:
                 raise RequestError(f"{where}: {error}") from None
-            tickets += [Ticket(prepared, receiver) for prepared in _together(engine, served, found)]
+            tickets += [Ticket(prepared, receiver) for prepared in _together(found)]
         return tickets
 
     def result(self, tickets: Sequence[Ticket]) -> list[list[CompletionScore]]:
@@ -162,17 +161,18 @@ class Scoring:
         return [list(itertools.islice(found, len(own))) for own in self.completions]
 
 
-def _prepare(engine: Engine, token_ids: list[int], scored_from: int, options: RequestOptions) -> PreparedRequest:
+def _prepare(engine: Intake, token_ids: list[int], scored_from: int, options: RequestOptions) -> PreparedRequest:
     """A completion by itself, checked."""
     return replace(engine.prepare(token_ids, FOR_SCORES, options), scored_from=scored_from)
 
 
-def _together(engine: Engine, served: ServedModel, found: Sequence[PreparedRequest]) -> Iterator[PreparedRequest]:
+def _together(found: Sequence[PreparedRequest]) -> Iterator[PreparedRequest]:
     """The completions of a prompt, in their order: neighbours that have the same tokens ahead of them as branches of
     these, as many as a step computes beside the last page of them, and others by themselves."""
-    for prefix, group in itertools.groupby(found, lambda prepared: prepared.token_ids[: prepared.scored_from]):
+    for _, group in itertools.groupby(found, _what_branches_share):
         first, *others = group
-        most, branches = _most_branch_tokens(engine, served, first.precision), list[tuple[int, ...]]()
+        prefix, branches = first.token_ids[: first.scored_from], list[tuple[int, ...]]()
+        most = _most_branch_tokens(first)
         for prepared in (first, *others):
             branch = tuple(prepared.token_ids[len(prefix) :])
             if branches and num_branch_tokens([*branches, branch]) > most:
@@ -186,15 +186,39 @@ def _together(engine: Engine, served: ServedModel, found: Sequence[PreparedReque
             yield _branched(first, prefix, branches)
 
 
+def _what_branches_share(prepared: PreparedRequest) -> tuple[int, list[int]]:
+    """The tokens ahead of a completion, and the model of the engine that it was checked by."""
+    return id(prepared.served), prepared.token_ids[: prepared.scored_from]
+
+
 def _branched(prepared: PreparedRequest, prefix: list[int], branches: list[tuple[int, ...]]) -> PreparedRequest:
     return replace(prepared, token_ids=prefix, max_total_tokens=len(prefix), branches=tuple(branches))
 
 
-def _most_branch_tokens(engine: Engine, served: ServedModel, precision: Precision) -> int:
+def check_branches(prepared: PreparedRequest) -> None:
+    """Raises `RequestError` if the engine that a request was prepared for takes fewer branches, or shorter ones."""
+    if not prepared.branches:
+        return
+    num_tokens, most = num_branch_tokens(prepared.branches), _most_branch_tokens(prepared)
+    if num_tokens > most:
+        raise RequestError(
+            f"the completions of a prompt have {num_tokens} tokens together, and a step computes {max(most, 0)} behind "
+            "it; give fewer completions, or a larger max_chunk_tokens"
+        )
+    longest = len(prepared.token_ids) + max(map(len, prepared.branches))
+    if longest > prepared.served.max_seq_len:
+        raise RequestError(
+            f"a prompt and its completion have {longest} tokens, and max_seq_len is {prepared.served.max_seq_len}; "
+            "give fewer tokens, or a larger max_seq_len"
+        )
+
+
+def _most_branch_tokens(prepared: PreparedRequest) -> int:
     """How many tokens of branches a step computes behind a prompt; -1: it takes no branches, since they are not laid
-    out in pages as the KV format has them, or for what `ModelRunner.takes_branches` says."""
-    config = engine.config
-    if get_format(precision.start).residual or not (config.chunked_prefill and served.runner.takes_branches):
+    out in pages as the KV format has them, or for what `takes_branches` says."""
+    served, config = prepared.served, prepared.served.config
+    takes_any = config.chunked_prefill and takes_branches(served.model.config, config.reproducible, config.check_finite)
+    if get_format(prepared.precision.start).residual or not takes_any:
         return -1
     return config.max_chunk_tokens - served.geometry.page_size
 

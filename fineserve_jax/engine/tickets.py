@@ -9,8 +9,8 @@ from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.request_text import RequestText
 from fineserve_jax.engine.stats import EngineStats
-from fineserve_jax.request.request import FinishReason, Request
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.request.request import FinishReason, Request, RequestStatus
+from fineserve_jax.runner.results import TokenLogprobs
 
 
 class Piece(NamedTuple):
@@ -53,7 +53,7 @@ class Ticket:
     """A prompt in the loop, with its `n` samples.
 
     Args:
-        prepared: the prompt, checked.
+        prepared: the prompt, checked; another one when the ticket is given to another engine.
         receiver: who is told, as long as somebody else holds it.
         prompt: its text, None if it came as tokens.
         index: which of the caller's prompts it is.
@@ -66,6 +66,7 @@ class Ticket:
     """
 
     __slots__ = (
+        "__weakref__",
         "_is_announced",
         "_num_left",
         "_num_told",
@@ -104,6 +105,14 @@ class Ticket:
     def receiver(self) -> Receiver | None:
         """Who is told; None: nobody is there any more."""
         return self._receiver()
+
+    @property
+    def has_not_begun(self) -> bool:
+        """Whether none of its samples has had memory."""
+        samples = self.samples
+        return not self.is_done and all(
+            sample.status is RequestStatus.WAITING and sample.times.admitted_s is None for sample in samples
+        )
 
     # -- the loop's thread ---------------------------------------------------------------------------------------
 

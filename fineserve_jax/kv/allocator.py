@@ -8,6 +8,7 @@
 Host side only: nothing here touches a device.
 """
 
+import itertools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.kv.errors import PageError
 from fineserve_jax.kv.policies import slab_policy
 from fineserve_jax.kv.slab_pool import Member, Share, SlabPool
 from fineserve_jax.kv.tags import PageTags
@@ -103,14 +105,44 @@ class SlabAllocator:
         share_name = self.policy.share_name(page_class)
         limits = self.policy.slab_limits({*self.shares, share_name}, self.usable_slabs)
         share = self.shares.setdefault(share_name, Share(share_name, 0))
-        for known in self.shares.values():
-            known.limit = limits[known.name]
-        new_pool = SlabPool(len(self.pools) + 1, page_units=0, capacity=0, share=share)
-        pool = self.pools.setdefault(self.policy.pool_name(page_class), new_pool)
-        pool.page_units = max(pool.page_units, page_class.page_units)
-        pool.capacity = self.slab_units // pool.page_units
-        member = self.members[page_class] = Member(page_class, len(self.members) + 1, pool)
+        self._limit_shares(limits)
+        number = _unused(pool.number for pool in self.pools.values())
+        pool = self.pools.setdefault(self.policy.pool_name(page_class), SlabPool(number, 0, 0, share))
+        self._set_length(pool, max(pool.page_units, page_class.page_units))
+        member = self.members[page_class] = Member(page_class, _unused(self.by_tag), pool)
         self.by_tag[member.tag] = member
+
+    def unregister(self, model: str) -> None:
+        """Forget the classes of a model, of which no page may be out. Others may have their tags, and the numbers of
+        pools that are left without a class.
+
+        Raises:
+            PageError: a page of one of them is out; then nothing has changed.
+        """
+        leaving = [member for page_class, member in self.members.items() if page_class.model == model]
+        if busy := [member for member in leaving if member.owned_pages]:
+            raise PageError(
+                f"{busy[0].owned_pages} pages of {busy[0].page_class} are out; free them before the class is forgotten"
+            )
+        for member in leaving:
+            del self.members[member.page_class], self.by_tag[member.tag]
+        lengths: dict[SlabPool, int] = {}
+        for page_class, member in self.members.items():
+            lengths[member.pool] = max(page_class.page_units, lengths.get(member.pool, 0))
+        self.pools = {name: pool for name, pool in self.pools.items() if pool in lengths}
+        for pool, length in lengths.items():
+            if not pool.num_slabs:  # else its slabs are carved already
+                self._set_length(pool, length)
+        self.shares = {pool.share.name: pool.share for pool in self.pools.values()}
+        self._limit_shares(self.policy.slab_limits(self.shares, self.usable_slabs))
+
+    def _limit_shares(self, limits: Mapping[str, int]) -> None:
+        for share in self.shares.values():
+            share.limit = limits[share.name]
+
+    def _set_length(self, pool: SlabPool, page_units: int) -> None:
+        """Set the length of a pool's pages, of which there may be some only if it stays the same."""
+        pool.page_units, pool.capacity = page_units, self.slab_units // page_units
         self.tags.widen(pool.capacity)
 
     def _check_class(self, page_class: PageClass) -> None:
@@ -312,6 +344,12 @@ class SlabAllocator:
     def owned_pages(self, page_class: PageClass) -> np.ndarray:
         """First units of the pages the class has out, i64[pages], ascending."""
         return self.tags.pages_of(self.member(page_class))
+
+
+def _unused(numbers: Iterable[int]) -> int:
+    """The least number from 1 on that is not among these."""
+    taken = set(numbers)
+    return next(number for number in itertools.count(1) if number not in taken)
 
 
 def _check_sizes(num_units: int, slab_units: int, unit_bytes: int) -> None:

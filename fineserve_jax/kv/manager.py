@@ -81,6 +81,19 @@ class KVManager:
         self.pool.allocator.register(page_class)
         self.classes[page_class.model, page_class.kv_format] = page_class
 
+    def unregister(self, model: str) -> None:
+        """Serve requests of a model no longer, of whose pages none may be held; those that are cached are evicted.
+
+        What is queued for the device must have been done if it concerns the model.
+
+        Raises:
+            PageError: a request holds pages of it; then all its classes are still known.
+        """
+        self.pool.evict_all(model)
+        self.pool.allocator.unregister(model)
+        for known in [key for key in self.classes if key[0] == model]:
+            del self.classes[known]
+
     def class_of(self, model: str, kv_format: str) -> PageClass:
         """Page class of a model and KV format. Raises ConfigError for a pair that the cache was not set up for."""
         return self.classes[model, kv_format]

@@ -148,9 +148,10 @@ class PagePool:
                 too_many = middle
         return fits
 
-    def evict_all(self) -> None:
-        """Evict every page that nobody holds."""
-        self._evict(list(self.prefix_cache.evictable))
+    def evict_all(self, model: str | None = None) -> None:
+        """Evict every page that nobody holds, of a model or of all."""
+        cache = self.prefix_cache
+        self._evict([h for h in cache.evictable if model in (None, cache.by_handle[h].page_class.model)])
 
     def _share_of(self, cached: int) -> Share:
         return self.allocator.member(self.prefix_cache.by_handle[cached].page_class).pool.share

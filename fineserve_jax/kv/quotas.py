@@ -1,9 +1,10 @@
-"""Quotas: shares of the memory that tenants or KV precisions are guaranteed, and that they may take at most.
+"""Quotas: shares of the memory that tenants, KV precisions or models are guaranteed, and that they may take at most.
 
-A request counts against the quota of its tenant and against that of its KV precision, where there are such:
+A request counts against the quota of its tenant, of its KV precision and of its model, where there are such:
 
     "tenant:alice"      what requests of the tenant alice hold, whatever their precision
     "precision:int8"    what requests that asked for int8 hold, of whatever tenant
+    "model:fast"        what requests of the model fast hold
 
 with all pages that it holds, its residual page and pages that it shares with others included. Fractions are of the
 memory that any mix of pages can fill: the ends of slabs that no whole page fits, and one slab a page length that may be
@@ -22,7 +23,7 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.request.request import Request
 from fineserve_jax.validation import Validated
 
-KINDS = ("tenant", "precision")
+KINDS = ("tenant", "precision", "model")
 
 
 class Quota(Validated):
@@ -55,14 +56,16 @@ def check_quotas(quotas: Mapping[str, Quota], formats: Collection[str]) -> None:
     for name in quotas:
         kind, _, of = name.partition(":")
         if kind not in KINDS or not of:
-            raise ConfigError(f"a quota is called {name!r}; call it 'tenant:NAME' or 'precision:KV_FORMAT'")
+            raise ConfigError(
+                f"a quota is called {name!r}; call it 'tenant:NAME', 'precision:KV_FORMAT' or 'model:NAME'"
+            )
         if kind == "precision" and of not in formats:
             raise ConfigError(
                 f"there is a quota for {name!r}, which is not served; the formats are: {', '.join(formats)}"
             )
     total = math.fsum(quota.guaranteed for quota in quotas.values())
     if total > 1 + 1e-9:
-        raise ConfigError(f"guaranteed shares add up to {total:g}; those of tenants and precisions together may be 1")
+        raise ConfigError(f"guaranteed shares add up to {total:g}; those of all quotas together may be 1")
 
 
 class QuotaAccount:
@@ -84,20 +87,33 @@ class QuotaAccount:
     def __init__(self, kv: KVManager, quotas: Mapping[str, Quota]) -> None:
         self._kv = kv
         check_quotas(quotas, {kv_format for _, kv_format in kv.classes})
-        capacity = _fillable_units(kv)
-        self.guaranteed = {name: int(quota.guaranteed * capacity) for name, quota in quotas.items()}
-        self.most = {name: int(quota.max * capacity) for name, quota in quotas.items()}
+        self._quotas = dict(quotas)
+        self.most = dict.fromkeys(quotas, 0)
+        self.note_classes()
         self.used = dict.fromkeys(quotas, 0)
         self.num_requests = dict.fromkeys(quotas, 0)
         self._charged: dict[Request, int] = {}
 
+    def note_classes(self) -> None:
+        """The arena has other classes of pages: what can be filled of it, whatever mix of them there is, has changed.
+
+        A maximum is never lowered, so that what was accepted under it can still be served.
+
+        Raises:
+            ConfigError: memory too small to divide; then nothing has changed.
+        """
+        capacity = _fillable_units(self._kv)
+        self.guaranteed = {name: int(quota.guaranteed * capacity) for name, quota in self._quotas.items()}
+        self.most = {name: max(self.most[name], int(quota.max * capacity)) for name, quota in self._quotas.items()}
+
     def names(self, request: Request) -> list[str]:
         """Quotas that the request counts against."""
-        return self.names_of(request.options.tenant, request.kv_precision)
+        return self.names_of(request.options.tenant, request.kv_precision, request.model)
 
-    def names_of(self, tenant: str, kv_precision: str) -> list[str]:
-        """Quotas that requests of the tenant in the precision count against."""
-        return [name for name in (f"tenant:{tenant}", f"precision:{kv_precision}") if name in self.used]
+    def names_of(self, tenant: str, kv_precision: str, model: str) -> list[str]:
+        """Quotas that requests of the tenant in the precision for the model count against."""
+        names = (f"tenant:{tenant}", f"precision:{kv_precision}", f"model:{model}")
+        return [name for name in names if name in self.used]
 
     def note(self, request: Request) -> None:
         """Charge the request for what it holds now."""
@@ -153,7 +169,7 @@ def _fillable_units(kv: KVManager) -> int:
     """Units that pages can take together, whatever classes they are of."""
     allocator = kv.pool.allocator
     pools = allocator.pools.values()
-    filled = min(pool.capacity * pool.page_units for pool in pools)
+    filled = min((pool.capacity * pool.page_units for pool in pools), default=allocator.slab_units)
     slabs = allocator.usable_slabs - len(pools)
     if slabs < 1:
         raise ConfigError(

@@ -154,6 +154,8 @@ def _slab_map(kv: KVManager) -> np.ndarray:
     allocator = kv.pool.allocator
     pools = np.frombuffer(bytes(allocator.slab_pools), np.uint8)
     free = np.array(allocator.slab_free, np.float64)
-    capacity = np.array([1, *(pool.capacity for pool in allocator.pools.values())], np.float64)
+    capacity = np.ones(256)
+    for pool in allocator.pools.values():
+        capacity[pool.number] = pool.capacity
     used = np.where(pools > 0, 1 - free / capacity[pools], 0)
     return np.stack([pools, np.ceil(255 * used).astype(np.uint8)], axis=1)[1:]

@@ -7,6 +7,7 @@ DIRECTORY/tokenizer.json, tokenizer_config.json, generation_config.json
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.loaders.tokenizer import Tokenizer
 from fineserve_jax.loaders.tokenizer_check import check_same_ids
 from fineserve_jax.models.model_config import ModelConfig
-from fineserve_jax.models.params import Params, abstract_params
+from fineserve_jax.models.params import DEFAULT_DEVICE, Params, Placement, abstract_params
 
 MANIFEST = "fineserve.json"
 _FORMAT_VERSION = 1
@@ -60,14 +61,19 @@ def save_checkpoint(model: LoadedModel, directory: Path) -> None:
         raise ModelLoadError(f"cannot write {directory}: {error.strerror or error}") from error
 
 
-def load_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, Params, Tokenizer, str]:
+def load_checkpoint(
+    directory: Path, weights: str | None, placement: Placement = DEFAULT_DEVICE
+) -> tuple[ModelConfig, Params, Tokenizer, str]:
     """Configuration, parameters, tokenizer and weight precision of a converted directory.
 
     weights: what the caller asked for; another precision than the stored one raises ModelLoadError, None takes what
         is stored.
+    placement: where the parameters go.
     """
     config, tokenizer, stored = describe_checkpoint(directory, weights)
-    return config, read_params(directory / "params", abstract_params(config, stored)), tokenizer, stored
+    placement.check(config, stored)
+    place = functools.partial(placement.place, config, stored)
+    return config, read_params(directory / "params", abstract_params(config, stored), place), tokenizer, stored
 
 
 def describe_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, Tokenizer, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import numpy as np
 from absl import logging as absl_logging
 
 from fineserve_jax.errors import ModelLoadError
-from fineserve_jax.models.params import Params
-from fineserve_jax.models.row_packing import aligned_empty, to_device
+from fineserve_jax.models.params import HostParams, Params
+from fineserve_jax.models.row_packing import aligned_empty
 
 _PIECE_BYTES = 4 << 20
 
@@ -35,12 +35,13 @@ def save_params(directory: Path, params: Params) -> None:
         checkpointer.save(directory.resolve(), args=ocp.args.PyTreeSave(params, save_args=in_pieces))
 
 
-def read_params(directory: Path, shapes: Params) -> Params:
-    """The parameters on JAX's default device.
+def read_params(directory: Path, shapes: Params, place: Callable[[str, HostParams], Params]) -> Params:
+    """The parameters.
 
     Args:
         directory: what `save_params` wrote.
         shapes: the tree that is expected, with `jax.ShapeDtypeStruct` leaves.
+        place: puts a part of the tree where it belongs, see `Placement.place`.
 
     Raises:
         ModelLoadError: another tree, shape or dtype is stored, or it cannot be read.
@@ -53,7 +54,8 @@ def read_params(directory: Path, shapes: Params) -> Params:
             _check_tree(ocp.PyTreeCheckpointHandler().metadata(directory.resolve()).tree, shapes)
         context = ts.Context({"file_io_concurrency": {"limit": 2}, "data_copy_concurrency": {"limit": 2}})
         read = functools.partial(_read_array, directory.resolve(), context)
-        return dict(jax.tree_util.tree_map_with_path(read, shapes))
+        read_part = functools.partial(jax.tree_util.tree_map_with_path, read)
+        return {name: place(name, read_part({name: part})[name]) for name, part in shapes.items()}
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"{directory} cannot be restored: {error}; convert the model again") from error
 
@@ -65,7 +67,7 @@ def _check_tree(stored: Params, shapes: Params) -> None:
         raise ValueError(f"{different[0]} is {'not expected' if different[0] in names[0] else 'missing'}")
 
 
-def _read_array(directory: Path, context: Any, path: tuple[Any, ...], expected: jax.ShapeDtypeStruct) -> jax.Array:
+def _read_array(directory: Path, context: Any, path: tuple[Any, ...], expected: jax.ShapeDtypeStruct) -> np.ndarray:
     import tensorstore as ts
 
     name = ".".join(key.key for key in path)
@@ -78,7 +80,7 @@ def _read_array(directory: Path, context: Any, path: tuple[Any, ...], expected: 
     step: int = np.array(stored.chunk_layout.read_chunk.shape)[0]
     for at in range(0, len(array), step):
         ts.array(array[at : at + step]).write(stored[at : at + step]).result()
-    return to_device(array)
+    return array
 
 
 @contextlib.contextmanager

@@ -19,42 +19,43 @@ from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_model import HFModel
 from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer
 from fineserve_jax.loaders.loaded_model import LoadedModel
-from fineserve_jax.models.params import pack_params
+from fineserve_jax.models.params import DEFAULT_DEVICE, Placement, pack_params
 from fineserve_jax.models.weight_formats import weight_recipe
 
 DEFAULT_WEIGHTS = "bf16"
 
 
-def load_model(source: str | Path, weights: str | None = "bf16") -> LoadedModel:
+def load_model(source: str | Path, weights: str | None = "bf16", placement: Placement = DEFAULT_DEVICE) -> LoadedModel:
     """Load a model from an alias, a `.gguf` file, a Hugging Face directory, or a converted (Orbax) directory.
 
     weights: fp32, bf16, int8 or int4. A converted directory loads only in the precision it was made in; None takes
         that one, and bf16 for every other source.
+    placement: where the weights go; what it refuses raises ConfigError before any is read.
 
     An alias is fetched into the cache when it is not there yet. Configuration, tokenizer, and the presence, shapes and
     extents of tensors are checked before tensors are read. Raises ModelLoadError.
     """
-    return _load(source, weights, with_params=True)
+    return _load(source, weights, placement)
 
 
 def describe_model(source: str | Path, weights: str | None = "bf16") -> LoadedModel:
     """The model as `load_model` gives it, but with `params` empty: its weights are not read, which would take time."""
-    return _load(source, weights, with_params=False)
+    return _load(source, weights, None)
 
 
-def _load(source: str | Path, weights: str | None, *, with_params: bool) -> LoadedModel:
+def _load(source: str | Path, weights: str | None, placement: Placement | None) -> LoadedModel:
     weight_recipe(weights or DEFAULT_WEIGHTS)
     path = resolve_source(source)
     name = _name(source, path)
     if path.is_file():
-        return _load_gguf(path, weights or DEFAULT_WEIGHTS, name, with_params)
+        return _load_gguf(path, weights or DEFAULT_WEIGHTS, name, placement)
     if (path / MANIFEST).exists():
-        if with_params:
-            return LoadedModel(name, *load_checkpoint(path, weights))
+        if placement is not None:
+            return LoadedModel(name, *load_checkpoint(path, weights, placement))
         config, tokenizer, stored = describe_checkpoint(path, weights)
         return LoadedModel(name, config, {}, tokenizer, stored)
     if (path / "config.json").exists():
-        return _load_hf(path, weights or DEFAULT_WEIGHTS, name, with_params)
+        return _load_hf(path, weights or DEFAULT_WEIGHTS, name, placement)
     raise ModelLoadError(
         f"{path} is a directory without config.json or {MANIFEST}; "
         "give a Hugging Face directory (config.json and *.safetensors), one made by `fineserve-jax convert`, "
@@ -88,18 +89,18 @@ def _name(source: str | Path, path: Path) -> str:
     return str(source) if str(source) in ALIASES else path.stem if path.is_file() else path.resolve().name
 
 
-def _load_gguf(path: Path, weights: str, name: str, with_params: bool) -> LoadedModel:
+def _load_gguf(path: Path, weights: str, name: str, placement: Placement | None) -> LoadedModel:
     file = open_gguf(path)
     model = GGUFModel(file)
     tokenizer = gguf_tokenizer(file)
-    params = pack_params(model.config, weights, model) if with_params else {}
+    params = {} if placement is None else pack_params(model.config, weights, model, placement)
     return LoadedModel(name, model.config, params, tokenizer, weights)
 
 
-def _load_hf(path: Path, weights: str, name: str, with_params: bool) -> LoadedModel:
+def _load_hf(path: Path, weights: str, name: str, placement: Placement | None) -> LoadedModel:
     model = HFModel(path)
     tokenizer = hf_tokenizer(path)
-    params = pack_params(model.config, weights, model) if with_params else {}
+    params = {} if placement is None else pack_params(model.config, weights, model, placement)
     return LoadedModel(name, model.config, params, tokenizer, weights)
 
 

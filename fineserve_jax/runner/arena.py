@@ -3,30 +3,38 @@
 import logging
 
 import jax
+import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.arena import new_arena
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
+from fineserve_jax.runner.mesh import SHARDED, DeviceGroup, device_group, per_device_bytes
 
 log = logging.getLogger(__name__)
 
 
 class Arena:
-    """All KV there is on the device.
+    """All KV there is on the device, or on each of several.
 
     A program that writes it takes `units` donated, and whoever calls it puts the result back at once: the array that
     was there before is gone.
 
     Args:
         geometry: of any model's pages; all that share the arena have units of one length.
-        num_units: how many units it has, the null page's included.
+        num_units: how many units it has on a device, the null page's included.
+        group: the devices; None: JAX's first.
 
     Attributes:
-        units: u16[num_units, *unit_shape].
+        units: u16[num_units, *unit_shape]; of several devices one behind the other.
     """
 
-    def __init__(self, geometry: PageGeometry, num_units: int) -> None:
+    def __init__(self, geometry: PageGeometry, num_units: int, group: DeviceGroup | None = None) -> None:
         self._geometry, self._num_units = geometry, num_units
-        self.units: jax.Array = new_arena(geometry, num_units)
+        self.group = group or device_group(1)
+        self.units: jax.Array = self._new()
+
+    def _new(self) -> jax.Array:
+        """An empty arena, see `pallas_kernels.arena.new_arena`."""
+        shape = (self.group.size * self._num_units, *self._geometry.unit_shape)
+        return jnp.zeros(shape, jnp.uint16, device=self.group.sharding(SHARDED))
 
     @property
     def is_lost(self) -> bool:
@@ -43,7 +51,7 @@ class Arena:
     def renew(self) -> None:
         """Makes the array anew, empty; what is left of the one before is freed first."""
         self.units.delete()
-        self.units = new_arena(self._geometry, self._num_units)
+        self.units = self._new()
 
     def release(self) -> None:
         """Gives the array's memory back, with all that is in it; `renew` takes it again."""
@@ -51,4 +59,5 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        return self.units.nbytes
+        """Bytes on a device."""
+        return per_device_bytes(self.units)

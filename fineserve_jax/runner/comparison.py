@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 
 from fineserve_jax.models import CausalLM, Params
+from fineserve_jax.runner.mesh import SAME, Specs, over_mesh, specs_of
 from fineserve_jax.runner.programs import compile_counted
 from fineserve_jax.runner.scoring import most_slots
 
@@ -31,33 +33,58 @@ class Differences(NamedTuple):
     logprobs: Array
 
 
-def compare(model: CausalLM, params: Params, first: np.ndarray, second: np.ndarray, targets: np.ndarray) -> Differences:
-    """Compares two runs of one model over the same tokens, a tile of positions at a time.
+Head = tuple[CausalLM, Params]
+
+
+def compare(
+    model: CausalLM,
+    params: Params,
+    first: np.ndarray,
+    second: np.ndarray,
+    targets: np.ndarray,
+    other: Head | None = None,
+    mesh: Mesh | None = None,
+) -> Differences:
+    """Compares two runs over the same tokens, a tile of positions at a time.
 
     Args:
+        model, params: of the first run, and of the second unless `other` is given.
         first, second: f32[positions, hidden], what the last layer gave in each run.
         targets: i32[positions], the tokens that follow.
+        other: the second run's model and params, with the same vocabulary.
+        mesh: of the devices that have the parameters; None: one has.
     """
-    size, program = most_slots(model.config.vocab_size), _program(model)
+    other_model, other_params = other or (model, params)
+    size, program = most_slots(model.config.vocab_size), _program(model, other_model, mesh)
     parts = []
     for start in range(0, len(targets), size):
         own = slice(start, start + size)
         padding = size - len(targets[own])
         rows = [np.pad(hidden[own], ((0, padding), (0, 0))) for hidden in (first, second)]
-        parts.append(jax.device_get(program(params, *rows, np.pad(targets[own], (0, padding)))))
+        parts.append(jax.device_get(program((params, other_params), *rows, np.pad(targets[own], (0, padding)))))
     columns = (np.concatenate(column, axis=-1) for column in zip(*parts, strict=True))
     return Differences(*(column[..., : len(targets)] for column in columns))
 
 
 @functools.cache
-def _program(model: CausalLM) -> Callable[..., Differences]:
-    return compile_counted(functools.partial(_compare, model), lambda: None)
+def _program(first: CausalLM, second: CausalLM, mesh: Mesh | None) -> Callable[..., Differences]:
+    def specs_of_both(params: tuple[Params, Params]) -> Any:
+        return tuple(specs_of(model.config)(own) for model, own in zip((first, second), params, strict=True))
+
+    arguments: list[Specs] = [specs_of_both, SAME, SAME, SAME]
+    compare_both = functools.partial(_compare, (first, second))
+    return compile_counted(over_mesh(mesh, compare_both, arguments, SAME), lambda: None)
 
 
 def _compare(
-    model: CausalLM, params: Params, first: Hidden, second: Hidden, targets: Int32[jax.Array, " T"]
+    models: tuple[CausalLM, CausalLM],
+    params: tuple[Params, Params],
+    first: Hidden,
+    second: Hidden,
+    targets: Int32[jax.Array, " T"],
 ) -> Differences:
-    logits: list[Any] = [model.apply({"params": params}, hidden, method="head") for hidden in (first, second)]
+    runs = zip(models, params, (first, second), strict=True)
+    logits: list[Any] = [model.apply({"params": own}, hidden, method="head") for model, own, hidden in runs]
     of_first, of_second = (jax.nn.log_softmax(part, axis=-1) for part in logits)
     kl = jnp.sum(jnp.exp(of_first) * (of_first - of_second), axis=-1)
     top = [jnp.argmax(part, axis=-1) for part in logits]

@@ -8,9 +8,13 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.operations import plan_attention
+from fineserve_jax.pallas_kernels.shared_prefixes import find_shared_prefixes
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
 from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.shapes import StepSpec
+
+MIN_SAVED_TOKENS = 768
+"""Tokens that a group of decode rows must not read again for the queries to be put side by side."""
 
 Array = Any  # numpy on the host, jax.Array in the step
 
@@ -50,6 +54,21 @@ class ChunkInputs(NamedTuple):
     full_format_ids: Array
 
 
+class SharedInputs(NamedTuple):
+    """Cached tokens that several decode rows attend to together, see `pallas_kernels.shared_prefixes`.
+
+    Attributes:
+        rows: i32[rows], the decode row of each query on the axis on which those that share lie side by side; behind
+            them those that share nothing.
+        places: i32[rows], the place of each row on that axis.
+        tiles: the shared tokens.
+    """
+
+    rows: Array
+    places: Array
+    tiles: Tiles
+
+
 class GroupInputs(NamedTuple):
     """Where the step's tokens, and those they attend to, are in the pages of a layer group. Pages by first unit.
 
@@ -60,6 +79,8 @@ class GroupInputs(NamedTuple):
         chunk_tiles: the chunks' cached tokens; rows are chunks. None in a step without chunk slots.
         closing_sources, closing_targets: i32[page-wise formats, rows], residual pages that the step fills, and the
             pages of their own that they are encoded into.
+        shared: what decode rows attend to together, and `decode_tiles` therefore lack; None: nothing. With it, a layer
+            is another program.
     """
 
     decode_pages: Array
@@ -68,6 +89,7 @@ class GroupInputs(NamedTuple):
     chunk_tiles: Tiles | None
     closing_sources: Array
     closing_targets: Array
+    shared: SharedInputs | None = None
 
 
 class StepInputs(NamedTuple):
@@ -88,8 +110,13 @@ class StepInputs(NamedTuple):
     sample_slots: Array
 
 
-def build_inputs(spec: StepSpec, output: SchedulerOutput, kv: KVManager) -> tuple[StepInputs, list[Request]]:
+def build_inputs(
+    spec: StepSpec, output: SchedulerOutput, kv: KVManager, *, shared: bool = False
+) -> tuple[StepInputs, list[Request]]:
     """Lays what is scheduled out for the device.
+
+    Args:
+        shared: also lay out what rows share where they share nothing.
 
     Returns:
         the inputs, and the requests whose next tokens are sampled, in the order of `sample_slots`; one with drafts
@@ -100,7 +127,7 @@ def build_inputs(spec: StepSpec, output: SchedulerOutput, kv: KVManager) -> tupl
         builder.add_decode(scheduled)
     for scheduled in output.prefills:
         builder.add_chunk(scheduled)
-    return builder.finish(), builder.sampled
+    return builder.finish(shared), builder.sampled
 
 
 def chunk_slots(spec: StepSpec, output: SchedulerOutput) -> list[slice]:
@@ -174,7 +201,7 @@ class _GroupBuilder:
             for row in rows:
                 segments.append(BatchSegment(row, format_id, part.pages, part.num_tokens, part.first_position))
 
-    def finish(self, decode_queries: list[QueryRun], chunk_queries: list[QueryRun]) -> GroupInputs:
+    def finish(self, decode_queries: list[QueryRun], chunk_queries: list[QueryRun], shared: bool) -> GroupInputs:
         spec, group = self.spec, self.spec.groups[self.number]
         closing = np.zeros((2, len(self.closing), spec.shape.rows), np.int32)
         for i, pairs in enumerate(self.closing):
@@ -182,6 +209,7 @@ class _GroupBuilder:
         chunk_tiles = None
         if spec.chunk_pages:
             chunk_tiles = plan_attention(spec.chunk_attention(group), self.chunk_segments, chunk_queries)
+        own_shared = self._share(shared)
         return GroupInputs(
             decode_pages=self.decode_pages,
             decode_tiles=plan_attention(spec.decode_attention(group), self.decode_segments, decode_queries),
@@ -189,7 +217,22 @@ class _GroupBuilder:
             chunk_tiles=chunk_tiles,
             closing_sources=closing[0],
             closing_targets=closing[1],
+            shared=own_shared,
         )
+
+    def _share(self, always: bool) -> SharedInputs | None:
+        """What the decode rows attend to together, if that pays, or `always`; takes it out of their segments."""
+        spec, group = self.spec, self.spec.groups[self.number]
+        if not spec.may_share(group):
+            return None
+        found = find_shared_prefixes(self.decode_segments, spec.geometry.page_size, MIN_SAVED_TOKENS)
+        if not (found.num_saved or always):
+            return None
+        self.decode_segments = found.rest
+        in_group = set(found.rows)
+        rows = np.array([*found.rows, *(row for row in range(spec.shape.rows) if row not in in_group)], np.int32)
+        tiles = plan_attention(spec.shared_attention(group), found.segments, found.queries)
+        return SharedInputs(rows, np.argsort(rows).astype(np.int32), tiles)
 
 
 class _Builder:
@@ -270,7 +313,7 @@ class _Builder:
             self.sample_slots[len(self.sampled)] = slot
             self.sampled.append(scheduled.request)
 
-    def finish(self) -> StepInputs:
+    def finish(self, shared: bool) -> StepInputs:
         rows = self.spec.shape.rows
         sequences = self.sequences if self.spec.drafts else None
         decode = DecodeInputs(self.tokens[:rows], self.positions[:rows], self.row_formats, sequences)
@@ -284,6 +327,6 @@ class _Builder:
                 newest_format_ids=self.newest,
                 full_format_ids=self.full,
             )
-        groups = tuple(group.finish(self.decode_queries, self.chunk_queries) for group in self.groups)
+        groups = tuple(group.finish(self.decode_queries, self.chunk_queries, shared) for group in self.groups)
         closing_counts = np.array([len(pairs) for pairs in self.groups[0].closing], np.int32)
         return StepInputs(decode, chunk, groups, closing_counts, self.long, self.sample_slots)

@@ -81,8 +81,12 @@ class LayerAttention:
             assert decode.sequences is not None, "a step with drafts says which rows are of one sequence"
             own = own.merge(attend_ahead(q, k, v, decode.sequences, decode.positions, group.window, cap))
         spec = self.spec.decode_attention(group)
-        cached = self._cached(spec, q, self.inputs.groups[self.group].decode_tiles, sinks)
-        return own.merge(cached).output()
+        inputs = self.inputs.groups[self.group]
+        own = own.merge(self._cached(spec, q, inputs.decode_tiles, sinks))
+        if inputs.shared is not None:
+            shared = self._cached(self.spec.shared_attention(group), q[inputs.shared.rows], inputs.shared.tiles, None)
+            own = own.merge(PartialAttention(*(part[inputs.shared.places] for part in shared)))
+        return own.output()
 
     def _chunks(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
         """q: f32[C, kv_heads, group, D]; k, v: f32[C, kv_heads, D]."""

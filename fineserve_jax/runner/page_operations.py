@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.operations import Copy, Load, PageOperation, Save
@@ -23,6 +24,7 @@ from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.operations import requantize
 from fineserve_jax.pallas_kernels.specs import WriteSpec
 from fineserve_jax.runner.arena import Arena
+from fineserve_jax.runner.mesh import PAGES_OF_HOST, SAME, SHARDED, over_mesh
 from fineserve_jax.runner.programs import compile_counted
 
 COPIES = 64  # of a call, the rest being padding
@@ -35,13 +37,13 @@ class PageOperations:
 
     Args:
         arena: what they change.
-        geometries: of the pages of each model and layer group.
+        geometries: of the pages of each model and layer group; of several devices those of each.
         slab_units: units of a slab; pages in different slabs do not overlap.
         implementation: of the conversions.
 
     Attributes:
         num_compilations: programs compiled, or loaded from JAX's compilation cache.
-        bytes_per_s: measured rate of saving and loading; None before the first.
+        bytes_per_s: measured rate of saving and loading, of each device; None before the first.
     """
 
     def __init__(
@@ -70,6 +72,12 @@ class PageOperations:
                 self._timed(self._save, first)
             else:
                 self._timed(self._load, first)
+
+    def forget(self, model: str) -> None:
+        """Forget a model, of which no operation is queued: another one of its name may have other pages."""
+        self.geometries = {key: geometry for key, geometry in self.geometries.items() if key[0] != model}
+        for key in [key for key in self._programs if key[0] == "convert" and key[1].model == model]:
+            del self._programs[key]
 
     def warm_up(self, pairs: Iterable[tuple[PageClass, PageClass]], transfers: bool) -> int:
         """Compiles the copies between these classes, and with `transfers` saving and loading their pages.
@@ -110,7 +118,7 @@ class PageOperations:
         transfer(what)
         seconds = time.perf_counter() - start
         if compiled == self.num_compilations:
-            rate = sum(words.nbytes for words in what.pages.words) / seconds
+            rate = sum(words.nbytes for words in what.pages.words) / self.arena.group.size / seconds
             self.bytes_per_s = rate if self.bytes_per_s is None else 0.8 * self.bytes_per_s + 0.2 * rate
 
     # -- programs ------------------------------------------------------------------------------------------------
@@ -126,14 +134,23 @@ class PageOperations:
     def _gather(self, page_class: PageClass) -> Callable[..., jax.Array]:
         units = page_class.page_units
         gather = functools.partial(_gather_pages, page_units=units)
-        return self._program(("gather", units), gather, donate=False)
+        return self._program(("gather", units), gather, [SHARDED, SAME], PAGES_OF_HOST)
 
     def _scatter(self, page_class: PageClass) -> Callable[..., jax.Array]:
-        return self._program(("scatter", page_class.page_units), _scatter_pages)
+        arguments = [SHARDED, PAGES_OF_HOST, SAME]
+        return self._program(("scatter", page_class.page_units), _scatter_pages, arguments)
 
-    def _program(self, key: Any, function: Callable[..., Any], donate: bool = True) -> Callable[..., Any]:
+    def _program(
+        self,
+        key: Any,
+        function: Callable[..., Any],
+        arguments: Sequence[PartitionSpec] = (SHARDED, SAME, SAME, SAME),
+        result: PartitionSpec = SHARDED,
+    ) -> Callable[..., Any]:
+        """`arguments`, `result`: how they lie on several devices; what gives the arena takes it donated."""
         if key not in self._programs:
-            self._programs[key] = compile_counted(function, self._count, (0,) if donate else ())
+            own = over_mesh(self.arena.group.mesh, function, arguments, result)
+            self._programs[key] = compile_counted(own, self._count, (0,) if result == SHARDED else ())
         return self._programs[key]
 
     def _count(self) -> None:

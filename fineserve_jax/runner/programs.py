@@ -27,17 +27,22 @@ def compiler_options() -> dict[str, str] | None:
 
 
 def compile_counted(
-    function: Callable[..., Any], on_compile: Callable[[], None], donate_argnums: Sequence[int] = ()
+    function: Callable[..., Any],
+    on_compile: Callable[[], None],
+    donate_argnums: Sequence[int] = (),
+    static_argnums: Sequence[int] = (),
 ) -> Callable[..., Any]:
     """`function` as a jitted program.
 
     Args:
         on_compile: called for each program that is compiled or loaded from the compilation cache.
         donate_argnums: arguments whose memory the result may take.
+        static_argnums: arguments that a program is compiled for.
     """
 
     def traced(*arguments: Any) -> Any:
         on_compile()  # runs while jax traces, so once for each program
         return function(*arguments)
 
-    return jax.jit(traced, donate_argnums=donate_argnums, compiler_options=compiler_options())
+    options = compiler_options()
+    return jax.jit(traced, donate_argnums=donate_argnums, static_argnums=static_argnums, compiler_options=options)

@@ -5,63 +5,29 @@ whatever shares its batch. What no row of a batch asks for is skipped at run tim
 every mix of parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float32, Int32, UInt32
 
-from fineserve_jax.request.request import Request
-from fineserve_jax.request.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
+from fineserve_jax.request.sampling_params import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS
+from fineserve_jax.runner.sampling_inputs import SamplingInputs
 from fineserve_jax.runner.token_masks import WORD_BITS
 
 Array = Any  # numpy on the host, jax.Array in the step
 Logits = Float32[jax.Array, "rows vocab"]  # or what they have become: shaped logits, probabilities
 Tokens = Int32[jax.Array, " rows"]
 Ids = Int32[jax.Array, "rows ids"]
+Row = Float32[jax.Array, " rows"]
 Finite = Bool[jax.Array, " rows"]
 Masks = UInt32[jax.Array, "rows words"]
-MAX_STOP_IDS = 64  # tokens that `min_tokens` can hold back, besides those of `logit_bias`
-
-
-class SamplingInputs(NamedTuple):
-    """Per sampled row (S of them; padding rows are greedy).
-
-    Attributes:
-        temperature, top_p, min_p: f32[S].
-        top_k: i32[S], 0 for all.
-        repetition, presence, frequency: f32[S], penalties.
-        seed: u32[S].
-        position: i32[S], of the token to be sampled.
-        bias_ids, bias: i32 and f32[S, B]; unused entries add 0 to token 0.
-        history: i32[S, max_seq_len], prompt and output tokens; -1 behind them.
-        num_prompt_tokens: i32[S].
-        logprob_ids: i32[S, MAX_LOGPROB_TOKEN_IDS], tokens to be told of; unused entries are 0.
-        any_*: bool[], whether any row needs that part at all.
-    """
-
-    temperature: Array
-    top_p: Array
-    min_p: Array
-    top_k: Array
-    repetition: Array
-    presence: Array
-    frequency: Array
-    seed: Array
-    position: Array
-    bias_ids: Array
-    bias: Array
-    history: Array
-    num_prompt_tokens: Array
-    logprob_ids: Array
-    any_penalty: Array
-    any_bias: Array
-    any_filter: Array
-    any_random: Array
-    any_logprobs: Array
+BLOCK = 128
+"""Tokens that are looked at together when one is drawn."""
+CANDIDATES = 256
+"""Likeliest tokens of a row that are sorted for `top_k` and `top_p`."""
 
 
 class Sampled(NamedTuple):
@@ -82,78 +48,6 @@ class Sampled(NamedTuple):
     top_ids: Array
     top_logprobs: Array
     asked_logprobs: Array
-
-
-def build_sampling(
-    requests: Sequence[Request], rows: int, max_seq_len: int, drafts: Sequence[tuple[int, ...]] | None = None
-) -> SamplingInputs:
-    """The parameters of the requests to be sampled, in their order, padded to `rows`.
-
-    Args:
-        drafts: of each, the tokens that are taken to follow those it has; None: none.
-    """
-    params = [request.sampling for request in requests]
-    drafts = drafts or [()] * len(requests)
-    num_tokens = [request.num_tokens + len(own) for request, own in zip(requests, drafts, strict=True)]
-
-    def column(name: str, dtype: type, padding: float = 0) -> np.ndarray:
-        values: np.ndarray = np.full(rows, padding, dtype)
-        values[: len(params)] = [getattr(p, name) for p in params]
-        return values
-
-    bias_ids, bias, any_bias = _bias(requests, num_tokens, rows)
-    any_penalty = any(p.uses_penalties for p in params)
-    history = np.full((rows, max_seq_len), -1, np.int32)
-    if any_penalty:
-        for row, (request, own) in enumerate(zip(requests, drafts, strict=True)):
-            history[row, : num_tokens[row]] = [*request.token_ids, *own]
-    logprob_ids = np.zeros((rows, MAX_LOGPROB_TOKEN_IDS), np.int32)
-    for row, p in enumerate(params):
-        logprob_ids[row, : len(p.logprob_token_ids)] = p.logprob_token_ids
-    return SamplingInputs(
-        temperature=column("temperature", np.float32),
-        top_p=column("top_p", np.float32, 1.0),
-        min_p=column("min_p", np.float32),
-        top_k=column("top_k", np.int32),
-        repetition=column("repetition_penalty", np.float32, 1.0),
-        presence=column("presence_penalty", np.float32),
-        frequency=column("frequency_penalty", np.float32),
-        seed=_padded([request.seed for request in requests], rows, np.uint32),
-        position=_padded(num_tokens, rows, np.int32),
-        bias_ids=bias_ids,
-        bias=bias,
-        history=history,
-        num_prompt_tokens=_padded([request.num_prompt_tokens for request in requests], rows, np.int32),
-        logprob_ids=logprob_ids,
-        any_penalty=np.bool_(any_penalty),
-        any_bias=np.bool_(any_bias),
-        any_filter=np.bool_(any(p.temperature and (p.top_k or p.top_p < 1 or p.min_p) for p in params)),
-        any_random=np.bool_(any(p.temperature for p in params)),
-        any_logprobs=np.bool_(any(p.gives_logprobs for p in params)),
-    )
-
-
-def _padded(values: Sequence[int], rows: int, dtype: type) -> np.ndarray:
-    padded: np.ndarray = np.zeros(rows, dtype)
-    padded[: len(values)] = values
-    return padded
-
-
-def _bias(requests: Sequence[Request], num_tokens: Sequence[int], rows: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Logit biases, and minus infinity for the stop tokens of requests that are still under `min_tokens`."""
-    width = MAX_LOGIT_BIAS + MAX_STOP_IDS
-    ids, values = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
-    any_bias = False
-    for row, request in enumerate(requests):
-        entries = list(request.sampling.logit_bias.items())
-        num_output_tokens = num_tokens[row] - request.num_prompt_tokens
-        held_back = request.matcher is None and num_output_tokens < request.sampling.min_tokens
-        if held_back:  # else `token_masks` see to it, which know what else may follow
-            entries += [(token, -np.inf) for token in sorted(request.stop_ids)]
-        if entries:
-            ids[row, : len(entries)], values[row, : len(entries)] = zip(*entries, strict=True)
-            any_bias = True
-    return ids, values, any_bias
 
 
 def sample(logits: Logits, inputs: SamplingInputs, allowed: Masks | None = None) -> Sampled:
@@ -235,46 +129,109 @@ def _add_bias(logits: Logits, inputs: SamplingInputs) -> Logits:
 
 
 def _draw(logits: Logits, greedy: Tokens, inputs: SamplingInputs) -> Tokens:
-    """A token from each row's distribution, by the Gumbel-max trick; `greedy` where the temperature is 0."""
-    temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)
-    probabilities = jax.nn.softmax(logits / temperature[:, None], axis=-1)
-    probabilities = _when(inputs.any_filter, lambda p: _filter(p, inputs), probabilities)
+    """A token from each row's distribution: a block of the vocabulary by what its tokens weigh together, then a token
+    of the block, each by a random number of its own; `greedy` where the temperature is 0."""
+    temperature = jnp.where(inputs.temperature > 0, inputs.temperature, 1.0)[:, None]
+    peak = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
 
-    def noise(seed: UInt32[jax.Array, ""], position: Int32[jax.Array, ""]) -> Float32[jax.Array, " vocab"]:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), logits.shape[1:])
+    def weigh(logits: jax.Array) -> jax.Array:
+        """Probabilities over that of the likeliest token, f32[S, tokens]."""
+        return jnp.exp((logits - peak) / temperature)
 
-    noisy = jnp.log(probabilities) + jax.vmap(noise)(inputs.seed, inputs.position)
-    drawn = _first(noisy, jnp.max(noisy, axis=-1))
-    return jnp.where(inputs.temperature > 0, drawn, greedy)
+    def least() -> Row:
+        by_min_p = peak + temperature * jnp.log(inputs.min_p)[:, None]
+        return jnp.maximum(_least_kept(logits, weigh, inputs), by_min_p[:, 0])
+
+    floor = lax.cond(inputs.any_filter, least, lambda: jnp.full(len(logits), -jnp.inf))[:, None]
+
+    def kept(logits: jax.Array) -> jax.Array:
+        return jnp.where(logits >= floor, weigh(logits), 0.0)
+
+    chances = jax.vmap(_chances)(inputs.seed, inputs.position)
+    blocks = _in_blocks(logits)
+    sums = kept(blocks.reshape(len(logits), -1)).reshape(blocks.shape).sum(axis=-1)
+    block = _reach(sums, chances[:, 0])
+    drawn = block * blocks.shape[-1] + _reach(kept(_take_block(blocks, block)), chances[:, 1])
+    return jnp.where(inputs.temperature > 0, drawn.astype(jnp.int32), greedy)
 
 
-def _filter(probabilities: Logits, inputs: SamplingInputs) -> Logits:
-    """Zeroes what `top_k`, `top_p` and `min_p` exclude, in this order. Rows need not sum to 1 afterwards."""
-    vocab = probabilities.shape[-1]
-    k = jnp.where(inputs.top_k > 0, inputs.top_k, vocab).astype(jnp.float32)
-    probabilities = _keep_until(probabilities, jnp.ones_like(probabilities), k)
-    # Rounding must not make the sum miss a top_p of 1: that keeps everything.
-    mass = jnp.where(inputs.top_p < 1, inputs.top_p * probabilities.sum(axis=-1), jnp.inf)
-    probabilities = _keep_until(probabilities, probabilities, mass)
-    floor = inputs.min_p * jnp.max(probabilities, axis=-1)
-    return jnp.where(probabilities >= floor[:, None], probabilities, 0.0)
+def _chances(seed: UInt32[jax.Array, ""], position: Int32[jax.Array, ""]) -> Float32[jax.Array, "2"]:
+    """Two random numbers above 0, up to 1."""
+    return 1.0 - jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position), (2,))
 
 
-def _keep_until(probabilities: Logits, weights: Logits, target: Float32[jax.Array, " rows"]) -> Logits:
-    """Keeps each row's likeliest tokens, as few as reach `target` f32[S] in `weights`; ties with the last are kept.
+def _reach(weights: Float32[jax.Array, "rows items"], share: Float32[jax.Array, " rows"]) -> Tokens:
+    """Of each row the first item with which a share, above 0, of what all weigh is reached: it weighs something."""
+    reached = jnp.cumsum(weights, axis=-1)
+    return jnp.argmax(reached >= (share * reached[:, -1])[:, None], axis=-1).astype(jnp.int32)
 
-    Finds the threshold bit by bit: non-negative floats sort as their bits do, so 31 passes replace a sort of the
-    vocabulary.
+
+def _in_blocks(logits: Logits) -> Float32[jax.Array, "rows blocks size"]:
+    """The vocabulary in blocks of `BLOCK` tokens, the last one filled up with minus infinity."""
+    size = min(BLOCK, logits.shape[-1])
+    padding = -logits.shape[-1] % size
+    if padding:
+        logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    return logits.reshape(len(logits), -1, size)
+
+
+def _take_block(blocks: Float32[jax.Array, "rows blocks size"], block: Tokens) -> Float32[jax.Array, "rows size"]:
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _least_kept(logits: Logits, weigh: Callable[[jax.Array], jax.Array], inputs: SamplingInputs) -> Row:
+    """The least logit that `top_p` keeps of what `top_k` keeps; minus infinity where they keep all.
+
+    The likeliest tokens tell, and only for rows of which more are kept is the whole vocabulary searched.
     """
-    bits = lax.bitcast_convert_type(probabilities, jnp.uint32)
+    vocab = logits.shape[-1]
+    likeliest_first = lax.top_k(logits, min(CANDIDATES, vocab))[0]
+    num_known = likeliest_first.shape[-1]
+    has_all, has_k, has_p = num_known == vocab, (inputs.top_k > 0) & (inputs.top_k < vocab), inputs.top_p < 1
+
+    def at(places: Tokens) -> Row:
+        return jnp.take_along_axis(likeliest_first, places[:, None], axis=-1)[:, 0]
+
+    by_k = jnp.where(has_k, at(jnp.clip(inputs.top_k, 1, num_known) - 1), -jnp.inf)
+    # With ties of the last one among them, if there are such behind them is not known.
+    knows_k = ~has_k | has_all | ((inputs.top_k <= num_known) & (likeliest_first[:, -1] < by_k))
+    kept = jnp.where(likeliest_first >= by_k[:, None], weigh(likeliest_first), 0.0)
+    reached = jnp.cumsum(kept, axis=-1)
+    total = jnp.where(has_k | has_all, reached[:, -1], weigh(logits).sum(axis=-1))
+    reaches = reached >= (inputs.top_p * total)[:, None]
+    by_p = jnp.where(has_p, at(jnp.argmax(reaches, axis=-1).astype(jnp.int32)), -jnp.inf)
+    known = (knows_k & (~has_p | reaches[:, -1])) | (inputs.temperature <= 0)
+    found = jnp.maximum(by_k, by_p)
+    return lax.cond(known.all(), lambda: found, lambda: jnp.where(known, found, _search(logits, weigh, inputs)))
+
+
+def _search(logits: Logits, weigh: Callable[[jax.Array], jax.Array], inputs: SamplingInputs) -> Row:
+    """`_least_kept`, looking at all tokens."""
+    weights, vocab = weigh(logits), logits.shape[-1]
+    k = jnp.where(inputs.top_k > 0, inputs.top_k, vocab).astype(jnp.float32)
+    asks_k = (inputs.top_k > 0).any()
+    by_k = lax.cond(asks_k, lambda: _reaching(weights, jnp.ones_like(weights), k), lambda: jnp.zeros_like(k))
+    kept = jnp.where(weights >= by_k[:, None], weights, 0.0)
+    # Rounding must not make the sum miss a top_p of 1: that keeps everything.
+    mass = jnp.where(inputs.top_p < 1, inputs.top_p * kept.sum(axis=-1), jnp.inf)
+    threshold = jnp.maximum(by_k, _reaching(kept, kept, mass))
+    return jnp.min(jnp.where(weights >= threshold[:, None], logits, jnp.inf), axis=-1)
+
+
+def _reaching(weights: Logits, counted: Logits, target: Row) -> Row:
+    """The largest weight of each row at which tokens of that much and more reach `target` in what is counted.
+
+    Finds it bit by bit: non-negative floats sort as their bits do, so 31 passes replace a sort of the vocabulary.
+    """
+    bits = lax.bitcast_convert_type(weights, jnp.uint32)
 
     def try_bit(i: Int32[jax.Array, ""], threshold: UInt32[jax.Array, " rows"]) -> UInt32[jax.Array, " rows"]:
         higher = threshold | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-        reached = jnp.sum(jnp.where(bits >= higher[:, None], weights, 0.0), axis=-1) >= target
+        reached = jnp.sum(jnp.where(bits >= higher[:, None], counted, 0.0), axis=-1) >= target
         return jnp.where(reached, higher, threshold)
 
-    threshold = lax.fori_loop(0, 31, try_bit, jnp.zeros(probabilities.shape[0], jnp.uint32))
-    return jnp.where(bits >= threshold[:, None], probabilities, 0.0)
+    threshold = lax.fori_loop(0, 31, try_bit, jnp.zeros(weights.shape[0], jnp.uint32))
+    return lax.bitcast_convert_type(threshold, jnp.float32)
 
 
 def _with_logprobs(logits: Logits, tokens: Tokens, finite: Finite, asked: Ids) -> Sampled:

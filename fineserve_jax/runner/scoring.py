@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from fineserve_jax.models import ModelConfig
 from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput, TokenScore
 from fineserve_jax.runner.inputs import chunk_slots
 from fineserve_jax.runner.sampler import likeliest
@@ -134,6 +135,13 @@ def plan_scores(spec: StepSpec, output: SchedulerOutput) -> ScoringPlan:
     size = tile_size(spec)
     starts = range(0, len(slots), size)
     return ScoringPlan(owners, [_tile(slots[i : i + size], targets[i : i + size], size, any_top) for i in starts])
+
+
+def takes_branches(config: ModelConfig, reproducible: bool, check_finite: bool) -> bool:
+    """Whether chunks of a model may have branches: where positions tell of nothing but rotations, and nobody asks for
+    the stage at which a branch stops being finite. For the arguments see `ModelRunner`."""
+    has_windows = any(group.window is not None for group in config.layer_groups)
+    return not (has_windows or config.long_after is not None or reproducible or check_finite)
 
 
 def _scored(scheduled: ScheduledChunk, own: slice) -> tuple[list[int], list[int]]:

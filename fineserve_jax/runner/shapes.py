@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fineserve_jax.models import CausalLM, LayerGroup
 from fineserve_jax.pallas_kernels.backends import get_backend
@@ -34,7 +35,7 @@ class StepSpec:
 
     Attributes:
         model: the Flax module; its parameters are an argument of the step.
-        geometry: of the model's pages, were they of all layers.
+        geometry: of the model's pages, were they of all layers; of several devices those of each.
         format_names: KV formats the step reads and writes; format ids are indices into it. Residual formats are in it.
         shape: slots of the step.
         max_pages: pages of the longest sequence.
@@ -43,6 +44,8 @@ class StepSpec:
         interpret: whether kernels are interpreted; None: if this platform cannot compile them.
         packs: see `AttentionSpec`.
         drafts: whether a decode may have several rows, each of which sees those ahead of it.
+        shares: whether decode rows attend together to tokens that they share, where that pays.
+        mesh: the devices that compute the step together; None: one does.
     """
 
     model: CausalLM
@@ -55,6 +58,8 @@ class StepSpec:
     interpret: bool | None = None
     packs: bool = True
     drafts: bool = False
+    shares: bool = False
+    mesh: Mesh | None = None
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -91,6 +96,16 @@ class StepSpec:
     def decode_attention(self, group: LayerGroup) -> AttentionSpec:
         """The decode rows' attention to their cached tokens, in layers of the group."""
         return self._attention(group, self.shape.rows)
+
+    def may_share(self, group: LayerGroup) -> bool:
+        """Whether decode rows may attend together to what they have in common: where a step only decodes, each row by
+        itself, and all that is cached is attended to."""
+        alone = self.drafts or not self.packs or self.shape.rows == 1
+        return self.shares and not alone and not self.shape.chunk_tokens and group.window is None
+
+    def shared_attention(self, group: LayerGroup) -> AttentionSpec:
+        """The decode rows' attention to cached tokens that some of them share; its rows are groups of them."""
+        return self._attention(group, self.shape.rows // 2, self.shape.rows)
 
     def chunk_attention(self, group: LayerGroup) -> AttentionSpec:
         """The chunks' attention to their cached tokens, in layers of the group."""

@@ -21,7 +21,8 @@ from fineserve_jax.pallas_kernels.formats import PageWords
 from fineserve_jax.pallas_kernels.operations import requantize, write_pages, write_tokens
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.layer_attention import LayerAttention, LayerWords
-from fineserve_jax.runner.sampler import Sampled, SamplingInputs, sample
+from fineserve_jax.runner.sampler import Sampled, sample
+from fineserve_jax.runner.sampling_inputs import SamplingInputs
 from fineserve_jax.runner.scoring import Scores, ScoreTile, score_logits
 from fineserve_jax.runner.shapes import StepSpec
 
@@ -34,6 +35,12 @@ class Stream(NamedTuple):
 
     x: jax.Array
     ropes: tuple[RopeTables, ...]
+
+
+def take_tokens(spec: StepSpec, tokens: jax.Array, sampled: jax.Array, sources: jax.Array) -> jax.Array:
+    """i32[rows], the decode rows' tokens where the host has not got them: row r's is `sampled[sources[r]]` of the step
+    before, or `tokens[r]` where `sources[r]` is -1."""
+    return jnp.where(sources < 0, tokens, sampled[sources])
 
 
 def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fineserve_jax.request.request import Request
+from fineserve_jax.request.request import Request, RequestStatus
 from fineserve_jax.request.structured.matcher import DEAD_END, fill_bitmask
 
 WORD_BITS = 32
@@ -36,15 +36,16 @@ def build_masks(
         eos_ids: the model's end-of-sequence tokens.
         always: also where all may sample anything.
     """
-    matchers = [request.matcher for request in requests]
+    # Of one that has ended meanwhile, what is sampled counts no more.
+    matchers = [None if request.status is RequestStatus.FINISHED else request.matcher for request in requests]
     if not always and not any(matcher is not None for matcher in matchers):
         return None
     words = -(-(vocab_size + 1) // WORD_BITS)  # the end of the text is a token behind the others
     masks = np.full((rows, words), ALL, np.int32)
     fill_bitmask(matchers, masks)
     allowed, stuck = masks.view(np.uint32), dict[Request, str]()
-    for row, request in zip(allowed, requests, strict=False):  # padding rows follow
-        if request.matcher is not None and (reason := _settle_end(row, request, vocab_size, eos_ids)) is not None:
+    for row, request, matcher in zip(allowed, requests, matchers, strict=False):  # padding rows follow
+        if matcher is not None and (reason := _settle_end(row, request, vocab_size, eos_ids)) is not None:
             stuck[request] = reason
             row[:] = np.uint32(0xFFFFFFFF)
     return TokenMasks(allowed[:, : -(-vocab_size // WORD_BITS)], stuck)

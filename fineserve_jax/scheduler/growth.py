@@ -35,7 +35,7 @@ class Growth:
     def grow_all(self) -> bool:
         """Grow every request whose tokens have outgrown its pages, oldest admission first; whether any was preempted
         for it."""
-        outgrown = [running for running in self._running if len(running.request.token_ids) > running.covered_tokens]
+        outgrown = self._outgrown()
         if self._grow_together(outgrown):
             return False
         before = self._running.num_preemptions
@@ -43,6 +43,23 @@ class Growth:
             if running in self._running:
                 self._grow(running)
         return self._running.num_preemptions > before
+
+    def grow_at_ease(self) -> bool:
+        """`grow_all` where nobody gives way or is narrowed: False as soon as one would have to; those before it have
+        grown."""
+        outgrown = self._outgrown()
+        return self._grow_together(outgrown) or all(self._grows_at_ease(running) for running in outgrown)
+
+    def _outgrown(self) -> list[RunningRequest]:
+        return [running for running in self._running if len(running.request.token_ids) > running.covered_tokens]
+
+    def _grows_at_ease(self, growing: RunningRequest) -> bool:
+        if self._victims.over_quota(growing) or self._kv.is_compacting:
+            return False
+        if not self._kv.grow(growing.request, growing.request.num_tokens, leaving={}):
+            return False
+        self._note(growing)
+        return True
 
     def _grow_together(self, outgrown: Sequence[RunningRequest]) -> bool:
         """Grow all these requests at once, or none: where memory is short, or shares of it are to be kept, each has to
@@ -63,9 +80,12 @@ class Growth:
             self._running.preempt(victim)
             if victim is growing:
                 return
-        self._quotas.note(growing.request)
-        growing.note_growth()
-        self._running.reserve.update(growing)
+        self._note(growing)
+
+    def _note(self, grown: RunningRequest) -> None:
+        self._quotas.note(grown.request)
+        grown.note_growth()
+        self._running.reserve.update(grown)
 
     def _has_room(self, growing: RunningRequest) -> bool:
         """Grow a request, narrowing others' pages as need be. While any can be, the reserve of free slabs is left

@@ -1,6 +1,7 @@
 """Whose step is next, where several models share the device: a step computes requests of one."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from fineserve_jax.scheduler.costs import StepCost
@@ -19,13 +20,13 @@ class ModelChoice:
     """Chooses the model of each step.
 
     Args:
-        profiles: by model, predict step times; the scheduler's, which replaces them by learnt ones.
+        profiles: by model, predict step times; the scheduler's, where models and learnt profiles come and go.
         slo_aware: whether targets count; if not, models take turns.
     """
 
     def __init__(self, profiles: Mapping[str, StepProfile], slo_aware: bool) -> None:
         self._profiles, self._slo_aware = profiles, slo_aware
-        self._last_turns = dict.fromkeys(profiles, 0)
+        self._last_turns: Counter[str] = Counter()  # those that were never next count as 0
         self._num_turns = 0
 
     def next(self, requests: Iterable[RunningRequest], now: float) -> str:

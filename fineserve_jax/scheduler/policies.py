@@ -16,7 +16,7 @@ policies by name in the entry point group `fineserve_jax.policies`.
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from fineserve_jax.errors import ConfigError
@@ -50,6 +50,11 @@ class PolicyContext:
     expected_output_tokens: Callable[[Request], float]
     prefill_s: Callable[[Request], float]
     shares: FairShares
+
+    def for_models(self, models: Mapping[str, ModelCost]) -> "PolicyContext":
+        """The same, of these models."""
+        levels = _bit_levels(models)
+        return replace(self, bit_levels=levels, num_levels=len(set(levels.values())))
 
 
 Policy: TypeAlias = Callable[[Request, PolicyContext], SortKey]
@@ -113,16 +118,16 @@ def policy_context(
     tenant_weights: Mapping[str, float] | None,
 ) -> PolicyContext:
     """What policies may know of these models; further arguments as in `PolicyContext`, and weights by tenant."""
+    levels = _bit_levels(models)
+    num_levels = len(set(levels.values()))
+    return PolicyContext(ageing_s, levels, num_levels, expected_output_tokens, prefill_s, FairShares(tenant_weights))
+
+
+def _bit_levels(models: Mapping[str, ModelCost]) -> dict[tuple[str, str], int]:
+    """See `PolicyContext.bit_levels`."""
     bits = {(model, name): cost.bits for model, costs in models.items() for name, cost in costs.formats.items()}
     levels = {value: level for level, value in enumerate(sorted(set(bits.values())))}
-    return PolicyContext(
-        ageing_s,
-        {pair: levels[value] for pair, value in bits.items()},
-        len(levels),
-        expected_output_tokens,
-        prefill_s,
-        FairShares(tenant_weights),
-    )
+    return {pair: levels[value] for pair, value in bits.items()}
 
 
 POLICIES: dict[str, Policy] = {

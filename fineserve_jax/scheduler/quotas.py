@@ -40,7 +40,7 @@ class Quotas:
         if self.account is None:
             return
         units = self.account.units(model, kv_precision, num_tokens)
-        for name in self.account.names_of(tenant, kv_precision):
+        for name in self.account.names_of(tenant, kv_precision, model):
             if units > self.account.most[name]:
                 raise RequestError(
                     f"a request of up to {num_tokens} tokens takes {units} units of memory, and quota {name!r} allows "
@@ -51,6 +51,11 @@ class Quotas:
         """What the request holds has changed."""
         if self.account is not None:
             self.account.note(request)
+
+    def note_classes(self) -> None:
+        """The models that are served have changed; see `QuotaAccount.note_classes`."""
+        if self.account is not None:
+            self.account.note_classes()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless the account says what requests hold."""

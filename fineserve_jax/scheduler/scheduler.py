@@ -9,7 +9,8 @@ It decides when a token is computed, never which token comes out.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.manager import KVManager
@@ -21,6 +22,7 @@ from fineserve_jax.scheduler.devices import DeviceRoofline
 from fineserve_jax.scheduler.execution import schedule_step
 from fineserve_jax.scheduler.growth import Growth
 from fineserve_jax.scheduler.lengths import OutputLengths
+from fineserve_jax.scheduler.look_ahead import LookAhead, as_if_computed
 from fineserve_jax.scheduler.model_choice import ModelChoice
 from fineserve_jax.scheduler.narrowing_policy import NarrowingPolicy
 from fineserve_jax.scheduler.policies import find_policy, policy_context
@@ -65,15 +67,16 @@ class Scheduler:
     ) -> None:
         policy, lengths = find_policy(config.policy), OutputLengths()
         context = policy_context(config.ageing_s, models, lengths.expected, self._prefill_s, config.tenant_weights)
+        self._policy_context = context
         self.config = config
         self.row_limit: int | None = None
         self.profiles = {name: StepProfile(cost, roofline) for name, cost in models.items()}
         self.speculation = speculation or Speculation()
-        self._kv = kv
+        self._kv, self._roofline = kv, roofline
         self._lengths, self._tenant_shares = lengths, context.shares
         self.waits = WaitPredictor(config.max_batch_size, self.profiles, lengths)
         self._swapping = Swapping(config, kv, self.profiles)
-        self._key_of = lambda request: policy(request, context)
+        self._key_of = lambda request: policy(request, self._policy_context)
         self._begin(num_preemptions=0, num_reclaimed=0)
 
     def _begin(self, num_preemptions: int, num_reclaimed: int) -> None:
@@ -91,6 +94,8 @@ class Scheduler:
         self._admission = Admission(config, kv, queue, running, narrowing, quotas, victims)
         self._admission.num_reclaimed = num_reclaimed
         self._model_choice = ModelChoice(self.profiles, config.slo_aware)
+        parts = (kv, running, narrowing, self._growth, self._model_choice, self.speculation)
+        self._look_ahead = LookAhead(*parts)
         self._deadlines, self._dropped = Deadlines(), list[Request]()
         # Since the last admission pass a request came, or something was freed or can be narrowed.
         self._admission_may_help = False
@@ -121,6 +126,34 @@ class Scheduler:
                     f"the step profile of {name!r} was learnt with other weights or KV formats; use another file"
                 )
             self.profiles[name] = profiles[name]
+
+    # -- models come and go ----------------------------------------------------------------------------------
+
+    def add_model(self, name: str, cost: ModelCost, row_sizes: Sequence[int]) -> None:
+        """Serve a further model, whose page classes the KV manager knows by now.
+
+        Args:
+            row_sizes: numbers of rows that its steps are padded to, ascending.
+
+        Raises:
+            ConfigError: quotas that cannot divide the memory among so many classes; then nothing has changed.
+        """
+        self.quotas.note_classes()
+        self.profiles[name] = StepProfile(cost, self._roofline)
+        self.speculation.row_sizes[name] = row_sizes
+        self._note_models()
+
+    def remove_model(self, name: str) -> None:
+        """Serve a model no longer, of which there is no request, and whose page classes are gone."""
+        self.profiles.pop(name, None)
+        self.speculation.row_sizes.pop(name, None)
+        self.quotas.note_classes()
+        self._note_models()
+
+    def _note_models(self) -> None:
+        """Requests that wait already keep their places."""
+        costs = {name: profile.model for name, profile in self.profiles.items()}
+        self._policy_context = self._policy_context.for_models(costs)
 
     # -- requests come and go --------------------------------------------------------------------------------
 
@@ -252,6 +285,18 @@ class Scheduler:
         for scheduled in output.chunks:
             scheduled.request.status = RequestStatus.RUNNING
         return output
+
+    @contextmanager
+    def looking_ahead(self, step: SchedulerOutput, now: float) -> Iterator[SchedulerOutput | None]:
+        """The step behind one that is being computed, as far as that can be told; None: it cannot, or there is none.
+
+        Inside, its requests are as they will be when that step is computed, with `UNKNOWN` in the place of the tokens
+        that it samples. Those that turn out to have ended then are of no account in the step behind.
+        """
+        self._end_late(now)
+        chunks = self._look_ahead.going_on(step, bool(self._queue)) if self.is_settled else []
+        with as_if_computed(chunks):
+            yield self._look_ahead.decodes(chunks, now) if chunks else None
 
     def commit(self, output: SchedulerOutput, sampled: Sequence[int], now: float) -> list[Request]:
         """Enter the outcome of a step.

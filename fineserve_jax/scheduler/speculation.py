@@ -11,7 +11,7 @@ gets as many as give the most tokens a second by the step profile: none, if that
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
+from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.scheduler.costs import StepCost, step_cost
 from fineserve_jax.scheduler.drafting import Drafting
 from fineserve_jax.scheduler.profile import StepProfile
@@ -27,11 +27,12 @@ class Speculation:
         row_sizes: of each model the numbers of rows that its steps are padded to, ascending.
 
     Attributes:
+        row_sizes: as given; models may come and go.
         num_drafts, num_accepted: drafts that were computed and those that were accepted, since the start.
     """
 
     def __init__(self, most: int = 0, row_sizes: Mapping[str, Sequence[int]] | None = None) -> None:
-        self._most, self._row_sizes = most, row_sizes or {}
+        self._most, self.row_sizes = most, dict(row_sizes or {})
         self.num_drafts = self.num_accepted = 0
 
     def with_drafts(self, output: SchedulerOutput, running: RunningRequests, profile: StepProfile) -> SchedulerOutput:
@@ -49,6 +50,10 @@ class Speculation:
             decodes.append(replace(chunk, drafts=drafts[:count]) if count else chunk)
         return SchedulerOutput(tuple(decodes), ())
 
+    def may_draft(self, request: Request) -> bool:
+        """Whether its decodes may ever have drafts."""
+        return request.matcher is None and self._most_asked(request) > 0
+
     def note(self, running: RunningRequest, offered: int, accepted: int) -> None:
         """Learn from a decode's drafts, of which the first so many were accepted."""
         self.num_drafts += offered
@@ -62,7 +67,7 @@ class Speculation:
         return replace(cost, tokens=self._size(cost.tokens, model)) if self._most else cost
 
     def _size(self, rows: int, model: str) -> int:
-        return next((size for size in self._row_sizes[model] if size >= rows), rows)
+        return next((size for size in self.row_sizes[model] if size >= rows), rows)
 
     def _find(self, chunk: ScheduledChunk, running: RunningRequests) -> tuple[Drafting, tuple[int, ...]]:
         request, own = chunk.request, running.get(chunk.request)
@@ -78,14 +83,17 @@ class Speculation:
         request, own = running.request, running.page_class
         if request.matcher is not None:  # what may follow a draft is not known before it is accepted
             return 0
-        asked = request.options.num_speculative_tokens
-        most = self._most if asked is None else min(asked, self._most)
+        most = self._most_asked(request)
         # A page that is encoded as a whole is so when its last token is computed, and that must not be in doubt.
         in_page = own.page_size - 1 - start % own.page_size - (own.residual is not None)
         known = start + 1
         if request.long_after is not None and not request.is_long:
             most = min(most, request.long_after - known)
         return min(most, in_page, request.max_total_tokens - known - 1)
+
+    def _most_asked(self, request: Request) -> int:
+        asked = request.options.num_speculative_tokens
+        return self._most if asked is None else min(asked, self._most)
 
     def _counts(
         self, decodes: Sequence[ScheduledChunk], offers: Sequence[tuple[float, int]], profile: StepProfile
@@ -98,7 +106,7 @@ class Speculation:
         )
         cost, tokens, chosen = step_cost(decodes, formats), float(len(decodes)), 0
         best = tokens / profile.predict(self.padded(cost, model))
-        for number, (gain, row) in enumerate(gains[: self._row_sizes[model][-1] - len(decodes)], 1):
+        for number, (gain, row) in enumerate(gains[: self.row_sizes[model][-1] - len(decodes)], 1):
             start, own = decodes[row].start, formats[decodes[row].request.kv_precision]
             cost, tokens = cost + StepCost(1, 0, start * own.bytes_per_token, start), tokens + gain
             rate = tokens / profile.predict(self.padded(cost, model))

@@ -72,6 +72,7 @@ class WaitPredictor:
             ahead: those that wait in the order in which they will be admitted.
             is_short: see `Scheduler.is_short`.
         """
+        ahead = [one for one in ahead if one.model in self._profiles]  # others were unloaded meanwhile
         places = self.places(ahead, is_short)
         if len(ahead) < places:
             return 0.0
@@ -84,6 +85,20 @@ class WaitPredictor:
             prefill_s += self._prefill_s(one)
             heapq.heapreplace(free_at, free_at[0] + one.output_tokens * step_s)
         return free_at[0] + prefill_s
+
+    def first_token_s(self, ahead: Sequence[Ahead], one: Ahead, is_short: bool) -> tuple[float, float]:
+        """Seconds until the first token of a request behind all of these, and those of a decode step with it.
+
+        Args:
+            ahead, is_short: see `wait_s`.
+            one: the request, of a model that is served.
+        """
+        ahead = [other for other in ahead if other.model in self._profiles]
+        places = self.places(ahead, is_short)
+        wait_s = self.wait_s(ahead, is_short)
+        prompts_s = 0.0 if len(ahead) >= places else sum(map(self._prefill_s, ahead))  # else they are in the wait
+        together = [other for other in ahead if other.has_place][: places - 1]
+        return wait_s + prompts_s + self._prefill_s(one), self._step_s([*together, one])
 
     def _prefill_s(self, one: Ahead) -> float:
         """Seconds until its first token, were its prompt computed at once."""

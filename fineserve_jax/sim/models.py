@@ -183,8 +183,7 @@ def page_classes(
         key = (model.name, name)
         if key not in classes:
             sizes, geometry = get_cache(name), model.shape.page_geometry(page_size)
-            values = 2 * geometry.kv_heads * sizes.block_words(geometry)
-            words = values if bare else sizes.words_per_layer(geometry)
+            words = (sizes.bare_words_per_layer if bare else sizes.words_per_layer)(geometry)
             classes[key] = PageClass(
                 model=model.name,
                 kv_format=name,

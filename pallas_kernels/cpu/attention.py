@@ -47,6 +47,8 @@ def attend_within(
 def _attend(spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, layer: jax.Array) -> PartialAttention:
     *heads, head_dim = q.shape
     results = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (heads, heads, q.shape))
+    # A row is summed in short runs where its queries alone would not keep all threads busy.
+    few_queries = spec.query_axis_size <= 2 * spec.num_rows
     call = jax.ffi.ffi_call("fineserve_attend", tuple(results))
     m, l, acc = call(
         q,
@@ -65,7 +67,7 @@ def _attend(spec: AttentionSpec, q: jax.Array, arena: jax.Array, tiles: Tiles, l
         segments_per_row=np.int64(spec.segments_per_row),
         window=np.int64(spec.window or 0),
         soft_cap=np.float32(spec.soft_cap or 0.0),
-        decodes=spec.decodes,
+        decodes=few_queries,
         rotation_block=np.int64(rotation_block(head_dim)),
         **layouts(spec.formats, spec.geometry),
     )

@@ -14,7 +14,7 @@ import os
 log = logging.getLogger(__name__)
 
 VARIABLE = "FINESERVE_CPU_ISA"
-INTERFACE = 2
+INTERFACE = 3
 """Of the custom calls, as `library.cpp` counts it."""
 TARGETS = (
     "fineserve_attend",

@@ -45,6 +45,26 @@ def unpack_signed(words: jax.Array, bits: int) -> PackedLanes:
     return tuple((wide << (32 - bits - shift) >> (32 - bits)).astype(jnp.float32) for shift in shifts)
 
 
+def pack_codes(lanes: PackedLanes, bits: int) -> PackedLanes:
+    """Codes of `bits` bits, lanes of i32[..., width], as word parts: one, or of 3 bits 16 lanes as three.
+
+    Three bits fill no word evenly. The first two parts have the lower two bits of 8 lanes each, the third the highest
+    bits of all.
+    """
+    if 16 % bits == 0:
+        return (pack_lanes(lanes, bits),)
+    return pack_lanes(lanes[:8], 2), pack_lanes(lanes[8:], 2), pack_lanes(tuple(code >> 2 for code in lanes), 1)
+
+
+def unpack_codes(parts: PackedLanes, bits: int) -> PackedLanes:
+    """The inverse of `pack_codes`, as f32."""
+    if 16 % bits == 0:
+        return unpack_unsigned(parts[0], bits)
+    *lower, highest = (part.astype(jnp.int32) for part in parts)
+    codes = ((lower[i // 8] >> 2 * (i % 8) & 3) | (highest >> i & 1) << 2 for i in range(16))
+    return tuple(code.astype(jnp.float32) for code in codes)
+
+
 def largest(lanes: PackedLanes) -> jax.Array:
     """The largest value of each vector, f32[..., 1]."""
     return jnp.max(functools.reduce(jnp.maximum, lanes), axis=-1, keepdims=True)

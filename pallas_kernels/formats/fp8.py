@@ -15,7 +15,7 @@ from jax import lax
 
 from fineserve_jax.pallas_kernels.format_sizes import Float8Sizes
 from fineserve_jax.pallas_kernels.formats.base import PackedLanes
-from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
+from fineserve_jax.pallas_kernels.formats.scaled import ScaledCodec
 
 LARGEST = 448.0
 SMALLEST_NORMAL = 2.0**-6
@@ -29,7 +29,7 @@ GRID = 2.0**14
 GRID_BITS = 0x4680_0000
 
 
-class Float8KV(Float8Sizes, ScaledFormat):
+class Float8Codec(Float8Sizes, ScaledCodec):
     """Codes are e4m3 numbers."""
 
     largest_code = LARGEST

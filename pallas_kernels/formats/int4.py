@@ -17,6 +17,7 @@ head share. A layer of a page:
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,18 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.format_sizes import Int4Sizes
-from fineserve_jax.pallas_kernels.formats.base import KVFormat, PackedLanes, PageVectors, PageWords
+from fineserve_jax.pallas_kernels.format_sizes import Int4KeySizes, Int4ValueSizes
+from fineserve_jax.pallas_kernels.formats.base import Codec, EncodedVectors, PackedLanes, UnpackedVectors
 from fineserve_jax.pallas_kernels.formats.bit_packing import (
     largest,
     nearest_codes,
-    pack_lanes,
+    pack_codes,
     smallest,
-    unpack_unsigned,
+    unpack_codes,
     words_to_f32,
 )
 
-CODES = 15
 ZERO_POINT_CODES, SCALE_CODES = 127, 255
 # Units are normal bf16 numbers, so that nothing divides by zero, and no scale overflows.
 SMALLEST_UNIT = 2.0**-100
@@ -63,46 +63,90 @@ class ScalesAndZeroPoints(NamedTuple):
         return zero_points, scales
 
 
-class Int4KV(Int4Sizes, KVFormat):
-    """4-bit codes of rotated vectors; keys have scales and zero points by channel, values by token."""
-
-    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
-        k, v = (tuple(jnp.clip(lane, -LARGEST_VALUE, LARGEST_VALUE) for lane in part) for part in (k, v))
-        k_low, k_high = ([reduce(lane, axis=-2, keepdims=True) for lane in k] for reduce in (jnp.min, jnp.max))
-        of_k = _choose_scales(tuple(k_low), tuple(k_high))
-        of_v = _choose_scales((smallest(v),), (largest(v),))
-        units = (of_k.zero_point_unit, of_k.scale_unit, of_v.zero_point_unit, of_v.scale_unit)
-        k_words, v_words = (pack_lanes(_codes(part, scales), 4) for part, scales in ((k, of_k), (v, of_v)))
-        return PageWords((k_words,), (v_words,), (*of_k.words, *of_v.words, *units))
-
-    def read_scales(self, scales: PackedLanes) -> PackedLanes:
-        *k_words, v_words, k_zero_point_unit, k_scale_unit, v_zero_point_unit, v_scale_unit = scales
-        k_zero_points, k_scales = ScalesAndZeroPoints(tuple(k_words), k_zero_point_unit, k_scale_unit).read()
-        v_zero_point, v_scale = ScalesAndZeroPoints((v_words,), v_zero_point_unit, v_scale_unit).read()
-        return (*k_zero_points, *k_scales, *v_zero_point, *v_scale)
-
-    def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
-        k_zero_points, k_scales, (v_zero_point, v_scale) = scales[:4], scales[4:8], scales[8:]
-        codes = zip(unpack_unsigned(k[0], 4), k_scales, k_zero_points, strict=True)
-        keys = tuple(code * scale + zero_point for code, scale, zero_point in codes)
-        return PageVectors(keys, unpack_unsigned(v[0], 4), v_scale=v_scale, v_zero_point=v_zero_point)
+class RotatedCodec(Codec):
+    """Codes of `value_bits` of vectors that are rotated."""
 
     def rotation(self, head_dim: int) -> np.ndarray:
         return hadamard(head_dim)
 
+    @property
+    def largest_code(self) -> int:
+        return (1 << self.value_bits) - 1
 
-def _choose_scales(lows: PackedLanes, highs: PackedLanes) -> ScalesAndZeroPoints:
-    """8-bit scales and zero points whose codes reach f32 [lows, highs], of one page and head over the last two axes."""
+    def _encoded(self, lanes: PackedLanes, lows: PackedLanes, highs: PackedLanes) -> EncodedVectors:
+        """Codes of f32[..., T, width] lanes between `lows` and `highs`, which are each lane's, or one for all."""
+        chosen = _choose_scales(lows, highs, self.largest_code)
+        zero_points, scales = (part * (len(lanes) // len(part)) for part in chosen.read())
+        codes = tuple(
+            nearest_codes((lane - zero_point) / scale, 0, self.largest_code)
+            for lane, zero_point, scale in zip(lanes, zero_points, scales, strict=True)
+        )
+        words = pack_codes(codes, self.value_bits)
+        return EncodedVectors(words, (*chosen.words, chosen.zero_point_unit, chosen.scale_unit))
 
-    def over_page(lanes: list[jax.Array]) -> jax.Array:
-        return jnp.max(largest(tuple(lanes)), axis=-2, keepdims=True)
 
+class ChannelRanges(RotatedCodec):
+    """Scales and zero points by channel."""
+
+    def encode(self, lanes: PackedLanes) -> EncodedVectors:
+        lanes = _clipped(lanes)
+        lows, highs = (tuple(reduce(lane, axis=-2, keepdims=True) for lane in lanes) for reduce in (jnp.min, jnp.max))
+        return self._encoded(lanes, lows, highs)
+
+    def read_scales(self, scales: PackedLanes) -> PackedLanes:
+        zero_points, lane_scales = _read_ranges(scales)
+        return (*zero_points, *lane_scales)
+
+    def unpack(self, words: PackedLanes, scales: PackedLanes) -> UnpackedVectors:
+        zero_points, lane_scales = scales[: self.packed_lanes], scales[self.packed_lanes :]
+        codes = zip(unpack_codes(words, self.value_bits), lane_scales, zero_points, strict=True)
+        return UnpackedVectors(tuple(code * scale + zero_point for code, scale, zero_point in codes))
+
+
+class TokenRanges(RotatedCodec):
+    """Scales and zero points by token."""
+
+    def encode(self, lanes: PackedLanes) -> EncodedVectors:
+        lanes = _clipped(lanes)
+        return self._encoded(lanes, (smallest(lanes),), (largest(lanes),))
+
+    def read_scales(self, scales: PackedLanes) -> PackedLanes:
+        (zero_point,), (scale,) = _read_ranges(scales)
+        return zero_point, scale
+
+    def unpack(self, words: PackedLanes, scales: PackedLanes) -> UnpackedVectors:
+        zero_point, scale = scales
+        return UnpackedVectors(unpack_codes(words, self.value_bits), scale, zero_point)
+
+
+class Int4KeyCodec(Int4KeySizes, ChannelRanges):
+    """Keys of int4."""
+
+
+class Int4ValueCodec(Int4ValueSizes, TokenRanges):
+    """Values of int4."""
+
+
+def _read_ranges(scales: PackedLanes) -> tuple[PackedLanes, PackedLanes]:
+    """Zero points and scales, f32, of `ScalesAndZeroPoints` as they are kept: words, then the units of both."""
+    *words, zero_point_unit, scale_unit = scales
+    zero_points, lane_scales = ScalesAndZeroPoints(tuple(words), zero_point_unit, scale_unit).read()
+    return zero_points, lane_scales
+
+
+def _clipped(lanes: PackedLanes) -> PackedLanes:
+    return tuple(jnp.clip(lane, -LARGEST_VALUE, LARGEST_VALUE) for lane in lanes)
+
+
+def _choose_scales(lows: PackedLanes, highs: PackedLanes, codes: int) -> ScalesAndZeroPoints:
+    """8-bit scales and zero points whose codes, 0 to `codes`, reach f32 [lows, highs], of one page and head over the
+    last two axes."""
     reach = [jnp.maximum(jnp.abs(low), jnp.abs(high)) for low, high in zip(lows, highs, strict=True)]
-    zero_point_unit = _unit(over_page(reach) / ZERO_POINT_CODES)
+    zero_point_unit = _unit(_over_page(reach) / ZERO_POINT_CODES)
     unit = words_to_f32(zero_point_unit)
     zero_points = [jnp.clip(jnp.floor(low / unit), -ZERO_POINT_CODES - 1, ZERO_POINT_CODES) for low in lows]
-    wanted = [(high - code * unit) / CODES for high, code in zip(highs, zero_points, strict=True)]
-    scale_unit = _unit(over_page(wanted) / SCALE_CODES)
+    wanted = [(high - code * unit) / codes for high, code in zip(highs, zero_points, strict=True)]
+    scale_unit = _unit(_over_page(wanted) / SCALE_CODES)
     unit = words_to_f32(scale_unit)
     scales = [jnp.clip(jnp.ceil(scale / unit), 1, SCALE_CODES) for scale in wanted]
     words = [
@@ -112,13 +156,9 @@ def _choose_scales(lows: PackedLanes, highs: PackedLanes) -> ScalesAndZeroPoints
     return ScalesAndZeroPoints(tuple(words), zero_point_unit, scale_unit)
 
 
-def _codes(lanes: PackedLanes, scales: ScalesAndZeroPoints) -> PackedLanes:
-    """Codes i32 in [0, 15] of f32[..., T, width] lanes; `scales` are each lane's, or one for all."""
-    zero_points, lane_scales = (part * (len(lanes) // len(part)) for part in scales.read())
-    return tuple(
-        nearest_codes((lane - zero_point) / scale, 0, CODES)
-        for lane, zero_point, scale in zip(lanes, zero_points, lane_scales, strict=True)
-    )
+def _over_page(lanes: Sequence[jax.Array]) -> jax.Array:
+    """The largest value of each page and head, f32[..., 1, 1]."""
+    return jnp.max(largest(tuple(lanes)), axis=-2, keepdims=True)
 
 
 def _unit(least: jax.Array) -> jax.Array:

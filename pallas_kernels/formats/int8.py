@@ -5,12 +5,12 @@ import jax
 from fineserve_jax.pallas_kernels.format_sizes import Int8Sizes
 from fineserve_jax.pallas_kernels.formats.base import PackedLanes
 from fineserve_jax.pallas_kernels.formats.bit_packing import nearest_codes, unpack_signed
-from fineserve_jax.pallas_kernels.formats.scaled import ScaledFormat
+from fineserve_jax.pallas_kernels.formats.scaled import ScaledCodec
 
 LARGEST = 127
 
 
-class Int8KV(Int8Sizes, ScaledFormat):
+class Int8Codec(Int8Sizes, ScaledCodec):
     """Codes are the integers in [-127, 127]."""
 
     largest_code = LARGEST

@@ -1,4 +1,4 @@
-"""Formats that quantise nothing beyond floating-point rounding: bf16, fp16, and fp32 for tests of exactness."""
+"""Codecs that quantise nothing beyond floating-point rounding: bf16, fp16, and fp32 for tests of exactness."""
 
 from abc import abstractmethod
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fineserve_jax.pallas_kernels.format_sizes import BFloat16Sizes, Float16Sizes, Float32Sizes
-from fineserve_jax.pallas_kernels.formats.base import KVFormat, PackedLanes, PageVectors, PageWords
+from fineserve_jax.pallas_kernels.formats.base import Codec, EncodedVectors, PackedLanes, UnpackedVectors
 from fineserve_jax.pallas_kernels.formats.bit_packing import bf16_to_words, words_to_f32
 
 FP16_MAX = 65504.0
@@ -15,14 +15,14 @@ FP16_STEP = 2.0**-24  # of its subnormal numbers
 FP16_BIAS = 127 - 15  # of f32's exponent over fp16's
 
 
-class WideFormat(KVFormat):
+class WideCodec(Codec):
     """Words are the numbers' own bits; nothing besides."""
 
-    def encode(self, k: PackedLanes, v: PackedLanes) -> PageWords:
-        return PageWords(self.to_words(*k), self.to_words(*v), ())
+    def encode(self, lanes: PackedLanes) -> EncodedVectors:
+        return EncodedVectors(self.to_words(*lanes))
 
-    def unpack(self, k: PackedLanes, v: PackedLanes, scales: PackedLanes) -> PageVectors:
-        return PageVectors((self.to_f32(*k),), (self.to_f32(*v),))
+    def unpack(self, words: PackedLanes, scales: PackedLanes) -> UnpackedVectors:
+        return UnpackedVectors((self.to_f32(*words),))
 
     @abstractmethod
     def to_words(self, values: jax.Array) -> PackedLanes:
@@ -33,7 +33,7 @@ class WideFormat(KVFormat):
         """The inverse of `to_words`."""
 
 
-class BFloat16KV(BFloat16Sizes, WideFormat):
+class BFloat16Codec(BFloat16Sizes, WideCodec):
     def to_words(self, values: jax.Array) -> PackedLanes:
         return (bf16_to_words(values),)
 
@@ -41,7 +41,7 @@ class BFloat16KV(BFloat16Sizes, WideFormat):
         return words_to_f32(*parts)
 
 
-class Float16KV(Float16Sizes, WideFormat):
+class Float16Codec(Float16Sizes, WideCodec):
     """Values beyond the range of fp16 saturate: an infinity would spread to every later token."""
 
     def to_words(self, values: jax.Array) -> PackedLanes:
@@ -52,7 +52,7 @@ class Float16KV(Float16Sizes, WideFormat):
         return fp16_words_to_f32(*parts)
 
 
-class Float32KV(Float32Sizes, WideFormat):
+class Float32Codec(Float32Sizes, WideCodec):
     """Two words a value: the upper halves of a vector's values, then the lower halves."""
 
     def to_words(self, values: jax.Array) -> PackedLanes:

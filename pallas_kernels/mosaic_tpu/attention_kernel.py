@@ -9,7 +9,7 @@ stay in vector memory meanwhile.
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LaneLayout
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import PageLayout
 from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import Launch, Memory, Outputs, Ref, TileTable
 from fineserve_jax.pallas_kernels.mosaic_tpu.page_copies import TileCopies
 from fineserve_jax.pallas_kernels.mosaic_tpu.tile_attention import TileAttention
@@ -42,5 +42,5 @@ def attention_kernel(
     for number, layout in enumerate(launch.formats):
 
         @when((table.format_ids[tile] == number) & (tiles.num_steps(tile) > 0))
-        def _(number: int = number, layout: LaneLayout = layout) -> None:
+        def _(number: int = number, layout: PageLayout = layout) -> None:
             TileAttention(tiles, number, layout, tile, q, rotations, out).run()

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fineserve_jax.pallas_kernels.formats import KVFormat
+from fineserve_jax.pallas_kernels.formats import KEYS, VALUES, KVFormat
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.mosaic_tpu.attention_kernel import attention_kernel
-from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, SUBLANES, TILE_WORDS, LaneLayout
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, SUBLANES, TILE_WORDS, PageLayout
 from fineserve_jax.pallas_kernels.mosaic_tpu.launch_plan import BUFFERS, ROW_MULTIPLE, Launch, Memory, TileTable
 from fineserve_jax.pallas_kernels.pallas_api import (
     BlockSpec,
@@ -79,7 +79,7 @@ def plan_launch(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Launch:
     pages = max(1, min(tokens // geometry.page_size, TILING.shape(spec).pages))
     head_rows = group * queries
     return Launch(
-        formats=tuple(_lane_layout(geometry, kv_format, pages, head_rows) for kv_format in spec.formats),
+        formats=tuple(_page_layout(geometry, kv_format, pages, head_rows) for kv_format in spec.formats),
         rotations=_rotations(spec),
         tiles_per_query_block=TILING.shape(spec).tiles_per_query_block,
         group=group,
@@ -91,19 +91,28 @@ def plan_launch(spec: AttentionSpec, group: int, dtype: jnp.dtype) -> Launch:
     )
 
 
-def _rotations(spec: AttentionSpec) -> tuple[int | None, ...]:
-    """Of each format the number of its rotation; None: it keeps vectors as they are."""
-    head_dim = spec.geometry.head_dim
-    numbers = zip(spec.formats, Rotations(spec.formats, head_dim).of_format, strict=True)
-    return tuple(None if kv_format.rotation(head_dim) is None else number for kv_format, number in numbers)
+def _distinct_rotations(spec: AttentionSpec) -> Rotations:
+    """Of the keys of every format, then of the values of every format."""
+    return Rotations([f.key for f in spec.formats] + [f.value for f in spec.formats], spec.geometry.head_dim)
 
 
-def _lane_layout(geometry: PageGeometry, kv_format: KVFormat, pages: int, head_rows: int) -> LaneLayout:
+def _rotations(spec: AttentionSpec) -> tuple[tuple[int | None, int | None], ...]:
+    """Of each format the numbers of its rotations, of keys and of values; None: they are kept as they are."""
+    numbers, count = _distinct_rotations(spec).of_codec, len(spec.formats)
+
+    def number(kv_format: KVFormat, side: int, place: int) -> int | None:
+        rotates = kv_format.sides[side].rotation(spec.geometry.head_dim) is not None
+        return numbers[side * count + place] if rotates else None
+
+    return tuple((number(f, KEYS, i), number(f, VALUES, i)) for i, f in enumerate(spec.formats))
+
+
+def _page_layout(geometry: PageGeometry, kv_format: KVFormat, pages: int, head_rows: int) -> PageLayout:
     """How many heads to take at a time.
 
     Few steps are fast, but logits of one head's queries with another's keys are waste, and grow with the heads' square.
     """
-    best = LaneLayout(kv_format, geometry, geometry.kv_heads, pages)
+    best = PageLayout(kv_format, geometry, geometry.kv_heads, pages)
     tokens = pages * geometry.page_size
     for heads in range(geometry.kv_heads - 1, 0, -1):
         if best.heads**2 * head_rows * tokens <= MAX_LOGITS:
@@ -171,7 +180,7 @@ def _call(
     """acc and stats of each query block, see `Outputs`; one more holds anything."""
     head_dim, num_rows = spec.geometry.head_dim, launch.query_rows
     fields, num_query_blocks = len(table), TILING.shape(spec).num_query_blocks
-    rotations = Rotations(spec.formats, head_dim).rotate(jnp.eye(head_dim, dtype=jnp.float32))
+    rotations = _distinct_rotations(spec).rotate(jnp.eye(head_dim, dtype=jnp.float32))
 
     def body(*refs: Any) -> None:
         attention_kernel(launch, TileTable(*refs[:fields]), *refs[fields:])

@@ -16,6 +16,9 @@ W = 96, sharing 4, period 3:
 
 Row i * period + j is phase j of group i; the vectors of group i are i * sharing + b. So all vectors with the same b lie
 in the same lanes of the same phases, and one arrangement of the query, zero in all other lanes, serves them all.
+
+Keys and values of a format are grouped alike, though their codecs differ: a group holds whole rows of both. Then the
+logits that a group of keys gives are the weights of a group of values.
 """
 
 import math
@@ -26,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import KVFormat
+from fineserve_jax.pallas_kernels.formats import KEYS, VALUES, Codec, KVFormat
 from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry
 
 SUBLANES, LANES = TPU_TILE
@@ -36,36 +39,40 @@ NOWHERE = 1 << 30  # the index in its segment of what is no token
 
 @dataclass(frozen=True)
 class LaneLayout:
-    """The rows of a head block in a few pages of one format, joined page after page.
+    """The rows of the keys, or of the values, of a head block in a few pages of one format, joined page after page.
 
     Attributes:
-        kv_format, geometry: of the pages.
+        codec: of the keys, or values.
+        geometry: of the pages.
         heads: heads of a head block; blocks are taken one after the other.
         pages: pages at a time.
+        sharing: vectors of a group.
+        start: where in a page's layer they begin, in words.
+        scale_starts: the same of each scale array.
     """
 
-    kv_format: KVFormat
+    codec: Codec
     geometry: PageGeometry
     heads: int
     pages: int
+    sharing: int
+    start: int
+    scale_starts: tuple[int, ...]
 
     @cached_property
     def words(self) -> int:
         """Words of a vector (W)."""
-        return self.kv_format.vector_words(self.geometry)
+        return self.codec.vector_words(self.geometry)
 
     @cached_property
     def width(self) -> int:
         """Words of each of a vector's parts."""
-        return self.kv_format.width(self.geometry)
-
-    @cached_property
-    def sharing(self) -> int:
-        return LANES // math.gcd(self.words, LANES)
+        return self.codec.width(self.geometry)
 
     @cached_property
     def period(self) -> int:
-        return self.words // math.gcd(self.words, LANES)
+        """Rows of a group."""
+        return self.sharing * self.words // LANES
 
     @cached_property
     def phases(self) -> tuple[int, ...]:
@@ -95,12 +102,7 @@ class LaneLayout:
     @cached_property
     def num_packed_lanes(self) -> int:
         """Arrangements of 128 lanes that a vector's values lie in: packed lanes of each phase."""
-        return len(self.phases) * self.kv_format.packed_lanes
-
-    @cached_property
-    def value_starts(self) -> tuple[int, int]:
-        """Where in a page's layer K and V begin, in words."""
-        return 0, self.geometry.kv_heads * self.kv_format.block_words(self.geometry)
+        return len(self.phases) * self.codec.packed_lanes
 
     @property
     def splits_evenly(self) -> bool:
@@ -146,6 +148,41 @@ class LaneLayout:
         _, word = self.lane_vector(phase, shape, 1)
         value = jnp.where(word < self.width, word + packed_lane * self.width, NOWHERE)
         return (lax.broadcasted_iota(jnp.int32, shape, 0) == value).astype(jnp.float32).astype(dtype)
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """How the pages of a format lie: keys and values, see `LaneLayout`."""
+
+    kv_format: KVFormat
+    geometry: PageGeometry
+    heads: int
+    pages: int
+
+    @cached_property
+    def sides(self) -> tuple[LaneLayout, LaneLayout]:
+        """The layouts of keys and of values."""
+        geometry, kv_format = self.geometry, self.kv_format
+        sharing = math.lcm(*(LANES // math.gcd(codec.vector_words(geometry), LANES) for codec in kv_format.sides))
+        starts, scale_starts = kv_format.block_starts(geometry), kv_format.scale_starts(geometry)
+        keys, values = (
+            LaneLayout(codec, geometry, self.heads, self.pages, sharing, starts[side], scale_starts[side])
+            for side, codec in enumerate(kv_format.sides)
+        )
+        return keys, values
+
+    @property
+    def keys(self) -> LaneLayout:
+        return self.sides[KEYS]
+
+    @property
+    def values(self) -> LaneLayout:
+        return self.sides[VALUES]
+
+    @property
+    def splits_evenly(self) -> bool:
+        """See `LaneLayout`."""
+        return all(side.splits_evenly for side in self.sides)
 
 
 def divide(dividend: jax.Array, divisor: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LaneLayout
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import PageLayout
 from fineserve_jax.pallas_kernels.mosaic_tpu.page_unpacker import buffer_tiles
 
 Ref = Any
@@ -21,7 +21,7 @@ class Launch:
 
     Attributes:
         formats: how each format's pages lie.
-        rotations: of each format, the number of the rotation its vectors are kept in; None: none.
+        rotations: of each format, the numbers of the rotations its keys and its values are kept in; None: none.
         tiles_per_query_block: grid steps of each query block.
         group: query heads of a KV head.
         queries: query tokens of a query block.
@@ -30,8 +30,8 @@ class Launch:
         window, soft_cap: see `AttentionSpec`.
     """
 
-    formats: tuple[LaneLayout, ...]
-    rotations: tuple[int | None, ...]
+    formats: tuple[PageLayout, ...]
+    rotations: tuple[tuple[int | None, int | None], ...]
     tiles_per_query_block: int
     group: int
     queries: int
@@ -52,16 +52,19 @@ class Launch:
     @property
     def spare_rows(self) -> int:
         """Rows that have to be picked apart by phase."""
-        return max([layout.groups * layout.period for layout in self.formats if layout.period > 1], default=8)
+        sides = [side for layout in self.formats for side in layout.sides]
+        return max([side.groups * side.period for side in sides if side.period > 1], default=8)
 
     @property
     def arranged_rows(self) -> int:
         """Rows of queries arranged as keys lie in their rows."""
-        return max(layout.num_packed_lanes * layout.sharing for layout in self.formats) * self.query_rows
+        keys = [layout.keys for layout in self.formats]
+        return max(layout.num_packed_lanes * layout.sharing for layout in keys) * self.query_rows
 
     @property
     def max_packed_lanes(self) -> int:
-        return max(layout.num_packed_lanes for layout in self.formats)
+        """Of values."""
+        return max(layout.values.num_packed_lanes for layout in self.formats)
 
     @property
     def precision(self) -> lax.Precision:

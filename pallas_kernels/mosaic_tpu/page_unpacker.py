@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fineserve_jax.pallas_kernels.formats import Granularity, PackedLanes
-from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, SUBLANES, TILE_WORDS, LaneLayout
+from fineserve_jax.pallas_kernels.mosaic_tpu.lane_layout import LANES, SUBLANES, TILE_WORDS, LaneLayout, PageLayout
 from fineserve_jax.pallas_kernels.pallas_api import ds, tpu_roll
 
 Ref = Any
@@ -27,8 +27,8 @@ class Phase(NamedTuple):
     scale_index: dict[Granularity, jax.Array]
 
 
-class PageUnpacker:
-    """Unpacks a head block of a few pages.
+class VectorUnpacker:
+    """Unpacks the keys of a head block of a few pages, or its values.
 
     Args:
         layout: how they lie.
@@ -40,26 +40,24 @@ class PageUnpacker:
         self.layout, self._pages, self._spare = layout, pages, spare
         self._phases = [self._phase(number) for number in layout.phases]
 
-    def read(self, buffer: jax.Array, block: jax.Array, num_tokens: jax.Array) -> tuple[PackedLanes, PackedLanes]:
-        """K and V of the first `num_tokens` tokens, 0 beyond: `num_packed_lanes` of f32[groups, 128] each.
+    def read(self, buffer: jax.Array, block: jax.Array, num_tokens: jax.Array) -> PackedLanes:
+        """The vectors of the first `num_tokens` tokens, 0 beyond: `num_packed_lanes` of f32[groups, 128].
 
         Args:
             buffer: which of the buffers holds the pages.
             block: which head block.
         """
-        layout, kv_format = self.layout, self.layout.kv_format
-        k_rows, v_rows = (self._split_phases(self._values(buffer, start, block)) for start in layout.value_starts)
-        scale_rows = [self._scale_words(buffer, part) for part in range(len(kv_format.scales))]
-        k_lanes, v_lanes = [], []
+        codec = self.layout.codec
+        rows = self._split_phases(self._values(buffer, block))
+        scale_rows = [self._scale_words(buffer, part) for part in range(len(codec.scales))]
+        lanes = []
         for phase in self._phases:
             spread = (self._spread(phase, part, words, block) for part, words in enumerate(scale_rows))
-            scales = kv_format.read_scales(tuple(spread))
-            k_words, v_words = self._join_parts(k_rows, phase.number), self._join_parts(v_rows, phase.number)
-            k, v = kv_format.unpack(k_words, v_words, scales).scaled_lanes()
+            scales = codec.read_scales(tuple(spread))
+            found = codec.unpack(self._join_parts(rows, phase.number), scales).scaled_lanes()
             known = phase.token < num_tokens
-            k_lanes += [jnp.where(known, packed_lane, 0.0) for packed_lane in k]
-            v_lanes += [jnp.where(known, packed_lane, 0.0) for packed_lane in v]
-        return tuple(k_lanes), tuple(v_lanes)
+            lanes += [jnp.where(known, packed_lane, 0.0) for packed_lane in found]
+        return tuple(lanes)
 
     # -- what does not change from step to step -----------------------------------------------------------------
 
@@ -72,16 +70,16 @@ class PageUnpacker:
             Granularity.CHANNEL: head * layout.width + word,
             Granularity.PAGE: head,
         }
-        return Phase(number, token, {kind: index[kind] for kind in set(layout.kv_format.scales)})
+        return Phase(number, token, {kind: index[kind] for kind in set(layout.codec.scales)})
 
     # -- words ---------------------------------------------------------------------------------------------------
 
-    def _values(self, buffer: jax.Array, start: int, block: jax.Array) -> jax.Array:
+    def _values(self, buffer: jax.Array, block: jax.Array) -> jax.Array:
         """The rows of a head block, i32[pages, page_groups * period, 128]."""
         layout = self.layout
         tiles = layout.vectors * layout.words // TILE_WORDS
         first = 0 if layout.num_head_blocks == 1 else block * tiles
-        return self._window(buffer, start, layout.page_groups * layout.period, first)
+        return self._window(buffer, layout.start, layout.page_groups * layout.period, first)
 
     def _scale_words(self, buffer: jax.Array, part: int) -> jax.Array:
         """A scale array of all heads, i32[pages, rows, 128]."""
@@ -110,7 +108,7 @@ class PageUnpacker:
     def _join_parts(self, phases: list[jax.Array], number: int) -> PackedLanes:
         """The words of a phase's values: all their parts, in the lanes of the first."""
         parts = []
-        for part in range(self.layout.kv_format.word_parts):
+        for part in range(self.layout.codec.word_parts):
             row, lane = divmod(part * self.layout.width, LANES)
             # Where the group ends no value has words.
             here, below = (phases[min(number + row + i, len(phases) - 1)] for i in (0, 1))
@@ -122,8 +120,8 @@ class PageUnpacker:
     def _spread(self, phase: Phase, part: int, words: jax.Array, block: jax.Array) -> jax.Array:
         """For each word the scale that covers it, i32[groups, 128]."""
         layout = self.layout
-        kind = layout.kv_format.scales[part]
-        size = layout.kv_format.scale_sizes(layout.geometry)[part]
+        kind = layout.codec.scales[part]
+        size = layout.codec.scale_sizes(layout.geometry)[part]
         index = phase.scale_index[kind]
         if layout.num_head_blocks > 1:
             index = index + block * (layout.heads * size)
@@ -142,20 +140,22 @@ class PageUnpacker:
         return spread.reshape(layout.groups, LANES)
 
 
-def buffer_tiles(layout: LaneLayout) -> int:
+def buffer_tiles(layout: PageLayout) -> int:
     """Tiles of a page's buffer: its layer, and how far beyond it whole tiles are read."""
-    length = layout.vectors * layout.words // TILE_WORDS * (layout.num_head_blocks - 1)
-    windows = [(start, layout.page_groups * layout.period) for start in layout.value_starts]
-    ends = [length + tiles + first for first, _, _, tiles in (_cut(*window) for window in windows)]
-    windows = [scale_window(layout, part) for part in range(len(layout.kv_format.scales))]
-    ends += [tiles + first for first, _, _, tiles in (_cut(*window) for window in windows)]
-    return max(layout.kv_format.units_per_layer(layout.geometry), *ends)
+    ends = [layout.kv_format.units_per_layer(layout.geometry)]
+    for side in layout.sides:
+        length = side.vectors * side.words // TILE_WORDS * (side.num_head_blocks - 1)
+        first, *_, tiles = _cut(side.start, side.page_groups * side.period)
+        ends.append(length + first + tiles)
+        windows = [scale_window(side, part) for part in range(len(side.codec.scales))]
+        ends += [tiles + first for first, _, _, tiles in (_cut(*window) for window in windows)]
+    return max(ends)
 
 
 def scale_window(layout: LaneLayout, part: int) -> tuple[int, int]:
     """Where a scale array begins, in words, and in how many rows it lies from there on."""
-    size = layout.kv_format.scale_sizes(layout.geometry)[part] * layout.geometry.kv_heads
-    return layout.kv_format.scale_starts(layout.geometry)[part], -(-size // LANES)
+    size = layout.codec.scale_sizes(layout.geometry)[part] * layout.geometry.kv_heads
+    return layout.scale_starts[part], -(-size // LANES)
 
 
 def _cut(start: int, num_rows: int) -> tuple[int, int, int, int]:

@@ -5,7 +5,7 @@ head's block. So a page's layers are read, changed in vector memory and written 
 several groups are on their way at once, to hide what it takes a copy to arrive.
 
 XLA prepares the new words of a layer as units of their own. First come the vectors, K of all heads, then V, in rows of
-128 lanes, each shifted to the lanes in which it will lie:
+128 lanes, each shifted to the lanes in which it will lie; those of K and of V each fill whole units:
 
     |        | vector .......................... | row 0        R rows each, more than one if it crosses rows
     | ... vector |                               | row 1
@@ -16,6 +16,7 @@ Then come the words of scales, every word in all T places that it could take:
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,45 @@ Ref = Any
 
 
 @dataclass(frozen=True)
+class _Vectors:
+    """Sizes of the keys, or of the values.
+
+    Attributes:
+        heads: vectors of a token.
+        page_size: tokens of a page.
+        words: words of a vector.
+        start: where in a page's layer they begin, in words.
+        first_unit: where among the new units of a layer theirs begin.
+    """
+
+    heads: int
+    page_size: int
+    words: int
+    start: int
+    first_unit: int
+
+    @property
+    def shift_step(self) -> int:
+        """Vectors begin in lanes that are multiples of this."""
+        return math.gcd(self.words, self.start, LANES)
+
+    @property
+    def rows(self) -> int:
+        """Rows of lanes that a vector touches at most."""
+        return -(-(self.words + LANES - self.shift_step) // LANES)
+
+    @property
+    def units(self) -> int:
+        """Units of new vectors of a layer."""
+        return -(-self.heads * self.rows // SUBLANES)
+
+    @property
+    def most_tiles(self) -> int:
+        """Units that a vector touches at most."""
+        return 1 if TILE_WORDS % self.words == 0 and self.start % self.words == 0 else 2
+
+
+@dataclass(frozen=True)
 class _Layout:
     """Sizes of a launch."""
 
@@ -57,30 +97,26 @@ class _Layout:
     geometry: PageGeometry
 
     @property
-    def vector(self) -> int:
-        """Words of a vector."""
-        return self.kv_format.vector_words(self.geometry)
-
-    @property
-    def shift_step(self) -> int:
-        """Vectors begin in lanes that are multiples of this."""
-        return math.gcd(self.vector, LANES)
-
-    @property
-    def rows(self) -> int:
-        """Rows of lanes that a vector touches at most."""
-        return -(-(self.vector + LANES - self.shift_step) // LANES)
+    def sides(self) -> tuple[_Vectors, _Vectors]:
+        """The keys and the values."""
+        geometry = self.geometry
+        of_keys, of_values = (
+            (geometry.kv_heads, geometry.page_size, codec.vector_words(geometry), start)
+            for codec, start in zip(self.kv_format.sides, self.kv_format.block_starts(geometry), strict=True)
+        )
+        keys = _Vectors(*of_keys, first_unit=0)
+        return keys, _Vectors(*of_values, first_unit=keys.units)
 
     @property
     def vector_units(self) -> int:
         """Units of new vectors of a layer."""
-        return -(-2 * self.geometry.kv_heads * self.rows // SUBLANES)
+        return sum(side.units for side in self.sides)
 
     @property
     def scale_words(self) -> tuple[int, int]:
         """Where in a page's layer words of scales begin and end."""
         end = self.kv_format.words_per_layer(self.geometry)
-        return min((*self.kv_format.scale_starts(self.geometry), end)), end
+        return min((*itertools.chain(*self.kv_format.scale_starts(self.geometry)), end)), end
 
     @property
     def scale_units(self) -> range:
@@ -118,7 +154,8 @@ def write_tokens(
     layout = _Layout(kv_format, spec.geometry)
     order = jnp.argsort(pages >= len(arena))  # those to be written come first
     count = jnp.sum(pages < len(arena), dtype=jnp.int32)
-    new = jnp.concatenate([_vector_units(words, offsets, layout), *_scale_units(words, layout)], axis=2)
+    vectors = [_vector_units(joined(part.words), offsets, side) for part, side in zip(words, layout.sides, strict=True)]
+    new = jnp.concatenate([*vectors, *_scale_units(words, layout)], axis=2)
     return pallas_call(
         functools.partial(_kernel, layout),
         grid_spec=TpuPrefetchScalarGridSpec(
@@ -140,27 +177,27 @@ def write_tokens(
     )(count.reshape(1), order, pages, offsets, new, arena)
 
 
-def _vector_units(words: PageWords, offsets: jax.Array, layout: _Layout) -> jax.Array:
-    """The new vectors, u16[N, layers, vector_units, 8, 128]."""
-    vectors = jnp.concatenate([joined(words.k), joined(words.v)], axis=1)[:, :, :, 0]  # layers, blocks, N, W
-    vectors = jnp.moveaxis(vectors, 2, 0)
-    num_tokens, layers, blocks, width = vectors.shape
-    lane = (jnp.arange(blocks) * layout.geometry.page_size + offsets[:, None]) * width % LANES
-    room = layout.rows * LANES - width
-    rows = jnp.zeros((num_tokens, layers, blocks, layout.rows * LANES), jnp.uint16)
-    for shift in range(0, LANES, layout.shift_step):
+def _vector_units(vectors: jax.Array, offsets: jax.Array, side: _Vectors) -> jax.Array:
+    """The new keys, or values, u16[layers, heads, N, 1, W], as u16[N, layers, units, 8, 128]."""
+    vectors = jnp.moveaxis(vectors[:, :, :, 0], 2, 0)
+    num_tokens, layers, heads, width = vectors.shape
+    lane = (side.start + (jnp.arange(heads) * side.page_size + offsets[:, None]) * width) % LANES
+    room = side.rows * LANES - width
+    rows = jnp.zeros((num_tokens, layers, heads, side.rows * LANES), jnp.uint16)
+    for shift in range(0, LANES, side.shift_step):
         shifted = jnp.pad(vectors, [(0, 0)] * 3 + [(shift, room - shift)])
         rows = jnp.where(lane[:, None, :, None] == shift, shifted, rows)
     rows = rows.reshape(num_tokens, layers, -1)
-    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, layout.vector_units * TILE_WORDS - rows.shape[-1])])
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, side.units * TILE_WORDS - rows.shape[-1])])
     return rows.reshape(num_tokens, layers, -1, SUBLANES, LANES)
 
 
 def _scale_units(words: PageWords, layout: _Layout) -> list[jax.Array]:
     """The new words of scales, u16[N, layers, scale_units, 8, 128], if there are any."""
-    if not words.scales:
+    arrays = [words[side].scales[i] for side, i in layout.kv_format.scale_order()]
+    if not arrays:
         return []
-    parts = [jnp.moveaxis(part[:, :, :, 0], 2, 0) for part in words.scales]  # N, layers, heads, 1
+    parts = [jnp.moveaxis(part[:, :, :, 0], 2, 0) for part in arrays]  # N, layers, heads, 1
     places = [jnp.broadcast_to(part, (*part.shape[:3], layout.geometry.page_size)) for part in parts]
     flat = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in places], axis=-1)
     start, _ = layout.scale_words
@@ -269,17 +306,19 @@ def _change_layer(layout: _Layout, new: Ref, old: Ref, offset: jax.Array, layer:
         before = old[first_unit + unit].astype(jnp.int32)
         old[first_unit + unit] = jnp.where(mask, values, before).astype(jnp.uint16)
 
-    for block in range(2 * layout.geometry.kv_heads):
-        start = (block * layout.geometry.page_size + offset) * layout.vector
-        end, first_row = start + layout.vector, lax.div(start, LANES)
-        rows = [_new_row(new, layer, block * layout.rows + i) for i in range(layout.rows)]
-        for further in range(1 if TILE_WORDS % layout.vector == 0 else 2):
-            unit = jnp.minimum(lax.div(start, TILE_WORDS) + further, layout.layer_units - 1)
-            here = unit * TILE_WORDS + word
-            values = rows[0]
-            for i in range(1, layout.rows):
-                values = jnp.where(unit * SUBLANES + sublane == first_row + i, rows[i], values)
-            change(unit, (here >= start) & (here < end), values)
+    for side in layout.sides:
+        for head in range(side.heads):
+            start = side.start + (head * side.page_size + offset) * side.words
+            end, first_row = start + side.words, lax.div(start, LANES)
+            new_row = side.first_unit * SUBLANES + head * side.rows
+            rows = [_new_row(new, layer, new_row + i) for i in range(side.rows)]
+            for further in range(side.most_tiles):
+                unit = jnp.minimum(lax.div(start, TILE_WORDS) + further, layout.layer_units - 1)
+                here = unit * TILE_WORDS + word
+                values = rows[0]
+                for i in range(1, side.rows):
+                    values = jnp.where(unit * SUBLANES + sublane == first_row + i, rows[i], values)
+                change(unit, (here >= start) & (here < end), values)
     scale_start, scale_end = layout.scale_words
     for i, scale_unit in enumerate(layout.scale_units):
         here = scale_unit * TILE_WORDS + word

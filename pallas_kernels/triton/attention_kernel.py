@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes, PageVectors
+from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes, UnpackedVectors
 from fineserve_jax.pallas_kernels.pallas_api import program_id
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
@@ -23,7 +23,7 @@ from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.triton.addressing import at, padded
 from fineserve_jax.pallas_kernels.triton.launch_shape import LaunchShape, Tables
-from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader
+from fineserve_jax.pallas_kernels.triton.page_reader import Chunk, PageReader, VectorReader
 from fineserve_jax.pallas_kernels.triton.products import exact_product, pick
 
 EXACT_COLUMNS = 32  # of queries in f32 that are multiplied at a time
@@ -61,12 +61,13 @@ class _Rows(NamedTuple):
 def attention_kernel(
     q: Ref, arena: Ref, tables: Tables, *out: Ref, spec: AttentionSpec, rotations: Rotations, shape: LaunchShape
 ) -> None:
-    """One program: tile, KV head and block of rows are its places in the grid. `q` is [rotations, ...]."""
+    """One program: tile, KV head and block of rows are its places in the grid. `q` is [rotations, ...], of
+    keys."""
     tile, head, row_block = program_id(0), program_id(1), program_id(2)
     program = _Program(spec, shape, q, arena, tables, PartialAttention(*out), tile, head, row_block)
     branches: list[Callable[[], None]] = [
         functools.partial(program.for_format(kv_format).attend, kv_format, rotation)
-        for kv_format, rotation in zip(spec.formats, rotations.of_format, strict=True)
+        for kv_format, rotation in zip(spec.formats, rotations.of_codec, strict=True)
     ]
     lax.switch(load(tables.format_ids.at[tile]), [*branches, lambda: None])
 
@@ -92,8 +93,9 @@ class _Program:
 
     def for_format(self, kv_format: KVFormat) -> "_Program":
         geometry = self.spec.geometry
-        columns = padded(kv_format.width(geometry))
-        return dataclasses.replace(self, shape=self.shape.for_words(columns, kv_format.word_parts, geometry.page_size))
+        columns = min(padded(codec.width(geometry)) for codec in kv_format.sides)
+        parts = max(codec.word_parts for codec in kv_format.sides)
+        return dataclasses.replace(self, shape=self.shape.for_words(columns, parts, geometry.page_size))
 
     def attend(self, kv_format: KVFormat, rotation: int) -> None:
         """Attends to the tile, whose format is `kv_format`."""
@@ -104,22 +106,22 @@ class _Program:
         count = load(tables.query_counts.at[block])
         query_index = load(tables.query_starts.at[block]) + query
         rows = _Rows(query, member, query_index, load(tables.query_positions.at[block]) + query, query < count)
-        multiply = self._multiplier(reader, rotation, rows)
+        multiply = self._multiplier(reader.keys, rotation, rows)
         begin, end = self._token_range(block, count)
 
         def add_chunk(index: jax.Array, state: _RunningSoftmax) -> _RunningSoftmax:
             return self._add_chunk(reader, multiply, rows, begin, end, index, state)
 
         nothing = jnp.zeros(shape.rows, jnp.float32)
-        acc = (jnp.zeros((shape.rows, reader.columns), jnp.float32),) * kv_format.packed_lanes
+        acc = (jnp.zeros((shape.rows, reader.values.columns), jnp.float32),) * kv_format.value.packed_lanes
         state = _RunningSoftmax(nothing + NEGATIVE, nothing, nothing, acc)
         last = lax.div(end + (shape.chunk - 1), shape.chunk)
         state = lax.fori_loop(lax.div(begin, shape.chunk), last, add_chunk, state)
-        self._store(reader, state, rows)
+        self._store(reader.values, state, rows)
 
     # -- queries, and their products with keys -------------------------------------------------------------------
 
-    def _multiplier(self, reader: PageReader, rotation: int, rows: _Rows) -> Callable[[PackedLanes], jax.Array]:
+    def _multiplier(self, reader: VectorReader, rotation: int, rows: _Rows) -> Callable[[PackedLanes], jax.Array]:
         """What gives the logits f32[rows, tokens] of packed lanes of keys, [tokens, columns].
 
         Queries are loaded once, but for products of f32, for which they would fill the registers.
@@ -127,12 +129,12 @@ class _Program:
         load_queries = functools.partial(self._load_queries, reader, rotation, rows)
         if self.exact:
             return functools.partial(self._multiply_in_pieces, load_queries)
-        queries = [load_queries(lane, 0, reader.columns) for lane in range(reader.kv_format.packed_lanes)]
+        queries = [load_queries(lane, 0, reader.columns) for lane in range(reader.codec.packed_lanes)]
         return lambda keys: functools.reduce(jnp.add, map(self._dot_transposed, queries, keys))
 
     def _load_queries(
         self,
-        reader: PageReader,
+        reader: VectorReader,
         rotation: int,
         rows: _Rows,
         lane: int,
@@ -217,18 +219,18 @@ class _Program:
         chunk = self._chunk(reader, begin, end, index)
         vectors = reader.read(self.arena, chunk, self.head)
         visible = self._visible(rows.position, end, index)
-        logits = multiply(reader.flatten(chunk, vectors.k, self.q.dtype))
-        if vectors.k_scale is not None:
-            logits = logits * chunk.by_token(vectors.k_scale)
+        logits = multiply(reader.keys.flatten(chunk, vectors.k.lanes, self.q.dtype))
+        if vectors.k.scale is not None:
+            logits = logits * chunk.by_token(vectors.k.scale)
         if self.spec.soft_cap is not None:
             logits = self.spec.soft_cap * jnp.tanh(logits * (1 / self.spec.soft_cap))
-        return self._accumulate(reader, chunk, vectors, visible, logits, state)
+        return self._accumulate(reader.values, chunk, vectors.v, visible, logits, state)
 
     def _accumulate(
         self,
-        reader: PageReader,
+        reader: VectorReader,
         chunk: Chunk,
-        vectors: PageVectors,
+        vectors: UnpackedVectors,
         visible: jax.Array,
         logits: jax.Array,
         state: _RunningSoftmax,
@@ -238,23 +240,23 @@ class _Program:
         weights = jnp.where(visible, jnp.exp(logits - m[:, None]), 0.0)
         l = state.l * alpha + jnp.sum(weights, axis=1)
         zero_point = state.zero_point
-        if vectors.v_zero_point is not None:
-            zero_point = zero_point * alpha + jnp.sum(weights * chunk.by_token(vectors.v_zero_point), axis=1)
-        if vectors.v_scale is not None:
-            weights = weights * chunk.by_token(vectors.v_scale)
+        if vectors.zero_point is not None:
+            zero_point = zero_point * alpha + jnp.sum(weights * chunk.by_token(vectors.zero_point), axis=1)
+        if vectors.scale is not None:
+            weights = weights * chunk.by_token(vectors.scale)
         weights = weights.astype(self.q.dtype)
-        values = reader.flatten(chunk, vectors.v, self.q.dtype)
+        values = reader.flatten(chunk, vectors.lanes, self.q.dtype)
         acc = tuple(
             old * alpha[:, None] + self._dot(weights, lane) for old, lane in zip(state.acc, values, strict=True)
         )
         return _RunningSoftmax(m, l, zero_point, acc)
 
-    def _store(self, reader: PageReader, state: _RunningSoftmax, rows: _Rows) -> None:
+    def _store(self, reader: VectorReader, state: _RunningSoftmax, rows: _Rows) -> None:
         place = (self.tile, rows.query, self.head * self.shape.group + rows.member)
         store(at(self.out.m, *place), state.m[:, None], mask=rows.asks)
         store(at(self.out.l, *place), state.l[:, None], mask=rows.asks)
         column = lax.broadcasted_iota(jnp.int32, (1, reader.columns), 1)
-        channels = [(i * reader.width + column, column < reader.width) for i in range(reader.kv_format.packed_lanes)]
+        channels = [(i * reader.width + column, column < reader.width) for i in range(reader.codec.packed_lanes)]
         for acc, (channel, inside) in zip(state.acc, channels, strict=True):
             store(at(self.out.acc, *place, channel), acc + state.zero_point[:, None], mask=rows.asks & inside)
 

@@ -26,10 +26,10 @@ def attend_pages(
 ) -> PartialAttention:
     """Attention of each query to its row's cached tokens: see `Backend.attend`. Tiles are of one segment each."""
     num_queries, kv_heads, group, head_dim = q.shape
-    rotations = Rotations(spec.formats, head_dim)
-    parts = _attend_tiles(spec, rotations, rotations.rotate(q), arena, tiles, layer)
-    merged = merge_tiles(spec, rotations, parts, tiles)
-    acc = functools.reduce(jnp.add, (rotations.unrotate(merged.acc[i], i) for i in range(len(rotations))))
+    of_keys, of_values = (Rotations(codecs, head_dim) for codecs in zip(*(f.sides for f in spec.formats), strict=True))
+    parts = _attend_tiles(spec, of_keys, of_keys.rotate(q), arena, tiles, layer)
+    merged = merge_tiles(spec, of_values, parts, tiles)
+    acc = functools.reduce(jnp.add, (of_values.unrotate(merged.acc[i], i) for i in range(len(of_values))))
     heads = (num_queries, kv_heads, group)
     return PartialAttention(merged.m.reshape(heads), merged.l.reshape(heads), acc.reshape(q.shape))
 

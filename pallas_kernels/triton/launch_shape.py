@@ -67,7 +67,8 @@ class LaunchShape:
 
     def for_words(self, columns: int, parts: int, page_size: int) -> "LaunchShape":
         """The same for vectors of `parts` times `columns` words: enough tokens for every thread to load 128 bits."""
-        chunk = max(LEAST, self.chunk // parts, LOAD_WORDS * THREADS * self.warps // columns)
+        words = padded(columns * parts)
+        chunk = max(LEAST, self.chunk // parts, LOAD_WORDS * THREADS * self.warps // words)
         tokens = min(chunk, page_size)
         return dataclasses.replace(self, pages=chunk // tokens, tokens=tokens)
 

@@ -26,7 +26,7 @@ Ref = Any
 
 class _Tables(NamedTuple):
     """Refs to what `Tiles` says of each query and query block; of each query block how many tiles it has; of each tile
-    the rotation of its format."""
+    the rotation of its values."""
 
     query_block: Ref
     index_in_query_block: Ref
@@ -39,6 +39,7 @@ def merge_tiles(spec: AttentionSpec, rotations: Rotations, parts: PartialAttenti
     """Merges the tiles of every query, in the order in which `query_block_tiles` lists them.
 
     Args:
+        rotations: of the formats' values.
         parts: of f32[max_tiles, queries, heads]; only those of tiles in use are read.
 
     Returns:
@@ -47,7 +48,7 @@ def merge_tiles(spec: AttentionSpec, rotations: Rotations, parts: PartialAttenti
     """
     max_tiles, _, heads, head_dim = parts.acc.shape
     num_queries = spec.query_axis_size
-    rotation_of_tile = jnp.asarray(np.array([*rotations.of_format, 0], np.int32))[tiles.format_ids]
+    rotation_of_tile = jnp.asarray(np.array([*rotations.of_codec, 0], np.int32))[tiles.format_ids]
     count = jnp.sum(tiles.query_block_tiles < max_tiles, axis=1, dtype=jnp.int32)
     per_program = min(HEADS, padded(heads, 1))
     shapes = ((num_queries, heads), (num_queries, heads), (len(rotations), num_queries, heads, head_dim))

@@ -8,13 +8,24 @@ there: no format may make anything but finite numbers of words that are all 0.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PackedLanes, PageVectors
+from fineserve_jax.pallas_kernels.formats import (
+    KEYS,
+    VALUES,
+    Codec,
+    EncodedVectors,
+    Granularity,
+    KVFormat,
+    PackedLanes,
+    PageVectors,
+    PageWords,
+)
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.triton.addressing import padded, words_at
@@ -49,58 +60,86 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class PageReader:
-    """Reads pages of one format."""
+class VectorReader:
+    """Reads the keys of pages of one format, or their values.
 
-    kv_format: KVFormat
+    Attributes:
+        start, scale_starts: where they begin in a page's layer, and each of their scale arrays, in words.
+    """
+
+    codec: Codec
     geometry: PageGeometry
+    start: int
+    scale_starts: tuple[int, ...]
 
     @property
     def width(self) -> int:
-        return self.kv_format.width(self.geometry)
+        return self.codec.width(self.geometry)
 
     @property
     def columns(self) -> int:
         """The width as kernels see it."""
         return padded(self.width)
 
-    def read(self, arena: Ref, chunk: Chunk, head: jax.Array) -> PageVectors:
-        """What a chunk's words stand for: packed lanes that broadcast to f32[pages, tokens, columns]."""
-        k, v = self._words(arena, chunk, head), self._words(arena, chunk, head + self.geometry.kv_heads)
-        scales = self.kv_format.read_scales(self._scale_words(arena, chunk, head))
-        return self.kv_format.unpack(k, v, scales)
-
     def flatten(self, chunk: Chunk, lanes: PackedLanes, dtype: jnp.dtype) -> PackedLanes:
         """Packed lanes as [pages x tokens, columns] of `dtype`."""
         shape = (*chunk.counts.shape[:2], self.columns)
         return tuple(jnp.broadcast_to(lane, shape).reshape(chunk.size, -1).astype(dtype) for lane in lanes)
 
-    def _column(self) -> jax.Array:
-        return lax.broadcasted_iota(jnp.int32, (1, 1, self.columns), 2)
-
-    def _words(self, arena: Ref, chunk: Chunk, block: jax.Array) -> PackedLanes:
-        """The word parts, u16[pages, tokens, columns], of one of the page's blocks: K of all heads, then V of all."""
-        column, vector = self._column(), self.kv_format.vector_words(self.geometry)
-        first = block * self.kv_format.block_words(self.geometry) + chunk.token * vector
+    def load_words(self, arena: Ref, chunk: Chunk, head: jax.Array) -> PackedLanes:
+        """The word parts, u16[pages, tokens, columns]."""
+        column, vector = self._column(), self.codec.vector_words(self.geometry)
+        first = self.start + head * self.codec.block_words(self.geometry) + chunk.token * vector
         inside = column < self.width
         return tuple(
             _load(arena, chunk.first_unit, first + (part * self.width + column), chunk.counts & inside)
-            for part in range(self.kv_format.word_parts)
+            for part in range(self.codec.word_parts)
         )
 
-    def _scale_words(self, arena: Ref, chunk: Chunk, head: jax.Array) -> PackedLanes:
-        """The scale arrays, u16 of [pages, tokens, 1], [pages, 1, columns] or [pages, 1, 1]."""
-        starts, sizes = self.kv_format.scale_starts(self.geometry), self.kv_format.scale_sizes(self.geometry)
+    def read_scales(self, arena: Ref, chunk: Chunk, head: jax.Array) -> PackedLanes:
+        """What the codec makes of the scale arrays: of [pages, tokens, 1], [pages, 1, columns] or [pages, 1, 1]."""
         places: dict[Granularity, tuple[jax.Array | int, jax.Array]] = {
             Granularity.TOKEN: (chunk.token, chunk.counts),
             Granularity.CHANNEL: (self._column(), chunk.page_counts & (self._column() < self.width)),
             Granularity.PAGE: (0, chunk.page_counts),
         }
         arrays = []
-        for granularity, start, size in zip(self.kv_format.scales, starts, sizes, strict=True):
+        sizes = self.codec.scale_sizes(self.geometry)
+        for granularity, start, size in zip(self.codec.scales, self.scale_starts, sizes, strict=True):
             place, counts = places[granularity]
             arrays.append(_load(arena, chunk.first_unit, start + head * size + place, counts))
-        return tuple(arrays)
+        return self.codec.read_scales(tuple(arrays))
+
+    def _column(self) -> jax.Array:
+        return lax.broadcasted_iota(jnp.int32, (1, 1, self.columns), 2)
+
+
+@dataclass(frozen=True)
+class PageReader:
+    """Reads pages of one format."""
+
+    kv_format: KVFormat
+    geometry: PageGeometry
+
+    @cached_property
+    def keys(self) -> VectorReader:
+        return self._side(KEYS)
+
+    @cached_property
+    def values(self) -> VectorReader:
+        return self._side(VALUES)
+
+    def _side(self, side: int) -> VectorReader:
+        start = self.kv_format.block_starts(self.geometry)[side]
+        scale_starts = self.kv_format.scale_starts(self.geometry)[side]
+        return VectorReader(self.kv_format.sides[side], self.geometry, start, scale_starts)
+
+    def read(self, arena: Ref, chunk: Chunk, head: jax.Array) -> PageVectors:
+        """What a chunk's words stand for: packed lanes that broadcast to f32[pages, tokens, columns]."""
+        readers = self.keys, self.values
+        words = PageWords(*(EncodedVectors(reader.load_words(arena, chunk, head)) for reader in readers))
+        of_keys, of_values = (reader.read_scales(arena, chunk, head) for reader in readers)
+        return self.kv_format.unpack(words, (of_keys, of_values))
 
 
 def _load(arena: Ref, first_unit: jax.Array, words: jax.Array, mask: jax.Array) -> jax.Array:

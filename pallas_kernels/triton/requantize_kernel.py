@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import KVFormat, PackedLanes
-from fineserve_jax.pallas_kernels.formats.sides import KEYS, SIDES
+from fineserve_jax.pallas_kernels.formats import KEYS, SIDES, Codec, KVFormat, PackedLanes
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import pallas_call, program_id, triton_params, when
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
@@ -49,7 +48,7 @@ class _Change:
 
     Attributes:
         tokens: of a program.
-        rotates: whether the two formats keep their vectors in different rotations.
+        rotates: whether the two formats keep their keys, and their values, in different rotations.
         interpret: whether there are no tensor cores.
     """
 
@@ -57,7 +56,7 @@ class _Change:
     target: KVFormat
     geometry: PageGeometry
     tokens: int
-    rotates: bool
+    rotates: tuple[bool, bool]
     interpret: bool
 
     @property
@@ -67,15 +66,17 @@ class _Change:
 
     @property
     def warps(self) -> int:
-        widths = self.source.width(self.geometry), self.target.width(self.geometry)
-        words = self.tokens * padded(widths[0] if self.rotates else min(widths))
+        return max(self._warps(side) for side in SIDES)
+
+    def _warps(self, side: int) -> int:
+        widths = [kv_format.sides[side].width(self.geometry) for kv_format in (self.source, self.target)]
+        words = self.tokens * padded(widths[0] if self.rotates[side] else min(widths))
         values = self.tokens * padded(self.geometry.head_dim)
         return max(1, min(words // WARP_WORDS, values // WARP_VALUES, MAX_WARPS))
 
-    @property
-    def columns_at_a_time(self) -> int:
+    def columns_at_a_time(self, source: Codec) -> int:
         """Columns of the source's vectors that are multiplied at a time."""
-        most = padded(self.source.width(self.geometry))
+        most = padded(source.width(self.geometry))
         return max(LEAST_COLUMNS, min(self.warps * WARP_WORDS // self.tokens, most))
 
 
@@ -91,11 +92,13 @@ def requantize(
     """Reads full pages in one format and writes what they hold to others in another: see `Backend.requantize`."""
     geometry = spec.geometry
     units = arena.reshape(len(arena), -1)
-    matrix = change_of_rotation(source, target, geometry.head_dim)
-    operands = [sources, targets, jnp.asarray(count, jnp.int32).reshape(1), units]
-    if matrix is not None:
-        operands.append(jnp.asarray(matrix))
-    change = _Change(source, target, geometry, _tokens(target, geometry), matrix is not None, bool(spec.interpret))
+    of_keys, of_values = (
+        change_of_rotation(*codecs, geometry.head_dim) for codecs in zip(source.sides, target.sides, strict=True)
+    )
+    matrices = _distinct(of_keys, of_values)
+    operands = [sources, targets, jnp.asarray(count, jnp.int32).reshape(1), units, *map(jnp.asarray, matrices)]
+    rotates = of_keys is not None, of_values is not None
+    change = _Change(source, target, geometry, _tokens(target, geometry), rotates, bool(spec.interpret))
     launch = pallas_call(
         functools.partial(_kernel, change=change),
         grid=(len(sources), geometry.num_layers, len(SIDES) * geometry.kv_heads * change.blocks),
@@ -115,7 +118,7 @@ def _tokens(target: KVFormat, geometry: PageGeometry) -> int:
     return min(geometry.page_size, max(16, BLOCK_VALUES // padded(geometry.head_dim)))
 
 
-def change_of_rotation(source: KVFormat, target: KVFormat, head_dim: int) -> np.ndarray | None:
+def change_of_rotation(source: Codec, target: Codec, head_dim: int) -> np.ndarray | None:
     """f32[head_dim, head_dim], what turns the source's vectors into the target's: source @ this. None: nothing."""
     before, after = source.rotation(head_dim), target.rotation(head_dim)
     if before is None or after is None:
@@ -123,8 +126,15 @@ def change_of_rotation(source: KVFormat, target: KVFormat, head_dim: int) -> np.
     return None if np.array_equal(before, after) else (before.T.astype(np.float64) @ after).astype(np.float32)
 
 
+def _distinct(of_keys: np.ndarray | None, of_values: np.ndarray | None) -> list[np.ndarray]:
+    """The matrices that there are: that of keys is the first, that of values the last; one if they are the same."""
+    if of_keys is not None and of_values is not None and np.array_equal(of_keys, of_values):
+        return [of_keys]
+    return [matrix for matrix in (of_keys, of_values) if matrix is not None]
+
+
 def _kernel(sources: Ref, targets: Ref, count: Ref, _arena_before: Ref, *refs: Ref, change: _Change) -> None:
-    *matrix, arena = refs
+    *matrices, arena = refs
     geometry, tokens = change.geometry, change.tokens
     item, layer, block = program_id(0), program_id(1), program_id(2)
     page = load(targets.at[item])
@@ -135,7 +145,9 @@ def _kernel(sources: Ref, targets: Ref, count: Ref, _arena_before: Ref, *refs: R
     def convert(side: int) -> None:
         source_unit = load(sources.at[item]) + layer * change.source.units_per_layer(geometry)
         source = VectorBlock(change.source, geometry, arena, source_unit, side, head, token)
-        lanes = _rotated(source, change, *matrix) if matrix else _resliced(source, change.target)
+        target = change.target.sides[side]
+        matrix = matrices[-side] if change.rotates[side] else None
+        lanes = _resliced(source, target) if matrix is None else _rotated(source, target, change, matrix)
         target_unit = page + layer * change.target.units_per_layer(geometry)
         VectorBlock(change.target, geometry, arena, target_unit, side, head, token).store(lanes)
         if side == KEYS:
@@ -149,13 +161,13 @@ def _kernel(sources: Ref, targets: Ref, count: Ref, _arena_before: Ref, *refs: R
 # -- the rotation stays ----------------------------------------------------------------------------------------
 
 
-def _resliced(source: VectorBlock, target: KVFormat) -> PackedLanes:
+def _resliced(source: VectorBlock, target: Codec) -> PackedLanes:
     """The source's vectors as packed lanes of the target, which has the same rotation."""
     width, source_width = target.width(source.geometry), source.width
     column = lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1)
     if width <= source_width:
         slices = [source.load(start + column) for start in range(0, source_width, width)]
-        lanes = [part[lane] for lane in range(source.kv_format.packed_lanes) for part in slices]
+        lanes = [part[lane] for lane in range(source.codec.packed_lanes) for part in slices]
     else:
         narrow = source.load(lax.rem(column, source_width))
         lanes = _merged(narrow, lax.div(column, source_width), width // source_width)
@@ -182,16 +194,16 @@ def _padded_evenly(lane: jax.Array, column: jax.Array, width: int) -> jax.Array:
 # -- the rotation changes --------------------------------------------------------------------------------------
 
 
-def _rotated(source: VectorBlock, change: _Change, matrix: Ref) -> PackedLanes:
+def _rotated(source: VectorBlock, target: Codec, change: _Change, matrix: Ref) -> PackedLanes:
     """The source's vectors times `matrix`, f32[head_dim, head_dim], as packed lanes of the target.
 
     Columns beyond the width repeat the last one, so that minima and maxima do not see them.
     """
-    width = change.target.width(source.geometry)
+    width = target.width(source.geometry)
     target_column = jnp.minimum(lax.broadcasted_iota(jnp.int32, (1, padded(width)), 1), width - 1)
-    columns = change.columns_at_a_time
+    columns = change.columns_at_a_time(source.codec)
     count = columns // LEAST_COLUMNS
-    multiply = functools.partial(_multiply, source, change, matrix, target_column)
+    multiply = functools.partial(_multiply, source, target, change, matrix, target_column)
 
     def add(step: jax.Array, sums: PackedLanes) -> PackedLanes:
         words = source.load_words(step * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1))
@@ -203,12 +215,13 @@ def _rotated(source: VectorBlock, change: _Change, matrix: Ref) -> PackedLanes:
 
         return lax.fori_loop(0, count, add_piece, sums)
 
-    nothing = (jnp.zeros((change.tokens, target_column.size), jnp.float32),) * change.target.packed_lanes
+    nothing = (jnp.zeros((change.tokens, target_column.size), jnp.float32),) * target.packed_lanes
     return lax.fori_loop(0, -(-source.width // columns), add, nothing)
 
 
 def _multiply(
     source: VectorBlock,
+    target: Codec,
     change: _Change,
     matrix: Ref,
     target_column: jax.Array,
@@ -217,12 +230,16 @@ def _multiply(
     sums: PackedLanes,
 ) -> PackedLanes:
     """Adds what words of some columns, times their rows of the matrix, give to each packed lane of the target."""
-    width, source_width = change.target.width(source.geometry), source.width
+    width, source_width = target.width(source.geometry), source.width
     product = functools.partial(jnp.dot, precision=exact_product(interpret=change.interpret))
     row = jnp.minimum(column, source_width - 1).reshape(-1, 1)
     for i, lane in enumerate(source.unpack(words, column)):
-        part = jnp.where(column < source_width, lane, 0.0) if source_width % change.columns_at_a_time else lane
-        places = [(i * source_width + row, j * width + target_column) for j in range(change.target.packed_lanes)]
+        part = (
+            jnp.where(column < source_width, lane, 0.0)
+            if source_width % change.columns_at_a_time(source.codec)
+            else lane
+        )
+        places = [(i * source_width + row, j * width + target_column) for j in range(target.packed_lanes)]
         blocks = [load(at(matrix, *place)) for place in places]
         sums = tuple(acc + product(part, block) for acc, block in zip(sums, blocks, strict=True))
     return sums

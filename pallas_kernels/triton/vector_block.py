@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PackedLanes
-from fineserve_jax.pallas_kernels.formats.sides import sides_of_scales
+from fineserve_jax.pallas_kernels.formats import Codec, Granularity, KVFormat, PackedLanes
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.pallas_api import triton_load as load
 from fineserve_jax.pallas_kernels.pallas_api import triton_store as store
@@ -33,8 +32,12 @@ class VectorBlock:
     token: jax.Array
 
     @property
+    def codec(self) -> Codec:
+        return self.kv_format.sides[self.side]
+
+    @property
     def width(self) -> int:
-        return self.kv_format.width(self.geometry)
+        return self.codec.width(self.geometry)
 
     def load(self, column: jax.Array) -> PackedLanes:
         """Packed lanes, f32[tokens, columns], of some columns, i32[1, columns]: rotated, finite beyond the width."""
@@ -46,51 +49,34 @@ class VectorBlock:
 
     def unpack(self, words: tuple[jax.Array, ...], column: jax.Array) -> PackedLanes:
         """The packed lanes that words of some columns stand for."""
-        none = jnp.zeros((1, 1), jnp.uint16)
-        places_of_scales = self._scale_places(column)
-        scales = tuple(none if places is None else self._load(places, column) for places in places_of_scales)
-        # The other side's words are not looked at: what comes of them is dropped.
-        vectors = self.kv_format.unpack(words, words, self.kv_format.read_scales(scales))
-        return vectors.scaled_lanes()[self.side]
+        scales = tuple(self._load(places, column) for places in self._scale_places(column))
+        return self.codec.unpack(words, self.codec.read_scales(scales)).scaled_lanes()
 
     def store(self, lanes: PackedLanes) -> None:
         """Encodes packed lanes, f32[tokens, columns], and stores them."""
-        encoded = self.kv_format.encode(lanes, lanes)
+        words, scales = self.codec.encode(lanes)
         column = lax.broadcasted_iota(jnp.int32, (1, padded(self.width)), 1)
-        words = (encoded.k, encoded.v)[self.side]
-        for places, part in (
-            *zip(self._word_places(column), words, strict=True),
-            *zip(self._scale_places(column), encoded.scales, strict=True),
-        ):
-            if places is not None:
-                store(words_at(self.arena, self.first_unit, places), part, mask=self._inside(places, column))
+        all_places = (*self._word_places(column), *self._scale_places(column))
+        for places, part in zip(all_places, (*words, *scales), strict=True):
+            store(words_at(self.arena, self.first_unit, places), part, mask=self._inside(places, column))
 
     def _word_places(self, column: jax.Array) -> tuple[jax.Array, ...]:
         """Where each part of the words of some columns, i32[1, columns], lies: i32[tokens, columns]."""
-        geometry, kv_format = self.geometry, self.kv_format
-        block = self.side * geometry.kv_heads + self.head
-        first = block * kv_format.block_words(geometry) + self.token * kv_format.vector_words(geometry)
-        return tuple(first + (part * self.width + column) for part in range(kv_format.word_parts))
+        geometry, codec = self.geometry, self.codec
+        start = self.kv_format.block_starts(geometry)[self.side]
+        first = start + self.head * codec.block_words(geometry) + self.token * codec.vector_words(geometry)
+        return tuple(first + (part * self.width + column) for part in range(codec.word_parts))
 
-    def _scale_places(self, column: jax.Array) -> list[jax.Array | None]:
-        """Where the scales of the side lie; None for those of the other side."""
-        geometry, kv_format = self.geometry, self.kv_format
+    def _scale_places(self, column: jax.Array) -> tuple[jax.Array, ...]:
+        """Where the scales lie that cover the tokens and columns."""
         within = {
             Granularity.TOKEN: self.token,
             Granularity.CHANNEL: column,
             Granularity.PAGE: jnp.zeros((1, 1), jnp.int32),
         }
-        arrays = zip(
-            kv_format.scales,
-            kv_format.scale_starts(geometry),
-            kv_format.scale_sizes(geometry),
-            sides_of_scales(kv_format),
-            strict=True,
-        )
-        return [
-            start + self.head * size + within[granularity] if side == self.side else None
-            for granularity, start, size, side in arrays
-        ]
+        starts = self.kv_format.scale_starts(self.geometry)[self.side]
+        arrays = zip(self.codec.scales, starts, self.codec.scale_sizes(self.geometry), strict=True)
+        return tuple(start + self.head * size + within[granularity] for granularity, start, size in arrays)
 
     def _load(self, places: jax.Array, column: jax.Array) -> jax.Array:
         at_places = words_at(self.arena, self.first_unit, places)

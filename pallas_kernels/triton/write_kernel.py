@@ -65,7 +65,7 @@ class _Part:
 
 
 def _parts(kv_format: KVFormat, geometry: PageGeometry, tokens: int) -> list[_Part]:
-    """The parts of `PageWords`: K, V, scales. `tokens`: how many of each page there are."""
+    """The parts of `PageWords`, as `_arrays` lists them. `tokens`: how many of each page there are."""
 
     def part(width: int, start: int, stride: int, per_token: bool) -> _Part:
         own, places = (tokens, geometry.page_size) if per_token else (1, 1)
@@ -73,14 +73,23 @@ def _parts(kv_format: KVFormat, geometry: PageGeometry, tokens: int) -> list[_Pa
         at_once = math.gcd(rows, max(1, BLOCK_WORDS // (1 << (width - 1).bit_length())))
         return _Part(width, start, stride, own, places, at_once, rows // at_once)
 
-    width, vector = kv_format.width(geometry), kv_format.vector_words(geometry)
-    values = (0, geometry.kv_heads * kv_format.block_words(geometry))
-    parts = [part(width, start + i * width, vector, True) for start in values for i in range(kv_format.word_parts)]
-    starts, sizes = kv_format.scale_starts(geometry), kv_format.scale_sizes(geometry)
-    for kind, start, size in zip(kv_format.scales, starts, sizes, strict=True):
+    parts = []
+    for codec, start in zip(kv_format.sides, kv_format.block_starts(geometry), strict=True):
+        width = codec.width(geometry)
+        stride = codec.vector_words(geometry)
+        parts += [part(width, start + i * width, stride, True) for i in range(codec.word_parts)]
+    starts = kv_format.scale_starts(geometry)
+    for side, i in kv_format.scale_order():
+        kind, size = kv_format.sides[side].scales[i], kv_format.sides[side].scale_sizes(geometry)[i]
         row = 1 if kind is Granularity.TOKEN else size
-        parts.append(part(row, start, row, kind is Granularity.TOKEN))
+        parts.append(part(row, starts[side][i], row, kind is Granularity.TOKEN))
     return parts
+
+
+def _arrays(kv_format: KVFormat, words: PageWords) -> list[jax.Array]:
+    """The word parts of keys and of values, then the scale arrays in the order in which they lie in the page."""
+    scales = [words[side].scales[i] for side, i in kv_format.scale_order()]
+    return [*words.k.words, *words.v.words, *scales]
 
 
 def _write(
@@ -94,11 +103,10 @@ def _write(
     whole_pages: bool,
 ) -> jax.Array:
     geometry = spec.geometry
-    layers, _, count, tokens, _ = words.k[0].shape
+    layers, _, count, tokens, _ = words.k.words[0].shape
     parts = _parts(kv_format, geometry, tokens)
-    rows = [
-        array.reshape(-1, part.width) for array, part in zip((*words.k, *words.v, *words.scales), parts, strict=True)
-    ]
+    arrays = _arrays(kv_format, words)
+    rows = [array.reshape(-1, part.width) for array, part in zip(arrays, parts, strict=True)]
     units = arena.reshape(len(arena), -1)
     warps = max(part.at_once * part.width for part in parts) // WARP_WORDS
     launch = pallas_call(

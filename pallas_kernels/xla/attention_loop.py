@@ -103,7 +103,7 @@ def _fold(
     """Takes the attention so far through every tile, format by format. `q` is the model's, not rotated."""
     for format_id in format_ids:
         kv_format = spec.formats[format_id]
-        add = functools.partial(add_tile, kv_format.rotate(q), kv_format)
+        add = functools.partial(add_tile, kv_format.key.rotate(q), kv_format)
         so_far = lax.fori_loop(tiles.starts[format_id], tiles.starts[format_id + 1], add, so_far)
     return so_far
 
@@ -121,7 +121,7 @@ def _attend_tile(
     """Attention of each segment's queries to a tile of its tokens, values rotated back.
 
     Args:
-        q: f32[S, kv_heads, queries, head_dim], rotated as the format keeps keys.
+        q: f32[S, kv_heads, queries, head_dim], rotated as the format keeps its keys.
         query_positions: i32[S, queries].
     """
     token = jnp.arange(tiles.pages.shape[-1] * spec.geometry.page_size)
@@ -131,6 +131,7 @@ def _attend_tile(
     if spec.window is not None:
         visible &= ahead < spec.window
     words = gather_page_layers(arena, tiles.pages[index], layer, kv_format, spec.geometry)
-    vectors = kv_format.unpack(words.k, words.v, settled(*kv_format.read_scales(words.scales)))
+    of_keys, of_values = (codec.read_scales(side.scales) for codec, side in zip(kv_format.sides, words, strict=True))
+    vectors = kv_format.unpack(words, settled((of_keys, of_values)))
     part = attend(q, flatten_pages(vectors, counts), visible[:, None], spec.soft_cap)
-    return part._replace(acc=kv_format.unrotate(part.acc))
+    return part._replace(acc=kv_format.value.unrotate(part.acc))

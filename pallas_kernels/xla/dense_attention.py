@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fineserve_jax.pallas_kernels.formats import PageVectors
+from fineserve_jax.pallas_kernels.formats import PageVectors, UnpackedVectors
 from fineserve_jax.pallas_kernels.softmax import NEGATIVE, PartialAttention
 
 EXACT = lax.Precision.HIGHEST
@@ -22,21 +22,21 @@ def attend(q: jax.Array, vectors: PageVectors, visible: jax.Array, soft_cap: flo
     # Queries before keys: for blocks of this size XLA's CPU products are faster so than the other way round.
     logits = sum(
         jnp.einsum("...qd,...td->...qt", part, lane, precision=EXACT)
-        for lane, part in zip(vectors.k, jnp.split(q, len(vectors.k), axis=-1), strict=True)
+        for lane, part in zip(vectors.k.lanes, jnp.split(q, len(vectors.k.lanes), axis=-1), strict=True)
     )
-    if vectors.k_scale is not None:
-        logits = logits * vectors.k_scale.swapaxes(-1, -2)
+    if vectors.k.scale is not None:
+        logits = logits * vectors.k.scale.swapaxes(-1, -2)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(visible, logits, NEGATIVE)
     m = jnp.max(logits, axis=-1)
     weights = jnp.where(visible, jnp.exp(logits - m[..., None]), 0.0)
     l = weights.sum(axis=-1)
-    scaled = weights if vectors.v_scale is None else weights * vectors.v_scale.swapaxes(-1, -2)
-    parts = [jnp.einsum("...qt,...td->...qd", scaled, lane, precision=EXACT) for lane in vectors.v]
+    scaled = weights if vectors.v.scale is None else weights * vectors.v.scale.swapaxes(-1, -2)
+    parts = [jnp.einsum("...qt,...td->...qd", scaled, lane, precision=EXACT) for lane in vectors.v.lanes]
     acc = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    if vectors.v_zero_point is not None:
-        acc = acc + jnp.sum(weights * vectors.v_zero_point.swapaxes(-1, -2), axis=-1, keepdims=True)
+    if vectors.v.zero_point is not None:
+        acc = acc + jnp.sum(weights * vectors.v.zero_point.swapaxes(-1, -2), axis=-1, keepdims=True)
     return PartialAttention(m, l, acc)
 
 
@@ -53,13 +53,14 @@ def flatten_pages(vectors: PageVectors, counts: jax.Array) -> PageVectors:
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
-    v = tuple(flat(lane) for lane in vectors.v)
-    if vectors.v_scale is None:  # else they are finite for any words; their scales may be NaN
-        v = tuple(jnp.where(counts, lane, 0.0) for lane in v)
+    def cleared(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jnp.where(counts, flat(x), 0.0)
+
+    k, v = vectors
+    values = tuple(flat(lane) for lane in v.lanes)
+    if v.scale is None:  # else they are finite for any words; their scales may be NaN
+        values = tuple(jnp.where(counts, lane, 0.0) for lane in values)
     return PageVectors(
-        k=tuple(flat(lane) for lane in vectors.k),
-        v=v,
-        k_scale=None if vectors.k_scale is None else flat(vectors.k_scale),
-        v_scale=None if vectors.v_scale is None else jnp.where(counts, flat(vectors.v_scale), 0.0),
-        v_zero_point=None if vectors.v_zero_point is None else jnp.where(counts, flat(vectors.v_zero_point), 0.0),
+        UnpackedVectors(tuple(flat(lane) for lane in k.lanes), None if k.scale is None else flat(k.scale)),
+        UnpackedVectors(values, cleared(v.scale), cleared(v.zero_point)),
     )

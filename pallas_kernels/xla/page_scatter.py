@@ -19,15 +19,15 @@ def write_tokens(
 ) -> jax.Array:
     """Writes one token into each of N pages: see `Backend.write_tokens`."""
     geometry = spec.geometry
-    layers, kv_heads, *_ = words.k[0].shape
-    page_size, vector = geometry.page_size, kv_format.vector_words(geometry)
+    layers, kv_heads, *_ = words.k.words[0].shape
     first = pages + jnp.arange(layers, dtype=jnp.int32)[:, None] * kv_format.units_per_layer(geometry)
-    token = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * page_size + offsets
-    parts = [(joined(words.k), 0, vector), (joined(words.v), kv_heads * kv_format.block_words(geometry), vector)]
-    parts += [(part, start, 1) for part, start in zip(words.scales, kv_format.scale_starts(geometry), strict=True)]
+    token = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * geometry.page_size + offsets
+    starts, scale_starts = kv_format.block_starts(geometry), kv_format.scale_starts(geometry)
+    parts = [(joined(side.words), start) for side, start in zip(words, starts, strict=True)]
+    parts += [(words[side].scales[i], scale_starts[side][i]) for side, i in kv_format.scale_order()]
     units = arena.reshape(len(arena), -1)
-    for values, start, width in parts:
-        units = _write_runs(units, values[:, :, :, 0], first[:, None], start + token * width)
+    for values, start in parts:
+        units = _write_runs(units, values[:, :, :, 0], first[:, None], start + token * values.shape[-1])
     return units.reshape(arena.shape)
 
 
@@ -52,7 +52,7 @@ def write_pages(
     spec: WriteSpec, kv_format: KVFormat, arena: jax.Array, words: PageWords, pages: jax.Array
 ) -> jax.Array:
     """Writes whole pages, all layers: see `Backend.write_pages`."""
-    geometry, layers = spec.geometry, len(words.k[0])
+    geometry, layers = spec.geometry, len(words.k.words[0])
     units_per_layer = kv_format.units_per_layer(geometry)
     layer_starts = jnp.arange(layers, dtype=jnp.int32)[:, None, None] * units_per_layer
     units = pages[:, None] + layer_starts + jnp.arange(units_per_layer, dtype=jnp.int32)

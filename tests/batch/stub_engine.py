@@ -23,7 +23,7 @@ from fineserve_jax.kv.usage import FormatUsage, KVCounts
 from fineserve_jax.request.request import FinishReason, Request, RequestStatus, RequestTimes
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.runner.results import TokenLogprobs
 
 NO_COUNTS = KVCounts(0, 0, 0, 0, 0, 0, 0)
 VOCABULARY = range(5, 90)

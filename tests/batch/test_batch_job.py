@@ -11,7 +11,7 @@ from fineserve_jax import CompletionOutput, Engine, RequestError, RequestMetrics
 from fineserve_jax.entrypoints.batch.answer_rows import AnswerRows, as_line
 from fineserve_jax.entrypoints.batch.journal import journal_path
 from fineserve_jax.entrypoints.batch.rows import BatchRow
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.runner.results import TokenLogprobs
 
 
 @pytest.fixture

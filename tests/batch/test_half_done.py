@@ -65,17 +65,17 @@ def assert_same(found, undisturbed):
 
 def test_a_row_with_which_the_engine_fails_is_found_and_the_others_go_on(engine, tmp_path, undisturbed, monkeypatch):
     """A step fails before it computes anything, and sometimes behind all it computes."""
-    execute, faults = engine.runner.execute, []
+    begin, faults = engine.runner.begin, []
 
-    def fail(output):
+    def fail(output, behind=None):
         is_bad = any(chunk.request.token_ids[:3] == [9, 9, 9] for chunk in output.chunks)
-        result = execute(output) if not is_bad or len(faults) % 2 else None
+        result = begin(output, behind) if not is_bad or len(faults) % 2 else None
         if is_bad:
             faults.append(len(output.chunks))
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return result
 
-    monkeypatch.setattr(engine.runner, "execute", fail)
+    monkeypatch.setattr(engine.runner, "begin", fail)
     summary = run_job(engine, ROWS, tmp_path / "out.jsonl", max_retries=1)
     found = by_id(without_timing(written(tmp_path / "out.jsonl")))
     error = found.pop("filters")["error"]

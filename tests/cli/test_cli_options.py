@@ -31,6 +31,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "tenant_weights": (["a 2", "b 0.5"], {"a": 2.0, "b": 0.5}),
     "step_profile": (["steps.json"], "steps.json"),
     "num_speculative_tokens": (["3"], 3),
+    "tensor_parallel": (["2"], 2),
     "ageing_s": (["1.5"], 1.5),
     "overtaking_limit_s": (["90"], 90.0),
     "growth_reserve_pages": (["3"], 3),

@@ -15,7 +15,7 @@ from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import LoadedModel
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("structured", "batch", "models")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("request", "batch", "models")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,7 @@ def make_llm(tiny_model: LoadedModel) -> Iterator[Callable[..., LLM]]:
     """LLMs of the tiny model, all with the same programs."""
     formats = ("bf16", "int8", "int4")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_engine, "load_model", lambda source, weights: tiny_model)
+        patch.setattr(load_engine, "load_model", lambda *_: tiny_model)
 
         def make(**settings: Any) -> LLM:
             defaults = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}

@@ -23,7 +23,7 @@ def make_llm(tiny_model):
         patch.setattr(load_engine, "use_compilation_cache", lambda: None)
 
         def make(model=tiny_model, **settings) -> LLM:
-            patch.setattr(load_engine, "load_model", lambda source, weights: model)
+            patch.setattr(load_engine, "load_model", lambda *_: model)
             sizes = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
             llm = LLM("tiny", kv_precision="fp32", kv_formats=FORMATS, **sizes, **settings)
             llm.engine.runner.use_formats(FORMATS)

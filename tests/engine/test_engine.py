@@ -119,7 +119,7 @@ def test_stats_say_how_much_memory_is_needed_reserved_and_free(make_engine):
         ([], {}, "bf16", "prompt is empty"),
         ([5, 96], {}, "bf16", "token 96; tiny has tokens 0 to 95"),
         ([1] * 256, {}, "bf16", "256 tokens; with max_seq_len=256 it may have 255"),
-        ([1], {}, "int3", "kv_precision='int3' is not served; choose one of fp32, bf16"),
+        ([1], {}, "int5", "kv_precision='int5' is not served; choose one of fp32, bf16"),
         ([1], {"logit_bias": {200: 1.0}}, "bf16", "logit_bias has token 200"),
         ([1], {"stop_token_ids": [96]}, "bf16", "stop_token_ids has token 96"),
         ([1], {"min_tokens": 1, "stop_token_ids": range(1, 70)}, "bf16", "hold back 70 tokens"),
@@ -176,7 +176,7 @@ def test_settings_that_cannot_be_honoured_are_refused(tiny_model, settings, mess
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kv_precision": "int3"}, "unknown KV precision 'int3'; choose one of fp32, bf16"),
+        ({"kv_precision": "int5"}, "unknown KV precision 'int5'; choose one of fp32, bf16"),
         ({"weights": "int2"}, "weights='int2'"),
         ({"kv_precison": "int8"}, "unknown setting 'kv_precison'"),
         ({"kv_formats": ["int8"], "kv_precision": "bf16"}, "not among kv_formats"),

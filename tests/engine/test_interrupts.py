@@ -4,6 +4,7 @@ An interrupt comes before one instruction of the package's own code or another, 
 program that takes the arena and the assignment of what it gives, too.
 """
 
+import itertools
 import random
 import sys
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request.request import FinishReason, RequestStatus
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner import runner as runner_module
 from fineserve_jax.runner.runner import ModelRunner
+from fineserve_jax.runner.step_programs import step_programs
 
 FOLDERS = tuple(
     str((Path(fineserve_jax.__file__).parent / name).resolve()) for name in ("engine", "kv", "runner", "scheduler")
@@ -27,7 +28,7 @@ FORMATS = ["bf16", "int4", "int8", "bf16", "int4", "bf16"]
 SHARED = list(range(1, 40))  # two full pages that some prompts have in common
 RNG = np.random.default_rng(5)
 PROMPTS = [[*SHARED[: 39 * (i % 2)], *RNG.integers(1, 90, 9 + 5 * i).tolist()] for i in range(6)]
-SETTINGS = {"kv_memory": "220KB", "kv_precision": "int4", "kv_formats": ("bf16", "int8", "int4"), "max_seq_len": 128}
+SETTINGS = {"kv_memory": "200KB", "kv_precision": "int4", "kv_formats": ("bf16", "int8", "int4"), "max_seq_len": 128}
 
 
 class ResultLost(Exception):
@@ -166,30 +167,39 @@ def test_an_interrupt_while_requests_come_or_go_leaves_the_others_alone(make_eng
 def test_a_result_that_is_lost_is_computed_again(make_engine, undisturbed, monkeypatch, name, caplog):
     """Of the programs of a step only `commit` takes the arena: behind it the array that the engine holds is gone."""
     engine, faults = make_engine(**SETTINGS), {5, 30}
-    asked, num_steps, run = enter(engine), 0, ModelRunner._run
+    asked, begun, faulty_steps = enter(engine), itertools.count(1), []
+    begin, finish = ModelRunner._begin, ModelRunner.finish
 
-    def faulty_run(runner, spec, *arguments):
-        nonlocal num_steps
-        num_steps += 1
-        if num_steps not in faults:
-            return run(runner, spec, *arguments)
-        programs = runner_module._programs(spec)
+    def losing(program):
+        def lose(*arguments):
+            program(*arguments)
+            raise ResultLost
+
+        return lose
+
+    def lose_results(patch, spec):
+        programs = step_programs(spec)
+        if name == "layer":
+            patch.setattr(programs, "layers", {kind: losing(layer) for kind, layer in programs.layers.items()})
+        else:
+            patch.setattr(programs, name, losing(getattr(programs, name)))
+
+    def faulty_begin(runner, spec, *arguments):
+        if next(begun) not in faults:
+            return begin(runner, spec, *arguments)
         with monkeypatch.context() as patch:
+            lose_results(patch, spec)
+            faulty_steps.append(begin(runner, spec, *arguments))
+        return faulty_steps[-1]
 
-            def losing(program):
-                def lose(*arguments):
-                    program(*arguments)
-                    raise ResultLost
+    def faulty_finish(runner, step):
+        with monkeypatch.context() as patch:
+            if any(step is faulty for faulty in faulty_steps):
+                lose_results(patch, step.spec)
+            return finish(runner, step)
 
-                return lose
-
-            if name == "layer":
-                patch.setattr(programs, "layers", {kind: losing(layer) for kind, layer in programs.layers.items()})
-            else:
-                patch.setattr(programs, name, losing(getattr(programs, name)))
-            return run(runner, spec, *arguments)
-
-    monkeypatch.setattr(ModelRunner, "_run", faulty_run)
+    monkeypatch.setattr(ModelRunner, "_begin", faulty_begin)
+    monkeypatch.setattr(ModelRunner, "finish", faulty_finish)
     num_failures = 0
     while engine.has_unfinished:
         try:

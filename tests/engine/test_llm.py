@@ -19,7 +19,7 @@ TWENTY = SamplingParams(max_tokens=20, ignore_eos=True)
 
 @pytest.fixture
 def llm(monkeypatch) -> LLM:
-    monkeypatch.setattr(load_engine, "load_model", lambda source, weights: random_model())
+    monkeypatch.setattr(load_engine, "load_model", lambda *_: random_model())
     return LLM("tiny", max_seq_len=128, max_batch_size=8, max_chunk_tokens=64, kv_memory="4MiB")
 
 

@@ -21,7 +21,7 @@ def loads(monkeypatch) -> list[tuple[str, str | None]]:
     """What was loaded, as (source, weights)."""
     loads = []
 
-    def load(source, weights):
+    def load(source, weights, placement):
         loads.append((source, weights))
         return random_model("from a file", weights or "fp32")
 
@@ -109,7 +109,7 @@ def test_models_of_one_file_in_one_precision_share_their_weights(loads):
         ({"models": {"a": {"weights": "int8"}}}, "model 'a': model=.*: field required"),
         ({"models": {"a": {"model": "x", "kv_memory": 1}}}, "model 'a': unknown setting 'kv_memory'; the settings are"),
         ({"models": {"a": {"model": "x", "weights": "int2"}}}, "model 'a': weights='int2'"),
-        ({"models": {"a": {"model": "x", "kv_precision": "int3"}}}, "model 'a': kv_precision='int3': unknown KV"),
+        ({"models": {"a": {"model": "x", "kv_precision": "int5"}}}, "model 'a': kv_precision='int5': unknown KV"),
         ({"models": {"a": {"model": "x", "max_seq_len": 1}}}, "model 'a': max_seq_len=1"),
         (
             {"models": {"a": {"model": "x", "kv_precision": "bf16"}}, "kv_formats": ["int8"]},

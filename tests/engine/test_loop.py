@@ -174,7 +174,7 @@ sys.path.insert(0, {tests!r})
 from engine_cases import random_model
 from fineserve_jax.engine import load
 from fineserve_jax import LLM, SamplingParams
-load.load_model = lambda source, weights: random_model()
+load.load_model = lambda *_: random_model()
 llm = LLM("tiny", max_seq_len=128, kv_memory="1MiB", kv_formats=["bf16"], max_batch_size=1)
 sampling = SamplingParams(max_tokens=100, ignore_eos=True)
 {body}

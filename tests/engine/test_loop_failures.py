@@ -37,15 +37,15 @@ def break_steps(monkeypatch):
     """Lets steps fail for which `is_bad` is true of the requests that they compute."""
 
     def patch(is_bad):
-        execute = ModelRunner.execute
+        collect = ModelRunner.collect
 
-        def faulty(runner, output):
-            result = execute(runner, output)  # so that the arena has changed
-            if is_bad([chunk.request for chunk in output.chunks]):
+        def faulty(runner, launched):
+            result = collect(runner, launched)  # so that the arena has changed
+            if is_bad([chunk.request for chunk in launched.output.chunks]):
                 raise ZeroDivisionError("broken")
             return result
 
-        monkeypatch.setattr(ModelRunner, "execute", faulty)
+        monkeypatch.setattr(ModelRunner, "collect", faulty)
 
     return patch
 

@@ -48,7 +48,7 @@ def make_llm(monkeypatch):
     def make(seed: int = 7) -> LLM:
         model = random_model()
         model = dataclasses.replace(model, params=params_of(model, seed))  # a table of its own
-        monkeypatch.setattr(load_engine, "load_model", lambda source, weights: model)
+        monkeypatch.setattr(load_engine, "load_model", lambda *_: model)
         sizes = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
         return LLM("tiny", kv_precision="fp32", kv_formats=("fp32",), **sizes)
 
@@ -100,7 +100,7 @@ def test_weights_that_are_not_the_models_are_refused(monkeypatch):
     with pytest.raises(ModelLoadError, match=r"the checkpoint lacks \d+ of"):
         new_params(model, {"model.norm.weight": np.zeros(64, np.float32)})
     other = random_model(rope_theta=5e5)
-    monkeypatch.setattr(new_weights, "load_model", lambda source, weights: other)
+    monkeypatch.setattr(new_weights, "load_model", lambda *_: other)
     with pytest.raises(ConfigError, match=r"with rope_theta=500000\.0, 'tiny' has rope_theta=10000\.0"):
         new_params(model, "elsewhere")
     tensors = case_tensors("smollm2")

@@ -3,6 +3,7 @@
 import pytest
 
 from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 
@@ -21,10 +22,44 @@ def started(engine, **how):
         (("fp16", "int4", "bf16"), ("bf16", "int4")),
         (("int8", "int4"), ("int8", "int4")),
         (("int8",), ("int8", None)),
+        (("bf16", "int3"), ("bf16", "int3")),
     ],
 )
 def test_auto_starts_as_wide_as_16_bits_and_goes_down_to_the_narrowest(make_engine, formats, expected):
     assert started(make_engine(kv_formats=formats, kv_precision=formats[0]), kv_precision="auto") == expected
+
+
+def test_pairs_and_int3_are_served_where_they_are_named(make_engine):
+    engine = make_engine(kv_formats=("bf16", "k8v4"))
+    assert started(engine, kv_precision="k8v4") == ("k8v4", None)
+    assert started(engine, kv_precision="auto") == ("bf16", "k8v4")
+    assert started(make_engine(kv_precision="k8v4", kv_formats=None)) == ("k8v4", None)
+    assert started(make_engine(kv_formats=None), kv_precision="auto") == ("bf16", "int4")
+    with pytest.raises(RequestError, match=r"'k8v4' is not served; choose one of fp32, .*, or name it in kv_formats"):
+        started(make_engine(), kv_precision="k8v4")
+
+
+def test_requests_in_pairs_and_int3_are_answered_side_by_side(make_engine):
+    """As by themselves; their prompts fill pages, and `kbf16v4` keeps its newest tokens in another pair."""
+    names, prompt = ("k8v4", "int3", "kbf16v4", "kfp8v8"), list(range(1, 60))
+    engine = make_engine(kv_formats=names, kv_precision="k8v4")
+
+    def answers(*formats):
+        requests = [engine.add_request(prompt, SHORT, RequestOptions(kv_precision=name)) for name in formats]
+        while engine.has_unfinished:
+            engine.step()
+        assert [request.error for request in requests] == [None] * len(formats)
+        assert [set(request.kv_tokens) for request in requests] == [
+            {name, get_format(name).residual or name} for name in formats
+        ]
+        found = [request.output_token_ids for request in requests]
+        for request in requests:
+            engine.release(request)
+        return found
+
+    alone = [answers(name)[0] for name in names]
+    assert answers(*names) == alone
+    assert {len(tokens) for tokens in alone} == {4}
 
 
 def test_a_request_may_name_its_floor_or_has_the_engines(make_engine):

@@ -146,7 +146,7 @@ def test_a_prediction_is_learnt_for_each_model():
         ([1], {"model": "round"}, "model='round' is not served; choose one of tall, flat"),
         ([92], {"model": "flat"}, "token 92; flat has tokens 0 to 89"),
         ([1] * 64, {"model": "flat"}, "64 tokens; with max_seq_len=64 it may have 63"),
-        ([1], {"model": "tall", "kv_precision": "int3"}, "kv_precision='int3' is not served; choose one of fp32"),
+        ([1], {"model": "tall", "kv_precision": "int5"}, "kv_precision='int5' is not served; choose one of fp32"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(prompt, options, message):

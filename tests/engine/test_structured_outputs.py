@@ -287,7 +287,7 @@ def test_a_tokenizer_whose_tokens_depend_on_each_other_is_refused(model, engine)
 
 @pytest.fixture
 def llm(model, monkeypatch) -> LLM:
-    monkeypatch.setattr(load_engine, "load_model", lambda source, weights: model)
+    monkeypatch.setattr(load_engine, "load_model", lambda *_: model)
     return LLM("bytes", **SETTINGS)
 
 

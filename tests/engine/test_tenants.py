@@ -42,7 +42,7 @@ def test_quotas_change_when_tokens_come_but_not_which():
 
 
 def test_a_prompt_beyond_its_tenants_maximum_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr("fineserve_jax.engine.load.load_model", lambda source, weights: random_model())
+    monkeypatch.setattr("fineserve_jax.engine.load.load_model", lambda *_: random_model())
     llm = LLM("tiny", **OPTIONS, quotas={"tenant:bob": {"max": 0.05}})
     with pytest.raises(RequestError, match=r"prompt 1: a request of up to 120 tokens.*quota 'tenant:bob' allows"):
         llm.generate(["a" * 10, "b" * 100], TWENTY, tenant=["", "bob"])

@@ -48,15 +48,16 @@ def page_layer(kv_format: KVFormat, geometry: PageGeometry, words, num_tokens: i
     """A layer of a page, u16; `words` are [kv_heads, ...]. Token-wise formats have NaN behind the last token."""
     tokens = geometry.page_size if kv_format.residual else min(num_tokens, geometry.page_size)
     flat = np.full(kv_format.units_per_layer(geometry) * geometry.unit_words, NAN_WORD, np.uint16)
-    shape = (2, geometry.kv_heads, geometry.page_size, kv_format.vector_words(geometry))
-    values = flat[: np.prod(shape)].reshape(shape)
-    for which, parts in enumerate((words.k, words.v)):
-        values[which, :, :tokens] = np.concatenate(parts, axis=-1)[:, :tokens]
-    starts, sizes = kv_format.scale_starts(geometry), kv_format.scale_sizes(geometry)
-    for kind, start, size, part in zip(kv_format.scales, starts, sizes, words.scales, strict=True):
-        count = tokens if kind is Granularity.TOKEN else size
-        own = flat[start : start + geometry.kv_heads * size].reshape(geometry.kv_heads, size)
-        own[:, :count] = part.reshape(geometry.kv_heads, size)[:, :count]
+    starts = kv_format.block_starts(geometry), kv_format.scale_starts(geometry)
+    for codec, side, start, scale_starts in zip(kv_format.sides, words, *starts, strict=True):
+        shape = (geometry.kv_heads, geometry.page_size, codec.vector_words(geometry))
+        values = flat[start : start + np.prod(shape)].reshape(shape)
+        values[:, :tokens] = np.concatenate(side.words, axis=-1)[:, :tokens]
+        arrays = zip(codec.scales, scale_starts, codec.scale_sizes(geometry), side.scales, strict=True)
+        for kind, first, size, part in arrays:
+            count = tokens if kind is Granularity.TOKEN else size
+            own = flat[first : first + geometry.kv_heads * size].reshape(geometry.kv_heads, size)
+            own[:, :count] = part.reshape(geometry.kv_heads, size)[:, :count]
     return flat
 
 

@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from fineserve_jax.pallas_kernels import operations
 from fineserve_jax.pallas_kernels.backends import get_backend
 from fineserve_jax.pallas_kernels.cpu import library
-from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, PageWords
+from fineserve_jax.pallas_kernels.formats import (
+    FORMATS,
+    NAMED_FORMATS,
+    KVFormat,
+    PageWords,
+    UnpackedVectors,
+    get_format,
+)
 from fineserve_jax.pallas_kernels.geometry import TPU_TILE, PageGeometry, choose_unit_words
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
@@ -60,10 +67,11 @@ def example_int2() -> KVFormat:
     spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.Int2()
+    return KVFormat(module.Keys(), module.Values())
 
 
-ALL_FORMATS: dict[str, KVFormat] = FORMATS | {"int2": example_int2()}
+PAIR = get_format("k8v4")  # of codecs that differ in all that a codec says of itself
+ALL_FORMATS: dict[str, KVFormat] = FORMATS | NAMED_FORMATS | {"int2": example_int2(), PAIR.name: PAIR}
 TOKEN_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.residual is None}
 PAGE_FORMATS = {name: f for name, f in ALL_FORMATS.items() if f.residual is not None}
 
@@ -74,7 +82,8 @@ def geometry_id(geometry: PageGeometry) -> str:
 
 
 every_format = pytest.mark.parametrize("kv_format", ALL_FORMATS.values(), ids=ALL_FORMATS)
-every_registered_format = pytest.mark.parametrize("kv_format", FORMATS.values(), ids=FORMATS)
+PACKAGED: dict[str, KVFormat] = FORMATS | NAMED_FORMATS
+every_packaged_format = pytest.mark.parametrize("kv_format", PACKAGED.values(), ids=PACKAGED)
 every_token_format = pytest.mark.parametrize("kv_format", TOKEN_FORMATS.values(), ids=TOKEN_FORMATS)
 every_page_format = pytest.mark.parametrize("kv_format", PAGE_FORMATS.values(), ids=PAGE_FORMATS)
 every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES, ids=geometry_id)
@@ -98,6 +107,12 @@ class Stored(NamedTuple):
     v_own: np.ndarray
 
 
+def unpack(kv_format: KVFormat, words: PageWords) -> tuple[UnpackedVectors, UnpackedVectors]:
+    """Keys and values as kernels see them."""
+    of_keys, of_values = (codec.read_scales(side.scales) for codec, side in zip(kv_format.sides, words, strict=True))
+    return kv_format.unpack(words, (of_keys, of_values))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(kv_format, k, v):
     return kv_format.encode_vectors(k, v)
@@ -105,8 +120,7 @@ def _encode(kv_format, k, v):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(kv_format, words):
-    own = kv_format.unpack(words.k, words.v, kv_format.read_scales(words.scales)).join()
-    return *kv_format.decode_vectors(words), *own
+    return *kv_format.decode_vectors(words), *(side.join() for side in unpack(kv_format, words))
 
 
 def store(kv_format: KVFormat, k: np.ndarray, v: np.ndarray) -> Stored:

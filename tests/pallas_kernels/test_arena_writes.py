@@ -106,14 +106,15 @@ def test_a_page_lies_as_its_picture_says(kv_format, geometry):
     for layer in range(geometry.num_layers):
         start = page + layer * per_layer
         found = np.asarray(arena[start : start + per_layer]).reshape(-1)
-        values = [np.concatenate([word[layer, :, 0] for word in part], axis=-1) for part in stored.words[:2]]
-        parts: list[np.ndarray] = [*values, *(part[layer, :, 0] for part in stored.words.scales)]
+        values = [np.concatenate([word[layer, :, 0] for word in side.words], axis=-1) for side in stored.words]
+        scales = [*stored.words.k.scales, *stored.words.v.scales]
+        parts: list[np.ndarray] = [*values, *(part[layer, :, 0] for part in scales)]
         content = np.concatenate([part.reshape(-1) for part in parts])
         assert len(content) == kv_format.words_per_layer(geometry)
         np.testing.assert_array_equal(found[: len(content)], content)
-        for part, size, start in zip(
-            stored.words.scales, kv_format.scale_sizes(geometry), kv_format.scale_starts(geometry), strict=True
-        ):
+        sizes = [size for codec in kv_format.sides for size in codec.scale_sizes(geometry)]
+        starts = [start for side in kv_format.scale_starts(geometry) for start in side]
+        for part, size, start in zip(scales, sizes, starts, strict=True):
             np.testing.assert_array_equal(found[start : start + size], part[layer, 0, 0].reshape(-1))
 
 

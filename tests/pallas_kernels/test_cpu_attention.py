@@ -19,8 +19,8 @@ from kernel_cases import ALL_FORMATS, TOLERANCE, attend_within, make_geometry, r
 from fineserve_jax.pallas_kernels import implementation
 from fineserve_jax.pallas_kernels.cpu import library
 from fineserve_jax.pallas_kernels.cpu.codecs import has_codec
-from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
-from fineserve_jax.pallas_kernels.formats.int8 import Int8KV
+from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, get_format
+from fineserve_jax.pallas_kernels.formats.int8 import Int8Codec
 from fineserve_jax.pallas_kernels.operations import paged_attention, plan_attention
 from fineserve_jax.pallas_kernels.specs import AttentionSpec
 from fineserve_jax.pallas_kernels.tiles import QueryRun
@@ -222,13 +222,14 @@ def test_every_format_of_the_package_has_one():
 def test_formats_without_one_are_left_to_xla():
     """Beside others in one row, and a format that inherits from one that has one."""
 
-    class Own(Int8KV):
+    class Own(Int8Codec):
         name = "own"
 
         def to_codes(self, values):
             return super().to_codes(values) // 2 * 2
 
-    assert not has_codec(Own())
+    assert not has_codec(KVFormat(Own(), Own()))
+    assert not has_codec(KVFormat(Int8Codec(), Own()))
     formats = (get_format("bf16"), ALL_FORMATS["int2"], get_format("int4"))
     spec = dataclasses.replace(make_spec("bf16"), formats=formats)
     segments = [Segment(0, "int2", 33), Segment(0, "bf16", 20, 33), Segment(1, "int4", 80), Segment(2, "int2", 5)]

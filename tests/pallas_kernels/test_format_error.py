@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import GEOMETRIES, SMALL, every_registered_format, page_shape, store
+from kernel_cases import GEOMETRIES, PACKAGED, SMALL, every_packaged_format, page_shape, store
 
 from fineserve_jax.pallas_kernels.formats import FORMATS
 
@@ -65,7 +65,7 @@ def fp8_bound(x: np.ndarray) -> np.ndarray:
     return np.maximum(2.0**-4 * np.abs(x), 2.0**-10 * scale) * (1 + FLOAT32)
 
 
-def int4_bound(x: np.ndarray, axis: int) -> np.ndarray:
+def int4_bound(x: np.ndarray, axis: int, codes: int = 15) -> np.ndarray:
     """Half a step of the range along `axis`, of rotated vectors.
 
     A range begins at one of 127 multiples of a unit that reaches the head's largest number, and its step is one of 255
@@ -73,7 +73,7 @@ def int4_bound(x: np.ndarray, axis: int) -> np.ndarray:
     """
     low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
     low_unit = 1.01 * np.abs(x).max((-1, -2), keepdims=True) / 127
-    step = (high - low + low_unit) / 15
+    step = (high - low + low_unit) / codes
     step_unit = 1.01 * step.max((-1, -2), keepdims=True) / 255
     return (step + step_unit) / 2 + FLOAT32 * np.abs(x).max((-1, -2), keepdims=True)
 
@@ -85,14 +85,19 @@ VALUE_BOUNDS = {
     "int8": int8_bound,
     "fp8": fp8_bound,
     "int4": lambda x: int4_bound(x, axis=-1),
+    "int3": lambda x: int4_bound(x, axis=-1, codes=7),
 }
-KEY_BOUNDS = VALUE_BOUNDS | {"int4": lambda x: int4_bound(x, axis=-2)}
+KEY_BOUNDS = VALUE_BOUNDS | {
+    "int4": lambda x: int4_bound(x, axis=-2),
+    "int3": lambda x: int4_bound(x, axis=-2, codes=7),
+}
+RANGED = ("int4", "int3")  # formats of ranges, in units that a head shares, of rotated vectors
 SMALLEST = 2.0**-100  # what quantising formats take for zero
 
 
-def rotated(kv_format, x: np.ndarray) -> np.ndarray:
-    """Vectors as the format rotates them, float64."""
-    return x.astype(np.float64) @ np.asarray(kv_format.rotate(jnp.eye(x.shape[-1])), np.float64)
+def rotated(codec, x: np.ndarray) -> np.ndarray:
+    """Vectors as the codec rotates them, float64."""
+    return x.astype(np.float64) @ np.asarray(codec.rotate(jnp.eye(x.shape[-1])), np.float64)
 
 
 def expected_of(kv_format, x: np.ndarray) -> np.ndarray:
@@ -109,47 +114,47 @@ def assert_within(result, expected: np.ndarray, bound: np.ndarray) -> None:
 
 
 def test_every_format_has_bounds():
-    assert set(VALUE_BOUNDS) == set(KEY_BOUNDS) == set(FORMATS)
+    assert set(VALUE_BOUNDS) == set(KEY_BOUNDS) == set(PACKAGED)
 
 
-@every_registered_format
+@every_packaged_format
 @settings(max_examples=20)
 @given(case=written())
 def test_what_is_read_is_within_half_a_step_of_what_was_written(kv_format, case):
     k, v = case
     stored = store(kv_format, k, v)
-    for read, read_own, x, bounds in (
-        (stored.k, stored.k_own, k, KEY_BOUNDS),
-        (stored.v, stored.v_own, v, VALUE_BOUNDS),
+    for codec, read, read_own, x, bounds in (
+        (kv_format.key, stored.k, stored.k_own, k, KEY_BOUNDS),
+        (kv_format.value, stored.v, stored.v_own, v, VALUE_BOUNDS),
     ):
         x = expected_of(kv_format, x).astype(np.float64)
-        own = rotated(kv_format, x)
-        bound = bounds[kv_format.name](own)
+        own = rotated(codec, x)
+        bound = bounds[codec.name](own)
         assert_within(read_own, own, bound)
         # The rotation back is orthogonal, so lengths of errors stay as they are.
         norm = functools.partial(np.linalg.norm, axis=-1)
-        allowed = norm(np.broadcast_to(bound + SMALLEST, x.shape)) + FLOAT32 * norm(x) * (kv_format.name == "int4")
+        allowed = norm(np.broadcast_to(bound + SMALLEST, x.shape)) + FLOAT32 * norm(x) * (kv_format.name in RANGED)
         assert (norm(read - x) <= allowed).all()
 
 
-@every_registered_format
+@every_packaged_format
 @settings(max_examples=10)
 @given(case=written())
 def test_encoding_again_what_was_read_changes_next_to_nothing(kv_format, case):
-    """Nothing at all, except for int4, whose ranges are fitted anew: there it is one more rounding."""
+    """Nothing at all, except for int4 and int3, whose ranges are fitted anew: there it is one more rounding."""
     k, v = case
     once = store(kv_format, k, v)
     twice = store(kv_format, once.k, once.v)
-    if kv_format.name != "int4":
+    if kv_format.name not in RANGED:
         np.testing.assert_array_equal(twice.k, once.k)
         np.testing.assert_array_equal(twice.v, once.v)
         return
     k_own, v_own = once.k_own.astype(np.float64), once.v_own.astype(np.float64)
-    assert_within(twice.k_own, k_own, int4_bound(k_own, -2))
-    assert_within(twice.v_own, v_own, int4_bound(v_own, -1))
+    assert_within(twice.k_own, k_own, KEY_BOUNDS[kv_format.name](k_own))
+    assert_within(twice.v_own, v_own, VALUE_BOUNDS[kv_format.name](v_own))
 
 
-@every_registered_format
+@every_packaged_format
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_zero_stays_zero_and_constant_keys_stay_close(kv_format, value):
     """(A constant *value* vector is a single outlier when int4 has rotated it, and has that error.)"""
@@ -161,7 +166,7 @@ def test_zero_stays_zero_and_constant_keys_stay_close(kv_format, value):
         np.testing.assert_array_equal(stored.v, 0)
 
 
-@every_registered_format
+@every_packaged_format
 def test_huge_numbers_stay_finite(kv_format):
     huge = special_pages("normal", 1e30, 0, page_shape(SMALL))
     assert all(np.isfinite(part).all() for part in store(kv_format, huge, -huge)[1:])
@@ -191,7 +196,7 @@ def test_int8_codes_stay_within_127_for_every_rounding_of_the_scale():
     largest = np.linspace(1.0, 2.0, math.prod(vectors), dtype=np.float32).reshape(*vectors, 1)
     k = largest * np.linspace(1, -1, head_dim, dtype=np.float32)
     stored = store(FORMATS["int8"], k, -k)
-    for part in (*stored.words.k, *stored.words.v):
+    for part in (*stored.words.k.words, *stored.words.v.words):
         codes = part.view(np.int8)
         assert (codes.min(), codes.max()) == (-127, 127)
     np.testing.assert_array_equal(stored.v, -stored.k)
@@ -211,19 +216,20 @@ def test_fp16_saturates_instead_of_overflowing():
 # -- int4 --------------------------------------------------------------------------------------------------
 
 
-@every_registered_format
+@every_packaged_format
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 def test_a_formats_rotation_is_orthogonal_and_the_way_back_undoes_it(kv_format, head_dim):
-    there = np.asarray(kv_format.rotate(jnp.eye(head_dim)), np.float64)
-    back = np.asarray(kv_format.unrotate(jnp.eye(head_dim)), np.float64)
-    np.testing.assert_allclose(there @ there.T, np.eye(head_dim), atol=1e-6)
-    np.testing.assert_allclose(there @ back, np.eye(head_dim), atol=1e-6)
+    for codec in kv_format.sides:
+        there = np.asarray(codec.rotate(jnp.eye(head_dim)), np.float64)
+        back = np.asarray(codec.unrotate(jnp.eye(head_dim)), np.float64)
+        np.testing.assert_allclose(there @ there.T, np.eye(head_dim), atol=1e-6)
+        np.testing.assert_allclose(there @ back, np.eye(head_dim), atol=1e-6)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
 def test_the_rotation_of_int4_spreads_an_outlier_over_as_many_channels_as_it_can(head_dim):
     block = head_dim & -head_dim  # the largest power of two in it
-    matrix = np.abs(FORMATS["int4"].rotate(jnp.eye(head_dim)))
+    matrix = np.abs(FORMATS["int4"].key.rotate(jnp.eye(head_dim)))
     np.testing.assert_allclose(matrix[matrix > 0], block**-0.5, rtol=1e-6)
     assert ((matrix > 0).sum(axis=-1) == block).all()
 
@@ -233,6 +239,6 @@ def test_what_lies_on_the_grid_of_int4_comes_back_as_it_was(geometry):
     """Nearly: the grid's own begin and step are rounded outwards."""
     int4 = FORMATS["int4"]
     ladder = np.resize(np.arange(16, dtype=np.float32), page_shape(geometry))
-    vectors = np.asarray(int4.unrotate(ladder))
+    vectors = np.asarray(int4.value.unrotate(ladder))
     error = np.linalg.norm(store(int4, vectors, vectors).v - vectors, axis=-1)
     assert (error < 0.02 * np.linalg.norm(vectors, axis=-1)).all()

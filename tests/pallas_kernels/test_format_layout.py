@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ALL_FORMATS, PAGES, SMALL, every_format, every_geometry, make_geometry, page_shape, store
+from kernel_cases import (
+    ALL_FORMATS,
+    GEOMETRIES,
+    PACKAGED,
+    PAGES,
+    SMALL,
+    every_format,
+    every_geometry,
+    make_geometry,
+    page_shape,
+    store,
+    unpack,
+)
 
 from fineserve_jax.pallas_kernels.arena import new_arena
-from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, get_format_sizes
-from fineserve_jax.pallas_kernels.formats import FORMATS, Granularity, get_format, register
+from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES, get_format_sizes, pair_name
+from fineserve_jax.pallas_kernels.formats import FORMATS, Granularity, KVFormat, get_format, register
 from fineserve_jax.pallas_kernels.formats.bit_packing import (
     bf16_to_words,
     largest,
@@ -42,14 +54,16 @@ ANY_GEOMETRY = st.builds(
 @every_format
 @given(geometry=ANY_GEOMETRY)
 def test_a_page_is_its_layers_in_whole_units(kv_format, geometry):
-    heads, block = geometry.kv_heads, kv_format.block_words(geometry)
-    assert block * 16 == geometry.page_size * geometry.head_dim * kv_format.value_bits
-    sizes = {
-        Granularity.TOKEN: geometry.page_size,
-        Granularity.CHANNEL: geometry.head_dim // kv_format.packed_lanes,
-        Granularity.PAGE: 1,
-    }
-    content = heads * (2 * block + sum(sizes[part] for part in kv_format.scales))
+    content = 0
+    for codec in kv_format.sides:
+        block = codec.block_words(geometry)
+        assert block * 16 == geometry.page_size * geometry.head_dim * codec.value_bits
+        sizes = {
+            Granularity.TOKEN: geometry.page_size,
+            Granularity.CHANNEL: geometry.head_dim // codec.packed_lanes,
+            Granularity.PAGE: 1,
+        }
+        content += geometry.kv_heads * (block + sum(sizes[part] for part in codec.scales))
     assert kv_format.words_per_layer(geometry) == content
     assert kv_format.units_per_layer(geometry) == math.ceil(content / geometry.unit_words)
     assert kv_format.page_units(geometry) == geometry.num_layers * kv_format.units_per_layer(geometry)
@@ -58,26 +72,35 @@ def test_a_page_is_its_layers_in_whole_units(kv_format, geometry):
 @every_format
 @given(geometry=ANY_GEOMETRY)
 def test_scales_follow_the_values_one_behind_the_other(kv_format, geometry):
-    starts, sizes = kv_format.scale_starts(geometry), kv_format.scale_sizes(geometry)
-    ends = [start + geometry.kv_heads * size for start, size in zip(starts, sizes, strict=True)]
-    values = 2 * geometry.kv_heads * kv_format.block_words(geometry)
-    assert [values, *ends][: len(starts)] == list(starts)
+    """Arrays of one word a head come last."""
+    sizes = [codec.scale_sizes(geometry) for codec in kv_format.sides]
+    starts = [kv_format.scale_starts(geometry)[side][i] for side, i in kv_format.scale_order()]
+    ends = [
+        kv_format.scale_starts(geometry)[side][i] + geometry.kv_heads * sizes[side][i]
+        for side, i in kv_format.scale_order()
+    ]
+    values = geometry.kv_heads * sum(codec.block_words(geometry) for codec in kv_format.sides)
+    assert [values, *ends][: len(starts)] == starts
     assert [values, *ends][-1] == kv_format.words_per_layer(geometry)
+    by_page = [kv_format.sides[side].scales[i] is Granularity.PAGE for side, i in kv_format.scale_order()]
+    assert by_page == sorted(by_page)
 
 
 @every_format
 @given(geometry=ANY_GEOMETRY)
 def test_a_value_is_a_part_of_a_word_or_several_words(kv_format, geometry):
-    assert kv_format.packed_lanes * kv_format.value_bits == 16 * kv_format.word_parts
-    assert kv_format.width(geometry) * kv_format.packed_lanes == geometry.head_dim
-    assert kv_format.width(geometry) * kv_format.word_parts == kv_format.vector_words(geometry)
+    for codec in kv_format.sides:
+        assert codec.packed_lanes * codec.value_bits == 16 * codec.word_parts
+        assert codec.width(geometry) * codec.packed_lanes == geometry.head_dim
+        assert codec.width(geometry) * codec.word_parts == codec.vector_words(geometry)
 
 
 @every_format
 @given(geometry=ANY_GEOMETRY.filter(lambda geometry: len(geometry.unit_shape) == 1))
 def test_a_heads_block_is_whole_units_but_on_tpus(kv_format, geometry):
-    if kv_format.value_bits >= NARROWEST_BITS:
-        assert kv_format.block_words(geometry) % geometry.unit_words == 0
+    for codec in kv_format.sides:
+        if codec.value_bits >= NARROWEST_BITS:
+            assert codec.block_words(geometry) % geometry.unit_words == 0
 
 
 @every_format
@@ -90,7 +113,8 @@ def test_bits_per_value_count_scales_and_padding(kv_format, geometry):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("fp32", 32.0), ("bf16", 16.0), ("fp16", 16.0), ("int8", 8.34), ("fp8", 8.34), ("int4", 4.75)]
+    ("name", "most"),
+    list(zip(PACKAGED, (32.0, 16.0, 16.0, 8.34, 8.34, 4.75, 3.75), strict=True)),
 )
 @pytest.mark.parametrize("kv_heads", [3, 8])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -127,14 +151,15 @@ def test_encode_gives_the_words_that_the_layout_has_room_for(kv_format, geometry
     for lead in ((geometry.kv_heads, 2), (2, 1, 3), ()):
         vector = jax.ShapeDtypeStruct((*lead, geometry.page_size, geometry.head_dim), np.float32)
         words = jax.eval_shape(kv_format.encode_vectors, vector, vector)
-        part = (*lead, geometry.page_size, kv_format.width(geometry))
-        assert [word.shape for word in (*words.k, *words.v)] == [part] * 2 * kv_format.word_parts
-        ends = {
-            Granularity.TOKEN: (geometry.page_size, 1),
-            Granularity.CHANNEL: (1, kv_format.width(geometry)),
-            Granularity.PAGE: (1, 1),
-        }
-        assert [scales.shape for scales in words.scales] == [(*lead, *ends[kind]) for kind in kv_format.scales]
+        for codec, side in zip(kv_format.sides, words, strict=True):
+            part = (*lead, geometry.page_size, codec.width(geometry))
+            assert [word.shape for word in side.words] == [part] * codec.word_parts
+            ends = {
+                Granularity.TOKEN: (geometry.page_size, 1),
+                Granularity.CHANNEL: (1, codec.width(geometry)),
+                Granularity.PAGE: (1, 1),
+            }
+            assert [scales.shape for scales in side.scales] == [(*lead, *ends[kind]) for kind in codec.scales]
         assert {part.dtype for part in jax.tree.leaves(words)} == {np.dtype(np.uint16)}
         read = jax.eval_shape(kv_format.decode_vectors, words)
         assert [(part.shape, part.dtype) for part in read] == [(vector.shape, vector.dtype)] * 2
@@ -151,32 +176,31 @@ def some_words(kv_format):
 @every_format
 def test_scales_may_be_spread_over_the_page_before_they_are_used(kv_format):
     """Whatever shape a kernel loads scales in, values come out the same."""
-    words = some_words(kv_format)
-    scales = kv_format.read_scales(words.scales)
-    spread = tuple(np.broadcast_to(part, words.k[0].shape) for part in scales)
-    expected, found = (kv_format.unpack(words.k, words.v, part).scaled_lanes() for part in (scales, spread))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for codec, side in zip(kv_format.sides, some_words(kv_format), strict=True):
+        scales = codec.read_scales(side.scales)
+        spread = tuple(np.broadcast_to(part, side.words[0].shape) for part in scales)
+        expected, found = (codec.unpack(side.words, part).scaled_lanes() for part in (scales, spread))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @every_format
 def test_pages_and_heads_are_unpacked_each_by_itself(kv_format):
     """A kernel sees one page of one head at a time."""
     words = some_words(kv_format)
-    whole = kv_format.unpack(words.k, words.v, kv_format.read_scales(words.scales)).scaled_lanes()
+    whole = [side.scaled_lanes() for side in unpack(kv_format, words)]
     where = (1, 0, PAGES // 2)
-    one = jax.tree.map(lambda part: part[where], words)
-    found = kv_format.unpack(one.k, one.v, kv_format.read_scales(one.scales)).scaled_lanes()
+    found = [side.scaled_lanes() for side in unpack(kv_format, jax.tree.map(lambda part: part[where], words))]
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda part: part[where], whole))
 
 
-@pytest.mark.parametrize("name", [name for name, kv_format in ALL_FORMATS.items() if kv_format.scales])
+@pytest.mark.parametrize("name", [name for name, kv_format in ALL_FORMATS.items() if kv_format.value.scales])
 def test_values_that_have_a_scale_are_finite_for_any_words(name):
     """Attention clears only the scales of tokens that do not count, so 0 * NaN must not come from the values."""
-    kv_format, words = ALL_FORMATS[name], (jnp.arange(2**16, dtype=jnp.uint16).reshape(-1, 64),)
-    scales = tuple(jnp.ones((1, 1)) for _ in kv_format.read_scales(some_words(kv_format).scales))
-    vectors = kv_format.unpack(words, words, scales)
-    assert vectors.v_scale is not None
-    assert all(np.isfinite(lane).all() for lane in vectors.v)
+    codec, words = ALL_FORMATS[name].value, (jnp.arange(2**16, dtype=jnp.uint16).reshape(-1, 64),)
+    scales = tuple(jnp.ones((1, 1)) for _ in codec.read_scales(some_words(ALL_FORMATS[name]).v.scales))
+    vectors = codec.unpack(words * codec.word_parts, scales)
+    assert vectors.scale is not None
+    assert all(np.isfinite(lane).all() for lane in vectors.lanes)
 
 
 # -- words -------------------------------------------------------------------------------------------------
@@ -229,27 +253,56 @@ def test_every_residual_is_a_registered_token_wise_format():
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones_named():
-    with pytest.raises(ValueError, match=r"'int3'.*fp32, bf16, fp16, int8, fp8, int4"):
-        get_format("int3")
+    with pytest.raises(ValueError, match=r"'int5'.*fp32, bf16, fp16, int8, fp8, int4.*or a pair such as k8v4"):
+        get_format("int5")
+
+
+def test_a_pair_is_the_codecs_of_two_formats():
+    """Any: that of keys from one, that of values from the other; the same object each time, and the same sizes."""
+    for key in PACKAGED.values():
+        for value in PACKAGED.values():
+            name = pair_name(key.key.name, value.value.name)
+            pair = get_format(name)
+            assert pair is get_format(name)
+            assert (pair.name, pair.key, pair.value) == (name, key.key, value.value)
+            for geometry in GEOMETRIES:
+                assert get_format_sizes(name).page_units(geometry) == pair.page_units(geometry)
+            residual = [codec.residual or codec.name for codec in pair.sides]
+            assert pair.residual == (None if residual == [codec.name for codec in pair.sides] else pair_name(*residual))
+            assert pair.residual is None or get_format(pair.residual).residual is None
+    assert get_format("k8v4").sides == (FORMATS["int8"].key, FORMATS["int4"].value)
+    assert get_format("kbf16v4").residual == "kbf16v8"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("k8v5", r"'k8v5': no codec of values is called '5'; use fp32, bf16, fp16, 8, fp8, 4, 3"),
+        ("k5v8", r"'k5v8': no codec of keys is called '5'; use fp32"),
+        ("k8v8", "'k8v8' is called 'int8'"),
+    ],
+)
+def test_a_pair_that_there_is_not_is_refused(name, message):
+    for find in (get_format, get_format_sizes):
+        with pytest.raises(ValueError, match=message):
+            find(name)
 
 
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
         ({"name": "int8"}, "'int8' is registered already; choose another name"),
-        (
-            {"name": "new", "residual": "int4"},
-            "wants 'int4' for its newest tokens, which is no registered token-wise format",
-        ),
-        ({"name": "new", "residual": "fp4"}, "wants 'fp4' for its newest tokens"),
+        ({"name": "new", "residual": "int4"}, "wants 'int4' for its newest tokens, which is not token-wise"),
+        ({"name": "new", "residual": "fp4"}, r"wants 'fp4' for its newest tokens, which there is not \(.*bf16"),
         ({"name": "new", "residual": None}, r"scales \(channel, .*page\) that take a whole page.*name.*as `residual`"),
     ],
     ids=["taken", "page-wise residual", "unknown residual", "no residual page"],
 )
 def test_a_format_that_cannot_work_is_refused(attributes, message):
     before = dict(FORMATS)
+    codec = type("Unusable", (type(FORMATS["int4"].key),), attributes)()
     with pytest.raises(ValueError, match=message):
-        register(type("Unusable", (type(FORMATS["int4"]),), attributes)())
+        register(KVFormat(codec, codec))
     assert before == FORMATS == FORMAT_SIZES
 
 

@@ -94,7 +94,7 @@ def test_rows_with_any_number_of_queries_in_blocks_of_heads():
     geometry = geometry_of(kv_heads=4, head_dim=128, page_size=16)
     spec = spec_of(geometry, ["int4"], 4, num_queries=64, max_pages=8, window=60, soft_cap=1.5)
     (layout,) = plan_launch(spec, 4, jnp.float32).formats
-    assert layout.num_head_blocks > 1
+    assert layout.keys.num_head_blocks > 1
     segments = [
         Segment(0, "int4", 112),
         Segment(0, "int4", 5, 112),

@@ -106,8 +106,9 @@ def test_queries_do_not_see_later_cached_keys():
 
 
 def test_formats_with_the_same_rotation_share_it():
-    rotations = Rotations((get_format("bf16"), get_format("int4"), get_format("int8"), get_format("int4")), 64)
-    assert rotations.of_format == (0, 1, 0, 1)
+    names = ("bf16", "int4", "int8", "int4")
+    rotations = Rotations([get_format(name).key for name in names], 64)
+    assert rotations.of_codec == (0, 1, 0, 1)
     vectors = jnp.asarray(np.random.default_rng(0).standard_normal((3, 64), np.float32))
     rotated = rotations.rotate(vectors)
     assert rotated.shape == (2, 3, 64)

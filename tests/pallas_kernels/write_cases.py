@@ -14,7 +14,7 @@ import pytest
 from kernel_cases import ALL_FORMATS, FAR_AWAY, geometry_id
 
 from fineserve_jax.pallas_kernels import operations
-from fineserve_jax.pallas_kernels.formats import Granularity, KVFormat, PageWords, get_format
+from fineserve_jax.pallas_kernels.formats import Codec, EncodedVectors, Granularity, KVFormat, PageWords, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import Implementation
 from fineserve_jax.pallas_kernels.specs import WriteSpec
@@ -37,12 +37,13 @@ def write_tokens(spec, arena, words, pages, offsets):
     return operations.write_tokens(spec, arena, {0: words}, pages, offsets, jnp.zeros_like(pages))
 
 
-TOKEN_FORMATS = [kv_format for kv_format in ALL_FORMATS.values() if kv_format.residual is None]
+TOKEN_PAIR = get_format("kbf16v8")  # whose keys and values differ in length
+TOKEN_FORMATS = [kv_format for kv_format in (*ALL_FORMATS.values(), TOKEN_PAIR) if kv_format.residual is None]
 KERNEL_PAGES = 6
 NUM_PLACES = 14  # where pages fit into an arena
 
 # Formats whose rotations differ: products are summed in another order, and a value may get the next code.
-ROTATING = [("bf16", "int4"), ("int8", "int4")]
+ROTATING = [("bf16", "int4"), ("int8", "int4"), ("bf16", "k8v4")]
 SAME_ROTATION = [("bf16", "int8"), ("fp32", "bf16"), ("int8", "bf16"), ("fp8", "fp32")]
 MOST_DIFFERENT_WORDS = 0.002
 BF16_STEP = 2.0**-7
@@ -85,15 +86,19 @@ class Arena:
 
     def words(self, kv_format: KVFormat, num_tokens: int) -> PageWords:
         """Any bits, as words of pages of so many tokens."""
-        geometry, width = self.geometry, kv_format.width(self.geometry)
-        shapes = {Granularity.TOKEN: (num_tokens, 1), Granularity.CHANNEL: (1, width), Granularity.PAGE: (1, 1)}
+        geometry = self.geometry
         leading = (geometry.num_layers, geometry.kv_heads, KERNEL_PAGES)
 
         def part(*shape: int) -> np.ndarray:
             return self.rng.integers(0, 2**16, leading + shape, np.uint16)
 
-        k, v = (tuple(part(num_tokens, width) for _ in range(kv_format.word_parts)) for _ in "kv")
-        return PageWords(k, v, tuple(part(*shapes[kind]) for kind in kv_format.scales))
+        def side(codec: Codec) -> EncodedVectors:
+            width = codec.width(geometry)
+            shapes = {Granularity.TOKEN: (num_tokens, 1), Granularity.CHANNEL: (1, width), Granularity.PAGE: (1, 1)}
+            words = tuple(part(num_tokens, width) for _ in range(codec.word_parts))
+            return EncodedVectors(words, tuple(part(*shapes[kind]) for kind in codec.scales))
+
+        return PageWords(*map(side, kv_format.sides))
 
 
 def check_write_pages(implementation: Implementation, kv_format: KVFormat, geometry: PageGeometry) -> None:

@@ -24,7 +24,8 @@ from fineserve_jax.request.request import PromptScores, Request, RequestTimes, S
 from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.programs import compiler_options
-from fineserve_jax.runner.runner import ModelRunner, SampledToken
+from fineserve_jax.runner.results import SampledToken
+from fineserve_jax.runner.runner import ModelRunner
 
 MODEL = "tiny"
 PAGE_SIZE = 16

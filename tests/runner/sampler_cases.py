@@ -7,7 +7,8 @@ import numpy as np
 
 from fineserve_jax.request.request import Request, RequestTimes
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.runner.sampler import Sampled, build_sampling, sample
+from fineserve_jax.runner.sampler import Sampled, sample
+from fineserve_jax.runner.sampling_inputs import build_sampling
 
 MAX_SEQ_LEN = 32
 

@@ -13,21 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
-from fineserve_jax.pallas_kernels.formats import FORMATS, register
-from fineserve_jax.pallas_kernels.formats.wide import Float32KV
+from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, register
+from fineserve_jax.pallas_kernels.formats.wide import Float32Codec
 
 
-class Bent(Float32KV):
+class Bent(Float32Codec):
     """Token-wise: a nonlinear function of each number."""
 
     name = "bent"
 
-    def encode(self, k, v):
-        k, v = (k[0] + 0.5 * jnp.sin(2 * k[0]),), (v[0] + 0.5 * jnp.cos(2 * v[0]),)
-        return super().encode(k, v)
+    def __init__(self, bend):
+        self.bend = bend
+
+    def encode(self, lanes):
+        return super().encode((lanes[0] + 0.5 * self.bend(2 * lanes[0]),))
 
 
-class Woven(Float32KV):
+class Woven(Float32Codec):
     """Page-wise: each token takes something from the others of its page; vectors are rotated in a way of its own.
 
     (Means over a page are for XLA alone: kernels know minima and maxima.)
@@ -36,9 +38,8 @@ class Woven(Float32KV):
     name = "woven"
     residual = "bent"
 
-    def encode(self, k, v):
-        k, v = ((part[0] - 0.7 * part[0].mean(axis=-2, keepdims=True),) for part in (k, v))
-        return super().encode(k, v)
+    def encode(self, lanes):
+        return super().encode((lanes[0] - 0.7 * lanes[0].mean(axis=-2, keepdims=True),))
 
     def rotation(self, head_dim):
         """Moves every channel five places on."""
@@ -48,7 +49,7 @@ class Woven(Float32KV):
 @contextmanager
 def smooth_formats() -> Iterator[tuple[str, ...]]:
     """Registers both; gives their names."""
-    added = (register(Bent()), register(Woven()))
+    added = (register(KVFormat(Bent(jnp.sin), Bent(jnp.cos))), register(KVFormat(Woven(), Woven())))
     try:
         yield tuple(kv_format.name for kv_format in added)
     finally:

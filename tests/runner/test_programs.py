@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from runner_cases import PAGE_SIZE, Feed, World
 
-from fineserve_jax.runner import programs, runner
+from fineserve_jax.runner import programs, step_programs
 from fineserve_jax.runner.programs import FUSION_FLAG, SINGLE_PRODUCTS, compile_counted, compiler_options
 
 NEEDED = version("jaxlib").startswith("0.10.")
@@ -54,23 +54,24 @@ def test_log_probabilities_of_many_rows_are_right(rows, vocabulary):
 def test_no_program_of_a_step_joins_products_with_reductions(monkeypatch):
     texts = []
 
-    def compile_and_note(function, on_compile, donate_argnums=()):
+    def compile_and_note(function, on_compile, donate_argnums=(), static_argnums=()):
         def call(*arguments):
-            jitted = jax.jit(function, donate_argnums=donate_argnums, compiler_options=compiler_options())
+            options = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
+            jitted = jax.jit(function, **options, compiler_options=compiler_options())
             compiled = jitted.lower(*arguments).compile()
             texts.append(compiled.as_text())
-            return compiled(*arguments)
+            return compiled(*(argument for i, argument in enumerate(arguments) if i not in static_argnums))
 
         return call
 
-    monkeypatch.setattr(runner, "compile_counted", compile_and_note)
-    runner._programs.cache_clear()
+    monkeypatch.setattr(step_programs, "compile_counted", compile_and_note)
+    step_programs.step_programs.cache_clear()
     try:
         tokens = tuple(range(1, PAGE_SIZE + 3))
         world = World(("bf16", "int8", "fp8", "int4"), scores=True)
         world.feed([Feed(name, tokens, (PAGE_SIZE, 1, 1)) for name in ("bf16", "int8", "fp8", "int4")])
     finally:
-        runner._programs.cache_clear()
+        step_programs.step_programs.cache_clear()
     assert len(texts) >= 5
     assert [name for text in texts for name in joined_products(text)] == []
 

@@ -65,7 +65,7 @@ def test_nobody_takes_what_requests_hold_that_are_not_preemptible():
     assert all(request.num_preemptions == 0 for request in engine.requests[:4])
 
 
-@pytest.mark.parametrize("name", ["tenant:bob", "precision:bf16"])
+@pytest.mark.parametrize("name", ["tenant:bob", "precision:bf16", "model:m"])
 def test_a_maximum_holds_while_memory_lies_idle(name):
     engine = FakeEngine(make_kv(20), quotas={name: {"max": 0.5}})
     account = engine.scheduler.quotas.account

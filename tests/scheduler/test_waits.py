@@ -55,6 +55,25 @@ def test_decoding_stands_still_while_a_prompt_is_computed():
     assert predictor(1).wait_s([Ahead("m", True, 100, 0, 5.0)], False) == pytest.approx(5.0 + 1.0)
 
 
+@given(st.lists(st.integers(1, 30), max_size=PLACES), st.lists(st.integers(1, 30), max_size=6), st.integers(1, 200))
+def test_a_first_token_comes_behind_the_wait_the_prompts_ahead_and_its_own(running, waiting, prompt):
+    """A prompt takes a second, and so does a decode step."""
+    waits, own = predictor(), Ahead("m", False, prompt, 0, 5.0)
+    others = [ahead(n, True) for n in running] + [ahead(n, False) for n in waiting]
+    own_s = 0.0 if prompt == 1 else 1.0
+    wait_s = waits.wait_s(others, False)
+    assert waits.first_token_s(others, own, False) == pytest.approx((wait_s + own_s, 1.0))
+    if len(others) < PLACES:
+        busy = [one._replace(prefill_tokens=50) for one in others]
+        assert waits.first_token_s(busy, own, False)[0] == pytest.approx(len(busy) + own_s)
+
+
+def test_what_is_ahead_of_a_model_that_was_unloaded_counts_for_nothing():
+    gone = ahead(30, True)._replace(model="gone")
+    assert predictor(1).wait_s([gone], False) == 0.0
+    assert predictor(1).first_token_s([gone], Ahead("m", False, 10, 0, 5.0), True) == (1.0, 1.0)
+
+
 def test_models_take_turns():
     profiles = {name: StepProfile(MODEL, ROOFLINE) for name in "mn"}
     waits = WaitPredictor(2, profiles, OutputLengths())

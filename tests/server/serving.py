@@ -5,7 +5,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import openai
@@ -59,12 +59,16 @@ class Running:
 
 @contextlib.contextmanager
 def serving(
-    llm: AsyncLLM, classes: dict[str, ServiceClass] | None = None, sampling: Any = None, **settings: Any
+    llm: AsyncLLM,
+    classes: dict[str, ServiceClass] | None = None,
+    sampling: Any = None,
+    admin_keys: Sequence[str] = (),
+    **settings: Any,
 ) -> Iterator[Running]:
-    """A server with an engine that others may use afterwards."""
-    config = ServerConfig(port=0, **settings)
+    """A server with an engine that others may use afterwards; it is not warmed up unless that is asked for."""
+    config = ServerConfig(**({"port": 0, "warm_up": False} | settings))
     listening = listen(config)
-    service = Service(llm, config, ServiceClasses(classes or {}), sampling)
+    service = Service(llm, config, ServiceClasses(classes or {}, admin_keys), sampling)
     server = make_server(service)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -185,7 +185,7 @@ def test_what_a_request_leaves_open_is_as_in_openais_api_or_as_the_server_was_to
             "--own-chat",
         ),
         ({"store": True}, openai.BadRequestError, "unsupported_parameter", "store=True is not served"),
-        ({"extra_body": {"kv_precision": "int3"}}, openai.BadRequestError, "invalid_request", "int3"),
+        ({"extra_body": {"kv_precision": "int5"}}, openai.BadRequestError, "invalid_request", "int5"),
         (
             {"extra_body": {"kv_precison": "int8"}},
             openai.BadRequestError,

@@ -11,7 +11,7 @@ from sim_cases import MODEL, cluster, options, simulate, workload
 from fineserve_jax.engine.page_shapes import page_classes as engine_classes
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
-from fineserve_jax.pallas_kernels.formats import FORMATS, register
+from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, register
 from fineserve_jax.sim import Kind
 from fineserve_jax.sim.models import SHAPES, page_classes, parse_model
 
@@ -31,7 +31,7 @@ def int2():
     spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    yield register(example.Int2()).name
+    yield register(KVFormat(example.Keys(), example.Values())).name
     for registry in (FORMATS, FORMAT_SIZES):
         del registry["int2"]
 

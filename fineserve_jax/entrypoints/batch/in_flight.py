@@ -9,7 +9,7 @@ from fineserve_jax.engine.resuming import SampleSoFar
 from fineserve_jax.entrypoints.batch.journal import Journal
 from fineserve_jax.entrypoints.batch.rows import BatchRow
 from fineserve_jax.request.request import FinishReason, Request, RequestStatus
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.runner.results import TokenLogprobs
 
 NOT_RESUMED = (FinishReason.ABORT, FinishReason.LATE, FinishReason.ERROR)
 

@@ -21,6 +21,7 @@ from fineserve_jax.entrypoints.cli.flag_types import Switch
 from fineserve_jax.entrypoints.cli.options import BenchFlags, ConfigFlag, ModelFlag, settle
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.loaders import load_model
+from fineserve_jax.runner.mesh import device_group
 
 LATENCIES = {"ttft_s": "first token", "itl_s": "between tokens", "e2e_s": "whole answer"}
 
@@ -64,7 +65,8 @@ def bench(
     }
     begun = time.perf_counter()
     use_compilation_cache()
-    loaded = load_model(settings.model, settings.config().weights)
+    plain = settings.config()
+    loaded = load_model(settings.model, plain.weights, device_group(plain.tensor_parallel))
     # An engine each: programs of one case do not carry the loops that only another needs.
     engines = {case: Engine(loaded, configs[case]) for case in configs}
     prompts = random_prompts(loaded.config.vocab_size, requests, prompt_tokens)

@@ -48,6 +48,11 @@ COMMANDS = {
         "bench",
         "Measure how fast a model is served on this machine: tokens a second, and percentiles of latencies.",
     ),
+    "warm": Command(
+        "warm",
+        "Compile all that serving can need into the compilation cache, so that the next start with the same settings, "
+        "on such a machine, loads it instead.",
+    ),
     "slabs": Command(
         "slabs",
         "Draw a recorded run: a picture (PNG), and a page for the browser that needs no network (HTML).",

@@ -8,12 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from fineserve_jax.engine.compilation_cache import use_compilation_cache
-from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.load import load_engine
 from fineserve_jax.engine.perplexity import measure_perplexity, read_text
 from fineserve_jax.entrypoints.cli.flag_types import Switch
 from fineserve_jax.entrypoints.cli.options import ConfigFlag, ModelFlag, PerplexityFlags, settle
-from fineserve_jax.loaders import load_model
 
 
 def perplexity(
@@ -43,12 +41,9 @@ def perplexity(
     settings = settle(config, model, engine)
     content = read_text(text, window, windows)
     options = settings.config(max_batch_size=1, max_seq_len=window)
-    use_compilation_cache()
-    loaded = load_model(settings.model, options.weights)
-    tokens = loaded.tokenizer.encode(content, add_special_tokens=False)
-    result = measure_perplexity(
-        Engine(loaded, options), tokens, window, windows, on_window=lambda i, ppl: _progress(i, windows, ppl)
-    )
+    made = load_engine(settings.model, options)
+    tokens = made.tokenizer.encode(content, add_special_tokens=False)
+    result = measure_perplexity(made, tokens, window, windows, on_window=lambda i, ppl: _progress(i, windows, ppl))
     print(json.dumps(asdict(result)) if as_json else result)
 
 

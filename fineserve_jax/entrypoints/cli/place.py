@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fineserve_jax.engine.output_files import check_can_write
+from fineserve_jax.entrypoints.cli.placed_plan import plan_of
 from fineserve_jax.sim.placement import (
     Estimate,
     Placement,
@@ -31,6 +32,7 @@ def place(
     *,
     rule: Literal["greedy", "exhaustive", "slab_aware", "prism"] = "greedy",
     json_output: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    plan: Path | None = None,
 ) -> None:
     """Say which model goes on which devices, with how many replicas, and what to expect of it.
 
@@ -41,8 +43,10 @@ def place(
         workload: YAML with `devices` and `models`.
         rule: greedy search, exhaustive search for small cases, or the rules of the FineServe paper and of Prism.
         json_output: write the placement there.
+        plan: write it there as a plan that `fineserve-jax serve --plan` runs.
     """
     check_can_write("json", json_output)
+    check_can_write("plan", plan)
     problem = read_problem(workload)
     placement, expected = RULES[rule](problem)
     console = Console()
@@ -50,6 +54,8 @@ def place(
         console.width = 140
     console.print(_models(problem, placement, expected))
     console.print(_devices(problem, expected))
+    if plan is not None:
+        plan.write_text(plan_of(problem, placement, expected).to_yaml())
     print(f"in time: {expected.in_time_per_s:.2f} of {sum(model.rate for model in problem.models):.2f} requests/s")
     if json_output is not None:
         json_output.write_text(json.dumps(_as_json(problem, placement, expected), indent=1) + "\n")

@@ -1,12 +1,24 @@
 """`fineserve-jax serve`: the OpenAI-compatible server."""
 
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from fineserve_jax.entrypoints.cli.options import ConfigFlag, EngineFlags, ModelFlags, SamplingFlags, flags_of, settle
+import tyro
+
+from fineserve_jax.entrypoints.cli.options import (
+    ConfigFlag,
+    EngineFlags,
+    ModelFlags,
+    SamplingFlags,
+    Settings,
+    flags_of,
+    settle,
+)
 from fineserve_jax.entrypoints.server.server_config import ServerConfig
 from fineserve_jax.errors import ConfigError
+from fineserve_jax.fleet import Plan, read_plan
 
 if TYPE_CHECKING:
     ServerFlags: TypeAlias = Mapping[str, Any]
@@ -21,6 +33,7 @@ def serve(
     server: ServerFlags,
     model: ModelFlags = (),
     config: ConfigFlag = None,
+    plan: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")] = None,
     engine: EngineFlags,
     sampling: SamplingFlags,
 ) -> None:
@@ -34,8 +47,10 @@ def serve(
         model: alias, .gguf file, Hugging Face directory or converted directory. Several models are given as
             NAME=MODEL or NAME=MODEL:WEIGHTS, e.g. small=smollm2-135m:int8, and requests name theirs as "model".
         config: YAML file with `model` or `models` and defaults for the options below.
+        plan: YAML file with the engines to be served from, their models, devices and settings, as `fineserve-jax
+            place` writes it; instead of models and of the engine's options.
     """
-    settings = settle(config, model, engine, sampling)
+    settings, planned = _settings(config, model, engine, sampling, plan)
     try:
         from fineserve_jax.entrypoints.server.classes import read_classes
         from fineserve_jax.entrypoints.server.run import listen, run_server
@@ -46,14 +61,29 @@ def serve(
         raise ConfigError("serve needs Starlette and uvicorn: pip install 'fineserve-jax[serve]'") from None
     server_config = ServerConfig(**server)
     classes = read_classes(server_config.classes)
-    engine_config = settings.config()
-    if twice := engine_config.quotas.keys() & classes.quotas.keys():
-        raise ConfigError(f"{min(twice)!r} has a quota in the engine's settings and in the classes; leave one out")
+    if planned is None:
+        engine_config = settings.config()
+        if twice := engine_config.quotas.keys() & classes.quotas.keys():
+            raise ConfigError(f"{min(twice)!r} has a quota in the engine's settings and in the classes; leave one out")
+        quotas = {"quotas": {**engine_config.quotas, **classes.quotas}}
+        given = {"model": settings.model or None, "models": settings.models or None, **settings.engine, **quotas}
+    else:
+        given = {"plan": planned.with_quotas(classes.quotas)}
     if server_config.host not in LOOPBACK and not classes.classes:
         print(f"warning: anybody who reaches {server_config.host} is served; --classes asks for keys", file=sys.stderr)
     listening = listen(server_config)  # before the model is loaded, which takes long
     from fineserve_jax.async_llm import AsyncLLM
 
-    given = {**settings.engine, "quotas": {**engine_config.quotas, **classes.quotas}}
-    llm = AsyncLLM(settings.model or None, models=settings.models or None, **given)
-    run_server(Service(llm, server_config, classes, settings.sampling), listening)
+    run_server(Service(AsyncLLM(**given), server_config, classes, settings.sampling), listening)
+
+
+def _settings(
+    config: Path | None, model: Sequence[str], engine: EngineFlags, sampling: SamplingFlags, plan: Path | None
+) -> tuple[Settings, Plan | None]:
+    """What the flags say, and the plan if there is one, which then says all of models and engines."""
+    settings = settle(config, model, engine, sampling)
+    if plan is None:
+        return settings, None
+    if model or any(value != () for value in engine.values()) or settings.engine:
+        raise ConfigError("models and the engine's options beside --plan, which says them itself; change the plan")
+    return settings, read_plan(plan)

@@ -9,7 +9,14 @@ from fineserve_jax.entrypoints.openai_api.logprobs import Echo, Entries, chat_lo
 from fineserve_jax.entrypoints.openai_api.tool_calls import calls_message, find_calls
 from fineserve_jax.request.request import FinishReason
 
-STATUS = {"engine_fault": 500, "internal_error": 500, "not_finite": 500, "dead_end": 500, "late": 408}
+STATUS = {
+    "engine_fault": 500,
+    "internal_error": 500,
+    "not_finite": 500,
+    "dead_end": 500,
+    "late": 408,
+    "model_not_found": 404,
+}
 """HTTP status of errors by their code; 400 for all others that a request may make."""
 
 LATE = (

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.loaders import Tokenizer
-from fineserve_jax.runner.runner import TokenLogprobs
+from fineserve_jax.runner.results import TokenLogprobs
 
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, as in OpenAI's API, whose log-probabilities are never null."""

@@ -7,6 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fineserve_jax.entrypoints.server.admin import Admin
 from fineserve_jax.entrypoints.server.endpoints import Endpoints
 from fineserve_jax.entrypoints.server.errors import ApiError, api_error
 from fineserve_jax.entrypoints.server.service import Service
@@ -20,6 +21,7 @@ GONE = 499
 def make_app(service: Service) -> Starlette:
     """The server as an ASGI application."""
     endpoints = Endpoints(service)
+    admin = Admin(service, endpoints)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", endpoints.complete, methods=["POST"]),
@@ -27,6 +29,8 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),
             Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+            Route("/admin/models", admin.load, methods=["POST"]),
+            Route("/admin/models/{name:path}", admin.unload, methods=["DELETE"]),
             Route("/health", endpoints.health),
             Route("/metrics", endpoints.metrics),
             Route("/live", endpoints.live),

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fineserve_jax.engine.async_loop import AsyncInbox
+from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.checks import most_prompt_tokens
-from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.intake import Intake
 from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.entrypoints.openai_api.asked import Asked, SamplingDefaults, prompt_tokens, sort_fields
 from fineserve_jax.entrypoints.openai_api.bodies import body_fields, prompts_of
@@ -45,7 +46,7 @@ class Asking:
 
 
 def read_asking(
-    engine: Engine,
+    engine: Intake,
     defaults: SamplingDefaults,
     receiver: AsyncInbox,
     form: Form,
@@ -90,14 +91,14 @@ def read_asking(
     return Asking(form, receiver, tickets, is_streamed, tells_usage, asked.echo, asked.chat.callable_names)
 
 
-def tokens_of(engine: Engine, asked: Asked, sampling: SamplingParams, own_templates: bool) -> list[int]:
+def tokens_of(engine: Intake, asked: Asked, sampling: SamplingParams, own_templates: bool) -> list[int]:
     """The prompt as token ids, to be answered so.
 
     Raises:
         RequestError: a prompt that cannot be read, or that has more tokens than its model can answer.
         ApiError: see `read_asking`.
     """
-    check_model(engine, asked.options.model)
+    check_model(dict(engine.models), asked.options.model)
     served, template = engine.served(asked.options.model), asked.chat.chat_template
     if template is not None and template not in served.tokenizer.chat_templates and not own_templates:
         known = ", ".join(sorted(served.tokenizer.chat_templates)) or "none"
@@ -106,10 +107,10 @@ def tokens_of(engine: Engine, asked: Asked, sampling: SamplingParams, own_templa
     return prompt_tokens(asked, served.tokenizer, most_prompt_tokens(served.max_seq_len, sampling))
 
 
-def check_model(engine: Engine, model: str | None) -> None:
-    """Raises `ApiError` for a model that is not served."""
-    if model is not None and model not in engine.models:
-        known = ", ".join(engine.models)
+def check_model(models: Mapping[str, KnownModel], model: str | None) -> None:
+    """Raises `ApiError` for a model that is not among those that are served; None: the only one is meant."""
+    if model is not None and model not in models:
+        known = ", ".join(models) or "none, until one is loaded"
         raise ApiError(f"model={shown(model)} is not served; choose one of {known}", "model_not_found", 404)
 
 

@@ -7,12 +7,13 @@ classes:
     kv_precisions: [bf16, int8]
     ttft_slo_s: 0.5
     quota: {guaranteed: 0.5}
+admin_keys: ["sha256:2c26b4..."]
 """
 
 import hashlib
 import hmac
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -100,17 +101,23 @@ class ServiceClasses:
 
     Args:
         classes: by name.
+        admin_keys: of who may load and unload models, and is served no answers for that; as `ServiceClass.keys`.
 
     Raises:
-        ConfigError: a key of two classes.
+        ConfigError: a key of two classes, or an empty one.
     """
 
-    def __init__(self, classes: Mapping[str, ServiceClass]) -> None:
+    def __init__(self, classes: Mapping[str, ServiceClass], admin_keys: Sequence[str] = ()) -> None:
         self.classes = dict(classes)
+        if not all(key.strip() for key in admin_keys):
+            raise ConfigError("admin_keys has an empty key; give each some text that nobody guesses")
+        self._admin_digests = list(map(_digest_of, admin_keys))
         self._digests: list[tuple[bytes, str]] = []
         for name, service_class in self.classes.items():
             for key in service_class.keys:
-                digest = bytes.fromhex(found[1]) if (found := HASHED.fullmatch(key)) else _digest(key.encode())
+                digest = _digest_of(key)
+                if digest in self._admin_digests:
+                    raise ConfigError(f"class {name!r} has a key of admin_keys; give each its own")
                 if other := [other for known, other in self._digests if known == digest]:
                     raise ConfigError(f"the classes {other[0]!r} and {name!r} have a key in common; give each its own")
                 self._digests.append((digest, name))
@@ -124,6 +131,11 @@ class ServiceClasses:
             if quota is not None and quotas.setdefault(f"tenant:{tenant}", quota) != quota:
                 raise ConfigError(f"class {name!r} gives the tenant {tenant!r} a second quota; give it one")
         return quotas
+
+    @property
+    def kv_precisions(self) -> tuple[str, ...]:
+        """What the classes name, each once."""
+        return tuple(dict.fromkeys(name for one in self.classes.values() for name in one.kv_precisions or ()))
 
     def check_formats(self, served: Collection[str]) -> None:
         """Raises `ConfigError` for a precision that the engine does not serve."""
@@ -143,15 +155,28 @@ class ServiceClasses:
         """
         if not self.classes:
             return "", None
-        scheme, _, key = (authorization or "").partition(" ")
-        digest, found = _digest(key.strip().encode(errors="replace")), None
+        digest, found = _sent_digest(authorization), None
         for known, name in self._digests:
             if hmac.compare_digest(digest, known):
                 found = name
-        if found is None or scheme.lower() != "bearer":
-            message = "the API key is missing or unknown; send the header Authorization: Bearer KEY"
-            raise ApiError(message, "invalid_api_key", 401, {"WWW-Authenticate": "Bearer"})
+        if found is None:
+            raise _unknown_key("the API key")
         return found, self.classes[found]
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether there is somebody who may load and unload models."""
+        return bool(self._admin_digests)
+
+    def check_admin(self, authorization: str | None) -> None:
+        """Raises `ApiError` unless that header has an admin key; compared as keys of classes are."""
+        if not self.has_admin:
+            message = "nobody may load and unload models here; start the server with --classes and admin_keys in it"
+            raise ApiError(message, "not_found", 404)
+        digest = _sent_digest(authorization)
+        found = [known for known in self._admin_digests if hmac.compare_digest(digest, known)]  # all are compared
+        if not found:
+            raise _unknown_key("the admin key")
 
 
 def read_classes(path: Path | None) -> ServiceClasses:
@@ -159,9 +184,14 @@ def read_classes(path: Path | None) -> ServiceClasses:
     if path is None:
         return ServiceClasses({})
     settings = read_settings(path)
-    listed = settings.get("classes")
-    if set(settings) != {"classes"} or not isinstance(listed, dict) or not listed:
-        raise ConfigError(f"{path} must hold `classes`, a table of classes by name, and nothing else")
+    listed, admin_keys = settings.get("classes", {}), settings.get("admin_keys", [])
+    is_known = set(settings) in ({"classes"}, {"admin_keys"}, {"classes", "admin_keys"})
+    if not is_known or not isinstance(listed, dict) or not (listed or admin_keys):
+        raise ConfigError(
+            f"{path} must hold `classes`, a table of classes by name, `admin_keys`, a list, or both, and nothing else"
+        )
+    if not isinstance(admin_keys, list) or not all(isinstance(key, str) for key in admin_keys):
+        raise ConfigError(f"admin_keys in {path} must be a list of keys, each a text in quotes")
     classes = {}
     for name, values in listed.items():
         if not isinstance(values, dict):
@@ -170,7 +200,23 @@ def read_classes(path: Path | None) -> ServiceClasses:
             classes[str(name)] = ServiceClass(**{str(key): value for key, value in values.items()})
         except ConfigError as error:
             raise ConfigError(f"class {name!r} in {path}: {error}") from None
-    return ServiceClasses(classes)
+    return ServiceClasses(classes, admin_keys)
+
+
+def _unknown_key(what: str) -> ApiError:
+    message = f"{what} is missing or unknown; send the header Authorization: Bearer KEY"
+    return ApiError(message, "invalid_api_key", 401, {"WWW-Authenticate": "Bearer"})
+
+
+def _sent_digest(authorization: str | None) -> bytes:
+    """Of the key in a header; without such a key one that no key has."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return _digest(key.strip().encode(errors="replace")) if scheme.lower() == "bearer" else b""
+
+
+def _digest_of(key: str) -> bytes:
+    """Of a key in a configuration, which may be given by its digest."""
+    return bytes.fromhex(found[1]) if (found := HASHED.fullmatch(key)) else _digest(key.encode())
 
 
 def _digest(key: bytes) -> bytes:

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.engine_config import AUTO
+from fineserve_jax.engine.model_settings import ModelSource
 from fineserve_jax.entrypoints.openai_api.bodies import NEUTRAL
 from fineserve_jax.entrypoints.server.asking import MAX_SAMPLES
 from fineserve_jax.loaders import ChatOptions
@@ -129,23 +130,27 @@ STATUSES = {
     415: "the body is no JSON",
     429: "too much is asked at once; the header Retry-After says when to come again",
     500: "the model or the engine failed",
-    503: "the server is about to end",
+    503: "the server begins, or is about to end",
 }
 
 
-def description(models: Mapping[str, KnownModel], has_keys: bool) -> dict[str, Any]:
+def description(models: Mapping[str, KnownModel], has_keys: bool, has_admin: bool = False) -> dict[str, Any]:
     """The description, as JSON.
 
     Args:
         models: that are served, by name.
         has_keys: whether requests need an API key.
+        has_admin: whether there are keys of who may load and unload models.
     """
     schemas: Schema = {"Error": ERROR, **_request_schemas(models)}
-    security = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if has_keys else {}
+    if has_admin:
+        schemas["ModelToLoad"] = _object(_properties(ModelSource, schemas) | {"name": TEXT}, "name", "model")
+    keyed = has_keys or has_admin
+    security = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keyed else {}
     return {
         "openapi": "3.1.0",
         "info": {"title": "fineserve-jax", "version": "1"},
-        "paths": _paths(),
+        "paths": _paths() | (_admin_paths() if has_admin else {}),
         "components": {"schemas": schemas, **security},
         **({"security": [{"key": []}]} if has_keys else {}),
     }
@@ -168,11 +173,23 @@ def _paths() -> Schema:
     }
 
 
+def _admin_paths() -> Schema:
+    by_key: Schema = {"security": [{"key": []}]}
+    load = _operation("ModelToLoad", _answer("id", "object"), (400, 401, 408, 413, 415, 503))
+    unload = _operation(None, _answer("id", "object", "deleted"), (400, 401, 404, 503))
+    name = {"name": "name", "in": "path", "required": True, "schema": TEXT}
+    abort = {"name": "abort", "in": "query", "schema": {"type": "boolean"}}
+    return {
+        "/admin/models": {"post": load | by_key},
+        "/admin/models/{name}": {"delete": unload | by_key | {"parameters": [name, abort]}},
+    }
+
+
 def _request_schemas(models: Mapping[str, KnownModel]) -> Schema:
     """Bodies of requests, and what they refer to, by name."""
     schemas: Schema = {}
     formats = [*dict.fromkeys(one for model in models.values() for one in model.formats)]
-    vocab_size = min(model.model.config.vocab_size for model in models.values())
+    vocab_size = min((model.model.config.vocab_size for model in models.values()), default=1)
     model: Schema = {"model": {"enum": list(models)}}
     sampling = _properties(SamplingParams, schemas) | SAMPLING
     sampling["stop_token_ids"] = {"type": "array", "items": _token(vocab_size)}

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
+from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.entrypoints.openai_api.asked import Asked, sort_fields
 from fineserve_jax.entrypoints.openai_api.bodies import ENDPOINTS
 from fineserve_jax.entrypoints.openai_api.json_objects import decode_object
@@ -32,7 +33,6 @@ class Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._description = description(service.llm.engine.models, bool(service.classes.classes))
 
     async def complete(self, request: Request) -> ASGIApp:
         """/v1/chat/completions and /v1/completions."""
@@ -50,19 +50,26 @@ class Endpoints:
     async def models(self, request: Request) -> Response:
         """/v1/models."""
         self._service.who_asks(request)
-        return Json({"object": "list", "data": [self._model(name) for name in self._service.llm.engine.models]})
+        return Json({"object": "list", "data": [self._entry(served) for served in self._models().values()]})
 
     async def model(self, request: Request) -> Response:
         """/v1/models/NAME."""
         self._service.who_asks(request)
-        name = request.path_params["name"]
-        check_model(self._service.llm.engine, name)
-        return Json(self._model(name))
+        return Json(self.entry(request.path_params["name"]))
 
-    def _model(self, name: str) -> dict[str, Any]:
-        served = self._service.llm.engine.models[name]
+    def entry(self, name: str) -> dict[str, Any]:
+        """What is told of a model. Raises `ApiError` for one that is not served."""
+        models = self._models()
+        check_model(models, name)
+        return self._entry(models[name])
+
+    def _models(self) -> dict[str, KnownModel]:
+        """Those that are served now."""
+        return dict(self._service.llm.intake.models)
+
+    def _entry(self, served: KnownModel) -> dict[str, Any]:
         return {
-            "id": name,
+            "id": served.name,
             "object": "model",
             "created": self._service.created,
             "owned_by": "fineserve-jax",
@@ -83,7 +90,7 @@ class Endpoints:
             raise RequestError(
                 "/tokenize takes model, a prompt or messages, and how those are rendered; leave the rest out"
             )
-        engine, asked = self._service.llm.engine, Asked(form="chat", **fields)
+        engine, asked = self._service.llm.intake, Asked(form="chat", **fields)
         tokens = tokens_of(engine, asked, SamplingParams(), self._service.config.own_chat_templates)
         max_seq_len = engine.served(asked.options.model).max_seq_len
         return {"count": len(tokens), "max_model_len": max_seq_len, "tokens": tokens}
@@ -115,4 +122,5 @@ class Endpoints:
 
     async def openapi(self, request: Request) -> Response:
         """/openapi.json: the description of all this."""
-        return Json(self._description)
+        classes = self._service.classes
+        return Json(description(self._models(), bool(classes.classes), classes.has_admin))

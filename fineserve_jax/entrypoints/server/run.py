@@ -21,16 +21,29 @@ class DrainingServer(uvicorn.Server):
     """uvicorn's, which tells the service when it is asked to end: what is being answered goes on for a while.
 
     A second signal ends it at once.
+
+    Attributes:
+        event_loop: that it runs on.
+        error: why it could not start to serve, and has ended; None if it could.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
         self.event_loop: asyncio.AbstractEventLoop | None = None
+        self.error: Exception | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.event_loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._warming_up = asyncio.create_task(self._warm_up())
+
+    async def _warm_up(self) -> None:
+        try:
+            await self._service.warm_up()
+        except Exception as error:
+            if not self._service.is_draining:  # else the engine was closed under it
+                self.error, self.should_exit = error, True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
@@ -77,9 +90,12 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def run_server(service: Service, listening: socket.socket) -> None:
-    """Serves until the process is asked to end, by SIGINT or SIGTERM."""
+    """Serves until the process is asked to end, by SIGINT or SIGTERM. Raises what kept it from starting."""
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"listening at http://{shown}:{port}", file=sys.stderr, flush=True)
     with contextlib.closing(listening):
-        make_server(service).run([listening])
+        server = make_server(service)
+        server.run([listening])
+    if server.error is not None:
+        raise server.error

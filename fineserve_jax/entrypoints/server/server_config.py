@@ -24,6 +24,8 @@ class ServerConfig(Validated):
             with it.
         own_chat_templates: requests may bring the source of a chat template; others wait while one is rendered, which
             is ended after 10 s.
+        warm_up: compile at the start what requests need that name no KV precision, or one that a class names, and let
+            nobody in before; without, the first requests wait for that.
         drain_s: seconds that requests have to end when the server is asked to, by SIGTERM or SIGINT.
     """
 
@@ -39,4 +41,5 @@ class ServerConfig(Validated):
     read_timeout_s: float = Field(default=30.0, gt=0)
     stall_timeout_s: float = Field(default=60.0, gt=0)
     own_chat_templates: bool = False
+    warm_up: bool = True
     drain_s: float = Field(default=60.0, ge=0)

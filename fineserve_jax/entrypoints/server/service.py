@@ -54,14 +54,26 @@ class Service:
     ) -> None:
         self.llm, self.config = llm, config or ServerConfig()
         self.classes = classes or ServiceClasses({})
-        self.classes.check_formats(llm.engine.config.served_formats)
+        self.classes.check_formats(llm.intake.served_formats)
         self.metrics = ServerMetrics()
-        self.pressure = Pressure(llm.engine.scheduler, self.config.max_waiting, self.config.max_wait_s)
+        self.pressure = Pressure(llm.loop, self.config.max_waiting, self.config.max_wait_s)
         self.stats = LatestStats(llm.stats)
         self.is_draining = False
+        self.is_starting = self.config.warm_up
         self.created = int(time.time())
         self._defaults = SamplingDefaults(sampling)
         self._closing: asyncio.Task[None] | None = None
+
+    # -- the beginning -------------------------------------------------------------------------------------------
+
+    async def warm_up(self) -> None:
+        """Compiles what requests need that name no KV precision, or one that their class names; until then nobody is
+        let in."""
+        if self.is_starting:
+            begun, named = time.perf_counter(), self.classes.kv_precisions
+            num_programs = await self.llm.warm_up(named)
+            log.info("%d programs were made ready in %.1f s", num_programs, time.perf_counter() - begun)
+            self.is_starting = False
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -80,6 +92,9 @@ class Service:
         if self.is_draining:
             message = "the server is about to end; ask another one"
             raise ApiError(message, "server_draining", 503, {"Connection": "close", "Retry-After": "5"})
+        if self.is_starting:
+            message = "the server is starting, and compiles its programs; come again when /health says 200"
+            raise ApiError(message, "starting", 503, {"Retry-After": "5"})
         try:
             self.llm.loop.check_usable()
         except EngineError as error:
@@ -100,7 +115,7 @@ class Service:
         inbox = self.llm.loop.inbox()
         own = self.config.own_chat_templates
         return await asyncio.to_thread(
-            read_asking, self.llm.engine, self._defaults, inbox, form, body, service_class, own
+            read_asking, self.llm.intake, self._defaults, inbox, form, body, service_class, own
         )
 
     async def whole(self, asking: Asking) -> dict[str, Any]:

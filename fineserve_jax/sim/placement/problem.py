@@ -30,6 +30,7 @@ class ModelLoad(Validated):
 
     Attributes:
         model: shape and weights, as `llama-3.1-8b@awq`.
+        source: what a plan is to load for it: an alias or a path; None: what the shape is called.
         kv_precision: KV format of its requests.
         rate: requests a second.
         prompt_tokens, output_tokens: mean lengths.
@@ -38,6 +39,7 @@ class ModelLoad(Validated):
     """
 
     model: str
+    source: str | None = None
     kv_precision: str = "bf16"
     rate: float = Field(gt=0, allow_inf_nan=False)
     prompt_tokens: float = Field(default=500, gt=0, allow_inf_nan=False)

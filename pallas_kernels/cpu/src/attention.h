@@ -131,7 +131,7 @@ struct Row {
 
 // Turns the logits of a block into weights, in place; returns what the sums so far must be multiplied by. Weights are 0
 // outside the range, up to the end of the last vector that it reaches into.
-INLINE float weigh(const Attention& a, int64_t codec, const Unpacked& u, Range range, Row& row, float* logits,
+INLINE float weigh(const Attention& a, const Format& f, const Unpacked& u, Range range, Row& row, float* logits,
                    float* zero_points) {
   const int64_t first = range.low / W * W;
   F largest_logits = splat(kNegative);
@@ -143,7 +143,7 @@ INLINE float weigh(const Attention& a, int64_t codec, const Unpacked& u, Range r
   const I low = I{} + static_cast<int32_t>(range.low), high = I{} + static_cast<int32_t>(range.high);
   for (int64_t t = first; t < range.high; t += W) {
     F x = load<F>(logits + t);
-    if (has_k_scale(codec)) x = x * load<F>(u.k_scale + t);
+    if (has_k_scale(f)) x = x * load<F>(u.k_scale + t);
     if (a.soft_cap != 0) x = a.soft_cap * tanh(x / a.soft_cap);
     const I token = lane + static_cast<int32_t>(t);
     x = (token >= low) & (token < high) ? x : splat(kNegative);
@@ -158,12 +158,12 @@ INLINE float weigh(const Attention& a, int64_t codec, const Unpacked& u, Range r
     const I counts = (token >= low) & (token < high);
     const F weight = counts ? exp(load<F>(logits + t) - m) : F{};
     sum_of_weights += weight;
-    if (has_zero_point(codec)) sum_of_zero_points += counts ? weight * load<F>(u.v_zero_point + t) : F{};
-    store(logits + t, has_v_scale(codec) ? (counts ? weight * load<F>(u.v_scale + t) : F{}) : weight);
+    if (has_zero_point(f)) sum_of_zero_points += counts ? weight * load<F>(u.v_zero_point + t) : F{};
+    store(logits + t, has_v_scale(f) ? (counts ? weight * load<F>(u.v_scale + t) : F{}) : weight);
   }
   row.l = row.l * correction + sum(sum_of_weights);
   row.m = m;
-  *zero_points = has_zero_point(codec) ? sum(sum_of_zero_points) : 0.0f;
+  *zero_points = has_zero_point(f) ? sum(sum_of_zero_points) : 0.0f;
   return correction;
 }
 
@@ -182,9 +182,10 @@ struct Walk {
 };
 
 template <int R>
-INLINE void attend_rows(Walk& w, int64_t codec, int64_t first, int64_t first_position, int64_t count, bool transposed) {
+INLINE void attend_rows(Walk& w, const Format& f, int64_t first, int64_t first_position, int64_t count,
+                        bool transposed) {
   const Attention& a = w.a;
-  const int side = codec == kInt4;
+  const int k_side = f.keys.codec == kInt4, v_side = f.values.codec == kInt4;
   alignas(64) float logits[R * kBlock];
   float corrections[R], zero_points[R];
   int64_t low = count, high = 0;
@@ -197,7 +198,7 @@ INLINE void attend_rows(Walk& w, int64_t codec, int64_t first, int64_t first_pos
     }
   }
   if (low >= high) return;
-  const float* q = w.q[side] + first * w.stride;
+  const float* q = w.q[k_side] + first * w.stride;
   if (transposed) {
     logits_of_rows<R>(q, w.stride, w.transposed, high, logits);
   } else {
@@ -207,7 +208,7 @@ INLINE void attend_rows(Walk& w, int64_t codec, int64_t first, int64_t first_pos
     float* own = logits + r * kBlock;
     corrections[r] = 1.0f, zero_points[r] = 0.0f;
     if (ranges[r].low < ranges[r].high) {
-      corrections[r] = weigh(a, codec, w.unpacked, ranges[r], w.row[first + r], own, &zero_points[r]);
+      corrections[r] = weigh(a, f, w.unpacked, ranges[r], w.row[first + r], own, &zero_points[r]);
     } else {
       ranges[r] = {low, low};
     }
@@ -215,10 +216,10 @@ INLINE void attend_rows(Walk& w, int64_t codec, int64_t first, int64_t first_pos
     for (int64_t t = low; t < ranges[r].low; ++t) own[t] = 0.0f;
     for (int64_t t = ranges[r].high; t < high; ++t) own[t] = 0.0f;
   }
-  float* acc = w.acc[side] + first * w.stride;
+  float* acc = w.acc[v_side] + first * w.stride;
   add_all_values<R>(acc, w.stride, corrections, logits, w.unpacked.v, low, high);
-  if (w.acc[1 - side]) {  // sums of the other side are of the same softmax
-    float* other = w.acc[1 - side] + first * w.stride;
+  if (w.acc[1 - v_side]) {  // sums of the other side are of the same softmax
+    float* other = w.acc[1 - v_side] + first * w.stride;
     for (int r = 0; r < R; ++r) {
       if (corrections[r] == 1.0f) continue;
       for (int64_t d = 0; d < w.stride; d += W) {
@@ -226,7 +227,7 @@ INLINE void attend_rows(Walk& w, int64_t codec, int64_t first, int64_t first_pos
       }
     }
   }
-  if (has_zero_point(codec)) {
+  if (has_zero_point(f)) {
     for (int r = 0; r < R; ++r) {
       for (int64_t d = 0; d < w.stride; d += W) {
         store(acc + r * w.stride + d, load<F>(acc + r * w.stride + d) + zero_points[r]);
@@ -248,17 +249,17 @@ inline void transpose_keys(Walk& w, int64_t count) {
   }
 }
 
-inline void attend_block(Walk& w, int64_t codec, int64_t first_position, int64_t count) {
+inline void attend_block(Walk& w, const Format& f, int64_t first_position, int64_t count) {
   const bool transposed = w.rows >= 2 * W;  // from about there on transposing pays
   if (transposed) transpose_keys(w, count);
   int64_t r = 0;
   for (; r + kQueryRows <= w.rows; r += kQueryRows) {
-    attend_rows<kQueryRows>(w, codec, r, first_position, count, transposed);
+    attend_rows<kQueryRows>(w, f, r, first_position, count, transposed);
   }
   switch (w.rows - r) {
-    case 3: attend_rows<3>(w, codec, r, first_position, count, transposed); break;
-    case 2: attend_rows<2>(w, codec, r, first_position, count, transposed); break;
-    case 1: attend_rows<1>(w, codec, r, first_position, count, transposed); break;
+    case 3: attend_rows<3>(w, f, r, first_position, count, transposed); break;
+    case 2: attend_rows<2>(w, f, r, first_position, count, transposed); break;
+    case 1: attend_rows<1>(w, f, r, first_position, count, transposed); break;
     default: break;
   }
 }
@@ -280,8 +281,9 @@ INLINE void prefetch(const uint16_t* from, int64_t words) {
 
 INLINE void prefetch_page(const Attention& a, const Page& page, int64_t head) {
   const Place place{page.layer, head, 0, page.count, 0};
-  prefetch(words_of(a, *page.format, place, false), page.count * page.format->vector_words);
-  prefetch(words_of(a, *page.format, place, true), page.count * page.format->vector_words);
+  const Side &keys = page.format->keys, &values = page.format->values;
+  prefetch(words_of(a, keys, place), page.count * keys.vector_words);
+  prefetch(words_of(a, values, place), page.count * values.vector_words);
 }
 
 // The pages of all pieces, in order; returns how many.
@@ -327,7 +329,7 @@ inline void attend_piece(Walk& w, const Course& course, const Piece& piece, int6
       unpack(a, f, place, w.unpacked);
       done += place.count;
     }
-    attend_block(w, f.codec, first, count);
+    attend_block(w, f, first, count);
   }
 }
 
@@ -363,6 +365,8 @@ inline int64_t attend_scratch(const Attention& a, int64_t rows, int64_t num_piec
   return bytes;
 }
 
+INLINE bool rotates_any(const Format& f) { return f.keys.codec == kInt4 || f.values.codec == kInt4; }
+
 // The queries of a block and head, padded with zeros; rotated, too, where a format needs that.
 inline void take_queries(const Attention& a, int64_t block, int64_t head, bool rotates, const Scratch& s) {
   const int64_t stride = padded(a.head_dim), rows = a.query_counts[block] * a.group;
@@ -386,7 +390,7 @@ inline void attend(const Attention& a, int64_t block, int64_t first_head, int64_
   int64_t bytes;
   const Scratch s = divide(static_cast<char*>(memory), rows, stride, num_pieces * a.split_pages, &bytes);
   bool rotates = false;
-  for (int64_t i = 0; i < num_pieces; ++i) rotates |= a.formats[pieces[i].format_id].codec == kInt4;
+  for (int64_t i = 0; i < num_pieces; ++i) rotates |= rotates_any(a.formats[pieces[i].format_id]);
   for (int64_t t = 0; t < kBlock; ++t) {  // what pads vectors, and is multiplied with zeros
     for (int64_t d = a.head_dim; d < stride; ++d) s.k[t * stride + d] = s.v[t * stride + d] = 0.0f;
   }

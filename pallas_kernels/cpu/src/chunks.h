@@ -43,10 +43,12 @@ inline void attend_within(const Attention& a, const Within& w, int64_t page, int
   std::memset(sums, 0, rows * stride * sizeof(float));
   Walk walk{a, rows, stride, first_slot - start, {s.plain, nullptr}, {sums, nullptr}, s.rows, {}, s.transposed};
   walk.unpacked.k = s.k, walk.unpacked.v = s.v, walk.unpacked.stride = stride;
+  Format exact{};
+  exact.keys.codec = exact.values.codec = kFloat32;
   const auto attend_tokens = [&](const float* k, const float* v, int64_t slot, int64_t count) {
     take_tokens(a, k, head, slot, count, stride, s.k);
     take_tokens(a, v, head, slot, count, stride, s.v);
-    attend_block(walk, kFloat32, slot - start, count);
+    attend_block(walk, exact, slot - start, count);
   };
   for (int64_t slot = start; slot < first_slot; slot += kBlock) {
     attend_tokens(w.earlier_k, w.earlier_v, slot, first_slot - slot < kBlock ? first_slot - slot : kBlock);

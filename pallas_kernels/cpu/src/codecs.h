@@ -23,8 +23,8 @@ struct Place {
   int64_t row;            // where they go in `Unpacked`
 };
 
-INLINE const uint16_t* words_of(const Attention& a, const Format& f, const Place& p, bool values) {
-  return p.layer + (((values ? a.kv_heads : 0) + p.head) * a.page_size + p.token) * f.vector_words;
+INLINE const uint16_t* words_of(const Attention& a, const Side& side, const Place& p) {
+  return p.layer + side.start + (p.head * a.page_size + p.token) * side.vector_words;
 }
 
 // Lane `lane` of packed words becomes the slice of the vector at `lane * width`; the widths need not be multiples of W.
@@ -38,8 +38,8 @@ INLINE void unpack_vectors(const uint16_t* words, int64_t vector_words, int64_t 
   }
 }
 
-INLINE void read_token_scales(const Attention& a, const Format& f, const Place& p, int array, float* to) {
-  const uint16_t* from = p.layer + f.scale_starts[array] + p.head * a.page_size + p.token;
+INLINE void read_token_scales(const Attention& a, const Side& side, const Place& p, float* to) {
+  const uint16_t* from = p.layer + side.scale_starts[0] + p.head * a.page_size + p.token;
   for (int64_t t = 0; t < p.count; ++t) to[p.row + t] = bf16(from[t]);
 }
 
@@ -122,13 +122,13 @@ INLINE float zero_point(uint16_t word, float unit) { return static_cast<float>(s
 INLINE float scale(uint16_t word, float unit) { return static_cast<float>(word & 0xFF) * unit; }
 
 // Keys have a scale and a zero point for each channel, applied here.
-INLINE void unpack_int4_keys(const Attention& a, const Format& f, const Place& p, float* to, int64_t stride) {
+INLINE void unpack_int4_keys(const Attention& a, const Side& keys, const Place& p, float* to, int64_t stride) {
   const int64_t width = a.head_dim / 4;
-  const float zero_point_unit = bf16(p.layer[f.scale_starts[5] + p.head]);
-  const float scale_unit = bf16(p.layer[f.scale_starts[6] + p.head]);
-  const uint16_t* words = words_of(a, f, p, false);
+  const float zero_point_unit = bf16(p.layer[keys.scale_starts[4] + p.head]);
+  const float scale_unit = bf16(p.layer[keys.scale_starts[5] + p.head]);
+  const uint16_t* words = words_of(a, keys, p);
   const uint16_t* of_lane[4];
-  for (int lane = 0; lane < 4; ++lane) of_lane[lane] = p.layer + f.scale_starts[lane] + p.head * width;
+  for (int lane = 0; lane < 4; ++lane) of_lane[lane] = p.layer + keys.scale_starts[lane] + p.head * width;
   int64_t i = 0;
   for (; i + W <= width; i += W) {
     F scales[4], zero_points[4];
@@ -156,54 +156,49 @@ INLINE void unpack_int4_keys(const Attention& a, const Format& f, const Place& p
   }
 }
 
-INLINE void read_int4_value_scales(const Attention& a, const Format& f, const Place& p, Unpacked& u) {
-  const uint16_t* codes = p.layer + f.scale_starts[4] + p.head * a.page_size + p.token;
-  const float zero_point_unit = bf16(p.layer[f.scale_starts[7] + p.head]);
-  const float scale_unit = bf16(p.layer[f.scale_starts[8] + p.head]);
+INLINE void read_int4_value_scales(const Attention& a, const Side& values, const Place& p, Unpacked& u) {
+  const uint16_t* codes = p.layer + values.scale_starts[0] + p.head * a.page_size + p.token;
+  const float zero_point_unit = bf16(p.layer[values.scale_starts[1] + p.head]);
+  const float scale_unit = bf16(p.layer[values.scale_starts[2] + p.head]);
   for (int64_t t = 0; t < p.count; ++t) {
     u.v_scale[p.row + t] = scale(codes[t], scale_unit);
     u.v_zero_point[p.row + t] = zero_point(codes[t], zero_point_unit);
   }
 }
 
-// Which factors a codec leaves to logits and weights.
-INLINE bool has_k_scale(int64_t codec) { return codec == kInt8 || codec == kFloat8; }
-INLINE bool has_v_scale(int64_t codec) { return has_k_scale(codec) || codec == kInt4; }
-INLINE bool has_zero_point(int64_t codec) { return codec == kInt4; }
+// Which factors codecs leave to logits and weights.
+INLINE bool has_token_scale(int64_t codec) { return codec == kInt8 || codec == kFloat8; }
+INLINE bool has_k_scale(const Format& f) { return has_token_scale(f.keys.codec); }
+INLINE bool has_v_scale(const Format& f) { return has_token_scale(f.values.codec) || f.values.codec == kInt4; }
+INLINE bool has_zero_point(const Format& f) { return f.values.codec == kInt4; }
+
+// Some tokens' keys, or values, in a codec that keys and values have alike.
+inline void unpack_side(const Attention& a, const Side& side, const Place& p, float* to, int64_t stride,
+                        float* scales) {
+  const uint16_t* words = words_of(a, side, p);
+  switch (side.codec) {
+    case kFloat32: unpack_float32(words, a.head_dim, p.count, to, stride); break;
+    case kBFloat16: unpack_bfloat16(words, a.head_dim, p.count, to, stride); break;
+    case kFloat16: unpack_float16(words, a.head_dim, p.count, to, stride); break;
+    case kInt8: unpack_int8(words, a.head_dim, p.count, to, stride); break;
+    default: unpack_float8(words, a.head_dim, p.count, to, stride);
+  }
+  if (has_token_scale(side.codec)) read_token_scales(a, side, p, scales);
+}
 
 // Some tokens of a page, keys and values, into `u`.
 inline void unpack(const Attention& a, const Format& f, const Place& p, Unpacked& u) {
   float *k = u.k + p.row * u.stride, *v = u.v + p.row * u.stride;
-  const uint16_t *k_words = words_of(a, f, p, false), *v_words = words_of(a, f, p, true);
-  switch (f.codec) {
-    case kFloat32:
-      unpack_float32(k_words, a.head_dim, p.count, k, u.stride);
-      unpack_float32(v_words, a.head_dim, p.count, v, u.stride);
-      break;
-    case kBFloat16:
-      unpack_bfloat16(k_words, a.head_dim, p.count, k, u.stride);
-      unpack_bfloat16(v_words, a.head_dim, p.count, v, u.stride);
-      break;
-    case kFloat16:
-      unpack_float16(k_words, a.head_dim, p.count, k, u.stride);
-      unpack_float16(v_words, a.head_dim, p.count, v, u.stride);
-      break;
-    case kInt8:
-      unpack_int8(k_words, a.head_dim, p.count, k, u.stride);
-      unpack_int8(v_words, a.head_dim, p.count, v, u.stride);
-      break;
-    case kFloat8:
-      unpack_float8(k_words, a.head_dim, p.count, k, u.stride);
-      unpack_float8(v_words, a.head_dim, p.count, v, u.stride);
-      break;
-    default:
-      unpack_int4_keys(a, f, p, k, u.stride);
-      unpack_int4_values(v_words, a.head_dim, p.count, v, u.stride);
-      read_int4_value_scales(a, f, p, u);
+  if (f.keys.codec == kInt4) {
+    unpack_int4_keys(a, f.keys, p, k, u.stride);
+  } else {
+    unpack_side(a, f.keys, p, k, u.stride, u.k_scale);
   }
-  if (has_k_scale(f.codec)) {
-    read_token_scales(a, f, p, 0, u.k_scale);
-    read_token_scales(a, f, p, 1, u.v_scale);
+  if (f.values.codec == kInt4) {
+    unpack_int4_values(words_of(a, f.values, p), a.head_dim, p.count, v, u.stride);
+    read_int4_value_scales(a, f.values, p, u);
+  } else {
+    unpack_side(a, f.values, p, v, u.stride, u.v_scale);
   }
 }
 

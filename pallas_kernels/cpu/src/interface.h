@@ -10,17 +10,23 @@ namespace fineserve {
 
 // -- attention ---------------------------------------------------------------------------------------------------------
 
-// The codecs, numbered as `codecs.py` does.
+// The codecs, numbered as `codecs.py` does. int4 is by channel for keys, and by token for values.
 enum Codec : int64_t { kNone = -1, kFloat32 = 0, kBFloat16, kFloat16, kInt8, kFloat8, kInt4 };
 
-constexpr int kMaxScaleArrays = 9;
+constexpr int kMaxScaleArrays = 6;
 
-// How a format's pages lie: `FormatSizes`, in words.
-struct Format {
+// How the keys of a format's pages lie, or the values, in words.
+struct Side {
   int64_t codec;
-  int64_t layer_words;                   // from one layer of a page to the next
+  int64_t start;                         // from a layer's start
   int64_t vector_words;                  // of a head vector
   int64_t scale_starts[kMaxScaleArrays]; // from a layer's start
+};
+
+// How a format's pages lie: `FormatSizes`.
+struct Format {
+  int64_t layer_words;  // from one layer of a page to the next
+  Side keys, values;
 };
 
 // A batch, cut as `Tiles` says, and the arena. Sizes of arrays are in the comments of `Tiles`.

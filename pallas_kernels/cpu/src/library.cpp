@@ -110,6 +110,8 @@ void end_run(const Attention& a, Plan& plan, int64_t block, int64_t first_piece,
   plan.num_floats += a.kv_heads * part_floats(a.query_counts[block] * a.group, stride);
 }
 
+bool has_codecs(const Format& f) { return f.keys.codec != kNone && f.values.codec != kNone; }
+
 // The KV splits of each block, in order, in runs of so many tokens; formats without a codec are left out.
 Plan make_plan(const Attention& a, int64_t num_formats, int64_t run_tokens, int64_t stride) {
   Plan plan;
@@ -121,7 +123,7 @@ Plan make_plan(const Attention& a, int64_t num_formats, int64_t run_tokens, int6
       const int64_t tile = a.query_block_tiles[block * a.tiles_per_query_block + i];
       if (tile >= a.max_tiles) break;
       const int32_t format_id = a.format_ids[tile];
-      if (format_id >= num_formats || a.formats[format_id].codec == kNone) continue;
+      if (format_id >= num_formats || !has_codecs(a.formats[format_id])) continue;
       for (int64_t split = tile * a.splits; split < (tile + 1) * a.splits; ++split) {
         if (a.segment_slots[split] / a.segments_per_row != block) continue;
         if (tokens >= run_tokens) {
@@ -177,24 +179,30 @@ void attend_all(ffi::ThreadPool& pool, const Attention& a, int64_t num_formats, 
 
 using I32 = ffi::Buffer<ffi::S32>;
 
+// The keys, or values, of a format, out of what `layouts` in `codecs.py` lists of all formats, one after the other.
+Side side_of(ffi::Span<const int64_t> sides, size_t format) {
+  const int64_t* own = sides.begin() + format * (3 + kMaxScaleArrays);
+  Side side{own[0], own[1], own[2], {}};
+  for (int i = 0; i < kMaxScaleArrays; ++i) side.scale_starts[i] = own[3 + i];
+  return side;
+}
+
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::U16> arena, I32 layer,
                   I32 segment_slots, I32 pages, I32 num_tokens, I32 positions, I32 format_ids, I32 query_block_tiles,
                   I32 query_starts, I32 query_counts, I32 query_positions, ffi::ResultBuffer<ffi::F32> m,
                   ffi::ResultBuffer<ffi::F32> l, ffi::ResultBuffer<ffi::F32> acc, int64_t page_size,
                   int64_t segments_per_row, int64_t window, float soft_cap, bool decodes, int64_t rotation_block,
-                  ffi::Span<const int64_t> codecs, ffi::Span<const int64_t> layer_words,
-                  ffi::Span<const int64_t> vector_words, ffi::Span<const int64_t> scale_starts) {
+                  ffi::Span<const int64_t> layer_words, ffi::Span<const int64_t> keys,
+                  ffi::Span<const int64_t> values) {
   const auto shape = q.dimensions();
-  const size_t num_formats = codecs.size();
-  if (shape.size() != 4 || layer_words.size() != num_formats || vector_words.size() != num_formats ||
-      scale_starts.size() != num_formats * kMaxScaleArrays || pages.dimensions().size() != 3 ||
+  const size_t num_formats = layer_words.size(), size_of_sides = num_formats * (3 + kMaxScaleArrays);
+  if (shape.size() != 4 || keys.size() != size_of_sides || values.size() != size_of_sides || pages.dimensions().size() != 3 ||
       arena.dimensions().size() < 2) {
     return ffi::Error::InvalidArgument("attention was called with arrays of other shapes than it takes");
   }
   std::vector<Format> formats(num_formats);
   for (size_t f = 0; f < num_formats; ++f) {
-    formats[f] = {codecs[f], layer_words[f], vector_words[f], {}};
-    for (int i = 0; i < kMaxScaleArrays; ++i) formats[f].scale_starts[i] = scale_starts[f * kMaxScaleArrays + i];
+    formats[f] = {layer_words[f], side_of(keys, f), side_of(values, f)};
   }
   Attention a{};
   a.num_queries = shape[0], a.kv_heads = shape[1], a.group = shape[2], a.head_dim = shape[3];
@@ -296,7 +304,7 @@ ffi::Error MultiplyInt4(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buff
 extern "C" {
 
 // Raised whenever a custom call takes other arguments: `library.py` names the one it fits.
-int fineserve_interface() { return 2; }
+int fineserve_interface() { return 3; }
 
 // The instruction set whose kernels are used.
 const char* fineserve_instruction_set() { return fineserve::kernels().name; }
@@ -351,10 +359,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fineserve_attend, fineserve::Attend,
                                   .Attr<float>("soft_cap")
                                   .Attr<bool>("decodes")
                                   .Attr<int64_t>("rotation_block")
-                                  .Attr<ffi::Span<const int64_t>>("codecs")
                                   .Attr<ffi::Span<const int64_t>>("layer_words")
-                                  .Attr<ffi::Span<const int64_t>>("vector_words")
-                                  .Attr<ffi::Span<const int64_t>>("scale_starts"));
+                                  .Attr<ffi::Span<const int64_t>>("keys")
+                                  .Attr<ffi::Span<const int64_t>>("values"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fineserve_attend_within, fineserve::AttendWithin,
                               ffi::Ffi::Bind()

@@ -1,0 +1,62 @@
+"""From a plan to engines on the devices that it names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.intake import Intake
+from fineserve_jax.engine.load import load_engine, load_from
+from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.ticket_loop import TicketLoop
+from fineserve_jax.errors import ConfigError, EngineError
+from fineserve_jax.fleet.fleet import Fleet
+from fineserve_jax.fleet.plan import Plan, read_plan
+
+
+def load_fleet(plan: Plan) -> Fleet:
+    """Loads the models of a plan, and makes its engines, called engine-0, engine-1 and so on.
+
+    Raises:
+        ModelLoadError: a model that cannot be found, read or used.
+        ConfigError: devices that there are not, or settings that cannot be honoured.
+    """
+    devices = jax.devices()
+    for number, engine in enumerate(plan.engines):
+        if missing := [device for device in engine.devices if device >= len(devices)]:
+            raise ConfigError(
+                f"engine {number} of the plan is on device {missing[0]}, and there are {len(devices)}, numbered from 0 "
+                "on; change its devices"
+            )
+    engines = {}
+    for number, engine in enumerate(plan.engines):
+        own = [devices[device] for device in engine.devices]
+        engines[f"engine-{number}"] = load_engine(plan.sources_of(engine), plan.config_of(engine), own)
+    return Fleet(engines)
+
+
+def open_engines(
+    model: str | None, models: Mapping[str, Any] | None, plan: str | Path | Plan | None, settings: Mapping[str, Any]
+) -> tuple[Intake, TicketLoop]:
+    """What a front door asks, and what serves it: an engine, or those of a plan.
+
+    Raises:
+        ModelLoadError, ConfigError: see `load_from` and `load_fleet`; or a plan beside what it says itself.
+    """
+    if plan is None:
+        engine = load_from(model, models, settings)
+        return engine, EngineLoop(engine)
+    if model is not None or models is not None or settings:
+        given = ["model"] * (model is not None) + ["models"] * (models is not None) + list(settings)
+        raise ConfigError(f"{', '.join(given)} beside a plan, which says that itself; change the plan")
+    fleet = load_fleet(plan if isinstance(plan, Plan) else read_plan(plan))
+    return fleet, fleet
+
+
+def only_engine(intake: Intake) -> Engine:
+    """The engine that is asked. Raises `EngineError` if there are several."""
+    if isinstance(intake, Engine):
+        return intake
+    raise EngineError("these are several engines, by a plan, and `engine` is one; use what the LLM itself offers")

@@ -1,0 +1,37 @@
+"""Engines of a plan on devices of their own, which are parts of one CPU. `test_fleet_devices.py` runs this file by
+itself, in a process that has 4.
+"""
+
+import jax
+
+from fineserve_jax import LLM, SamplingParams
+from fineserve_jax.fleet import Fleet
+from fineserve_jax.kv.integrity import check_integrity
+
+TEN = SamplingParams(max_tokens=10, ignore_eos=True)
+
+
+def test_engines_compute_on_the_devices_of_the_plan_what_one_computes(make_plan):
+    prompts, names = [f"prompt {i}" for i in range(10)], ["a", "b"] * 5
+    with LLM(plan=make_plan([{"devices": [0], "models": ["a", "b"]}], a={}, b={"kv_precision": "int8"})) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, TEN, model=names)]
+    own = {"settings": {"kv_memory": "4MiB"}}
+    engines = [
+        {"devices": [2], "models": ["a", "b"], "shares": {"a": 0.5, "b": 0.25}},
+        {"devices": [1], "models": ["a"]} | own,
+        {"devices": [3], "models": ["b"]} | own,
+    ]
+    with LLM(plan=make_plan(engines, a={}, b={"kv_precision": "int8"})) as llm:
+        found = [output.outputs[0].token_ids for output in llm.generate(prompts, TEN, model=names)]
+        assert found == expected
+        assert isinstance(llm.intake, Fleet)
+        served = [replica.engine for replica in llm.intake.replicas.values()]
+        for engine, number in zip(served, (2, 1, 3), strict=True):
+            assert engine.arena.units.devices() == {jax.devices()[number]}
+            for model in engine.models.values():
+                assert {d for leaf in jax.tree.leaves(model.model.params) for d in leaf.devices()} == {
+                    jax.devices()[number]
+                }
+            assert engine.stats().num_output_tokens
+            check_integrity(engine.kv)
+        assert served[0].scheduler.quotas.account.guaranteed.keys() == {"model:a", "model:b"}
