@@ -136,9 +136,9 @@ def test_a_streamed_completion_says_what_a_whole_one_says(server, fields):
 def test_several_prompts_are_answered_in_their_order(server):
     prompts = ["one", "two", "three"]
     body = server.client.completions.create(**TEXT | {"prompt": prompts})
-    alone = [server.client.completions.create(**TEXT | {"prompt": prompt}).choices[0].text for prompt in prompts]
-    assert [choice.text for choice in body.choices] == alone
-    assert body.usage.completion_tokens == 36
+    alone = [server.client.completions.create(**TEXT | {"prompt": prompt}) for prompt in prompts]
+    assert [choice.text for choice in body.choices] == [own.choices[0].text for own in alone]
+    assert body.usage.completion_tokens == sum(own.usage.completion_tokens for own in alone) > 0
 
 
 def test_answers_begin_with_their_prompts_where_that_is_asked_for(server):
