@@ -124,9 +124,9 @@ def test_completions_are_scored_and_prompts_embedded_as_on_one_device():
     for count in (1, 2):
         engine, options = engine_of(count), RequestOptions(kv_precision="fp32")
         completions = [PROMPTS[1][:9], PROMPTS[2][:5], PROMPTS[3][:1]]
-        calls = [Scoring(PROMPTS[:1], [completions], options, {}), Embedding(PROMPTS[1:2], "mean", False, options, {})]
-        prepared = [ticket.prepared for call in calls for ticket in call.tickets(engine, Inbox())]
-        (scored,), (embedded,) = (engine.queue(own) for own in prepared)
+        tickets = Scoring(PROMPTS[:1], [completions], options, {}).tickets(engine, Inbox())
+        tickets += Embedding(PROMPTS[1:2], "mean", False, options, {}).tickets(engine, Inbox())
+        (scored,), (embedded,) = (engine.queue(ticket.prepared) for ticket in tickets)
         while engine.has_unfinished:
             engine.step()
         assert len(scored.branches) == 3

@@ -122,7 +122,7 @@ def test_answers_are_the_same_whatever_else_the_engine_does(tiny_model, options)
 
 
 def test_completions_are_scored_and_prompts_embedded_beside_what_is_called_ahead(ahead, one_by_one):
-    calls = [
+    calls: list[Any] = [
         Scoring([PROMPTS[3]], [[[5, 6, 7], [8, 9], [10]]], RequestOptions(kv_precision="int8"), {}),
         Embedding([PROMPTS[4]], "mean", False, RequestOptions(kv_precision="int8"), {}),
     ]

@@ -92,7 +92,7 @@ def test_completions_and_vectors_are_those_of_an_engine_alone_whichever_replica_
     """Also where a replica gives them that another one checked."""
     prompts, completions = [f"prompt {i}" for i in range(4)], [[" 1", " two", "3"]] * 4
     options = RequestOptions(model="a", kv_precision="int8")
-    calls = [Scoring(prompts, completions, options, {}), Embedding(prompts, "mean", True, options, {})]
+    calls: list[Any] = [Scoring(prompts, completions, options, {}), Embedding(prompts, "mean", True, options, {})]
     expected = alone.score(prompts, completions, options), alone.embed(prompts, options, pooling="mean", normalize=True)
     found = llm.score(prompts, completions, options), llm.embed(prompts, options, pooling="mean", normalize=True)
     elsewhere = []
@@ -118,7 +118,8 @@ def test_completions_go_where_a_step_has_room_for_them(make_plan):
     replicas = [{"devices": [0], "models": ["a"]}, {"devices": [0], "models": ["a"]}]
     replicas[1]["settings"] = {"max_chunk_tokens": 16, "max_seq_len": 32}
     with LLM(plan=make_plan(replicas, a={"kv_precision": "int8"})) as llm:
-        fleet, inbox = llm.intake, Inbox()
+        fleet: Any = llm.intake
+        inbox = Inbox()
         small = fleet.replicas["engine-1"]
         (many,) = Scoring(["prompt"], [[" 1", " 2"]], None, {}).tickets(fleet, inbox)
         with pytest.raises(RequestError, match="completions of a prompt have 2 tokens together, and a step computes 0"):
