@@ -27,24 +27,6 @@ def after_the_warm_up(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if "after the warm-up" in record.getMessage()]
 
 
-@pytest.mark.parametrize(
-    ("options", "kv_precision", "cause"),
-    [
-        ({}, "bf16", None),
-        ({"structured_outputs": StructuredOutputsParams(regex="[ab]{8}")}, "bf16", "structured outputs"),
-        ({}, "int8", "KV formats that were not served before"),
-    ],
-)
-def test_a_program_that_is_compiled_after_the_warm_up_is_logged_with_its_cause(
-    warm, caplog, options, kv_precision, cause
-):
-    with caplog.at_level(logging.WARNING, logger="fineserve_jax"):
-        serve(warm, [[5, 6, 7, 8]] * 2, [kv_precision] * 2, SamplingParams(max_tokens=4, ignore_eos=True, **options))
-    said = after_the_warm_up(caplog)
-    assert bool(said) == (cause is not None)
-    assert all(cause in message for message in said)
-
-
 def test_completions_are_scored_by_what_is_compiled_and_embeddings_have_a_program_of_their_own(warm, caplog):
     def serve_all(call):
         tickets = call.tickets(warm, Inbox())
@@ -61,3 +43,21 @@ def test_completions_are_scored_by_what_is_compiled_and_embeddings_have_a_progra
         serve_all(Embedding([[5, 6, 7]], "mean", False, None, {}))
     assert after_the_warm_up(caplog)
     assert all("hidden states are pooled" in message for message in after_the_warm_up(caplog))
+
+
+@pytest.mark.parametrize(
+    ("options", "kv_precision", "cause"),
+    [
+        ({}, "bf16", None),
+        ({"structured_outputs": StructuredOutputsParams(regex="[ab]{8}")}, "bf16", "structured outputs"),
+        ({}, "int8", "KV formats that were not served before"),
+    ],
+)
+def test_a_program_that_is_compiled_after_the_warm_up_is_logged_with_its_cause(
+    warm, caplog, options, kv_precision, cause
+):
+    with caplog.at_level(logging.WARNING, logger="fineserve_jax"):
+        serve(warm, [[5, 6, 7, 8]] * 2, [kv_precision] * 2, SamplingParams(max_tokens=4, ignore_eos=True, **options))
+    said = after_the_warm_up(caplog)
+    assert bool(said) == (cause is not None)
+    assert all(cause in message for message in said)
