@@ -81,7 +81,7 @@ class Masks:
 
     def watch(self) -> None:
         """Times the masks from now on, and looks whether the layers are ready when the head is called."""
-        build, programs_of = runner_module.build_masks, runner_module._programs
+        build, programs_of = runner_module.build_masks, runner_module.step_programs
 
         def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
@@ -96,7 +96,7 @@ class Masks:
                 programs.head = self._watched(programs.head)
             return programs
 
-        runner_module.build_masks, runner_module._programs = timed, watched  # type: ignore[assignment]
+        runner_module.build_masks, runner_module.step_programs = timed, watched  # type: ignore[assignment]
 
     def _watched(self, head: Callable[..., Any]) -> Callable[..., Any]:
         def call(params: Any, stream: Any, inputs: Any, sampling: Any, allowed: Any) -> Any:

@@ -4,6 +4,7 @@ Type checkers read this file, and `__init__.py` imports from it what it is asked
 """
 
 from fineserve_jax.async_llm import AsyncLLM
+from fineserve_jax.engine.embedding import PromptEmbedding
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -77,6 +78,7 @@ __all__ = [
     "Plan",
     "Policy",
     "PolicyContext",
+    "PromptEmbedding",
     "Quota",
     "Request",
     "RequestError",

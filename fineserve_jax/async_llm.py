@@ -2,22 +2,40 @@
 
 import asyncio
 import contextlib
-import weakref
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from fineserve_jax.engine.async_loop import AsyncLoop
+from fineserve_jax.engine.calls import Call, Generation
+from fineserve_jax.engine.embedding import Embedding, PromptEmbedding
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
+from fineserve_jax.engine.intake import Conversation, Prompt, chat_encoder, ticket_for_pieces
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
-from fineserve_jax.engine.stats import EngineStats, joint_stats
-from fineserve_jax.fleet import Plan, only_engine, open_engines
+from fineserve_jax.engine.scoring import Completion, CompletionScore, Scoring, completion_lists
+from fineserve_jax.fleet import Plan
+from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _on_another_thread(
+    method: Callable[Concatenate[LLM, P], T],
+) -> Callable[Concatenate["AsyncLLM", P], Coroutine[Any, Any, T]]:
+    """A method of `LLM` that waits, as one of `AsyncLLM` that is awaited."""
+
+    async def awaited(self: "AsyncLLM", /, *arguments: P.args, **options: P.kwargs) -> T:
+        return await asyncio.to_thread(method, self._llm, *arguments, **options)
+
+    functools.update_wrapper(awaited, method)
+    return awaited
 
 
 class AsyncLLM:
@@ -29,6 +47,9 @@ class AsyncLLM:
 
     Prompts are encoded on other threads, and steps are computed on one of their own. A task that is cancelled, or that
     leaves a stream, ends its requests, and their memory is free before the next step. Options say how urgent each is.
+
+    `warm_up`, `load_model`, `unload_model`, `update_params`, `sleep`, `wake_up`, `stats` and `close` are those of
+    `LLM`, awaited; a task that is cancelled does not end them.
 
     Args: see `LLM`. The model is loaded here, before anything can be awaited.
 
@@ -47,20 +68,19 @@ class AsyncLLM:
         plan: str | Path | Plan | None = None,
         **settings: Any,
     ) -> None:
-        self.intake, loop = open_engines(model, models, plan, settings)
-        self.loop = AsyncLoop(loop)
-        weakref.finalize(self, loop.close_without_waiting).atexit = False  # the loop sees to that itself
+        self._llm = LLM(model, models=models, plan=plan, **settings)
+        self.intake = self._llm.intake
+        self.loop = AsyncLoop(self._llm.loop)
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The only model's; those of several are in `intake.models`."""
-        return self.intake.served().tokenizer
+        return self._llm.tokenizer
 
     @property
     def engine(self) -> Engine:
-        """The only engine; its own methods are for the loop's thread, but for `prepare`. Raises `EngineError` if there
-        are several, by a plan."""
-        return only_engine(self.intake)
+        """The only engine, see `LLM.engine`."""
+        return self._llm.engine
 
     async def generate(
         self,
@@ -70,7 +90,7 @@ class AsyncLLM:
         **fields: Unpack[OptionKeywords],
     ) -> list[RequestOutput]:
         """Answers one prompt or several; see `LLM.generate`."""
-        return await self._answer(prompt_list(prompts), encode_prompt, sampling_params, options, fields)
+        return await self._served(Generation(prompt_list(prompts), encode_prompt, sampling_params, options, fields))
 
     async def chat(
         self,
@@ -82,8 +102,8 @@ class AsyncLLM:
         **fields: Unpack[OptionKeywords],
     ) -> list[RequestOutput]:
         """Continues one conversation or several; see `LLM.chat`."""
-        encode = chat_encoder(chat_options)
-        return await self._answer(conversation_list(conversations), encode, sampling_params, options, fields)
+        listed, encode = conversation_list(conversations), chat_encoder(chat_options)
+        return await self._served(Generation(listed, encode, sampling_params, options, fields))
 
     async def stream(
         self,
@@ -106,40 +126,36 @@ class AsyncLLM:
             async for piece in texts:
                 yield piece
 
-    async def warm_up(
+    async def score(
         self,
-        kv_precisions: Sequence[str] = (),
-        min_kv_precision: str | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        completions: Sequence[Completion] | Sequence[Sequence[Completion]],
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[list[CompletionScore]]:
+        """Log-probabilities of completions that are given, each after its prompt; see `LLM.score`."""
+        return await self._served(Scoring(*completion_lists(prompts, completions), options, fields))
+
+    async def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
         *,
-        structured_outputs: bool = False,
-        prompt_logprobs: bool = False,
-    ) -> int:
-        """Compiles ahead all programs that requests in these KV formats can need; see `Engine.warm_up`."""
-        programs = await self.loop.each(
-            lambda engine: engine.warm_up(
-                kv_precisions,
-                min_kv_precision,
-                structured_outputs=structured_outputs,
-                prompt_logprobs=prompt_logprobs,
-            )
-        )
-        return sum(programs)
+        pooling: str,
+        normalize: bool = False,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[PromptEmbedding]:
+        """Vectors of prompts; see `LLM.embed`."""
+        return await self._served(Embedding(prompt_list(prompts), pooling, normalize, options, fields))
 
-    async def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
-        """Serves a further model out of the same KV memory; see `LLM.load_model`."""
-        await self.loop.load_model(name, source)
-
-    async def unload_model(self, name: str, *, abort: bool = False) -> None:
-        """Serves a model no longer; see `LLM.unload_model`."""
-        await self.loop.unload_model(name, abort=abort)
-
-    async def stats(self) -> EngineStats:
-        """Where the engine stands between two steps; see `LLM.stats`."""
-        return joint_stats(await self.loop.each(Engine.stats))
-
-    async def close(self) -> None:
-        """Ends the thread that computes; whoever waits, and later calls, get an `EngineError`."""
-        await self.loop.close()
+    warm_up = _on_another_thread(LLM.warm_up)
+    load_model = _on_another_thread(LLM.load_model)
+    unload_model = _on_another_thread(LLM.unload_model)
+    update_params = _on_another_thread(LLM.update_params)
+    sleep = _on_another_thread(LLM.sleep)
+    wake_up = _on_another_thread(LLM.wake_up)
+    stats = _on_another_thread(LLM.stats)
+    close = _on_another_thread(LLM.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -149,17 +165,10 @@ class AsyncLLM:
     ) -> None:
         await self.close()
 
-    async def _answer(
-        self,
-        prompts: Sequence[Any],
-        encode: Encode,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        options: RequestOptions | Sequence[RequestOptions] | None,
-        fields: OptionKeywords,
-    ) -> list[RequestOutput]:
+    async def _served(self, call: Call[T]) -> T:
+        """What comes of a call; whoever is cancelled meanwhile, ends it."""
         self.loop.check_usable()
         inbox = self.loop.inbox()
-        tickets = await asyncio.to_thread(
-            tickets_of_all, self.intake, inbox, prompts, encode, sampling_params, options, fields
-        )
-        return await self.loop.outputs(inbox, tickets)
+        tickets = await asyncio.to_thread(call.tickets, self.intake, inbox)
+        await self.loop.served(inbox, tickets)
+        return call.result(tickets)

@@ -4,15 +4,17 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
+from fineserve_jax.engine.calls import Call, Generation
+from fineserve_jax.engine.embedding import Embedding, PromptEmbedding
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.intake import Conversation, Encode, Prompt, chat_encoder, ticket_for_pieces, tickets_of_all
+from fineserve_jax.engine.intake import Conversation, Prompt, chat_encoder, ticket_for_pieces
 from fineserve_jax.engine.iteration import PromptSource, outputs_as_they_come
 from fineserve_jax.engine.new_weights import WeightSource
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
-from fineserve_jax.engine.scoring import Completion, CompletionScore, completion_score, score_tickets
+from fineserve_jax.engine.scoring import Completion, CompletionScore, Scoring, completion_lists
 from fineserve_jax.engine.stats import EngineStats, joint_stats
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import RequestError
@@ -20,6 +22,8 @@ from fineserve_jax.fleet import Plan, only_engine, open_engines
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
+
+T = TypeVar("T")
 
 
 class LLM:
@@ -45,6 +49,10 @@ class LLM:
             which devices (see docs/plans.md).
         settings: the fields of `EngineConfig`.
 
+    Attributes:
+        intake: what is asked: the engine, or those of the plan.
+        loop: what serves.
+
     Raises:
         ModelLoadError: a model that cannot be found, read or used.
         ConfigError: a setting that is unknown or cannot be honoured.
@@ -58,8 +66,8 @@ class LLM:
         plan: str | Path | Plan | None = None,
         **settings: Any,
     ) -> None:
-        self.intake, self._loop = open_engines(model, models, plan, settings)
-        weakref.finalize(self, self._loop.close_without_waiting).atexit = False  # the loop sees to that itself
+        self.intake, self.loop = open_engines(model, models, plan, settings)
+        weakref.finalize(self, self.loop.close_without_waiting).atexit = False  # the loop sees to that itself
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -68,7 +76,8 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The only engine. Raises `EngineError` if there are several, by a plan."""
+        """The only engine; its own methods are for the loop's thread, but for `prepare`. Raises `EngineError` if there
+        are several, by a plan."""
         return only_engine(self.intake)
 
     def generate(
@@ -100,7 +109,8 @@ class LLM:
             RequestError: before anything is computed, naming the first prompt that cannot be served.
             EngineError: the engine is closed, or cannot go on.
         """
-        return self._answer(prompt_list(prompts), encode_prompt, sampling_params, options, fields, on_step)
+        listed = prompt_list(prompts)
+        return self._served(Generation(listed, encode_prompt, sampling_params, options, fields), on_step)
 
     def chat(
         self,
@@ -119,8 +129,8 @@ class LLM:
         Args:
             chat_options: how they are rendered: tools, documents, which template, and so on.
         """
-        encode = chat_encoder(chat_options)
-        return self._answer(conversation_list(conversations), encode, sampling_params, options, fields, on_step)
+        listed, encode = conversation_list(conversations), chat_encoder(chat_options)
+        return self._served(Generation(listed, encode, sampling_params, options, fields), on_step)
 
     def score(
         self,
@@ -149,11 +159,35 @@ class LLM:
             RequestError: before anything is computed, naming the first prompt and completion that cannot be scored.
             EngineError: the engine is closed, or cannot go on.
         """
-        self._loop.check_usable()
-        inbox = Inbox()
-        tickets = score_tickets(self.intake, inbox, prompts, completions, options, fields)
-        self._wait_for([ticket for own in tickets for ticket in own], inbox)
-        return [[completion_score(ticket) for ticket in own] for own in tickets]
+        return self._served(Scoring(*completion_lists(prompts, completions), options, fields))
+
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        options: RequestOptions | Sequence[RequestOptions] | None = None,
+        *,
+        pooling: str,
+        normalize: bool = False,
+        **fields: Unpack[OptionKeywords],
+    ) -> list[PromptEmbedding]:
+        """Vectors of prompts: the model's last hidden states, behind its final norm, pooled.
+
+        They are computed through the KV cache as requests keep it, in chunks, however long a prompt is.
+
+        Args:
+            prompts: as `generate` takes them; they may be as long as `max_seq_len`.
+            options, fields: as of `generate`.
+            pooling: "mean" of all tokens, which are then not taken from the prefix cache, or the "last" token's alone.
+            normalize: scale vectors to length 1.
+
+        Returns:
+            a vector for each prompt, in order. What cannot be computed has an `error`.
+
+        Raises:
+            RequestError: before anything is computed, another `pooling`, or naming the first prompt without a vector.
+            EngineError: the engine is closed, or cannot go on.
+        """
+        return self._served(Embedding(prompt_list(prompts), pooling, normalize, options, fields))
 
     def stream(
         self,
@@ -173,7 +207,7 @@ class LLM:
         Args:
             chat_options: how a conversation is rendered; not for a prompt, which is taken as it is.
         """
-        self._loop.check_usable()
+        self.loop.check_usable()
         inbox = Inbox()
         ticket = ticket_for_pieces(self.intake, inbox, prompt, sampling_params, options, chat_options, fields)
         return self._pieces(ticket, inbox)
@@ -209,12 +243,12 @@ class LLM:
             RequestError: at once, for a bad `look_ahead` or keyword.
             EngineError: the engine is closed, or cannot go on.
         """
-        self._loop.check_usable()
+        self.loop.check_usable()
         source = PromptSource(self.intake, prompts, sampling_params, options, chat_options, fields)
         most = 5 * self.intake.max_batch_size if look_ahead is None else look_ahead
         if most < 1:
             raise RequestError(f"look_ahead={most}: at least 1 prompt is to be asked for")
-        return outputs_as_they_come(self._loop, source, most, ordered)
+        return outputs_as_they_come(self.loop, source, most, ordered)
 
     def warm_up(
         self,
@@ -227,7 +261,7 @@ class LLM:
         """Compiles ahead all programs that requests in these KV formats, and in each model's own, can need; see
         `Engine.warm_up`."""
         return sum(
-            self._loop.each(
+            self.loop.each(
                 lambda engine: engine.warm_up(
                     kv_precisions,
                     min_kv_precision,
@@ -251,7 +285,7 @@ class LLM:
                 that do not fit the memory as it was divided at the start.
             ModelLoadError: a model that cannot be found, read or used.
         """
-        self._loop.load_model(name, source)
+        self.loop.load_model(name, source)
 
     def unload_model(self, name: str, *, abort: bool = False) -> None:
         """Serves a model no longer: its weights are dropped, and its KV memory is free for others.
@@ -265,7 +299,7 @@ class LLM:
         Raises:
             RequestError: no such model, or one that is being unloaded.
         """
-        self._loop.unload_model(name, abort=abort)
+        self.loop.unload_model(name, abort=abort)
 
     def update_params(self, source: WeightSource, model: str | None = None, *, abort: bool = False) -> None:
         """Gives a model new weights of the same shapes between two steps, as reinforcement learning does; nothing is
@@ -284,7 +318,7 @@ class LLM:
             ModelLoadError: a source that cannot be found or read, or whose tensors are not the model's.
             ConfigError: a model of another configuration.
         """
-        self._loop.each_when_idle(lambda engine: engine.update_params(source, model), model, abort=abort)
+        self.loop.each_when_idle(lambda engine: engine.update_params(source, model), model, abort=abort)
 
     def sleep(self, *, drop_weights: bool = False, abort: bool = False) -> None:
         """Gives the memory of keys and values, and of weights on an accelerator, back until `wake_up`.
@@ -295,21 +329,21 @@ class LLM:
             drop_weights: do not keep the weights in host memory, since `update_params` will give others.
             abort: end what is under way instead, with the finish reason "abort".
         """
-        self._loop.each_when_idle(lambda engine: engine.sleep(drop_weights=drop_weights), abort=abort)
+        self.loop.each_when_idle(lambda engine: engine.sleep(drop_weights=drop_weights), abort=abort)
 
     def wake_up(self) -> None:
         """Takes the memory again that `sleep` gave back. Raises `EngineError` if the weights were dropped, and none
         given since."""
-        self._loop.each(Engine.wake_up)
+        self.loop.each(Engine.wake_up)
 
     def stats(self) -> EngineStats:
         """KV bytes per format, running and waiting requests, tokens per second, compilations, preemptions; of all
         engines together."""
-        return joint_stats(self._loop.each(Engine.stats))
+        return joint_stats(self.loop.each(Engine.stats))
 
     def close(self) -> None:
         """Ends the thread that computes; calls that wait, and later ones, raise `EngineError`."""
-        self._loop.close()
+        self.loop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -321,9 +355,9 @@ class LLM:
 
     def _pieces(self, ticket: Ticket, inbox: Inbox) -> Iterator[str]:
         # Runs from the first piece asked for: a stream that nobody reads holds nothing.
-        self._loop.abort_with(inbox, [ticket])
+        self.loop.abort_with(inbox, [ticket])
         try:
-            self._loop.submit([ticket])
+            self.loop.submit([ticket])
             is_done = False
             while not is_done:
                 inbox.wait()
@@ -332,35 +366,21 @@ class LLM:
                     yield piece
             ticket.check()
         finally:
-            self._loop.abort([ticket])
+            self.loop.abort([ticket])
 
-    def _answer(
-        self,
-        prompts: Sequence[Any],
-        encode: Encode,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        options: RequestOptions | Sequence[RequestOptions] | None,
-        fields: OptionKeywords,
-        on_step: Callable[[EngineStats], None] | None,
-    ) -> list[RequestOutput]:
-        """Prepares all prompts, then waits until they are served. Nothing stays behind, whatever happens."""
-        self._loop.check_usable()
+    def _served(self, call: Call[T], on_step: Callable[[EngineStats], None] | None = None) -> T:
+        """Prepares all that a call asks for, then waits until it is served. Nothing stays behind, whatever happens."""
+        self.loop.check_usable()
         inbox = Inbox(wants_stats=on_step is not None)
-        tickets = tickets_of_all(self.intake, inbox, prompts, encode, sampling_params, options, fields)
-        self._wait_for(tickets, inbox, on_step)
-        return [ticket.output() for ticket in tickets]
-
-    def _wait_for(
-        self, tickets: Sequence[Ticket], inbox: Inbox, on_step: Callable[[EngineStats], None] | None = None
-    ) -> None:
-        """Has tickets served, whose receiver is `inbox`."""
-        self._loop.abort_with(inbox, tickets)
+        tickets = call.tickets(self.intake, inbox)
+        self.loop.abort_with(inbox, tickets)
         try:
-            self._loop.submit(tickets)
+            self.loop.submit(tickets)
             num_left = len(tickets)
             while num_left:
                 num_left -= len(inbox.wait())
                 if on_step is not None and (stats := inbox.take_stats()) is not None:
                     on_step(stats)
         finally:
-            self._loop.abort(tickets)
+            self.loop.abort(tickets)
+        return call.result(tickets)

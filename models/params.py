@@ -20,9 +20,7 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -32,7 +30,7 @@ import numpy as np
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.registry import build_model
-from fineserve_jax.models.row_packing import LatestOfThread, aligned_empty, pack_rows, to_device
+from fineserve_jax.models.row_packing import LatestOfThread, aligned_empty, pack_rows, to_device, together
 from fineserve_jax.models.weight_formats import Float32Weights, WeightFormat, weight_recipe
 
 Params = dict[str, Any]
@@ -76,8 +74,9 @@ class TensorSource(Protocol):
         """Tensors beside `used` that would change the model's numbers, by the names they have in the file."""
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_params(config: ModelConfig, weights: str) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves; nothing is allocated. To be read only: it is kept."""
     model = build_model(config, weights)
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -106,13 +105,11 @@ def pack_params(
     }
     if not config.tie_embeddings:
         jobs["lm_head"] = packer.lm_head
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        place = functools.partial(placement.place, config, weights)
-        futures = {name: pool.submit(lambda name, job: place(name, job()), name, job) for name, job in jobs.items()}
-        try:
-            return {name: future.result() for name, future in futures.items()}
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def placed(name: str, job: Callable[[], HostParams]) -> Params:
+        return placement.place(config, weights, name, job())
+
+    return together({name: functools.partial(placed, name, job) for name, job in jobs.items()})
 
 
 def random_params(config: ModelConfig, weights: str, seed: int = 0, scale: float = 0.05) -> Params:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -46,6 +48,16 @@ def pack_rows(
 def to_device(array: np.ndarray) -> jax.Array:
     """The array on JAX's default device; where that is the host, the same memory if possible. It must not change."""
     return jax.device_put(array, may_alias=True)
+
+
+def together(jobs: Mapping[str, Callable[[], Value]]) -> dict[str, Value]:
+    """What each job gives, by a few threads; when one raises, those that have not begun are left out."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        futures = {name: pool.submit(job) for name, job in jobs.items()}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class LatestOfThread:

@@ -214,7 +214,12 @@ class CausalLM(nn.Module):
 
     def head(self, x: Hidden) -> Logits:
         """The residual stream after the last layer, f32[M, hidden_size] -> logits f32[M, vocab_size]."""
-        return self.logits(self.norm(x))
+        return self.logits(self.last_hidden(x))
+
+    def last_hidden(self, x: Hidden) -> Hidden:
+        """The residual stream after the last layer, f32[M, hidden_size] -> hidden states of that shape, after the final
+        norm."""
+        return self.norm(x)
 
     def logits(self, hidden: Hidden) -> Logits:
         """hidden f32[M, hidden_size] -> f32[M, vocab_size]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from fineserve_jax.errors import ModelLoadError
 from fineserve_jax.models.model_config import ModelConfig
 from fineserve_jax.models.params import Params, abstract_params
-from fineserve_jax.models.row_packing import to_device
+from fineserve_jax.models.row_packing import pack_rows, to_device, together
 from fineserve_jax.models.weight_formats import WeightFormat, weight_recipe
 
 
@@ -37,7 +38,9 @@ def pack_tree(config: ModelConfig, weights: str, tree: Mapping[str, Any]) -> Par
     recipe = weight_recipe(weights)
     table = recipe.head if config.tie_embeddings else recipe.embedding
     formats = {"embed": table, "lm_head": recipe.head}
-    return {name: _pack(part, formats.get(name, recipe.linear)) for name, part in tree.items()}
+    return together(
+        {name: functools.partial(_pack, part, formats.get(name, recipe.linear)) for name, part in tree.items()}
+    )
 
 
 def _pack(part: Any, fmt: WeightFormat, name: str = "") -> Any:
@@ -46,14 +49,24 @@ def _pack(part: Any, fmt: WeightFormat, name: str = "") -> Any:
         return to_device(_floats(part))
     if "kernel" not in part or name == "router":
         return {key: _pack(value, fmt, key) for key, value in part.items()}
-    kernel = part["kernel"]
+    kernel = np.asarray(part["kernel"])
     if kernel.ndim == 2:
-        stored = fmt.pack(_floats(kernel))
+        stored = pack_rows(fmt, _Matrix(kernel), [("", kernel.shape)])
     else:  # of experts
         packed = [fmt.pack(_floats(matrix)) for matrix in kernel]
         stored = {key: np.stack([one[key] for one in packed]) for key in packed[0]}
     others = {key: _floats(value) for key, value in part.items() if key != "kernel"}
     return {key: to_device(np.ascontiguousarray(array)) for key, array in (stored | others).items()}
+
+
+class _Matrix:
+    """A matrix of floats on the host, as `pack_rows` reads it."""
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        self._matrix = matrix
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        return self._matrix[rows or slice(None)].astype(np.float32, copy=False)
 
 
 def _floats(array: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ def attend_within(
     chunk_of_page: jax.Array,
     window: int | None = None,
     soft_cap: float | None = None,
+    branches: jax.Array | None = None,
 ) -> PartialAttention:
     """Causal attention of each chunk's tokens to themselves.
 
@@ -31,11 +32,20 @@ def attend_within(
         earlier_pages: k and v, the same shape.
         chunk_of_page: i32[pages], the chunk that each page of slots belongs to; any two unused pages may share -1.
         window, soft_cap: see `AttentionSpec`.
+        branches: i32[C], of each slot the branch of its chunk that it is of; 0: of none. Branches are as in tree
+            attention (SpecInfer, arXiv 2305.09781), of one level: a token does not see those of other branches. Slots
+            are then no positions: without a window, and where pages are kept the same before and after they are full.
+            None: nobody is of one.
 
     Returns:
         of f32[C, kv_heads, group].
+
+    Raises:
+        ValueError: branches, and a window.
     """
-    seen = _attend_heads(q.swapaxes(0, 1), own_page, earlier_pages, chunk_of_page, window, soft_cap)
+    if branches is not None and window is not None:
+        raise ValueError(f"branches, and window={window}: slots of branches do not tell how far back positions are")
+    seen = _attend_heads(q.swapaxes(0, 1), own_page, earlier_pages, chunk_of_page, window, soft_cap, branches)
     return PartialAttention(*(part.swapaxes(0, 1) for part in seen))
 
 
@@ -46,12 +56,17 @@ def _attend_heads(
     chunk_of_page: jax.Array,
     window: int | None,
     soft_cap: float | None,
+    branches: jax.Array | None,
 ) -> PartialAttention:
     """The same with heads first: q f32[kv_heads, C, group, head_dim]."""
     kv_heads, pages, page_size, head_dim = own_page[0].shape
     group = q.shape[2]
     ahead = jnp.arange(page_size)[:, None] - jnp.arange(page_size)
-    seen = jnp.repeat((ahead >= 0) & _within(ahead, window), group, axis=0)
+    seen = (ahead >= 0) & _within(ahead, window)
+    if branches is not None:
+        by_page = branches.reshape(pages, page_size)
+        seen = seen & _on_its_way(by_page[:, :, None], by_page[:, None])
+    seen = jnp.repeat(seen, group, axis=-2)
     paged = q.reshape(kv_heads, pages, page_size * group, head_dim)
     own = _regroup(attend(paged, _vectors(own_page), seen, soft_cap), q)
     if pages == 1:
@@ -62,6 +77,8 @@ def _attend_heads(
     if window is not None:
         slots = jnp.arange(pages * page_size)  # of one chunk, they are as far apart as its positions
         visible &= jnp.repeat(_within(slots[:, None] - slots, window), group, axis=0)
+    if branches is not None:
+        visible &= jnp.repeat(_on_its_way(branches[:, None], branches), group, axis=0)
     k, v = (part.reshape(kv_heads, pages * page_size, head_dim) for part in earlier_pages)
     return own.merge(_regroup(attend(_ungroup(q), _vectors((k, v)), visible, soft_cap), q))
 
@@ -96,6 +113,11 @@ def attend_ahead(
 def _within(ahead: jax.Array, window: int | None) -> jax.Array:
     """Whether keys so many positions back lie in the window."""
     return jnp.ones_like(ahead, bool) if window is None else ahead < window
+
+
+def _on_its_way(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Whether keys are of no branch, or of the queries' own."""
+    return (keys == 0) | (keys == queries)
 
 
 def without_spreading(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

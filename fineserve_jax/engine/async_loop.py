@@ -3,9 +3,8 @@
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from fineserve_jax.engine.backlog import Forecast
 from fineserve_jax.engine.engine import Engine
@@ -39,11 +38,15 @@ class AsyncLoop:
             inbox = self._inboxes[event_loop] = AsyncInbox(event_loop)
         return inbox
 
-    async def outputs(self, inbox: "AsyncInbox", tickets: Sequence[Ticket]) -> list[RequestOutput]:
-        """The outputs of tickets for that inbox, when all are done. Raises what one of them ended with."""
+    async def served(self, inbox: "AsyncInbox", tickets: Sequence[Ticket]) -> None:
+        """Waits until all of the tickets, which are for that inbox, are done."""
         async with contextlib.aclosing(self._news(inbox, tickets)) as news:
             while not all(ticket.is_done for ticket in tickets):
                 await anext(news)
+
+    async def outputs(self, inbox: "AsyncInbox", tickets: Sequence[Ticket]) -> list[RequestOutput]:
+        """The outputs of tickets for that inbox, when all are done. Raises what one of them ended with."""
+        await self.served(inbox, tickets)
         return [ticket.output() for ticket in tickets]
 
     async def texts(self, inbox: "AsyncInbox", ticket: Ticket) -> AsyncGenerator[str, None]:
@@ -97,21 +100,9 @@ class AsyncLoop:
         """See `TicketLoop.forecast`."""
         return self._loop.forecast(tickets, model, priority)
 
-    async def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
-        """See `EngineLoop.load_model`."""
-        await asyncio.to_thread(self._loop.load_model, name, source)
-
-    async def unload_model(self, name: str, *, abort: bool = False) -> None:
-        """See `EngineLoop.unload_model`."""
-        await asyncio.to_thread(self._loop.unload_model, name, abort=abort)
-
     def check_usable(self) -> None:
         """See `EngineLoop.check_usable`."""
         self._loop.check_usable()
-
-    async def close(self) -> None:
-        """See `EngineLoop.close`."""
-        await asyncio.to_thread(self._loop.close)
 
 
 class AsyncInbox:

@@ -11,7 +11,7 @@ from fineserve_jax.engine.prompts import encode_prompt, is_conversation
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import RequestError
 from fineserve_jax.loaders import ChatOptions, Tokenizer, encode_chat
-from fineserve_jax.request.request_options import RequestOptions, one_each, options_of_each
+from fineserve_jax.request.request_options import RequestOptions, options_of_each
 from fineserve_jax.request.sampling_params import SamplingParams
 
 Prompt = str | Iterable[int] | Mapping[str, Any]
@@ -76,32 +76,6 @@ def prepare(
         sampling = encode.options.constrained(sampling)
     text, token_ids = encode(served.tokenizer, prompt, max_tokens=most_prompt_tokens(served.max_seq_len, sampling))
     return text, engine.prepare(token_ids, sampling, options)
-
-
-def tickets_of_all(
-    engine: Intake,
-    receiver: Receiver,
-    prompts: Sequence[Any],
-    encode: Encode,
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-    options: RequestOptions | Sequence[RequestOptions] | None,
-    fields: Mapping[str, Any],
-) -> list[Ticket]:
-    """Tickets for all prompts, see `LLM.generate`.
-
-    Raises:
-        RequestError: naming the first prompt that cannot be served.
-    """
-    params = one_each(sampling_params or SamplingParams(), SamplingParams, len(prompts), "sampling_params")
-    option_list = options_of_each(len(prompts), options, fields)
-    tickets = []
-    for i, (prompt, sampling, own) in enumerate(zip(prompts, params, option_list, strict=True)):
-        try:
-            text, prepared = prepare(engine, prompt, encode, sampling, own)
-        except RequestError as error:
-            raise RequestError(f"prompt {i}: {error}") from None
-        tickets.append(Ticket(prepared, receiver, text, i))
-    return tickets
 
 
 def ticket_for_pieces(

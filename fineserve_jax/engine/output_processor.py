@@ -48,6 +48,11 @@ class OutputProcessor:
                 request.scores.entries.extend(scores)
                 if request.scores.hidden is not None:
                     request.scores.hidden.append(result.hidden[request])
+        for chunk in output.chunks:
+            pooling = chunk.request.pooling
+            if pooling is not None and chunk.request in result.pooled and chunk.request not in result.nonfinite:
+                pooling.count += len(pooling.wanted(chunk.start, chunk.start + chunk.count))
+                pooling.total = pooling.total + result.pooled[chunk.request]
         sampled: dict[Request, list[SampledToken]] = {}
         for token in result.tokens:
             sampled.setdefault(token.request, []).append(token)

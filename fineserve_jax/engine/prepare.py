@@ -16,7 +16,7 @@ from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.errors import ModelNotServedError, RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.request.request import PromptScores, Request, RequestTimes
+from fineserve_jax.request.request import PromptPooling, PromptScores, Request, RequestTimes
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.request.structured.matcher import TokenMatcher
@@ -39,6 +39,8 @@ class PreparedRequest:
             special tokens that are stop strings.
         matcher: at the beginning of what `structured_outputs` ask for; None: they ask for nothing.
         scored_from: with `sampling.prompt_logprobs`, index of the first token that they are wanted of.
+        branches: see `Request`.
+        pooled_from: index of the first token whose hidden states are pooled, with none scored; None: none are.
         arrival_s: when it came to another engine, which gave it away, by the clock of both; None: it comes when it is
             queued.
     """
@@ -52,6 +54,8 @@ class PreparedRequest:
     stop_ids: frozenset[int]
     matcher: TokenMatcher | None = None
     scored_from: int = 1
+    branches: tuple[tuple[int, ...], ...] = ()
+    pooled_from: int | None = None
     arrival_s: float | None = None
 
     def request(
@@ -80,8 +84,9 @@ class PreparedRequest:
             raise RequestError(
                 f"fork_of={fork_of.request_id!r} is of another prompt or model; fork a sample of the same prompt"
             )
-        num_top = self.sampling.prompt_logprobs
-        is_scored = num_top is not None and sample_index == 0  # the prompt is the same for all samples
+        num_top, pooled_from = self.sampling.prompt_logprobs, self.pooled_from
+        is_first = sample_index == 0  # the prompt is the same for all samples
+        is_scored = num_top is not None and is_first and pooled_from is None
         return Request(
             request_id=request_id,
             model=self.served.name,
@@ -100,6 +105,10 @@ class PreparedRequest:
             options=self.options,
             matcher=None if self.matcher is None else self.matcher.copy(),
             scores=PromptScores(self.scored_from, num_top or 0) if is_scored else None,
+            branches=self.branches,
+            pooling=None if pooled_from is None else PromptPooling(pooled_from),
+            # What was computed for others has no hidden states.
+            shares_prefix=pooled_from is None or pooled_from == len(self.token_ids) - 1,
         )
 
     def _seed(self, engine_seed: int, sequence: int, sample_index: int) -> int:

@@ -8,7 +8,7 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.stats import ClassStats
 from fineserve_jax.kv.usage import FormatUsage, KVCounts, count_events, measure_classes, measure_usage
-from fineserve_jax.request.request import SchedulerOutput
+from fineserve_jax.request.request import SchedulerOutput, num_branch_tokens
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.results import StepResult
 from fineserve_jax.scheduler import Scheduler
@@ -116,6 +116,7 @@ class StepTotals:
         self.output_tokens += len(result.tokens)
         self.prompt_tokens += sum(
             max(0, min(chunk.start + chunk.count, chunk.request.num_prompt_tokens) - chunk.start)
+            + num_branch_tokens(chunk.branches)
             for chunk in output.chunks
         )
 

@@ -12,6 +12,7 @@ from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.prepare import PreparedRequest, named_model
+from fineserve_jax.engine.scoring import check_branches
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.fleet.balancer import Balancer
@@ -21,6 +22,8 @@ from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.router import Router
 
 T = TypeVar("T")
+KEPT = ("scored_from", "branches", "pooled_from", "arrival_s")
+"""What engines do not set when they prepare a request, and which therefore goes along with one that another serves."""
 
 
 class Fleet:
@@ -113,7 +116,9 @@ class Fleet:
             return prepared
         options = prepared.options.model_copy(update={"model": prepared.served.name})
         own = replica.engine.prepare(prepared.token_ids, prepared.sampling, options)
-        return dataclasses.replace(own, scored_from=prepared.scored_from, arrival_s=prepared.arrival_s)
+        own = dataclasses.replace(own, **{name: getattr(prepared, name) for name in KEPT})
+        check_branches(own)
+        return own
 
     def abort(self, tickets: Sequence[Ticket]) -> None:
         """See `EngineLoop.abort`."""

@@ -8,6 +8,7 @@ READY and RUNNING both hold memory; RUNNING has had at least one step since it w
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,6 +83,26 @@ class PromptScores:
         return self.first + len(self.entries)
 
 
+@dataclass(slots=True)
+class PromptPooling:
+    """The sum of what the model gives for a prompt's tokens, which comes as it is computed, chunk by chunk.
+
+    Attributes:
+        first: index of the first token that counts: 0 for a mean, that of the last token for that alone.
+        count: how many of the tokens from `first` on are in the sum, which they stay, whatever happens to the request's
+            pages.
+        total: the sum of their last hidden states, f64[hidden]; 0 where there are none.
+    """
+
+    first: int
+    count: int = 0
+    total: Any = 0.0
+
+    def wanted(self, start: int, stop: int) -> range:
+        """Which of the tokens that a chunk computes are yet to be added."""
+        return range(max(start, self.first + self.count), stop)
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence on its way through the engine. `eq=False`: identity is what makes a request itself.
@@ -109,7 +130,10 @@ class Request:
         options: what was asked for: tenant, priority and targets count; the model and the KV formats that this came to
             are those above.
         matcher: how far its output has come in what `structured_outputs` ask for; None: any token may follow.
-        scores: of its prompt's tokens; None: nobody asked for them.
+        scores: of its prompt's tokens, or of its branches; None: nobody asked for them.
+        branches: texts that go on from its prompt, each by itself, whose tokens are scored with the step that ends the
+            prompt; they leave nothing in the cache.
+        pooling: of the prompt's hidden states; None: nobody asked for them.
     """
 
     request_id: str
@@ -130,6 +154,8 @@ class Request:
     options: RequestOptions = NO_OPTIONS
     matcher: TokenMatcher | None = None
     scores: PromptScores | None = None
+    branches: tuple[tuple[int, ...], ...] = ()
+    pooling: PromptPooling | None = None
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_preemptions: int = 0
@@ -177,23 +203,41 @@ class Request:
         """Tokens still to go through the model before the next one can be sampled; 1 while decoding."""
         return len(self.token_ids) - self.num_computed_tokens
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all it has to compute is its last token."""
+        return len(self.token_ids) - self.num_computed_tokens == 1 and not self.branches
+
+
+def num_branch_tokens(branches: Sequence[Sequence[int]]) -> int:
+    """Tokens of branches that go through the model: not the last of each, as nobody asks what follows it."""
+    return sum(map(len, branches)) - len(branches)
+
 
 @dataclass(slots=True, unsafe_hash=True)  # frozen, it would take a microsecond more to create, for every row and step
 class ScheduledChunk:
     """What a step computes of one request: its tokens `[start, start + count)`.
 
-    `count == 1` goes through the step's decode rows, anything longer is a prefill chunk. A chunk starts at a
-    multiple of the page size. Nobody changes one.
+    `count == 1` without branches goes through the step's decode rows, anything else is a prefill chunk. A chunk starts
+    at a multiple of the page size. Nobody changes one.
 
     Attributes:
         drafts: of a decode, tokens that are guessed to follow. Each goes through a decode row of its own; all of them,
             and the token itself, lie in one page.
+        branches: of a chunk that ends with its prompt, the request's: all their tokens but the last of each go through
+            the model behind the chunk's, and see the prompt and what is ahead of them in their own branch.
     """
 
     request: Request
     start: int
     count: int
     drafts: tuple[int, ...] = ()
+    branches: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens of a chunk that go through the model, its branches' too."""
+        return self.count + num_branch_tokens(self.branches)
 
     @property
     def samples(self) -> bool:
@@ -214,8 +258,8 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """What one step computes, decided on the host. `decodes` all have `count == 1`, `prefills` have more; `chunks` are
-    both, decodes first."""
+    """What one step computes, decided on the host. `decodes` all have `count == 1`, `prefills` have more, or branches;
+    `chunks` are both, decodes first."""
 
     decodes: tuple[ScheduledChunk, ...]
     prefills: tuple[ScheduledChunk, ...]
@@ -232,4 +276,4 @@ class SchedulerOutput:
     @property
     def num_tokens(self) -> int:
         """Tokens that go through the model."""
-        return self.num_decode_rows + sum(scheduled.count for scheduled in self.prefills)
+        return self.num_decode_rows + sum(scheduled.num_slots for scheduled in self.prefills)

@@ -16,7 +16,8 @@ STAGES = {
     "head": "requests with structured outputs beside others",
     "score": "prompts whose tokens are scored",
     "hidden": "prompts whose last layer is kept",
-    "layer": "rows that share cached tokens",
+    "layer": "rows that share cached tokens, or completions that are scored",
+    "pool": "prompts whose hidden states are pooled",
     "take_tokens": "steps that are called before others are computed",
 }
 """What a stage is compiled for again where specs are alike."""

@@ -131,8 +131,8 @@ def build_inputs(
 
 
 def chunk_slots(spec: StepSpec, output: SchedulerOutput) -> list[slice]:
-    """The slots of the tokens of each scheduled chunk, drafts aside: decode rows first, then chunks, each from a page
-    on."""
+    """The slots of the tokens of each scheduled chunk, drafts and branches aside: decode rows first, then chunks, each
+    from a page on, with their branches behind them."""
     slots, row = [], 0
     for scheduled in output.decodes:
         slots.append(slice(row, row + 1))
@@ -140,8 +140,22 @@ def chunk_slots(spec: StepSpec, output: SchedulerOutput) -> list[slice]:
     first, page_size = spec.shape.rows, spec.geometry.page_size
     for scheduled in output.prefills:
         slots.append(slice(first, first + scheduled.count))
-        first += -(-scheduled.count // page_size) * page_size
+        first += -(-scheduled.num_slots // page_size) * page_size
     return slots
+
+
+def branch_numbers(spec: StepSpec, output: SchedulerOutput) -> np.ndarray | None:
+    """i32[chunk_tokens], of each chunk slot the branch of its chunk that it is of, from 1 on; 0: of none. None where no
+    chunk has branches."""
+    if not any(scheduled.branches for scheduled in output.prefills):
+        return None
+    numbers = np.zeros(spec.shape.chunk_tokens, np.int32)
+    for scheduled, own in zip(output.prefills, chunk_slots(spec, output)[len(output.decodes) :], strict=True):
+        first = own.stop - spec.shape.rows
+        for number, branch in enumerate(scheduled.branches, 1):
+            numbers[first : first + len(branch) - 1] = number
+            first += len(branch) - 1
+    return numbers
 
 
 class _GroupBuilder:
@@ -263,19 +277,25 @@ class _Builder:
         chunk, request, first = self.num_chunks, scheduled.request, self.next_page
         self.num_chunks += 1
         num_pages = -(-scheduled.count // self.page_size)
-        self.next_page += num_pages
-        slot = first * self.page_size
+        self.next_page += -(-scheduled.num_slots // self.page_size)
+        slot, stop = first * self.page_size, scheduled.start + scheduled.count
         where = slice(self.spec.shape.rows + slot, self.spec.shape.rows + slot + scheduled.count)
-        self.tokens[where] = request.token_ids[scheduled.start : scheduled.start + scheduled.count]
-        self.positions[where] = np.arange(scheduled.start, scheduled.start + scheduled.count)
-        self.long[where] = request.is_long
+        self.tokens[where] = request.token_ids[scheduled.start : stop]
+        self.positions[where] = np.arange(scheduled.start, stop)
+        behind = where.stop
+        for branch in scheduled.branches:
+            own_slots = slice(behind, behind + len(branch) - 1)
+            self.tokens[own_slots], self.positions[own_slots] = branch[:-1], np.arange(stop, stop + len(branch) - 1)
+            behind = own_slots.stop
+        self.long[where.start : behind] = request.is_long
 
-        own, full, newest = slice(first, first + num_pages), self._full(request), self._newest(request)
+        own, full, newest = slice(first, self.next_page), self._full(request), self._newest(request)
         self.chunk_of_page[own] = chunk
         self.full[own], self.written[own], self.newest[own] = full, full, newest
         if scheduled.count % self.page_size and newest != full:
             self.written[first + num_pages - 1] = newest
-        self.chunk_queries.append(QueryRun(slot, scheduled.count, scheduled.start))
+        # Branches count as what follows; all that is cached is ahead of them either way.
+        self.chunk_queries.append(QueryRun(slot, scheduled.num_slots, scheduled.start))
         for group in self.groups:
             group.add_chunk(chunk, first, num_pages, scheduled)
         self._sample(scheduled, where.stop - 1)

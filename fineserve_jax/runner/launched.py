@@ -10,6 +10,7 @@ import numpy as np
 from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.layer_attention import LayerWords
+from fineserve_jax.runner.pooling import PoolingPlan
 from fineserve_jax.runner.sampler import Sampled
 from fineserve_jax.runner.scoring import ScoringPlan
 from fineserve_jax.runner.shapes import StepSpec
@@ -52,6 +53,7 @@ class LaunchedStep:
         outputs: the sampled tokens, and of which slots the last layer's output is finite.
         plan, tiles, kept: what is scored, and what that gives.
         stuck: the requests that may sample nothing, each with the reason.
+        pooling, sums: what is pooled, and what that gives; None: nothing is.
     """
 
     step: BegunStep
@@ -60,6 +62,8 @@ class LaunchedStep:
     tiles: list[Any]
     kept: list[jax.Array]
     stuck: dict[Request, str]
+    pooling: PoolingPlan | None
+    sums: jax.Array | None
 
     @property
     def output(self) -> SchedulerOutput:

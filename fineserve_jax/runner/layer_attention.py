@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fineserve_jax.pallas_kernels.backends import get_backend
-from fineserve_jax.pallas_kernels.chunk_attention import attend_ahead
+from fineserve_jax.pallas_kernels.chunk_attention import attend_ahead, attend_within
 from fineserve_jax.pallas_kernels.formats import KVFormat, PageWords
 from fineserve_jax.pallas_kernels.operations import paged_attention
 from fineserve_jax.pallas_kernels.softmax import PartialAttention
@@ -43,6 +43,7 @@ class LayerAttention:
 
     group: number of the layer's group.
     layer: i32[], number of the layer in its group.
+    branches: i32[C], see `branch_numbers`; None: no chunk has any.
     """
 
     spec: StepSpec
@@ -50,6 +51,7 @@ class LayerAttention:
     layer: jax.Array
     arena: jax.Array
     inputs: StepInputs
+    branches: jax.Array | None = None
     words: LayerWords = field(default_factory=lambda: LayerWords({}, {}))
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
@@ -101,8 +103,11 @@ class LayerAttention:
         self.words.pages.update(words | paged_words)
 
         spec = self.spec.chunk_attention(group)
-        attend_within = get_backend(spec.implementation).attend_within
-        own = attend_within(q, own_page, earlier_pages, chunk.chunk_of_page, spec.window, spec.soft_cap)
+        what = (q, own_page, earlier_pages, chunk.chunk_of_page, spec.window, spec.soft_cap)
+        if self.branches is None:
+            own = get_backend(spec.implementation).attend_within(*what)
+        else:  # which no backend has code of its own for
+            own = attend_within(*what, self.branches)
         return own.merge(self._cached(spec, q, tiles, sinks)).output()
 
     def _cached(self, spec: AttentionSpec, q: jax.Array, tiles: Tiles, sinks: jax.Array | None) -> PartialAttention:

@@ -46,6 +46,8 @@ class StepResult:
         scores: of prompt tokens, those of each request in their order, as `ScheduledChunk.scored` names them.
         hidden: f32[tokens, hidden], for each of those what the last layer gave for the token before, of requests that
             keep it.
+        pooled: f64[hidden], sums of hidden states, of requests that pool them, over the tokens of the step that
+            `PromptPooling.wanted` names.
     """
 
     tokens: list[SampledToken]
@@ -53,6 +55,7 @@ class StepResult:
     stuck: dict[Request, str]
     scores: dict[Request, list[TokenScore]]
     hidden: dict[Request, np.ndarray]
+    pooled: dict[Request, np.ndarray] = field(default_factory=dict)
 
 
 def accepted(

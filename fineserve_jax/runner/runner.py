@@ -23,13 +23,14 @@ from fineserve_jax.request.request import SchedulerOutput
 from fineserve_jax.runner.ahead import CompileAhead, num_threads
 from fineserve_jax.runner.arena import Arena
 from fineserve_jax.runner.compilations import why_compiled
-from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.inputs import branch_numbers, build_inputs
 from fineserve_jax.runner.launched import BegunStep, LaunchedStep
 from fineserve_jax.runner.mesh import DeviceGroup
 from fineserve_jax.runner.nonfinite import find_nonfinite
+from fineserve_jax.runner.pooling import plan_pooling
 from fineserve_jax.runner.results import StepResult, accepted, sampled_tokens
 from fineserve_jax.runner.sampling_inputs import SamplingInputs, build_sampling
-from fineserve_jax.runner.scoring import ScoringPlan, empty_tile, plan_scores
+from fineserve_jax.runner.scoring import ScoringPlan, empty_tile, plan_scores, takes_branches
 from fineserve_jax.runner.shapes import StepShape, StepSpec, chunk_buckets, pick, row_buckets
 from fineserve_jax.runner.step_programs import StepPrograms, step_programs
 from fineserve_jax.runner.token_masks import build_masks
@@ -108,6 +109,11 @@ class ModelRunner:
         """The weights of each layer."""
         return [self.params[f"layers_{i}"] for i in range(self.geometry.num_layers)]
 
+    @property
+    def takes_branches(self) -> bool:
+        """Whether chunks may have branches, see `scoring.takes_branches`."""
+        return takes_branches(self.model.config, self.reproducible, self.check_finite)
+
     def use_formats(self, names: Iterable[str]) -> None:
         """Makes the steps from now on serve these KV formats too, and the residuals they need.
 
@@ -154,7 +160,10 @@ class ModelRunner:
         shapes = [StepShape(self.row_buckets[-1], chunk) for chunk in self.chunk_buckets]
         shapes += [StepShape(rows, 0) for rows in self.row_buckets]
         for spec in map(self._spec, shapes):
-            step = self.finish(self._begin(spec, NOTHING), scored=prompt_logprobs and spec.shape.chunk_tokens > 0)
+            scored = prompt_logprobs and spec.shape.chunk_tokens > 0
+            step = self.finish(self._begin(spec, NOTHING), scored=scored)
+            if scored and self.takes_branches:
+                self._begin(spec, NOTHING, branched=True)
             if structured_outputs:
                 self.finish(self._begin(spec, NOTHING), masked=True)
             if self.looks_ahead and not spec.shape.chunk_tokens:
@@ -189,7 +198,7 @@ class ModelRunner:
 
     def _shape(self, output: SchedulerOutput) -> StepShape:
         page_size = self.geometry.page_size
-        slots = sum(-(-scheduled.count // page_size) * page_size for scheduled in output.prefills)
+        slots = sum(-(-scheduled.num_slots // page_size) * page_size for scheduled in output.prefills)
         if not slots:
             return StepShape(pick(self.row_buckets, output.num_decode_rows), 0)
         return StepShape(self.row_buckets[-1], pick(self.chunk_buckets, slots))
@@ -211,13 +220,21 @@ class ModelRunner:
         )
 
     def _begin(
-        self, spec: StepSpec, output: SchedulerOutput, behind: LaunchedStep | None = None, *, shared: bool = False
+        self,
+        spec: StepSpec,
+        output: SchedulerOutput,
+        behind: LaunchedStep | None = None,
+        *,
+        shared: bool = False,
+        branched: bool = False,
     ) -> BegunStep:
+        """`shared`, `branched`: as if rows shared what they attend to, as if there were branches."""
         host_inputs, rows = build_inputs(spec, output, self.kv, shared=shared)
+        numbers = np.zeros(spec.shape.chunk_tokens, np.int32) if branched else branch_numbers(spec, output)
         programs, words, checks = self._programs_of(spec), [], []
         with self._noting_compilations(spec, programs):
             sources = None if behind is None else behind.rows_of(output.decodes, spec.shape.rows)
-            inputs, sources = programs.put(self.arena.group, (host_inputs, sources))
+            inputs, sources, branches = programs.put(self.arena.group, (host_inputs, sources, numbers))
             if behind is not None:
                 tokens = programs.take_tokens(inputs.decode.tokens, behind.outputs[0].tokens, sources)
                 inputs = inputs._replace(decode=inputs.decode._replace(tokens=tokens))
@@ -226,7 +243,7 @@ class ModelRunner:
                 checks.append(programs.finite_slots(stream))
             for index, params in enumerate(self.layer_params):
                 kind, number = self.place_of_layer[index]
-                stream, encoded = programs.layers[kind](params, stream, number, self.arena.units, inputs)
+                stream, encoded = programs.layers[kind](params, stream, number, self.arena.units, inputs, branches)
                 words.append(encoded)
                 if self.check_finite:
                     checks.append(programs.finite_slots(stream))
@@ -254,24 +271,29 @@ class ModelRunner:
             plan = ScoringPlan([], [empty_tile(spec)]) if scored else plan_scores(spec, output)
             tiles = [programs.score(self.params, step.stream, tile) for tile in plan.tiles]
             kept = [programs.hidden(step.stream, tile.slots) for tile in plan.tiles] if plan.keeps_hidden else []
+            pooling = plan_pooling(spec, output)
+            sums = None if pooling is None else programs.pool(self.params, step.stream, pooling.owners)
             self.arena.units = programs.commit(self.arena.units, step.words, step.inputs)
-        return LaunchedStep(step, outputs, plan, tiles, kept, stuck)
+        return LaunchedStep(step, outputs, plan, tiles, kept, stuck, pooling, sums)
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """What a step gave; waits until it is computed. Steps are collected in the order of their launches."""
         step, plan = launched.step, launched.plan
-        (sampled, finite), tiles, kept, checked = jax.device_get(
-            (launched.outputs, launched.tiles, launched.kept, step.checks)
+        (sampled, finite), tiles, kept, checked, sums = jax.device_get(
+            (launched.outputs, launched.tiles, launched.kept, step.checks, launched.sums)
         )
         tokens, finite_logits = accepted(step.sampling, sampled_tokens(step.rows, sampled), finite, sampled.finite)
         scores = plan.collect(tiles)
         for request, own in scores.items():
+            if request.branches:
+                continue  # what is wrong with one is no reason to lose the others
             finite_logits[request] = all(math.isfinite(s.logprob) for s in own) and finite_logits.get(request, True)
         nonfinite = find_nonfinite(step.spec, step.output, finite_logits, finite, checked)
         stuck = {request: reason for request, reason in launched.stuck.items() if request not in nonfinite}
         if ended := nonfinite.keys() | stuck.keys():
             tokens = [token for token in tokens if token.request not in ended]
-        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept))
+        pooled = {} if launched.pooling is None else launched.pooling.collect(sums)
+        return StepResult(tokens, nonfinite, stuck, scores, plan.collect_hidden(kept), pooled)
 
     def _programs_of(self, spec: StepSpec) -> StepPrograms:
         return step_programs(spec) if self._ahead is None else step_programs(spec).stand_ins(self._ahead)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from fineserve_jax.request.request import Request, SchedulerOutput, TokenScore
+from fineserve_jax.models import ModelConfig
+from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput, TokenScore
 from fineserve_jax.runner.inputs import chunk_slots
 from fineserve_jax.runner.sampler import likeliest
 from fineserve_jax.runner.shapes import StepSpec
@@ -124,15 +125,36 @@ def plan_scores(spec: StepSpec, output: SchedulerOutput) -> ScoringPlan:
         return ScoringPlan([], [])
     owners, slots, targets, any_top = [], list[int](), list[int](), False
     for scheduled, own in zip(output.prefills, chunk_slots(spec, output)[len(output.decodes) :], strict=True):
-        if wanted := scheduled.scored:
+        own_slots, own_targets = _scored(scheduled, own)
+        if own_slots:
             request = scheduled.request
-            owners.append((request, len(wanted)))
-            slots.extend(own.start + index - 1 - scheduled.start for index in wanted)
-            targets.extend(request.token_ids[wanted.start : wanted.stop])
+            owners.append((request, len(own_slots)))
+            slots.extend(own_slots)
+            targets.extend(own_targets)
             any_top |= request.scores is not None and request.scores.num_top > 0
     size = tile_size(spec)
     starts = range(0, len(slots), size)
     return ScoringPlan(owners, [_tile(slots[i : i + size], targets[i : i + size], size, any_top) for i in starts])
+
+
+def takes_branches(config: ModelConfig, reproducible: bool, check_finite: bool) -> bool:
+    """Whether chunks of a model may have branches: where positions tell of nothing but rotations, and nobody asks for
+    the stage at which a branch stops being finite. For the arguments see `ModelRunner`."""
+    has_windows = any(group.window is not None for group in config.layer_groups)
+    return not (has_windows or config.long_after is not None or reproducible or check_finite)
+
+
+def _scored(scheduled: ScheduledChunk, own: slice) -> tuple[list[int], list[int]]:
+    """The slots of a chunk that are scored, and the token behind each. `own`: slots of the chunk, branches aside."""
+    wanted = scheduled.scored
+    slots = [own.start + index - 1 - scheduled.start for index in wanted]
+    targets = scheduled.request.token_ids[wanted.start : wanted.stop]
+    behind = own.stop
+    for branch in scheduled.branches:
+        slots += [own.stop - 1, *range(behind, behind + len(branch) - 1)]
+        targets += branch
+        behind += len(branch) - 1
+    return slots, targets
 
 
 def empty_tile(spec: StepSpec) -> ScoreTile:

@@ -61,10 +61,11 @@ def layer(
     index: jax.Array,
     arena: jax.Array,
     inputs: StepInputs,
+    branches: jax.Array | None = None,
 ) -> tuple[Stream, LayerWords]:
     """One layer. `group`: number of its group, and `has_rope`, static; `params`: of that layer alone; `index`: i32[],
-    its number in the group."""
-    attention = LayerAttention(spec, group, index, arena, inputs)
+    its number in the group; `branches`: see `branch_numbers`."""
+    attention = LayerAttention(spec, group, index, arena, inputs, branches)
     rope = stream.ropes[group] if has_rope else None
     x = _apply(block_of(spec.model, params), params, stream.x, rope, attention)
     return stream._replace(x=x), attention.words
@@ -101,6 +102,13 @@ def score(spec: StepSpec, params: Params, stream: Stream, tile: ScoreTile) -> Sc
 def hidden(spec: StepSpec, stream: Stream, slots: jax.Array) -> jax.Array:
     """f32[T, hidden], what the last layer gave for `slots` i32[T]."""
     return stream.x[slots]
+
+
+def pool(spec: StepSpec, params: Params, stream: Stream, owners: jax.Array) -> jax.Array:
+    """f32[rows + chunk_pages, hidden], sums of last hidden states over slots: i-th of those with i in `owners` i32[N].
+    A slot whose owner is beyond the last is in no sum."""
+    hidden = _apply(spec.model, params, stream.x, method="last_hidden")
+    return jax.ops.segment_sum(hidden, owners, spec.shape.rows + spec.chunk_pages)
 
 
 def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: StepInputs) -> jax.Array:

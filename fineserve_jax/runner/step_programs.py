@@ -47,12 +47,13 @@ class StepPrograms:
         self.embed = program(stages.embed, [params, SAME])
         self.head = program(stages.head, [params, SAME, SAME, SAME, SAME])
         self.layers = {
-            kind: program(stages.layer, [params, SAME, SAME, SHARDED, SAME], (SAME, SHARDED), static=kind)
+            kind: program(stages.layer, [params, SAME, SAME, SHARDED, SAME, SAME], (SAME, SHARDED), static=kind)
             for kind in itertools.product(range(len(spec.groups)), (True, False))
         }
         self.hidden = program(stages.hidden, [SAME, SAME])
         self.take_tokens = program(stages.take_tokens, [SAME, SAME, SAME])  # where steps are called ahead of others
         self.score = program(stages.score, [params, SAME, SAME])
+        self.pool = program(stages.pool, [params, SAME, SAME])
         self.commit = program(stages.commit, [SHARDED, SHARDED, SAME], SHARDED, donate_argnums=(0,))
         self.finite_slots = program(stages.finite_slots, [SAME])  # only where `check_finite` asks for it
         self._unpack = compile_counted(unpack, lambda: self.compiled.append("inputs"), static_argnums=(1, 2))
@@ -61,7 +62,7 @@ class StepPrograms:
         """The same, but that calls only have programs compiled, see `CompileAhead`."""
         own = copy.copy(self)
         own.layers = {kind: ahead.stand_in(layer) for kind, layer in self.layers.items()}
-        for name in ("embed", "head", "hidden", "take_tokens", "score", "commit", "finite_slots", "_unpack"):
+        for name in ("embed", "head", "hidden", "take_tokens", "score", "pool", "commit", "finite_slots", "_unpack"):
             setattr(own, name, ahead.stand_in(getattr(self, name)))
         return own
 

@@ -46,7 +46,7 @@ class ChunkSizes:
             count = self._count(request)
             if not count:
                 break
-            self._add(ScheduledChunk(request, request.num_computed_tokens, count))
+            self._add(_chunk(request, count))
             if count < request.num_uncomputed_tokens or self._room <= 0:
                 break
         return self._chunks
@@ -54,7 +54,7 @@ class ChunkSizes:
     def _add(self, chunk: ScheduledChunk) -> None:
         self._chunks.append(chunk)
         self._cost = self._cost_with(chunk)
-        self._room -= -(-chunk.count // self._config.page_size) * self._config.page_size
+        self._room -= -(-chunk.num_slots // self._config.page_size) * self._config.page_size
 
     def _count(self, request: Request) -> int:
         """Tokens of `request` to compute in this step; 0 for none."""
@@ -62,6 +62,12 @@ class ChunkSizes:
         if not self._config.chunked_prefill:
             fits = remaining <= self._room or not self._chunks
             return remaining if fits and (self._in_time(request, remaining) or self._must_go) else 0
+        if request.branches:
+            if _chunk(request, remaining).num_slots <= self._room and (
+                self._in_time(request, remaining) or (self._must_go and remaining <= page_size)
+            ):
+                return remaining
+            remaining = (remaining - 1) // page_size * page_size  # the prompt's end waits for a step with room for all
         most = min(remaining, self._room)
         if self._in_time(request, most):
             return most
@@ -79,8 +85,13 @@ class ChunkSizes:
     def _in_time(self, request: Request, count: int) -> bool:
         if self._target_s == math.inf:
             return True
-        chunk = ScheduledChunk(request, request.num_computed_tokens, count)
-        return self._profile.predict(self._cost_with(chunk)) <= self._target_s
+        return self._profile.predict(self._cost_with(_chunk(request, count))) <= self._target_s
 
     def _cost_with(self, chunk: ScheduledChunk) -> StepCost:
         return self._cost + step_cost((chunk,), self._profile.model.formats)
+
+
+def _chunk(request: Request, count: int) -> ScheduledChunk:
+    """The next `count` tokens of a request, with its branches if these end its prompt."""
+    branches = request.branches if count == request.num_uncomputed_tokens else ()
+    return ScheduledChunk(request, request.num_computed_tokens, count, branches=branches)

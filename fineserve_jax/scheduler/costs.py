@@ -82,9 +82,12 @@ def step_cost(chunks: Iterable[ScheduledChunk], formats: Mapping[str, FormatCost
     for scheduled in chunks:
         start, count = scheduled.start, scheduled.count
         rows = 1 + len(scheduled.drafts)  # each reads all that is cached
-        tokens += count + rows - 1
+        tokens += scheduled.num_slots + rows - 1
         kv_tokens += rows * start
         kv_bytes += rows * start * formats[scheduled.request.kv_precision].bytes_per_token
         if count > 1:
             pairs += count * start + count * (count + 1) // 2
+        for branch in scheduled.branches:
+            own = len(branch) - 1
+            pairs += own * (start + count) + own * (own + 1) // 2
     return StepCost(tokens, pairs, kv_bytes, kv_tokens)

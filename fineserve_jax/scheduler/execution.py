@@ -39,11 +39,10 @@ def schedule_step(
     prefilling: list[RunningRequest] = []
     for running in requests:
         request = running.request
-        computed = request.num_computed_tokens
-        if len(request.token_ids) - computed > 1:
-            prefilling.append(running)
+        if request.is_decoding:
+            decodes.append(ScheduledChunk(request, request.num_computed_tokens, 1))
         else:
-            decodes.append(ScheduledChunk(request, computed, 1))
+            prefilling.append(running)
     if not prefilling:
         return SchedulerOutput(tuple(decodes), ())
     target_s = _time_for_step(decodes, now) if config.slo_aware else math.inf

@@ -405,6 +405,6 @@ class Scheduler:
             if request.model != model:
                 continue
             # One that decodes waits for no pages that another request computes.
-            if len(request.token_ids) - request.num_computed_tokens == 1 or can_advance(request):
+            if request.is_decoding or can_advance(request):
                 able.append(running)
         return able

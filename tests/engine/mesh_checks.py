@@ -11,9 +11,12 @@ import pytest
 from engine_cases import random_model, serve
 from test_family_tokens import assert_as_expected, assert_prompt_as_expected, loaded, make_engine
 
+from fineserve_jax.engine.embedding import Embedding
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.page_shapes import page_classes
+from fineserve_jax.engine.scoring import Scoring
+from fineserve_jax.engine.tickets import Inbox
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.operations import Copy, HostPages, Load, Save
 from fineserve_jax.kv.usage import count_events
@@ -113,6 +116,24 @@ def test_sampling_draws_what_one_device_draws(devices):
             engine.step()
         served.append(requests)
     assert [r.output_token_ids for r in served[1]] == [r.output_token_ids for r in served[0]]
+
+
+def test_completions_are_scored_and_prompts_embedded_as_on_one_device():
+    """The completions of a prompt as branches of one request."""
+    served = []
+    for count in (1, 2):
+        engine, options = engine_of(count), RequestOptions(kv_precision="fp32")
+        completions = [PROMPTS[1][:9], PROMPTS[2][:5], PROMPTS[3][:1]]
+        tickets = Scoring(PROMPTS[:1], [completions], options, {}).tickets(engine, Inbox())
+        tickets += Embedding(PROMPTS[1:2], "mean", False, options, {}).tickets(engine, Inbox())
+        (scored,), (embedded,) = (engine.queue(ticket.prepared) for ticket in tickets)
+        while engine.has_unfinished:
+            engine.step()
+        assert len(scored.branches) == 3
+        served.append(([entry.logprob for entry in scored.scores.entries], embedded.pooling.total))
+    (expected, sums), (found, total) = served
+    np.testing.assert_allclose(found, expected, rtol=0, atol=NEAR_TIE["fp32"])
+    np.testing.assert_allclose(total, sums, rtol=0, atol=NEAR_TIE["fp32"] * len(PROMPTS[1]))
 
 
 @pytest.mark.parametrize("preemption", ["swap", pytest.param("recompute", marks=pytest.mark.slow)])

@@ -3,12 +3,15 @@
 import asyncio
 import time
 
+import jax
+import numpy as np
 import pytest
 from engine_cases import check_nothing_is_left
 
 from fineserve_jax.async_llm import AsyncLLM
 from fineserve_jax.engine.tickets import Ticket
-from fineserve_jax.errors import EngineError, RequestError
+from fineserve_jax.errors import EngineError, ModelLoadError, RequestError
+from fineserve_jax.models import random_params
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 
@@ -173,6 +176,61 @@ def test_nothing_is_asked_and_nothing_is_answered(make_async):
     async def main():
         async with make_async() as llm:
             assert await llm.generate([]) == []
+
+    asyncio.run(main())
+
+
+def test_scores_are_those_of_the_synchronous_front_door(make_async, make_llm):
+    prompts, completions = ["The sky is ", "Water boils at "], [["blue", "green"], ["100 degrees"]]
+    with make_llm() as alone:
+        expected = alone.score(prompts, completions, kv_precision="int8")
+
+    async def main():
+        async with make_async() as llm:
+            scores = llm.score(prompts, completions, kv_precision="int8")
+            found, _ = await asyncio.gather(scores, llm.generate("meanwhile", LONG))
+            with pytest.raises(RequestError, match="prompt 1, completion 0: the completion is empty"):
+                await llm.score(["a", "b"], [["c"], [""]])
+            long = asyncio.create_task(llm.score("a" * 100, ["b" * 20] * 50))
+            while not llm.engine.detokenizers:
+                await asyncio.sleep(0.001)
+            long.cancel()
+            await asyncio.gather(long, return_exceptions=True)
+            stats = await llm.stats()
+            assert stats.num_running == stats.num_waiting == 0
+        check_nothing_is_left(llm)
+        return found
+
+    for ours, theirs in zip(asyncio.run(main()), expected, strict=True):
+        assert [score.token_ids for score in ours] == [score.token_ids for score in theirs]
+        totals = [[score.total for score in scores] for scores in (ours, theirs)]
+        np.testing.assert_allclose(*totals, atol=1e-3)  # other sums, and other roundings to int8
+
+
+def test_new_weights_and_sleep_are_awaited_while_tasks_go_on(make_async, tiny_model):
+    """What is under way is answered by the old weights, what comes meanwhile by the new ones."""
+    new = random_params(tiny_model.config, "fp32", seed=8, scale=0.2)
+    old = jax.tree.map(lambda leaf: leaf.copy(), tiny_model.params)
+
+    async def main():
+        async with make_async() as llm:
+            before = await text_of(llm, "hello", LONG)
+            under_way = llm.stream("hello", LONG)
+            begun = await anext(under_way)
+            update = asyncio.create_task(llm.update_params(new))
+            assert begun + "".join([piece async for piece in under_way]) == before
+            await update
+            after = await text_of(llm, "hello", LONG)
+            assert after != before
+            await llm.sleep()
+            with pytest.raises(EngineError, match="asleep"):
+                await llm.generate("hello")
+            await llm.wake_up()
+            assert await text_of(llm, "hello", LONG) == after
+            with pytest.raises(ModelLoadError, match="the tree lacks"):
+                await llm.update_params({"norm": {}})
+            await llm.update_params(old)
+            assert await text_of(llm, "hello", LONG) == before
 
     asyncio.run(main())
 

@@ -8,8 +8,11 @@ from engine_cases import random_model, serve, with_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fineserve_jax.engine.embedding import Embedding
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.scoring import Scoring
+from fineserve_jax.engine.tickets import Inbox
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request.request import FinishReason, Request, RequestStatus
 from fineserve_jax.request.request_options import RequestOptions
@@ -116,6 +119,32 @@ def test_answers_are_the_same_whatever_else_the_engine_does(tiny_model, options)
     if "kv_memory" in options:
         assert stats.num_preemptions + stats.kv_counts.narrowed_pages > 0
     assert (stats.num_ahead_steps > 0) == ("num_speculative_tokens" not in options)
+
+
+def test_completions_are_scored_and_prompts_embedded_beside_what_is_called_ahead(ahead, one_by_one):
+    calls: list[Any] = [
+        Scoring([PROMPTS[3]], [[[5, 6, 7], [8, 9], [10]]], RequestOptions(kv_precision="int8"), {}),
+        Embedding([PROMPTS[4]], "mean", False, RequestOptions(kv_precision="int8"), {}),
+    ]
+
+    def serve_all(engine):
+        sampling = SamplingParams(max_tokens=25, ignore_eos=True)
+        requests = [engine.add_request(p, sampling, RequestOptions(kv_precision="int8")) for p in PROMPTS[:3]]
+        for _ in range(5):
+            engine.step()
+        prepared = [ticket.prepared for call in calls for ticket in call.tickets(engine, Inbox())]
+        (scored,), (embedded,) = (engine.queue(own) for own in prepared)
+        while engine.has_unfinished:
+            engine.step()
+        assert len(scored.branches) == 3
+        return answers(requests), [entry.logprob for entry in scored.scores.entries], embedded.pooling.total
+
+    before = ahead.stats().num_ahead_steps
+    (found, scores, total), (expected, wanted, sums) = serve_all(ahead), serve_all(one_by_one)
+    assert ahead.stats().num_ahead_steps - before > 15
+    assert found == expected
+    np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(total, sums, rtol=0, atol=1e-4)
 
 
 def test_a_request_that_fails_costs_the_others_nothing(tiny_model):

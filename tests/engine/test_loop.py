@@ -132,7 +132,7 @@ def test_whoever_waits_is_told_when_the_llm_is_closed(make_llm):
 def test_an_llm_that_nobody_holds_any_more_takes_its_thread_and_memory_along(make_llm):
     llm = make_llm()
     llm.generate("a", SamplingParams(max_tokens=2))
-    thread, engine = llm._loop._thread, weakref.ref(llm.engine)
+    thread, engine = llm.loop._thread, weakref.ref(llm.engine)
     del llm
     gc.collect()
     thread.join(60)
@@ -159,11 +159,11 @@ def test_a_call_from_within_a_step_is_refused_and_does_not_wait_for_itself(llm, 
 
 def test_a_fork_is_refused(llm):
     """No fork is made: that could hang in a library that has threads."""
-    llm._loop._process = os.getpid() + 1
+    llm.loop._process = os.getpid() + 1
     for call in (lambda: llm.generate("a"), lambda: llm.stream("a"), llm.stats):
         with pytest.raises(EngineError, match=f"made by process {os.getpid() + 1}, of which this one is a fork"):
             call()
-    llm._loop._process = os.getpid()
+    llm.loop._process = os.getpid()
 
 
 EXITS = """

@@ -144,7 +144,7 @@ def test_an_interrupt_at_any_moment_leaves_the_llm_as_it_was(llm):
                 num_interrupts += 1
             stats = llm.stats()  # comes behind whatever the call has asked for
             assert stats.num_running + stats.num_waiting <= 2
-            llm._loop.call(lambda: check_integrity(llm.engine.kv))
+            llm.loop.call(lambda: check_integrity(llm.engine.kv))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -157,8 +157,8 @@ def test_requests_that_are_under_way_are_answered_by_the_old_weights_or_aborted(
 
 def test_requests_that_come_meanwhile_are_answered_by_the_new_weights(make_llm, monkeypatch):
     llm, is_draining = make_llm(), threading.Event()
-    expected, drain = texts(make_llm(seed=8)), llm._loop._drain
-    monkeypatch.setattr(llm._loop, "_drain", lambda abort: (is_draining.set(), drain(abort)))
+    expected, drain = texts(make_llm(seed=8)), llm.loop._drain
+    monkeypatch.setattr(llm.loop, "_drain", lambda abort: (is_draining.set(), drain(abort)))
     stream = llm.stream("a" * 40, SamplingParams(max_tokens=200, ignore_eos=True))
     next(stream)
     thread = threading.Thread(target=llm.update_params, args=[params_of(llm.engine.model, 8)])

@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import tokenizers
-from engine_cases import check_nothing_is_left, with_nan
+from engine_cases import check_nothing_is_left, random_model, with_nan
 from test_prompt_logprobs import ERROR, expected_logprobs
 from tokenizers import models
 
 from fineserve_jax.engine import load as load_engine
-from fineserve_jax.engine.scoring import encode_completion
+from fineserve_jax.engine import scoring
+from fineserve_jax.engine.scoring import Scoring, encode_completion
+from fineserve_jax.engine.tickets import Inbox
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import Tokenizer
@@ -29,10 +31,10 @@ def make_llm(tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_engine, "use_compilation_cache", lambda: None)
 
-        def make(model=tiny_model) -> LLM:
+        def make(model=tiny_model, **settings) -> LLM:
             patch.setattr(load_engine, "load_model", lambda *_: model)
             sizes = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
-            llm = LLM("tiny", kv_precision="fp32", kv_formats=FORMATS, **sizes)
+            llm = LLM("tiny", kv_precision="fp32", kv_formats=(*FORMATS, "int4"), **sizes, **settings)
             llm.engine.runner.use_formats(FORMATS)
             return llm
 
@@ -75,7 +77,49 @@ def test_a_prompt_is_computed_once_for_all_its_completions(llm):
     before = llm.stats().num_prompt_tokens
     prompt = "b" * 64 + "c" * 10
     llm.score([prompt], [["d", "e", "f" * 20]])
-    assert llm.stats().num_prompt_tokens - before == 64 + (10 + 1) + (10 + 1) + (10 + 20)
+    assert llm.stats().num_prompt_tokens - before == 74 + 0 + 0 + 19
+    llm.score([prompt], [["d", "e", "f" * 52]])  # the last has no room in a step, and is a request by itself
+    assert llm.stats().num_prompt_tokens - before == 74 + 19 + 10 + (10 + 52)
+
+
+def test_completions_are_scored_as_each_would_be_alone(llm):
+    """Wherever their prompt ends in a page, however many they are, and whatever shares the steps."""
+    rng = np.random.default_rng(0)
+    lengths = [(1, [1, 20]), (15, [3]), (16, [1, 2]), (33, [17, 30, 1]), (90, [16, 33])]
+    prompts = [rng.integers(1, 96, length).tolist() for length, _ in lengths]
+    completions = [[rng.integers(1, 96, own).tolist() for own in wanted] for _, wanted in lengths]
+    for prompt, own, scores in zip(prompts, completions, llm.score(prompts, completions), strict=True):
+        for completion, score in zip(own, scores, strict=True):
+            logprobs = expected_logprobs((*prompt, *completion))[len(prompt) - 1 :]
+            np.testing.assert_allclose(score.logprobs, logprobs[np.arange(len(completion)), completion], atol=ERROR)
+    check_nothing_is_left(llm)
+
+
+def test_a_branch_in_a_quantised_format_is_as_a_request_of_its_own(llm, monkeypatch):
+    prompt, completions = list(range(1, 31)), [[5, 6, 7], [8, 9], list(range(10, 40))]
+    (together,) = llm.score(prompt, completions, kv_precision="int8")
+    monkeypatch.setattr(scoring, "_most_branch_tokens", lambda *arguments: -1)
+    (alone,) = llm.score(prompt, completions, kv_precision="int8")
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=ERROR)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "kv_precision", "branches"),
+    [
+        ({}, {}, "int8", [2, 1]),  # 48 tokens have room beside a page
+        ({}, {}, "int4", [0, 0, 0]),  # which encodes whole pages
+        ({}, {"reproducible": True}, "int8", [0, 0, 0]),
+        ({}, {"chunked_prefill": False}, "int8", [0, 0, 0]),
+        ({}, {"check_finite": True}, "int8", [0, 0, 0]),
+        ({"sliding_window": 20}, {}, "int8", [0, 0, 0]),
+    ],
+)
+def test_completions_are_branches_where_that_changes_nothing(make_llm, shape, settings, kv_precision, branches):
+    llm = make_llm(random_model(**shape), **settings)
+    call = Scoring([[5, 6, 7]], [[[8] * 30, [9], [10] * 21]], None, {"kv_precision": kv_precision})
+    tickets = call.tickets(llm.engine, Inbox())
+    assert [len(ticket.prepared.branches) for ticket in tickets] == branches
 
 
 def test_prompts_and_completions_may_be_tokens_and_have_options_of_their_own(llm):

@@ -4,10 +4,13 @@ import asyncio
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from serving import eventually, serving
 
 from fineserve_jax import LLM, AsyncLLM, RequestOptions, SamplingParams
+from fineserve_jax.engine.embedding import Embedding
+from fineserve_jax.engine.scoring import Scoring
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import ConfigError, EngineError, RequestError
 from fineserve_jax.fleet.balancer import balance
@@ -83,6 +86,51 @@ def test_each_model_says_what_it_says_alone_whichever_replica_answers(llm, alone
     assert score.error is None
     with pytest.raises(RequestError, match="give model as one of a, b"):
         llm.generate("x", TEN)
+
+
+def test_completions_and_vectors_are_those_of_an_engine_alone_whichever_replica_gives_them(llm, alone):
+    """Also where a replica gives them that another one checked."""
+    prompts, completions = [f"prompt {i}" for i in range(4)], [[" 1", " two", "3"]] * 4
+    options = RequestOptions(model="a", kv_precision="int8")
+    calls: list[Any] = [Scoring(prompts, completions, options, {}), Embedding(prompts, "mean", True, options, {})]
+    expected = alone.score(prompts, completions, options), alone.embed(prompts, options, pooling="mean", normalize=True)
+    found = llm.score(prompts, completions, options), llm.embed(prompts, options, pooling="mean", normalize=True)
+    elsewhere = []
+    for call in calls:
+        inbox = Inbox()
+        tickets = call.tickets(llm.intake, inbox)
+        with llm.intake._lock:
+            for ticket in tickets:
+                llm.intake._send(ticket, ["engine-1"])
+        wait_for(tickets, inbox)
+        elsewhere.append(call.result(tickets))
+    assert len(calls[0].tickets(llm.intake, inbox)) == 4, "the completions of a prompt were meant to be together"
+    for scores, vectors in (found, elsewhere):
+        for own, wanted in zip(scores, expected[0], strict=True):
+            assert [score.token_ids for score in own] == [score.token_ids for score in wanted]
+            for score, other in zip(own, wanted, strict=True):
+                np.testing.assert_allclose(score.logprobs, other.logprobs, rtol=0, atol=1e-4)
+        for vector, other in zip(vectors, expected[1], strict=True):
+            np.testing.assert_allclose(vector.vector, other.vector, rtol=0, atol=1e-4)
+
+
+def test_completions_go_where_a_step_has_room_for_them(make_plan):
+    replicas = [{"devices": [0], "models": ["a"]}, {"devices": [0], "models": ["a"]}]
+    replicas[1]["settings"] = {"max_chunk_tokens": 16, "max_seq_len": 32}
+    with LLM(plan=make_plan(replicas, a={"kv_precision": "int8"})) as llm:
+        fleet: Any = llm.intake
+        inbox = Inbox()
+        small = fleet.replicas["engine-1"]
+        (many,) = Scoring(["prompt"], [[" 1", " 2"]], None, {}).tickets(fleet, inbox)
+        with pytest.raises(RequestError, match="completions of a prompt have 2 tokens together, and a step computes 0"):
+            fleet._prepared_for(small, many.prepared)
+        (long,) = Scoring([[5] * 32], [[[6]]], None, {}).tickets(fleet, inbox)
+        with pytest.raises(RequestError, match="completion have 33 tokens, and max_seq_len is 32"):
+            fleet._prepared_for(small, long.prepared)
+        with fleet._lock:
+            fleet._send(many, ["engine-1", "engine-0"])
+        wait_for([many], inbox)
+        assert small.engine.stats().num_steps == 0
 
 
 def test_prompts_that_begin_alike_go_where_their_prefix_is(llm, monkeypatch):

@@ -222,3 +222,32 @@ def test_rows_of_a_sequence_see_those_ahead_of_them(sequences, begin, window, so
             continue
         expected = np.einsum("hgo,ohd->hgd", weights, v[ahead]) / weights.sum(axis=-1)[..., None]
         assert relative_error(found.output()[row], expected) < TOLERANCE
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 2 * SIZE), st.lists(st.integers(1, SIZE), max_size=4), st.integers(0, 2**32 - 1))
+def test_a_token_of_a_branch_sees_what_is_of_none_and_its_own(trunk, lengths, seed):
+    """Of a chunk behind another one."""
+    first = SIZE
+    numbers = np.repeat(np.arange(len(lengths) + 1), [trunk, *lengths])[: SLOTS - first]
+    branches = np.zeros(SLOTS, np.int32)
+    branches[first : first + len(numbers)] = numbers
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((SLOTS, SMALL.kv_heads, GROUP, SMALL.head_dim), np.float32)
+    kept = tuple(rng.standard_normal((SMALL.kv_heads, SLOT_PAGES, SIZE, SMALL.head_dim), np.float32) for _ in "kv")
+    chunk_of_page = np.minimum(np.arange(SLOT_PAGES), 1)
+    output = np.asarray(attend_within["xla"](q, kept, kept, chunk_of_page, branches=branches).output())
+    k, v = (part.reshape(SMALL.kv_heads, SLOTS, -1) for part in kept)
+    slots = np.arange(first, first + len(numbers))
+    for slot in slots:
+        seen = slots[(slots <= slot) & ((numbers == 0) | (numbers == branches[slot]))]
+        exact = exact_attention(q[slot][None], k[:, seen], v[:, seen])
+        assert relative_error(output[slot], exact.output[0]) < TOLERANCE
+
+
+def test_branches_do_not_go_with_windows():
+    batch = Batch([(SLOTS, [])], seed=5)
+    with pytest.raises(ValueError, match="branches, and window=3"):
+        chunk_attention.attend_within(
+            batch.q, batch.own, batch.own, batch.chunk_of_page, 3, branches=np.zeros(SLOTS, np.int32)
+        )
