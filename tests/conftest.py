@@ -32,7 +32,7 @@ pytest_plugins = ["compiling"]
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 20_000
-"""Of a process's memory: each compiled program takes dozens, Linux allows 65,530, and XLA crashes where it gets none."""
+"""Of a process's memory. Each program takes dozens; Linux allows 65,530, and XLA crashes where there are none left."""
 
 
 @pytest.fixture(scope="module", autouse=True)

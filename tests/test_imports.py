@@ -24,7 +24,7 @@ STOREYS = [
     {"pallas_kernels"},
     {"models", "kv"},
     {"loaders", "scheduler"},
-    {"runner", "router"},
+    {"runner"},
     {"engine"},
     {"fleet"},
     {"llm", "entrypoints.openai_api", "entrypoints.metrics"},
@@ -45,7 +45,6 @@ WITHOUT_JAX = {
     "request.request",
     "kv",
     "scheduler",
-    "router",
     "sim",
 }
 JAX = {"jax", "jaxlib", "flax", "jaxtyping", "orbax", "ml_dtypes"}

@@ -9,7 +9,7 @@ from typing import Protocol
 from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.errors import EngineError
 from fineserve_jax.fleet.replica import EngineReplica
-from fineserve_jax.router import find_moves
+from fineserve_jax.scheduler.router import find_moves
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from fineserve_jax.fleet.balancer import Balancer
 from fineserve_jax.fleet.replica import EngineReplica, asked_of
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
-from fineserve_jax.router import Router
+from fineserve_jax.scheduler.router import Router
 
 T = TypeVar("T")
 KEPT = ("scored_from", "branches", "pooled_from", "arrival_s")

@@ -6,7 +6,7 @@ from fineserve_jax.engine.backlog import ahead_of
 from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.tickets import Ticket
-from fineserve_jax.router import Asked, Outlook, Queue, Waiting
+from fineserve_jax.scheduler.router import Asked, Outlook, Queue, Waiting
 from fineserve_jax.scheduler.waits import Ahead
 
 

@@ -5,7 +5,8 @@ add -> WaitingQueue -level 1, admission (memory)-> RunningRequests -level 2, exe
              +--------------- preempted ----------------+
 
 Who is admitted first: `policies`, `waiting`. Who gets memory: `admission`, `growth`. Who loses it: `narrowing_policy`,
-`victims`, `running`, `swapping`. What a step computes: `model_choice`, `execution`, `chunk_sizes`.
+`victims`, `running`, `swapping`. What a step computes: `model_choice`, `execution`, `chunk_sizes`. Where there are
+several engines, `router` says which of them a request goes to.
 """
 
 from fineserve_jax.scheduler.costs import FormatCost, ModelCost, StepCost

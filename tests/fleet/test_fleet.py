@@ -16,7 +16,7 @@ from fineserve_jax.errors import ConfigError, EngineError, RequestError
 from fineserve_jax.fleet.balancer import balance
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request.request import FinishReason
-from fineserve_jax.router import moves
+from fineserve_jax.scheduler.router import moves
 from fineserve_jax.scheduler.waits import WaitPredictor
 
 TEN = SamplingParams(max_tokens=10, ignore_eos=True)

@@ -6,9 +6,9 @@ router     both, for the replicas of a plan
 moves      which requests that still wait would be served sooner elsewhere
 """
 
-from fineserve_jax.router.choice import Outlook, choose
-from fineserve_jax.router.moves import Queue, Waiting, find_moves
-from fineserve_jax.router.prefixes import SentPrefixes
-from fineserve_jax.router.router import Asked, Replica, Router
+from fineserve_jax.scheduler.router.choice import Outlook, choose
+from fineserve_jax.scheduler.router.moves import Queue, Waiting, find_moves
+from fineserve_jax.scheduler.router.prefixes import SentPrefixes
+from fineserve_jax.scheduler.router.router import Asked, Replica, Router
 
 __all__ = ["Asked", "Outlook", "Queue", "Replica", "Router", "SentPrefixes", "Waiting", "choose", "find_moves"]

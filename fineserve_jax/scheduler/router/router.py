@@ -7,8 +7,8 @@ from typing import Protocol
 
 from fineserve_jax.errors import ModelNotServedError
 from fineserve_jax.kv.prefix_cache import hash_blocks
-from fineserve_jax.router.choice import Outlook, choose
-from fineserve_jax.router.prefixes import SentPrefixes
+from fineserve_jax.scheduler.router.choice import Outlook, choose
+from fineserve_jax.scheduler.router.prefixes import SentPrefixes
 
 BLOCK_TOKENS = 16
 

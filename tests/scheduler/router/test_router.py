@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fineserve_jax.errors import ModelNotServedError
-from fineserve_jax.router import Asked, Outlook, Queue, Router, SentPrefixes, Waiting, choose, find_moves
-from fineserve_jax.router.choice import ABOUT
-from fineserve_jax.router.moves import LEAST_GAIN, LEAST_GAIN_S
-from fineserve_jax.router.router import BLOCK_TOKENS, block_hashes
+from fineserve_jax.scheduler.router import Asked, Outlook, Queue, Router, SentPrefixes, Waiting, choose, find_moves
+from fineserve_jax.scheduler.router.choice import ABOUT
+from fineserve_jax.scheduler.router.moves import LEAST_GAIN, LEAST_GAIN_S
+from fineserve_jax.scheduler.router.router import BLOCK_TOKENS, block_hashes
 
 seconds = st.floats(0, 100, allow_nan=False)
 outlooks = st.lists(
