@@ -144,10 +144,10 @@ def row_buckets(max_rows: int, *, single: bool = False) -> tuple[int, ...]:
 
 
 def chunk_buckets(max_chunk_tokens: int, page_size: int) -> tuple[int, ...]:
-    """Sizes that chunks are padded to: `max_chunk_tokens`, and quarters of it down to about 64 tokens."""
+    """Sizes that chunks are padded to: `max_chunk_tokens`, and halves of it down to about 64 tokens."""
     buckets = [max_chunk_tokens]
-    while buckets[0] >= 256 and buckets[0] % (4 * page_size) == 0:
-        buckets.insert(0, buckets[0] // 4)
+    while buckets[0] >= 128 and buckets[0] % (2 * page_size) == 0:
+        buckets.insert(0, buckets[0] // 2)
     return tuple(buckets)
 
 

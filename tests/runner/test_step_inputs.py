@@ -143,4 +143,5 @@ def test_chunk_buckets_are_whole_pages_up_to_the_most(most):
     assert buckets[-1] == most
     assert all(bucket % PAGE_SIZE == 0 for bucket in buckets)
     assert list(buckets) == sorted(set(buckets))
-    assert pick(buckets, 1) == buckets[0]
+    assert pick(buckets, 1) == buckets[0] <= max(64, PAGE_SIZE)
+    assert all(pick(buckets, size) < 2 * size for size in range(buckets[0] // 2 + 1, most + 1)), "mostly padding"
