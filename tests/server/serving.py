@@ -82,9 +82,9 @@ def serving(
         listening.close()
 
 
-def eventually(holds: Callable[[], Any]) -> Any:
+def eventually(holds: Callable[[], Any], within_s: float = SOON_S) -> Any:
     """What `holds` gives as soon as that is something."""
-    end = time.monotonic() + SOON_S
+    end = time.monotonic() + within_s
     while not (found := holds()):
         assert time.monotonic() < end, "it has not happened"
         time.sleep(0.005)

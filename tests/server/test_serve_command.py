@@ -5,16 +5,29 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import openai
 import pytest
-from serving import PATIENCE_S
+from serving import PATIENCE_S, eventually
 from tiny_model import OPTIONS, write_tiny_model
 
 from fineserve_jax.entrypoints.cli import main
 
 FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+            return answer.status == 200
+    except urllib.error.HTTPError as error:
+        if error.code != 503:
+            raise
+    except urllib.error.URLError:
+        pass  # it says where it will listen a moment before it does
+    return False
 
 
 @pytest.mark.parametrize(
@@ -49,6 +62,7 @@ def test_a_process_serves_by_its_classes_and_answers_what_has_begun_before_it_en
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             url = next(found[0] for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+            eventually(lambda: is_ready(url), PATIENCE_S)  # compiled, and not only listening
             with pytest.raises(openai.AuthenticationError):
                 openai.OpenAI(base_url=f"{url}/v1", api_key="k2", max_retries=0).models.list()
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="k1", max_retries=0, timeout=PATIENCE_S)
