@@ -367,12 +367,17 @@ inline int64_t attend_scratch(const Attention& a, int64_t rows, int64_t num_piec
 
 INLINE bool rotates_any(const Format& f) { return f.keys.codec == kInt4 || f.values.codec == kInt4; }
 
-// The queries of a block and head, padded with zeros; rotated, too, where a format needs that.
-inline void take_queries(const Attention& a, int64_t block, int64_t head, bool rotates, const Scratch& s) {
-  const int64_t stride = padded(a.head_dim), rows = a.query_counts[block] * a.group;
+// Where row r of a block's queries is among all: row r is query r / group, head r % group.
+INLINE int64_t place_of_row(const Attention& a, int64_t first_query, int64_t head, int64_t r) {
+  return ((first_query + r / a.group) * a.kv_heads + head) * a.group + r % a.group;
+}
+
+// Query rows of a head, from a query on, padded with zeros; rotated, too, where a format needs that.
+inline void take_queries(const Attention& a, int64_t first_query, int64_t rows, int64_t head, bool rotates,
+                         const Scratch& s) {
+  const int64_t stride = padded(a.head_dim);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t query = a.query_starts[block] + r / a.group;
-    const float* from = a.q + ((query * a.kv_heads + head) * a.group + r % a.group) * a.head_dim;
+    const float* from = a.q + place_of_row(a, first_query, head, r) * a.head_dim;
     float* to = s.plain + r * stride;
     for (int64_t d = 0; d < stride; ++d) to[d] = d < a.head_dim ? from[d] : 0.0f;
     if (rotates) {
@@ -398,7 +403,7 @@ inline void attend(const Attention& a, int64_t block, int64_t first_head, int64_
   for (int64_t i = 0; i < kAhead && i < num_pages; ++i) prefetch_page(a, s.pages[i], first_head);
   for (int64_t head = first_head; head < first_head + num_heads; ++head) {
     const Partial& own = out[head - first_head];
-    take_queries(a, block, head, rotates, s);
+    take_queries(a, a.query_starts[block], rows, head, rotates, s);
     std::memset(own.acc, 0, rows * stride * sizeof(float));
     Walk walk{a, rows, stride, a.query_positions[block], {s.plain, s.rotated},
               {own.acc, rotates ? s.rotated_acc : nullptr}, s.rows, {}, s.transposed};
@@ -421,8 +426,7 @@ inline void merge(const Attention& a, int64_t block, int64_t head, const Partial
                   float* l, float* acc) {
   const int64_t stride = padded(a.head_dim), rows = a.query_counts[block] * a.group;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t query = a.query_starts[block] + r / a.group;
-    const int64_t at = (query * a.kv_heads + head) * a.group + r % a.group;
+    const int64_t at = place_of_row(a, a.query_starts[block], head, r);
     float* own = acc + at * a.head_dim;
     float so_far = parts[0].m[r], sum_so_far = parts[0].l[r];
     for (int64_t d = 0; d < a.head_dim; ++d) own[d] = parts[0].acc[r * stride + d];

@@ -35,11 +35,7 @@ inline void attend_within(const Attention& a, const Within& w, int64_t page, int
   const int64_t start = first_page * a.page_size;  // slots and positions are counted from the chunk's first
   const Scratch s = divide(static_cast<char*>(memory), rows, stride, 0, &bytes);
   float* sums = s.rotated_acc;
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = a.q + (((first_slot + r / a.group) * a.kv_heads + head) * a.group + r % a.group) * a.head_dim;
-    for (int64_t d = 0; d < stride; ++d) s.plain[r * stride + d] = d < a.head_dim ? from[d] : 0.0f;
-    s.rows[r] = {kNegative, 0.0f};
-  }
+  take_queries(a, first_slot, rows, head, false, s);
   std::memset(sums, 0, rows * stride * sizeof(float));
   Walk walk{a, rows, stride, first_slot - start, {s.plain, nullptr}, {sums, nullptr}, s.rows, {}, s.transposed};
   walk.unpacked.k = s.k, walk.unpacked.v = s.v, walk.unpacked.stride = stride;
@@ -58,7 +54,7 @@ inline void attend_within(const Attention& a, const Within& w, int64_t page, int
     attend_tokens(w.own_k, w.own_v, slot, left < kBlock ? left : kBlock);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = ((first_slot + r / a.group) * a.kv_heads + head) * a.group + r % a.group;
+    const int64_t at = place_of_row(a, first_slot, head, r);
     m[at] = s.rows[r].m, l[at] = s.rows[r].l;
     std::memcpy(acc + at * a.head_dim, sums + r * stride, a.head_dim * sizeof(float));
   }

@@ -261,20 +261,24 @@ INLINE void multiply_outputs(const typename Kind::Weight* weights, int64_t inner
   Multiplier<Kind, const Finish>{weights, inner, outputs, x, round_up(inner, Kind::kChunk), finish}.all_rows(rows);
 }
 
+// Outputs `first` to `last`; `finish_of(o)` takes the sums of those from `o` on.
+template <class Kind, class FinishOf>
+INLINE void multiply_matrix(const Products& p, int64_t first, int64_t last, void* scratch, const FinishOf& finish_of) {
+  const auto* weights = static_cast<const typename Kind::Weight*>(p.kernel);
+  const auto* x = static_cast<const typename Kind::Activation*>(p.activations.codes);
+  const int64_t rows = p.activations.rows, inner = p.activations.inner, together = outputs_together<Kind>(rows);
+  for (int64_t o = first; o < last; o += together) {
+    const auto* own = weights + o * inner;
+    const auto* next = o + 2 * together <= p.out ? reinterpret_cast<const char*>(own + together * inner) : nullptr;
+    const int64_t outputs = last - o < together ? last - o : together;
+    multiply_outputs<Kind>(own, inner, outputs, x, rows, scratch, next, finish_of(o));
+  }
+}
+
 inline int64_t bf16_scratch(int64_t rows, int64_t inner) { return panel_scratch<BFloat16Kind>(rows, inner); }
 
 inline void bf16_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
-  const auto* weights = static_cast<const uint16_t*>(p.kernel);
-  const auto* x = static_cast<const BFloat16Kind::Activation*>(p.activations.codes);
-  const int64_t rows = p.activations.rows, inner = p.activations.inner;
-  const int64_t together = outputs_together<BFloat16Kind>(rows);
-  for (int64_t o = first; o < last; o += together) {
-    const StoreSums finish{p.y + o, p.out};
-    const auto* own = weights + o * inner;
-    const auto* next = o + 2 * together <= p.out ? reinterpret_cast<const char*>(own + together * inner) : nullptr;
-    multiply_outputs<BFloat16Kind>(own, inner, last - o < together ? last - o : together, x, rows, scratch, next,
-                                   finish);
-  }
+  multiply_matrix<BFloat16Kind>(p, first, last, scratch, [&](int64_t o) { return StoreSums{p.y + o, p.out}; });
 }
 
 struct ScaleSums {
@@ -305,18 +309,10 @@ struct ScaleSums {
 inline int64_t int8_scratch(int64_t rows, int64_t inner) { return panel_scratch<Int8Kind>(rows, inner); }
 
 inline void int8_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
-  const auto* weights = static_cast<const int8_t*>(p.kernel);
   const auto* scales = static_cast<const float*>(p.scale);
-  const auto* x = static_cast<const Int8Kind::Activation*>(p.activations.codes);
-  const int64_t rows = p.activations.rows, inner = p.activations.inner;
-  const int64_t together = outputs_together<Int8Kind>(rows);
-  for (int64_t o = first; o < last; o += together) {
-    const ScaleSums finish{p.y + o, p.out, scales + o, p.activations.scales};
-    const auto* own = weights + o * inner;
-    const auto* next = o + 2 * together <= p.out ? reinterpret_cast<const char*>(own + together * inner) : nullptr;
-    multiply_outputs<Int8Kind>(own, inner, last - o < together ? last - o : together, x, rows, scratch, next,
-                               finish);
-  }
+  multiply_matrix<Int8Kind>(p, first, last, scratch, [&](int64_t o) {
+    return ScaleSums{p.y + o, p.out, scales + o, p.activations.scales};
+  });
 }
 
 // -- int4 -------------------------------------------------------------------------------------------------------------
