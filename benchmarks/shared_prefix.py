@@ -12,14 +12,12 @@ import time
 
 import numpy as np
 import tyro
+from decoding import start_decoding
 
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.processor import processor_name
-from fineserve_jax.loaders import load_model
-from fineserve_jax.request.request_options import RequestOptions
-from fineserve_jax.request.sampling_params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +65,11 @@ def make_engine(arguments: Arguments) -> Engine:
     new_tokens = 2 * arguments.rounds * (arguments.steps + 2) + 4 * arguments.rows
     length = arguments.shared + arguments.own + new_tokens
     config = EngineConfig(kv_memory="1GiB", max_batch_size=arguments.rows, max_seq_len=length)
-    engine = Engine(load_model(arguments.model, arguments.weights), config)
     rng = np.random.default_rng(0)
     common = rng.integers(1000, 20000, arguments.shared).tolist()
-    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=0.0)
-    options = RequestOptions(kv_precision=arguments.kv_precision)
-    requests = [
-        engine.add_request([*common, *rng.integers(1000, 20000, arguments.own).tolist()], sampling, options)
-        for _ in range(arguments.rows)
-    ]
-    while any(request.num_output_tokens < 2 for request in requests):
-        engine.step()
-    return engine
+    prompts = [[*common, *rng.integers(1000, 20000, arguments.own).tolist()] for _ in range(arguments.rows)]
+    kv_precisions = [arguments.kv_precision]
+    return start_decoding(arguments.model, arguments.weights, config, prompts, kv_precisions, new_tokens)[0]
 
 
 if __name__ == "__main__":

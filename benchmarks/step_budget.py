@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from decoding import start_decoding
 from rich.console import Console
 from rich.table import Table
 
@@ -25,14 +26,11 @@ from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.processor import processor_name
-from fineserve_jax.loaders import load_model
 from fineserve_jax.models.weight_formats import weight_recipe
 from fineserve_jax.pallas_kernels.cpu import library
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.operations import paged_attention
 from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
-from fineserve_jax.request.request_options import RequestOptions
-from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.runner.inputs import StepInputs, build_inputs
 from fineserve_jax.runner.sampling_inputs import build_sampling
 from fineserve_jax.runner.shapes import StepSpec
@@ -83,16 +81,10 @@ def make_engine(arguments: Arguments) -> tuple[Engine, list[Request]]:
         max_seq_len=arguments.tokens + new_tokens,
         prefix_cache="off",
     )
-    engine = Engine(load_model(arguments.model, arguments.weights), config)
-    formats, rng = arguments.kv_precision.split("+"), np.random.default_rng(0)
-    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True, temperature=0.0)
-    requests = []
-    for row in range(arguments.rows):
-        prompt = rng.integers(1000, 20000, arguments.tokens).tolist()
-        requests.append(engine.add_request(prompt, sampling, RequestOptions(kv_precision=formats[row % len(formats)])))
-    while any(request.num_output_tokens < 2 for request in requests):
-        engine.step()
-    return engine, requests
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1000, 20000, arguments.tokens).tolist() for _ in range(arguments.rows)]
+    kv_precisions = arguments.kv_precision.split("+")
+    return start_decoding(arguments.model, arguments.weights, config, prompts, kv_precisions, new_tokens)
 
 
 def measure(arguments: Arguments, engine: Engine, requests: list[Request]) -> dict[str, Stage]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.aot.cases import ARENA_WORDS, IMPLEMENTATION, Model, shapes_of
+from benchmarks.aot.step_cases import CHUNK_TOKENS, CONTEXT, FORMATS, ROWS, WEIGHTS
 from benchmarks.aot.targets import Platform
 from fineserve_jax.models import ModelConfig, build_model
 from fineserve_jax.models.sharding import param_specs
@@ -21,8 +22,6 @@ from fineserve_jax.runner.mesh import SAME, SHARDED, Specs, over_mesh, specs_of
 from fineserve_jax.runner.sampling_inputs import build_sampling
 from fineserve_jax.runner.shapes import StepShape, StepSpec
 
-FORMATS = ("bf16", "int8", "int4")
-ROWS, CHUNK_TOKENS, CONTEXT, WEIGHTS = 32, 256, 4096, "bf16"
 FLOAT_BYTES = 4  # of what is added up and gathered
 CONFIGS = {
     Model("Llama-3.1-70B", 80, 64, 8, 128): ModelConfig(

@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from benchmarks.aot.mesh import collectives
-from benchmarks.aot.mesh_cases import CHUNK_TOKENS, ROWS, mesh_cases
+from benchmarks.aot.mesh_cases import mesh_cases
 from benchmarks.aot.results import Result
+from benchmarks.aot.step_cases import CHUNK_TOKENS, ROWS
 from fineserve_jax.models.layers import SHARDS
 
 HLO = """
