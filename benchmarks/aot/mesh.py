@@ -105,8 +105,8 @@ def _compile(target: Target, mesh: Any, case: Any, known: Mapping[tuple[str, str
 
     from benchmarks.aot import gpu, tpu
     from benchmarks.aot.fingerprint import fingerprint
-    from benchmarks.aot.step_cases import FORMATS
     from benchmarks.aot.results import Result
+    from benchmarks.aot.step_cases import FORMATS
 
     made = functools.partial(Result, target.name, case.operation, case.model, "+".join(FORMATS), case.head_dim)
     packages = gpu.PACKAGES if target.platform == "gpu" else tpu.PACKAGES
