@@ -286,3 +286,10 @@ def test_the_table_says_what_was_measured_and_which_format_to_take(found, capsys
     assert "for a rise of perplexity of at most 1000 %, take int4: 5.50 bits a value" in table
     print_quality(found, -100.0)
     assert "take fp32, or measure more windows" in capsys.readouterr().out
+
+
+def test_what_the_format_to_take_needs_is_said(found, capsys):
+    (int4, *_) = found.formats
+    pair = dataclasses.replace(int4, kv_precision="k8v4")
+    print_quality(dataclasses.replace(found, formats=(pair,), page_size=32), 1000.0)
+    assert "take k8v4: 5.50 bits a value, served with k8v4 in kv_formats and page_size=32" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from fineserve_jax.engine.answers import (
     read_questions,
     recall_questions,
 )
-from fineserve_jax.engine.engine_config import Weights
+from fineserve_jax.engine.engine_config import EngineConfig, Weights
 from fineserve_jax.engine.estimates import Estimate
 from fineserve_jax.engine.load import load_engine
 from fineserve_jax.engine.perplexity import read_text
@@ -160,7 +160,11 @@ def print_quality(found: Quality, max_loss: float) -> None:
     if chosen is None:
         print(f"none of these has {allowed} with its whole interval: take {found.wide}, or measure more windows")
     else:
-        print(f"for {allowed}, take {chosen.kv_precision}: {chosen.bits_per_value:.2f} bits a value")
+        settings = [] if chosen.kv_precision in FORMATS else [f"{chosen.kv_precision} in kv_formats"]
+        if found.page_size != EngineConfig().page_size:
+            settings.append(f"page_size={found.page_size}")
+        served = f", served with {' and '.join(settings)}" if settings else ""
+        print(f"for {allowed}, take {chosen.kv_precision}: {chosen.bits_per_value:.2f} bits a value{served}")
 
 
 def _print_table(found: Quality) -> None:

@@ -37,6 +37,6 @@ def draw_quality(found: Quality, path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{found.model} in {found.weights}, {found.windows} windows of {found.window} tokens")
     try:
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write the picture {path}: {error}") from None
