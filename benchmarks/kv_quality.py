@@ -1,4 +1,4 @@
-"""What ways of keeping keys and values in 4 bits cost in perplexity.
+"""What ways of keeping keys and values in 4 bits cost, for `docs/quality.md`.
 
     python benchmarks/kv_quality.py --text wikitext2_valid.txt
 
@@ -16,15 +16,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
-from fineserve_jax.engine.perplexity import measure_perplexity, read_text
+from fineserve_jax.engine.perplexity import read_text
+from fineserve_jax.engine.quality import WIDE, measure_quality
+from fineserve_jax.entrypoints.cli.quality import print_quality
 from fineserve_jax.loaders import load_model
-from fineserve_jax.pallas_kernels.formats import FORMATS, EncodedVectors, KVFormat, PackedLanes, get_format, register
+from fineserve_jax.pallas_kernels import PageGeometry
+from fineserve_jax.pallas_kernels.formats import EncodedVectors, KVFormat, PackedLanes, get_format, register
 from fineserve_jax.pallas_kernels.formats.wide import Float32Codec
 
 Quantise = Callable[[jax.Array], jax.Array]  # f32[..., T, D] -> the same, rounded to what 4 bits keep
@@ -37,6 +38,8 @@ class Arguments:
     weights: str = "fp32"
     window: int = 1024
     windows: int = 8
+    output: Path | None = None
+    """Where to write the JSON, too: docs/quality/schemes-4-bits.json."""
 
 
 class Rounded(Float32Codec):
@@ -56,7 +59,11 @@ class Simulated(KVFormat):
 
     def __init__(self, name: str, bits: float, k: Quantise, v: Quantise) -> None:
         super().__init__(Rounded(f"{name}, keys", k), Rounded(f"{name}, values", v), name)
-        self.bits = bits
+        self._bits = bits
+
+    def bits_per_value(self, geometry: PageGeometry) -> float:
+        """Those of a packed page, padding not counted."""
+        return self._bits
 
 
 def symmetric(x: jax.Array) -> jax.Array:
@@ -101,22 +108,29 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     use_compilation_cache()
     model = load_model(arguments.model, arguments.weights)
-    tokens = model.tokenizer.encode(
-        read_text(arguments.text, arguments.window, arguments.windows), add_special_tokens=False
+    text = read_text(arguments.text, arguments.window, arguments.windows)
+    names = [register(scheme).name for scheme in SCHEMES]
+    config = EngineConfig(
+        kv_precision=WIDE,
+        kv_formats=(WIDE, "int4", *names),
+        max_batch_size=len(names) + 2,
+        max_seq_len=arguments.window,
     )
-    names = [*FORMATS, *(register(scheme).name for scheme in SCHEMES)]
-    bits = {scheme.name: scheme.bits for scheme in SCHEMES}
-    table = Table("scheme", "bits a value", "perplexity", "rise")
-    results = {}
-    for name in names:
-        config = EngineConfig(kv_precision=name, max_batch_size=1, max_seq_len=arguments.window, kv_memory="512MiB")
-        measured = measure_perplexity(Engine(model, config), tokens, arguments.window, arguments.windows)
-        results[name] = {"bits_per_value": bits.get(name, measured.bits_per_value), "ppl": measured.ppl}
-        rise = measured.ppl / results["fp32"]["ppl"] - 1
-        print(f"{name}: {measured.ppl:.4f}", file=sys.stderr, flush=True)
-        table.add_row(name, f"{results[name]['bits_per_value']:.2f}", f"{measured.ppl:.4f}", f"{rise:+.2%}")
-    Console().print(table)
-    print(json.dumps({**dataclasses.asdict(arguments), "text": str(arguments.text.name), "results": results}))
+    found = measure_quality(
+        Engine(model, config),
+        model.tokenizer.encode(text, add_special_tokens=False),
+        ["int4", *names],
+        arguments.window,
+        arguments.windows,
+        new_tokens=1,
+        on_window=lambda done: print(f"window {done} of {arguments.windows}", file=sys.stderr, flush=True),
+    )
+    print_quality(found, max_loss=1.0)
+    flags = f"--text {arguments.text.name} --window {arguments.window} --windows {arguments.windows}"
+    told = {"command": f"python benchmarks/kv_quality.py {flags}", **found.as_dict()}
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

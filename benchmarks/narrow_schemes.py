@@ -1,17 +1,18 @@
-"""What ways of keeping keys and values in about 3 bits cost, tried without packing a bit.
+"""What ways of keeping keys and values in about 3 bits cost, tried without packing a bit, for `docs/quality.md`.
 
     python benchmarks/narrow_schemes.py --text wikitext2_valid.txt
 
 A forward pass over windows of a text, in which each token's own page is read in int8 and all earlier ones as the scheme
 rounds them; compared with the same pass in float32. Ranges of keys are by channel over a page, those of values by
 token, both of rotated vectors. Quicker to change than a format, and able to do what no format does: keep the first
-page, in which attention sinks are, in int8. `docs/design.md` has a table.
+page, in which attention sinks are, in int8. Prints a line for each scheme, and then all as one of JSON.
 """
 
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -19,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from fineserve_jax.engine.estimates import draws_of, estimate
 from fineserve_jax.engine.perplexity import read_text
 from fineserve_jax.loaders import load_model
 from fineserve_jax.models import CausalLM, Params
 from fineserve_jax.models.registry import build_model
 from fineserve_jax.pallas_kernels.formats.int4 import hadamard
+from fineserve_jax.runner.comparison import Differences
 
 Round = Callable[[jax.Array], jax.Array]  # f32[heads, pages, T, D], rotated -> the same, rounded
 LEAST = 1e-20
@@ -38,6 +41,8 @@ class Arguments:
     model: str = "smollm2-135m"
     window: int = 1024
     windows: int = 4
+    output: Path | None = None
+    """Where to write the JSON, too: docs/quality/schemes-3-bits.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,44 +187,63 @@ def main() -> None:
 
     positions = jnp.arange(size, dtype=jnp.int32)
 
-    def hidden(scheme: Scheme) -> Iterator[np.ndarray]:
+    def hidden(scheme: Scheme) -> list[np.ndarray]:
         """What the last layer gives, normalised, window by window."""
 
         @jax.jit
         def run(params: Params, tokens: jax.Array) -> jax.Array:
             return model.apply({"params": params}, tokens, positions, functools.partial(attend, scheme))
 
-        return (np.asarray(run(params, window)) for window in windows)
+        return [np.asarray(run(params, window)) for window in windows]
 
     differences = jax.jit(functools.partial(compare, model))
-    exact = list(hidden(Scheme("fp32")))
+    exact, rows = hidden(Scheme("fp32")), []
     for scheme in SCHEMES:
-        found = []
-        for before, after, window in zip(exact, hidden(scheme), windows, strict=True):
-            parts = [slice(start, min(start + TILE, size - 1)) for start in range(0, size - 1, TILE)]
-            tiles = [differences(params, before[own], after[own], window[1:][own]) for own in parts]
-            found.append([np.concatenate(column) for column in zip(*jax.device_get(tiles), strict=True)])
-        kl, top, lost = (np.stack(column) for column in zip(*found, strict=True))
-        rises = lost.mean(axis=1)
-        print(
-            f"{scheme.name:44} {math.expm1(rises.mean()):+7.2%} +- {rises.std() / math.sqrt(len(rises)):.2%}, "
-            f"KL {kl.mean():.4f}, same top {top.mean():.1%}",
-            flush=True,
-        )
+        pairs = zip(exact, hidden(scheme), windows, strict=True)
+        found = [differences_of(functools.partial(differences, params), *pair) for pair in pairs]
+        rows.append({"scheme": scheme.name, "page_size": scheme.page_size, **summary(found)})
+        print(rows[-1], flush=True)
+    flags = f"--text {arguments.text.name} --window {size} --windows {arguments.windows}"
+    command = f"python benchmarks/narrow_schemes.py {flags}"
+    told = {"command": command, "window": size, "windows": arguments.windows, "schemes": rows}
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(told))
 
 
-def compare(
-    model: CausalLM, params: Params, first: jax.Array, second: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each position KL divergence in nats, whether the likeliest token is the same, and what log-probability of the
-    token that follows is lost. One program for each number of positions."""
+def differences_of(
+    compared: Callable[..., Differences], before: np.ndarray, after: np.ndarray, tokens: np.ndarray
+) -> Differences:
+    """Of the positions of a window whose successors are known, a tile of them at a time."""
+    parts = [slice(start, min(start + TILE, len(tokens) - 1)) for start in range(0, len(tokens) - 1, TILE)]
+    tiles = [jax.device_get(compared(before[own], after[own], tokens[1:][own])) for own in parts]
+    return Differences(*(np.concatenate(column, axis=-1) for column in zip(*tiles, strict=True)))
+
+
+def compare(model: CausalLM, params: Params, first: jax.Array, second: jax.Array, targets: jax.Array) -> Differences:
+    """One program for each number of positions; what the last layer gave is normalised already."""
     before, after = (
         jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"), axis=-1)
         for hidden in (first, second)
     )
-    lost = jnp.take_along_axis(before - after, targets[:, None], axis=-1)[:, 0]
+    of_targets = [jnp.take_along_axis(part, targets[:, None], axis=-1)[:, 0] for part in (before, after)]
     same = jnp.argmax(before, axis=-1) == jnp.argmax(after, axis=-1)
-    return jnp.sum(jnp.exp(before) * (before - after), axis=-1), same, lost
+    return Differences(jnp.sum(jnp.exp(before) * (before - after), axis=-1), same, jnp.stack(of_targets))
+
+
+def summary(found: Sequence[Differences]) -> dict[str, dict[str, float]]:
+    """Rise of perplexity, KL divergence and share of equal likeliest tokens, with intervals over windows."""
+    draws = draws_of(len(found))
+
+    def rise(own: Sequence[Differences]) -> float:
+        return math.expm1(float(np.mean([window.logprobs[0] - window.logprobs[1] for window in own])))
+
+    figures = {
+        "rise": estimate(draws, rise, found),
+        "kl": estimate(draws, lambda own: float(np.mean([window.kl for window in own])), found),
+        "same_top": estimate(draws, lambda own: float(np.mean([window.same_top for window in own])), found),
+    }
+    return {name: figure._asdict() for name, figure in figures.items()}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ take turns:
     roomy        for comparison: memory enough for all
 
 Printed are the median times to finish the batch, whether the bf16 requests' tokens equal those of the roomy engine, and
-a line of JSON. With `--text`, also what narrowing costs: the perplexity of the second half of each window when the keys
-and values of the first half were narrowed.
+a line of JSON. What narrowing costs in quality is told by `fineserve-jax quality --pressure`.
 """
 
 import dataclasses
@@ -31,7 +30,6 @@ from rich.table import Table
 from fineserve_jax.engine.compilation_cache import use_compilation_cache
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
-from fineserve_jax.engine.perplexity import measure_perplexity
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -46,12 +44,8 @@ class Arguments:
     new_tokens: int = 256
     load: float = 1.5
     rounds: int = 3
-    text: Path | None = None
-    """Running text for the perplexity after narrowing, for example wikitext."""
     plot: Path | None = None
     """Where to draw the times; needs matplotlib."""
-    windows: int = 8
-    window: int = 1024
 
 
 WAYS = ("narrow", "recompute", "swap", "roomy")
@@ -75,8 +69,7 @@ def main() -> None:
             elapsed, tokens[way], kept[way] = run(engine, arguments, prompts, way)
             seconds[way].append(elapsed)
     later = {way: engine.stats().num_compilations - compiled[way] for way, engine in engines.items()}
-    quality = {} if arguments.text is None else narrowed_perplexity(arguments)
-    report(arguments, engines, seconds, tokens, kept, later, quality)
+    report(arguments, engines, seconds, tokens, kept, later)
 
 
 def settings(arguments: Arguments, model: LoadedModel, way: str) -> EngineConfig:
@@ -117,27 +110,6 @@ def run(
     return elapsed, [request.output_token_ids for request in requests[::3]], kept
 
 
-def narrowed_perplexity(arguments: Arguments) -> dict[str, float]:
-    """Perplexity of windows whose first half is narrowed, by the format it is narrowed to; weights in fp32."""
-    assert arguments.text is not None
-    model = load_model(arguments.model, "fp32")
-    config = EngineConfig(
-        kv_memory="512MiB",
-        kv_formats=("bf16", "int8", "int4"),
-        max_batch_size=1,
-        max_seq_len=arguments.window,
-        max_chunk_tokens=arguments.window // 2,
-    )
-    engine = Engine(model, config)
-    token_ids = engine.tokenizer.encode(arguments.text.read_text(), add_special_tokens=False)
-    found = {}
-    for name in ("bf16", "int8", "int4"):
-        found[name] = measure_perplexity(
-            engine, token_ids, arguments.window, arguments.windows, "bf16", narrow_half_to=name
-        ).ppl
-    return found
-
-
 def report(
     arguments: Arguments,
     engines: dict[str, Engine],
@@ -145,7 +117,6 @@ def report(
     tokens: dict[str, list[list[int]]],
     kept: dict[str, dict[str, int]],
     compilations: dict[str, int],
-    quality: dict[str, float],
 ) -> None:
     medians = {way: statistics.median(times) for way, times in seconds.items()}
     table = Table("when memory is short", "s", "of recompute", "preemptions", "pages narrowed", "bf16 tokens unchanged")
@@ -173,14 +144,8 @@ def report(
         from bar_plot import draw_bars
 
         draw_bars({way: {"": value} for way, value in medians.items()}, "seconds for the batch", arguments.plot)
-    console = Console()
-    console.print(table)
-    for name, ppl in quality.items():
-        rise = f"{ppl / quality['bf16'] - 1:+.2%}"
-        console.print(f"perplexity with the first half of each window in {name}: {ppl:.4f} ({rise})", highlight=False)
-    told = {name: round(ppl, 4) for name, ppl in quality.items()}
-    device = jax.devices()[0].device_kind
-    found = {"results": results, "perplexity": told, "device": device}
+    Console().print(table)
+    found = {"results": results, "device": jax.devices()[0].device_kind}
     print(json.dumps(dataclasses.asdict(arguments) | found, default=str))
 
 

@@ -33,6 +33,7 @@ COMPILING = (
     "cli/test_model_commands.py",
     "cli/test_perplexity.py",
     "cli/test_quality.py",
+    "cli/test_quality_under_pressure.py",
     "cli/test_real_batch.py",
     "cli/test_slabs.py",
     "cli/test_streams.py",  # starts such processes, too

@@ -14,7 +14,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fineserve_jax.engine.engine import Engine
+from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.estimates import Estimate, draws_of, estimate
+from fineserve_jax.engine.pressure import EngineUnderPressure
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.loaders.tokenizer import Tokenizer
 from fineserve_jax.request.request import Request
@@ -40,14 +42,16 @@ class AnswerQuality:
     """What a KV format makes of some questions.
 
     Attributes:
-        kv_precision: the format.
+        kv_precision: the format, or "auto".
         right: share of questions that are answered right.
         same: share of questions that are answered as the wide format answers them, right or wrong.
+        pressure: under which `auto` answered them; None: there was memory enough.
     """
 
     kv_precision: str
     right: Estimate
     same: Estimate
+    pressure: float | None = None
 
 
 class _Row(BaseModel):
@@ -122,22 +126,25 @@ def measure_answers(
     wide: str,
     new_tokens: int,
     rule: str,
+    under_pressure: Sequence[EngineUnderPressure] = (),
 ) -> list[AnswerQuality]:
-    """How the questions are answered in each KV format, that of comparison first.
+    """How the questions are answered in each KV format, that of comparison first, and in `auto` under pressure.
 
     Args:
         engine: of one model, with nothing else to do meanwhile.
         wide: what the formats' answers are compared with.
         new_tokens: most tokens of an answer.
+        under_pressure: engines of the same model, in which `auto` is asked.
 
     Raises:
-        RequestError: a prompt that the engine has no room for.
+        RequestError: a prompt that an engine has no room for.
     """
     names = [wide, *(name for name in dict.fromkeys(kv_precisions) if name != wide)]
-    answers = {
-        name: [found_answer(text, rule) for text in _greedy_texts(engine, tokenizer, questions, name, new_tokens)]
-        for name in names
-    }
+    asked = [*((engine, name) for name in names), *((short, AUTO) for short in under_pressure)]
+    answers = [
+        [found_answer(text, rule) for text in _greedy_texts(own, tokenizer, questions, name, new_tokens)]
+        for own, name in asked
+    ]
     draws = draws_of(len(questions))
 
     def share(flags: Sequence[bool]) -> Estimate:
@@ -146,10 +153,11 @@ def measure_answers(
     return [
         AnswerQuality(
             name,
-            share([given == question.answer for given, question in zip(answers[name], questions, strict=True)]),
-            share([given == own for given, own in zip(answers[name], answers[wide], strict=True)]),
+            share([given == question.answer for given, question in zip(own, questions, strict=True)]),
+            share([given == of_wide for given, of_wide in zip(own, answers[0], strict=True)]),
+            short.pressure if isinstance(short, EngineUnderPressure) else None,
         )
-        for name in names
+        for (short, name), own in zip(asked, answers, strict=True)
     ]
 
 
@@ -180,7 +188,13 @@ def as_rows(found: Mapping[str, Sequence[AnswerQuality]]) -> dict[str, Any]:
     """For JSON: by task, of each format its shares."""
     return {
         task: [
-            {"kv_precision": row.kv_precision, "right": row.right._asdict(), "same": row.same._asdict()} for row in rows
+            {
+                "kv_precision": row.kv_precision,
+                "pressure": row.pressure,
+                "right": row.right._asdict(),
+                "same": row.same._asdict(),
+            }
+            for row in rows
         ]
         for task, rows in found.items()
     }

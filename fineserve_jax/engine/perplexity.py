@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +16,9 @@ from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.scoring import FOR_SCORES
 from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
-from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
-from fineserve_jax.request.request import PromptScores, Request
+from fineserve_jax.request.request import PromptScores
 from fineserve_jax.request.request_options import RequestOptions
-
-PAGES_AT_A_TIME = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,6 @@ def measure_perplexity(
     kv_precision: str | None = None,
     on_window: Callable[[int, float], None] | None = None,
     model: str | None = None,
-    narrow_half_to: str | None = None,
 ) -> Perplexity:
     """Perplexity of the first `windows` consecutive runs of `window` tokens, each by itself.
 
@@ -88,8 +85,6 @@ def measure_perplexity(
         kv_precision: KV format; the model's own if None.
         on_window: called after each window with how many are done and the perplexity so far.
         model: whose; None for the only one there is.
-        narrow_half_to: score only the second half of each window, its first half narrowed to this KV format before,
-            as it is when memory is short, or left alone if that is `kv_precision`; None: score all of it.
 
     Raises:
         RequestError: too short a text, or windows that the engine cannot hold.
@@ -101,14 +96,11 @@ def measure_perplexity(
     if kv_precision == AUTO:
         raise RequestError(f"kv_precision={AUTO!r} depends on what else is served; name the format to measure")
     precision = check_windows(engine, served, token_ids, window, windows, kv_precision)
-    if narrow_half_to is not None:
-        _check_narrowing(engine, served, window, kv_precision, narrow_half_to)
-        precision = Precision(precision.start, narrow_half_to)
     total, tokens = 0.0, 0
     for i in range(windows):
         part = list(token_ids[i * window : (i + 1) * window])
         try:
-            scores = score_window(engine, served, part, precision, narrow_half_to is not None)
+            scores = score_window(engine, served, part, precision).scores
         except NonFiniteError as error:
             raise NonFiniteError(f"window {i}: {error}") from None
         logprobs = np.array([entry.logprob for entry in scores.entries], np.float32)
@@ -126,23 +118,6 @@ def measure_perplexity(
         model=served.name,
         weights=served.model.weights,
     )
-
-
-def _check_narrowing(engine: Engine, served: ServedModel, window: int, kv_precision: str, narrow_to: str) -> None:
-    """Raises `RequestError` where the first half of windows cannot be narrowed, or is not computed by itself."""
-    steps = engine.kv.ladder(served.name, kv_precision, narrow_to)
-    unchanged = len(steps) == 1 and narrow_to != kv_precision
-    if unchanged or window < 2 * served.geometry.page_size:
-        raise RequestError(
-            f"half of a window of {window} tokens in {kv_precision} cannot be narrowed to {narrow_to}; give a "
-            f"narrower format, and windows of at least {2 * served.geometry.page_size} tokens"
-        )
-    half, largest_chunk = _half(served, window), served.runner.chunk_buckets[-1]
-    if half % largest_chunk:
-        raise RequestError(
-            f"half of a window of {window} tokens, {half}, is no multiple of the {largest_chunk} tokens that a step "
-            f"computes; set max_chunk_tokens to a divisor of it, and chunked_prefill, or give other windows"
-        )
 
 
 def check_windows(
@@ -165,24 +140,21 @@ def check_windows(
     return precision
 
 
-def score_window(
-    engine: Engine,
-    served: ServedModel,
-    token_ids: list[int],
-    precision: Precision,
-    narrow_half: bool = False,
-    keep_hidden: bool = False,
-) -> PromptScores:
-    """Scores of each token but the first, or of those in the second half. Leaves no pages behind.
+class ScoredWindow(NamedTuple):
+    """A window's scores, of each token but the first, and how many tokens were kept in each KV format at its end."""
 
-    Args:
-        narrow_half: narrow the first half as far as `precision` allows, and score the second.
-        keep_hidden: keep what the last layer gives, too.
+    scores: PromptScores
+    kv_tokens: dict[str, int]
+
+
+def score_window(
+    engine: Engine, served: ServedModel, token_ids: list[int], precision: Precision, keep_hidden: bool = False
+) -> ScoredWindow:
+    """Scores a window, and leaves no pages behind. `keep_hidden`: keep what the last layer gives, too.
 
     Raises:
         NonFiniteError: the model computed NaN or infinity.
     """
-    half = _half(served, len(token_ids))
     prepared = PreparedRequest(
         served,
         token_ids,
@@ -191,7 +163,6 @@ def score_window(
         precision,
         max_total_tokens=len(token_ids),
         stop_ids=frozenset(),
-        scored_from=half + 1 if narrow_half else 1,
     )
     (request,) = engine.queue(prepared)
     request.shares_prefix = False
@@ -202,20 +173,12 @@ def score_window(
     try:
         while request.finish_reason is None:
             engine.step()
-            if narrow_half and request.num_computed_tokens == half:
-                _narrow_all(engine.kv, request)
     finally:
         engine.abort(request)
         engine.release(request)
     if request.error is not None:
         raise request.error
-    return scores
-
-
-def _half(served: ServedModel, window: int) -> int:
-    """Tokens of the first half of a window, which are those of full pages."""
-    page_size = served.geometry.page_size
-    return window // 2 // page_size * page_size
+    return ScoredWindow(scores, request.kv_tokens)
 
 
 def _check_finite(logprobs: np.ndarray, model: str, window: int) -> None:
@@ -227,10 +190,3 @@ def _check_finite(logprobs: np.ndarray, model: str, window: int) -> None:
             f"the perplexity of model {model!r} over window {window} is {perplexity}, its least log-probability being "
             f"{logprobs.min()}; the model's weights or its configuration are not right for the text"
         )
-
-
-def _narrow_all(kv: KVManager, request: Request) -> None:
-    """Narrow all that is computed of a request as far as it allows."""
-    while (what := kv.next_requantization(request, PAGES_AT_A_TIME, 0)) is not None:
-        if not kv.requantize_pages(request, what):
-            raise RequestError(f"no KV memory is free to narrow pages to {what.target.kv_format}; raise kv_memory")

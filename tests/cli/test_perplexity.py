@@ -43,17 +43,6 @@ def test_perplexity_is_that_of_the_whole_window_at_once(engine, window, windows)
     assert result.ppl == pytest.approx(math.exp(-logprobs.mean(dtype=np.float64)), rel=1e-5)
 
 
-def test_with_its_first_half_narrowed_a_window_counts_from_there_on(engine):
-    """Left as it is, it scores as in the whole window; in int8, a little differently."""
-    expected = math.exp(-expected_logprobs(engine, TOKENS[:64])[32:].mean(dtype=np.float64))
-    unchanged, narrowed = (measure_perplexity(engine, TOKENS, 64, 1, narrow_half_to=to) for to in ("fp32", "int8"))
-    assert unchanged.tokens == narrowed.tokens == 31
-    assert unchanged.ppl == pytest.approx(expected, rel=1e-5)
-    assert 1e-5 < abs(narrowed.ppl / expected - 1) < 0.02
-    with pytest.raises(RequestError, match="half of a window of 31 tokens in fp32 cannot be narrowed to fp32"):
-        measure_perplexity(engine, TOKENS, 31, 1, narrow_half_to="fp32")
-
-
 def test_a_result_names_what_was_measured(engine):
     seen = []
     result = measure_perplexity(engine, TOKENS, 16, 3, on_window=lambda i, ppl: seen.append((i, ppl)))

@@ -76,7 +76,7 @@ def test_divergences_are_those_of_the_definition(engine, monkeypatch, count):
 
 def test_what_the_last_layer_gave_is_kept_for_the_tokens_that_are_scored(engine):
     precision = check_windows(engine, engine.served(), TOKENS, 48, 1, "int4")
-    scores = score_window(engine, engine.served(), TOKENS[:48], precision, keep_hidden=True)
+    scores = score_window(engine, engine.served(), TOKENS[:48], precision, keep_hidden=True).scores
     hidden = np.concatenate(scores.hidden)
     of_itself = compare(engine.runner.model, engine.runner.params, hidden, hidden, np.array(TOKENS[1:48], np.int32))
     np.testing.assert_allclose(of_itself.logprobs[0], [entry.logprob for entry in scores.entries], atol=1e-5)
@@ -129,7 +129,7 @@ def test_the_format_to_take_is_the_narrowest_that_surely_loses_little_enough():
         return FormatQuality("fp32", name, 4.0, 1.0, at, Estimate((low + high) / 2, low, high), at, at, at, at)
 
     rows = (row("int4", 0.001, 0.006), row("int8", -0.001, 0.002), row("bf16", -0.0001, 0.0001))
-    found = Quality("m", "fp32", "fp32", Estimate(1, 1, 1), 8, 2, 1, rows)
+    found = Quality("m", "fp32", "fp32", Estimate(1, 1, 1), 16, 8, 2, 1, rows)
     choices = {limit: found.choice(limit) for limit in (0.01, 0.005, 0.001, 0.0)}
     assert [None if c is None else c.kv_precision for c in choices.values()] == ["int4", "int8", "bf16", None]
 
@@ -139,7 +139,7 @@ def test_the_format_to_take_is_the_narrowest_that_surely_loses_little_enough():
     [
         ({"windows": 1}, "windows=1: at least 2 are needed"),
         ({"windows": 6}, "the text has 240 tokens, which is 5 windows of 48; 6 were asked for"),
-        ({"kv_precisions": ["auto"]}, "kv_precision='auto' depends on what else is served"),
+        ({"kv_precisions": ["auto"]}, "kv_precision='auto' depends on how short memory is"),
         ({"kv_precisions": ["fp32"]}, "give formats besides fp32"),
         ({"kv_precisions": ["int5"]}, "int5"),
         ({"new_tokens": 0}, "new_tokens=0 behind half a window"),
@@ -265,6 +265,7 @@ def test_the_command_writes_json(run, tmp_path, tiny_model):
     words += ["--kv-memory", "8MiB", "--max-chunk-tokens", "32"]
     (tmp_path / "task.jsonl").write_text('{"question": "a", "answer": "1"}\n' * 3)
     words += ["--task", tmp_path / "task.jsonl", "--task-tokens", "4", "--plot", tmp_path / "plot.svg"]
+    words += ["--pressure", "1.5"]
     status, written, _ = run(*words, "--json", "--max-loss", "1000")
     assert status == 0
     found = json.loads(written)
@@ -272,8 +273,9 @@ def test_the_command_writes_json(run, tmp_path, tiny_model):
     assert set(found["formats"][0]["kl"]) == {"value", "low", "high"}
     assert (found["max_loss"], found["choice"], found["windows"]) == (10.0, "int4", 2)
     assert {field.name for field in dataclasses.fields(Quality)} < set(found)
-    assert [row["kv_precision"] for row in found["answers"]["task"]] == ["fp32", "int8", "int4"]
-    assert "int4" in (tmp_path / "plot.svg").read_text()
+    assert [row["kv_precision"] for row in found["answers"]["task"]] == ["fp32", "int8", "int4", "auto"]
+    assert [row["pressure"] for row in found["under_pressure"]] == [1.5]
+    assert all(name in (tmp_path / "plot.svg").read_text() for name in ("int4", "auto / 1.5"))
 
 
 def test_the_table_says_what_was_measured_and_which_format_to_take(found, capsys):
@@ -284,3 +286,10 @@ def test_the_table_says_what_was_measured_and_which_format_to_take(found, capsys
     assert "for a rise of perplexity of at most 1000 %, take int4: 5.50 bits a value" in table
     print_quality(found, -100.0)
     assert "take fp32, or measure more windows" in capsys.readouterr().out
+
+
+def test_what_the_format_to_take_needs_is_said(found, capsys):
+    (int4, *_) = found.formats
+    pair = dataclasses.replace(int4, kv_precision="k8v4")
+    print_quality(dataclasses.replace(found, formats=(pair,), page_size=32), 1000.0)
+    assert "take k8v4: 5.50 bits a value, served with k8v4 in kv_formats and page_size=32" in capsys.readouterr().out

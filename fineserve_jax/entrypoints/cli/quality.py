@@ -21,10 +21,11 @@ from fineserve_jax.engine.answers import (
     read_questions,
     recall_questions,
 )
-from fineserve_jax.engine.engine_config import Weights
+from fineserve_jax.engine.engine_config import EngineConfig, Weights
 from fineserve_jax.engine.estimates import Estimate
 from fineserve_jax.engine.load import load_engine
 from fineserve_jax.engine.perplexity import read_text
+from fineserve_jax.engine.pressure import EngineUnderPressure
 from fineserve_jax.engine.quality import PROMPT_TOKENS, WIDE, Quality, measure_quality
 from fineserve_jax.entrypoints.cli.flag_types import Switch
 from fineserve_jax.entrypoints.cli.options import ConfigFlag, ModelFlag, QualityFlags, settle
@@ -37,6 +38,10 @@ Precisions = Annotated[
 OtherWeights = Annotated[
     tuple[Weights, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help_behavior_hint="(repeatable; default: none)")
 ]
+Pressures = Annotated[
+    tuple[float, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help_behavior_hint="(repeatable; default: none)")
+]
+ROWS_OF_ANSWERS = 8
 
 
 def quality(
@@ -46,6 +51,7 @@ def quality(
     windows: int = 24,
     new_tokens: int = 64,
     kv_precision: Precisions = (),
+    pressure: Pressures = (),
     other_weights: OtherWeights = (),
     task: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None,
     task_prompt: str = "Question: {question}\nAnswer:",
@@ -60,7 +66,7 @@ def quality(
     config: ConfigFlag = None,
     engine: QualityFlags,
 ) -> None:
-    """Measure what KV formats and narrow weights cost in quality, and say which to take.
+    """Measure what KV formats, auto under pressure and narrow weights cost in quality, and say which to take.
 
     Windows are consecutive runs of tokens of the text, without special tokens, each by itself. Every format is
     compared with fp32: perplexity, KL divergence, the likeliest token, and how many tokens of a greedy answer are the
@@ -73,6 +79,8 @@ def quality(
         windows: how many windows.
         new_tokens: tokens of a greedy answer to the beginning of each window.
         kv_precision: a KV format to be measured, or a pair such as k8v4.
+        pressure: how many times the memory that there is requests are to want, while auto is measured: a window may
+            hold its share, and its older tokens are narrowed to int8 and int4 for that, as they come.
         other_weights: a precision of the weights to be measured beside those of the engine, with a KV cache in fp32.
         task: questions, JSON lines of "question" and "answer", as GSM8K has them.
         task_prompt: prompts of the task; {question} is replaced.
@@ -96,7 +104,7 @@ def quality(
         kv_precision=WIDE,
         min_kv_precision=None,
         max_seq_len=max(longest, 2048) if task else longest,
-        max_batch_size=1 + len(names),
+        max_batch_size=max(1 + len(names), ROWS_OF_ANSWERS if task or recall else 1),
     )
     made = load_engine(settings.model, options)
     tokenizer = made.tokenizer
@@ -105,10 +113,21 @@ def quality(
     recalled = recall_questions(tokenizer, tokens, recall, questions) if recall else []
     narrow = options.model_copy(update={"kv_formats": (WIDE,), "max_batch_size": 1})
     others = [load_engine(settings.model, narrow.model_copy(update={"weights": own})) for own in other_weights]
+    served_by_auto = options.model_copy(update={"kv_formats": None})
+    devices = made.arena.group.devices
+    short = [EngineUnderPressure(made.model, served_by_auto, times, devices) for times in dict.fromkeys(pressure)]
     found = measure_quality(
-        made, tokens, names, window, windows, new_tokens, lambda done: _progress(done, windows), others=others
+        made,
+        tokens,
+        names,
+        window,
+        windows,
+        new_tokens,
+        lambda done: _progress(done, windows),
+        others=others,
+        under_pressure=short,
     )
-    ask = functools.partial(measure_answers, made, tokenizer, kv_precisions=names, wide=WIDE)
+    ask = functools.partial(measure_answers, made, tokenizer, kv_precisions=names, wide=WIDE, under_pressure=short)
     answers = {name: ask(questions=own, new_tokens=task_tokens, rule=task_rule) for name, own in asked.items()}
     if recalled:
         answers[f"recall, {recall} tokens"] = ask(questions=recalled, new_tokens=RECALL_TOKENS, rule=RECALL_RULE)
@@ -129,7 +148,8 @@ def print_answers(answers: Mapping[str, Sequence[AnswerQuality]]) -> None:
     for task, rows in answers.items():
         table = Table("KV format", "right, %", "same answer, %", title=task)
         for row in rows:
-            table.add_row(row.kv_precision, _shown(row.right, 100, ".1f"), _shown(row.same, 100, ".1f"))
+            name = _named(row.kv_precision, row.pressure)
+            table.add_row(name, _shown(row.right, 100, ".1f"), _shown(row.same, 100, ".1f"))
         Console(width=160).print(table)
 
 
@@ -140,16 +160,21 @@ def print_quality(found: Quality, max_loss: float) -> None:
     if chosen is None:
         print(f"none of these has {allowed} with its whole interval: take {found.wide}, or measure more windows")
     else:
-        print(f"for {allowed}, take {chosen.kv_precision}: {chosen.bits_per_value:.2f} bits a value")
+        settings = [] if chosen.kv_precision in FORMATS else [f"{chosen.kv_precision} in kv_formats"]
+        if found.page_size != EngineConfig().page_size:
+            settings.append(f"page_size={found.page_size}")
+        served = f", served with {' and '.join(settings)}" if settings else ""
+        print(f"for {allowed}, take {chosen.kv_precision}: {chosen.bits_per_value:.2f} bits a value{served}")
 
 
 def _print_table(found: Quality) -> None:
     table = Table(
         "KV format", "bits", "bytes a token", "perplexity", "rise, %", "KL", "KL p99", "same top, %", "same greedily"
     )
-    for row in (*found.formats, *found.other_weights):
+    for row in (*found.formats, *found.under_pressure, *found.other_weights):
+        name = _named(row.kv_precision, row.pressure)
         table.add_row(
-            row.kv_precision if row.weights == found.weights else f"{row.kv_precision}, weights {row.weights}",
+            name if row.weights == found.weights else f"{name}, weights {row.weights}",
             f"{row.bits_per_value:.2f}",
             f"{row.kv_bytes_per_token:,.0f}",
             _shown(row.perplexity, 1, ".3f"),
@@ -163,6 +188,10 @@ def _print_table(found: Quality) -> None:
     text = f"{found.windows} windows of {found.window} tokens, greedy answers of {found.new_tokens}"
     print(f"{found.model} in {found.weights}, {wide}; {text}")
     Console(width=160).print(table)
+
+
+def _named(kv_precision: str, pressure: float | None) -> str:
+    return kv_precision if pressure is None else f"{kv_precision}, pressure {pressure:g}"
 
 
 def _shown(estimate: Estimate, unit: float, form: str) -> str:
