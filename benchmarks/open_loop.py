@@ -17,6 +17,8 @@ from fineserve_jax.entrypoints.server.service import Service
 
 START_S = 300.0
 """Seconds that a server has to start, its programs compiled."""
+PATIENCE_S = 900.0
+"""Seconds without an event after which a request counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ async def ask(port: int, body: dict[str, Any], due_s: float, leaves_after: int |
         return Answer("lost", detail=str(error))
     try:
         writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
-        status = int((await reader.readline()).split()[1])
+        status = int((await _line(reader)).split()[1])
         if status != 200:
             text = (await reader.read()).decode(errors="replace")
             return Answer("refused" if status in (404, 429, 503) else "lost", status, detail=text[-300:])
@@ -79,7 +81,7 @@ async def _read(reader: asyncio.StreamReader, due_s: float, leaves_after: int | 
     clock = asyncio.get_running_loop().time
     first_s = last_s = 0.0
     events: list[bytes] = []
-    while line := await reader.readline():
+    while line := await _line(reader):
         if not line.startswith(b"data: "):
             continue
         events.append(line[6:].strip())
@@ -93,6 +95,12 @@ async def _read(reader: asyncio.StreamReader, due_s: float, leaves_after: int | 
         is_refused = '"code":"model_not_found"' in last  # the model went after the stream had begun
         return Answer("refused" if is_refused else "lost", 404 if is_refused else 200, detail=last[-300:])
     return Answer("done", 200, first_s, last_s, json.loads(events[-2])["usage"]["completion_tokens"])
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """Raises `TimeoutError`, which is an `OSError`, if it does not come."""
+    async with asyncio.timeout(PATIENCE_S):
+        return await reader.readline()
 
 
 @contextlib.contextmanager

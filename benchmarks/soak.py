@@ -5,11 +5,13 @@
 Requests come open-loop at a share of what the server was measured to do, in several KV precisions, and stream their
 answers; some cut their connections midway. Every so often a second model is loaded, asked beside the first, and
 unloaded while its requests are under way. At the end the books are audited. One line of JSON is printed; the command
-fails if a request was lost or the books are not exact.
+fails if a request was lost, the books are not exact, or memory grew.
 
     lost             requests that were neither answered, refused with a status that says why, nor left by their client
     books_are_exact  no request is left, no page held, and all books of the KV memory agree
     memory_growth    resident memory of the process behind the first quarter of the time, MiB an hour, by a fitted line
+    memory_is_flat   the mean of its last quarter is at most 5 % above that of its second; null in less than ten
+                     minutes, when programs are still compiled
 """
 
 import asyncio
@@ -33,6 +35,8 @@ from fineserve_jax.kv.integrity import check_integrity
 
 ADMIN_KEY = "soak"
 SECOND = "second"
+FLAT = 1.05
+"""Most of `memory_rise` that is no growth."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +161,11 @@ class Soak:
         times, sizes = np.array(self.memory[len(self.memory) // 4 :]).T
         return float(np.polyfit(times / 3600, sizes, 1)[0]) if len(times) > 1 else 0.0
 
+    def memory_rise(self) -> float:
+        """The mean of the last quarter of the time over that of the second: in the first, programs are compiled."""
+        _, second, _, last = np.array_split([size for _, size in self.memory], 4)
+        return float(last.mean() / second.mean()) if last.size else 1.0
+
 
 def books_are_exact(llm: AsyncLLM, patience_s: float = 60.0) -> str:
     """What is wrong with the books when nobody is left; "" if nothing is."""
@@ -179,6 +188,7 @@ def soak(arguments: Arguments) -> dict[str, Any]:
     longest = 2 * (arguments.prompt_tokens + arguments.output_tokens)
     llm = AsyncLLM(arguments.model, weights=arguments.weights, max_seq_len=longest, **sizes)
     with serving(llm, [ADMIN_KEY], max_wait_s=3600) as port:
+        asyncio.run(llm.warm_up(arguments.mix))
         run = Soak(arguments, llm, port)
         rate = asyncio.run(run.run())
         wrong = books_are_exact(llm)
@@ -194,10 +204,12 @@ def soak(arguments: Arguments) -> dict[str, Any]:
         "books_are_exact": not wrong,
         "books": wrong,
         "memory_growth_mib_per_hour": round(run.memory_growth(), 1),
+        "memory_rise": round(run.memory_rise(), 3),
+        "memory_is_flat": run.memory_rise() <= FLAT if arguments.minutes >= 10 else None,
         "memory_mib": [round(size) for _, size in run.memory[:: max(1, len(run.memory) // 10)]],
         "steps": stats.num_steps,
         "preemptions": stats.num_preemptions,
-        "output_tokens": stats.num_output_tokens,
+        "answered_tokens": stats.num_output_tokens,
         "processor": processor_name(),
     }
 
@@ -205,7 +217,7 @@ def soak(arguments: Arguments) -> dict[str, Any]:
 def main() -> None:
     told = soak(tyro.cli(Arguments, description=__doc__))
     print(json.dumps(told))
-    if told["lost"] or not told["books_are_exact"]:
+    if told["lost"] or not told["books_are_exact"] or told["memory_is_flat"] is False:
         raise SystemExit(1)
 
 

@@ -53,6 +53,7 @@ COMPILING = (
     "runner",
     "server/test_admin.py",
     "server/test_completions.py",
+    "server/test_embeddings.py",
     "server/test_fuzzed_requests.py",
     "server/test_page.py",
     "server/test_stress.py",

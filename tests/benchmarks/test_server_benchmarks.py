@@ -3,10 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import slo_engine
 import soak
 from tiny_model import write_tiny_model
+
+from fineserve_jax.sim.workload import Arrival
 
 pytestmark = pytest.mark.slow
 
@@ -51,3 +54,21 @@ def test_attainment_is_measured_and_simulated(model, monkeypatch, capsys):
         assert 0 <= one["attainment"] <= 1
         assert 0 <= one["simulated"] <= 1
         assert one["requests"]
+    own, uniform = (one["attainment"] for one in told["results"])
+    gain, load = (own / uniform, 0.5) if uniform else (None, None)  # a busy machine may be late with everything
+    assert (told["lost"], told["at_load"], told["largest_gain_over_uniform"]) == (0, load, pytest.approx(gain))
+    errors = [100 * abs(one["simulated"] - one["attainment"]) for one in told["results"]]
+    assert told["worst_simulation_error_points"] == max(errors)
+
+
+def test_a_trace_keeps_its_course_at_any_rate():
+    quiet, busy = [Arrival(t, 5, 5) for t in np.arange(0, 1800, 18.0)], np.arange(1800, 3601, 2.0)
+    trace = quiet + [Arrival(t, 5, 5) for t in busy]
+    drawn = slo_engine.shaped_as(trace, rate=5.0, seconds=100.0, seed=0)
+    assert len(drawn) == 500
+    times = np.array([arrival.arrival_s for arrival in drawn])
+    assert (np.diff(times) > 0).all()
+    assert 0 <= times[0] < times[-1] <= 100
+    assert 25 < (times < 50).sum() < 75  # a tenth of the trace's requests come in the first half of its time
+    with pytest.raises(SystemExit, match="are 2000, and the trace has 1001"):
+        slo_engine.shaped_as(trace, rate=20.0, seconds=100.0, seed=0)

@@ -17,7 +17,14 @@ from serving import check_nothing_is_left
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 # Threads of the server may use `random` while a request is drawn.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
-OPERATIONS = ["POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize", "GET /v1/models", "GET /live"]
+OPERATIONS = [
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/embeddings",
+    "POST /tokenize",
+    "GET /v1/models",
+    "GET /live",
+]
 FEW = settings(
     max_examples=6,
     phases=[Phase.explicit, Phase.generate],

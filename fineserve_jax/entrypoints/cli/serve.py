@@ -39,7 +39,7 @@ def serve(
 ) -> None:
     """Serve models to OpenAI's client and others like it, each request with its KV cache in the precision it asks for.
 
-    Endpoints are /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /health and /metrics; at / is a page
+    Endpoints are those of OpenAI for answers, embeddings and models, /tokenize, /health and /metrics; at / is a page
     that shows how the server stands, at /openapi.json the description. Needs pip install 'fineserve-jax[serve]'.
     SIGTERM lets nobody else in, and ends the server when all is answered.
 

@@ -8,6 +8,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fineserve_jax.entrypoints.server.admin import Admin
+from fineserve_jax.entrypoints.server.embeddings import Embeddings
 from fineserve_jax.entrypoints.server.endpoints import Endpoints
 from fineserve_jax.entrypoints.server.errors import ApiError, api_error
 from fineserve_jax.entrypoints.server.service import Service
@@ -26,6 +27,7 @@ def make_app(service: Service) -> Starlette:
         routes=[
             Route("/v1/chat/completions", endpoints.complete, methods=["POST"]),
             Route("/v1/completions", endpoints.complete, methods=["POST"]),
+            Route("/v1/embeddings", Embeddings(service).embed, methods=["POST"]),
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),
             Route("/tokenize", endpoints.tokenize, methods=["POST"]),

@@ -8,7 +8,13 @@ from pydantic import BaseModel
 from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.model_settings import ModelSource
-from fineserve_jax.entrypoints.openai_api.bodies import NEUTRAL
+from fineserve_jax.entrypoints.openai_api.bodies import NEUTRAL, Neutral
+from fineserve_jax.entrypoints.openai_api.embeddings import (
+    EMBEDDING_NEUTRAL,
+    EMBEDDING_OPTIONS,
+    MAX_INPUTS,
+    EmbeddingFields,
+)
 from fineserve_jax.entrypoints.server.asking import MAX_SAMPLES
 from fineserve_jax.loaders import ChatOptions
 from fineserve_jax.request.request_options import RequestOptions
@@ -64,6 +70,7 @@ MESSAGE: Schema = {
     ]
 }
 MESSAGES: Schema = {"type": "array", "minItems": 1, "items": MESSAGE}
+ENGINES: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 ERROR: Schema = {
     "type": "object",
     "required": ["error"],
@@ -144,7 +151,9 @@ def description(models: Mapping[str, KnownModel], has_keys: bool, has_admin: boo
     """
     schemas: Schema = {"Error": ERROR, **_request_schemas(models)}
     if has_admin:
-        schemas["ModelToLoad"] = _object(_properties(ModelSource, schemas) | {"name": TEXT}, "name", "model")
+        schemas["ModelToLoad"] = _object(
+            _properties(ModelSource, schemas) | {"name": TEXT, "engines": ENGINES}, "name", "model"
+        )
     keyed = has_keys or has_admin
     security = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keyed else {}
     return {
@@ -165,6 +174,9 @@ def _paths() -> Schema:
     return {
         "/v1/chat/completions": {"post": _operation("ChatCompletionRequest", completed, answered)},
         "/v1/completions": {"post": _operation("CompletionRequest", completed, answered)},
+        "/v1/embeddings": {
+            "post": _operation("EmbeddingRequest", _answer("object", "data", "model", "usage"), answered)
+        },
         "/tokenize": {"post": _operation("TokenizeRequest", tokenized, read)},
         "/v1/models": {"get": _operation(None, _answer("object", "data"), (401,))},
         "/health": {"get": _operation(None, _answer("status"), (503,))},
@@ -195,15 +207,19 @@ def _request_schemas(models: Mapping[str, KnownModel]) -> Schema:
     sampling["stop_token_ids"] = {"type": "array", "items": _token(vocab_size)}
     options = _properties(RequestOptions, schemas) | model
     options |= {"kv_precision": {"enum": [*formats, AUTO]}, "min_kv_precision": {"enum": formats}}
-    neutral = {name: {} if taken is None else {"enum": [*taken]} for name, (taken, _) in NEUTRAL.items() if taken != ()}
-    asked, chat = {**sampling, **options, **neutral, **STREAMED}, _properties(ChatOptions, schemas)
+    asked, chat = {**sampling, **options, **_neutral(NEUTRAL), **STREAMED}, _properties(ChatOptions, schemas)
     choices: Schema = {"anyOf": [{"enum": ["auto", "none", "required"]}, CHOSEN]}
     spoken: Schema = {"messages": MESSAGES, **asked, **chat, "tool_choice": choices}
     texts = _object({"prompt": TEXT, **model}, "prompt")
+    embedded = {**_properties(EmbeddingFields, schemas), "input": _prompt(vocab_size, MAX_INPUTS)}
+    embedded |= {name: options[name] for name in EMBEDDING_OPTIONS} | _neutral(EMBEDDING_NEUTRAL)
+    # Vectors have as many values as the model says, so that other numbers are refused.
+    embedded["dimensions"] = {"enum": [*dict.fromkeys(one.model.config.hidden_size for one in models.values())]}
     return {
         **schemas,
         "ChatCompletionRequest": _object(spoken, "messages"),
         "CompletionRequest": _object({"prompt": _prompt(vocab_size), **asked, "echo": {"type": "boolean"}}, "prompt"),
+        "EmbeddingRequest": _object(embedded, "input"),
         "TokenizeRequest": {"anyOf": [texts, _object({"messages": MESSAGES, **model, **chat}, "messages")]},
     }
 
@@ -212,10 +228,14 @@ def _token(vocab_size: int) -> Schema:
     return {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
 
 
-def _prompt(vocab_size: int) -> Schema:
+def _neutral(neutral: Neutral) -> Schema:
+    return {name: {} if taken is None else {"enum": [*taken]} for name, (taken, _) in neutral.items() if taken != ()}
+
+
+def _prompt(vocab_size: int, most: int = MAX_SAMPLES) -> Schema:
     """Text or token ids, or several such."""
     ids: Schema = {"type": "array", "items": _token(vocab_size), "minItems": 1}
-    several = [{"type": "array", "items": one, "minItems": 1, "maxItems": MAX_SAMPLES} for one in (TEXT, ids)]
+    several = [{"type": "array", "items": one, "minItems": 1, "maxItems": most} for one in (TEXT, ids)]
     return {"anyOf": [TEXT, ids, *several]}
 
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fineserve_jax.entrypoints.openai_api.embeddings import Pooling
 from fineserve_jax.validation import Validated
 
 
@@ -22,6 +23,8 @@ class ServerConfig(Validated):
         read_timeout_s: seconds within which a body must have come.
         stall_timeout_s: seconds after which a client that takes nothing of its answer is given up, and its requests
             with it.
+        embedding_pooling: how /v1/embeddings pools hidden states, "mean" or "last", for requests that do not say; none:
+            these are refused, since language models are made for neither.
         own_chat_templates: requests may bring the source of a chat template; others wait while one is rendered, which
             is ended after 10 s.
         warm_up: compile at the start what requests need that name no KV precision, or one that a class names, and let
@@ -40,6 +43,7 @@ class ServerConfig(Validated):
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     read_timeout_s: float = Field(default=30.0, gt=0)
     stall_timeout_s: float = Field(default=60.0, gt=0)
+    embedding_pooling: Pooling | None = None
     own_chat_templates: bool = False
     warm_up: bool = True
     drain_s: float = Field(default=60.0, ge=0)

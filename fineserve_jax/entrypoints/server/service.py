@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -121,9 +121,9 @@ class Service:
     async def whole(self, asking: Asking) -> dict[str, Any]:
         """The body of an answer. Raises what a prompt ended with."""
         outputs = await self.llm.loop.outputs(asking.receiver, asking.tickets)
-        self._note(asking, outputs)
+        self.note(asking.tickets, outputs)
         for ticket in asking.tickets:
-            _check_ended_well(ticket)
+            check_ended_well(ticket)
         tokenizers = [ticket.prepared.served.tokenizer for ticket in asking.tickets]
         entries = [
             [logprob_entries(tokenizer, sample.token_ids, sample.logprobs) for sample in output.outputs]
@@ -136,7 +136,7 @@ class Service:
         body = completion_body(
             asking.form, secrets.token_hex(12), int(time.time()), outputs, entries, echoes, asking.callable_names
         )
-        return {**body, **_used(outputs)}
+        return {**body, **used_of(outputs)}
 
     async def events(self, asking: Asking) -> AsyncGenerator[bytes, None]:
         """The events of a streamed answer; an error is one, and then the last."""
@@ -152,8 +152,8 @@ class Service:
                     if events := b"".join(_events_of(chunks, found)):
                         yield events
             outputs = [ticket.output() for ticket in asking.tickets]
-            self._note(asking, outputs)
-            usage = [chunks.usage(usage_of(outputs), _used(outputs))] if asking.tells_usage else []
+            self.note(asking.tickets, outputs)
+            usage = [chunks.usage(usage_of(outputs), used_of(outputs))] if asking.tells_usage else []
             yield b"".join([*usage, END])
         except Exception as error:
             told = api_error(error)
@@ -161,8 +161,9 @@ class Service:
                 log.error("a stream failed", exc_info=error)
             yield event(told.body)
 
-    def _note(self, asking: Asking, outputs: list[RequestOutput]) -> None:
-        for ticket, output in zip(asking.tickets, outputs, strict=True):
+    def note(self, tickets: Sequence[Ticket], outputs: Sequence[RequestOutput]) -> None:
+        """Counts what tickets gave."""
+        for ticket, output in zip(tickets, outputs, strict=True):
             self.metrics.note_output(output, ticket.prepared.options)
 
 
@@ -176,7 +177,8 @@ def _events_of(chunks: Chunks, found: list[tuple[Ticket, Any]]) -> Iterator[byte
         yield from chunks.chunks(ticket, piece)
 
 
-def _check_ended_well(ticket: Ticket) -> None:
+def check_ended_well(ticket: Ticket) -> None:
+    """Raises what a sample ended with, if that is an error."""
     for sample in ticket.samples:
         if sample.error is not None:
             raise sample.error
@@ -184,7 +186,7 @@ def _check_ended_well(ticket: Ticket) -> None:
             raise ApiError(LATE, "late", STATUS["late"])
 
 
-def _used(outputs: list[RequestOutput]) -> dict[str, Any]:
+def used_of(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """What is told of how an answer was made, besides what OpenAI's API has: precisions and times."""
     tokens: dict[str, int] = {}
     for output in outputs:
