@@ -124,27 +124,29 @@ INLINE void store_lanes(float* to, F v, std::integer_sequence<int, L...>) {
   std::memcpy(to, &few, sizeof few);
 }
 
-// Row r of a tile, its lanes from r * C on, to y[r * out ..].
+// Row r of a tile, its lanes from r * C on, to y[places[r] * out ..].
 template <int R, int C, int r = 0>
-INLINE void store_tile(float* y, int64_t out, F found) {
-  store_lanes<r * C>(y + r * out, found, std::make_integer_sequence<int, C>{});
-  if constexpr (r + 1 < R) store_tile<R, C, r + 1>(y, out, found);
+INLINE void store_tile(float* y, int64_t out, const int32_t* places, F found) {
+  store_lanes<r * C>(y + places[r] * out, found, std::make_integer_sequence<int, C>{});
+  if constexpr (r + 1 < R) store_tile<R, C, r + 1>(y, out, places, found);
 }
 
 // -- activations ------------------------------------------------------------------------------------------------------
 
 template <class Kind>
-INLINE bool in_panels(int64_t rows) {
-  return kHasPanels && rows >= Kind::kLeastPanelRows;
+INLINE bool in_panels(int64_t all_rows) {
+  return kHasPanels && all_rows >= Kind::kLeastPanelRows;
 }
+
+INLINE const float* row_of(const Activations& a, int64_t r) { return a.x + a.places[r] * a.inner; }
 
 // Prepares rows `first` to `last` by `encode(row, to)`: side by side where panels are multiplied, else one behind the other.
 template <class Kind, class Encode>
-INLINE void prepare_rows(int64_t rows, int64_t first, int64_t last, int64_t length, typename Kind::Activation* to,
-                         void* row, const Encode& encode) {
+INLINE void prepare_rows(const Activations& a, int64_t first, int64_t last, int64_t length,
+                         typename Kind::Activation* to, void* row, const Encode& encode) {
   using Activation = typename Kind::Activation;
-  if (in_panels<Kind>(rows)) {
-    interleave_rows(rows, first, last, num_steps<Kind>(length), static_cast<uint32_t*>(row),
+  if (in_panels<Kind>(a.all_rows)) {
+    interleave_rows(a.rows, first, last, num_steps<Kind>(length), static_cast<uint32_t*>(row),
                     reinterpret_cast<uint32_t*>(to),
                     [&](int64_t r, uint32_t* words) { encode(r, reinterpret_cast<Activation*>(words)); });
   } else {
@@ -169,8 +171,8 @@ INLINE void bf16_encode(const float* x, int64_t inner, BFloat16Kind::Activation*
 template <class Kind>
 inline void bf16_prepare(const Activations& a, int64_t first, int64_t last, void* row) {
   auto* to = static_cast<BFloat16Kind::Activation*>(a.codes);
-  prepare_rows<Kind>(a.rows, first, last, round_up(a.inner, Kind::kChunk), to, row,
-                     [&](int64_t r, auto* own) { bf16_encode(a.x + r * a.inner, a.inner, own); });
+  prepare_rows<Kind>(a, first, last, round_up(a.inner, Kind::kChunk), to, row,
+                     [&](int64_t r, auto* own) { bf16_encode(row_of(a, r), a.inner, own); });
 }
 
 inline int64_t int8_row_bytes(int64_t inner) {
@@ -219,8 +221,8 @@ INLINE RowScale int8_encode(const float* x, int64_t inner, Int8Kind::Activation*
 inline void int8_prepare(const Activations& a, int64_t first, int64_t last, void* row) {
   auto* to = static_cast<Int8Kind::Activation*>(a.codes);
   prepare_rows<Int8Kind>(
-      a.rows, first, last, round_up(a.inner, Int8Kind::kChunk), to, row,
-      [&](int64_t r, auto* own) { a.scales[r] = int8_encode(a.x + r * a.inner, a.inner, own); });
+      a, first, last, round_up(a.inner, Int8Kind::kChunk), to, row,
+      [&](int64_t r, auto* own) { a.scales[r] = int8_encode(row_of(a, r), a.inner, own); });
 }
 
 // -- outputs ----------------------------------------------------------------------------------------------------------
@@ -228,62 +230,66 @@ inline void int8_prepare(const Activations& a, int64_t first, int64_t last, void
 struct StoreSums {
   float* y;  // of the first output
   int64_t out;
+  const int32_t* places;
 
   template <int R, int C>
   INLINE void take(int64_t r, int64_t c, F found) const {
-    store_tile<R, C>(y + r * out + c, out, found);
+    store_tile<R, C>(y + c, out, places + r, found);
   }
   INLINE void store_row(int64_t r, int64_t c, int64_t count, F found) const {
-    std::memcpy(y + r * out + c, &found, count * sizeof(float));
+    std::memcpy(y + places[r] * out + c, &found, count * sizeof(float));
   }
 };
 
 // Outputs of a matrix that are multiplied together, of all rows, and the memory that takes.
 template <class Kind>
-INLINE int64_t outputs_together(int64_t rows) {
-  return in_panels<Kind>(rows) ? kPanelOutputs : W;
+INLINE int64_t outputs_together(int64_t all_rows) {
+  return in_panels<Kind>(all_rows) ? kPanelOutputs : W;
 }
 
 template <class Kind>
-INLINE int64_t panel_scratch(int64_t rows, int64_t inner) {
-  return outputs_together<Kind>(rows) == W ? 0 : panel_bytes<Kind>(inner);
+INLINE int64_t panel_scratch(int64_t all_rows, int64_t inner) {
+  return outputs_together<Kind>(all_rows) == W ? 0 : panel_bytes<Kind>(inner);
 }
 
 template <class Kind, class Finish>
-INLINE void multiply_outputs(const typename Kind::Weight* weights, int64_t inner, int64_t outputs,
-                             const typename Kind::Activation* x, int64_t rows, void* panel, const char* next,
-                             const Finish& finish) {
+INLINE void multiply_outputs(const typename Kind::Weight* weights, const Activations& a, int64_t outputs, void* panel,
+                             const char* next, const Finish& finish) {
+  const auto* x = static_cast<const typename Kind::Activation*>(a.codes);
+  const int64_t inner = a.inner;
   if constexpr (kHasPanels) {
-    if (in_panels<Kind>(rows)) {
-      return multiply_panel<Kind>(weights, inner, outputs, x, rows, static_cast<F*>(panel), next, finish);
+    if (in_panels<Kind>(a.all_rows)) {
+      return multiply_panel<Kind>(weights, inner, outputs, x, a.rows, static_cast<F*>(panel), next, finish);
     }
   }
-  Multiplier<Kind, const Finish>{weights, inner, outputs, x, round_up(inner, Kind::kChunk), finish}.all_rows(rows);
+  Multiplier<Kind, const Finish>{weights, inner, outputs, x, round_up(inner, Kind::kChunk), finish}.all_rows(a.rows);
 }
 
 // Outputs `first` to `last`; `finish_of(o)` takes the sums of those from `o` on.
 template <class Kind, class FinishOf>
 INLINE void multiply_matrix(const Products& p, int64_t first, int64_t last, void* scratch, const FinishOf& finish_of) {
   const auto* weights = static_cast<const typename Kind::Weight*>(p.kernel);
-  const auto* x = static_cast<const typename Kind::Activation*>(p.activations.codes);
-  const int64_t rows = p.activations.rows, inner = p.activations.inner, together = outputs_together<Kind>(rows);
+  const int64_t inner = p.activations.inner, together = outputs_together<Kind>(p.activations.all_rows);
   for (int64_t o = first; o < last; o += together) {
     const auto* own = weights + o * inner;
     const auto* next = o + 2 * together <= p.out ? reinterpret_cast<const char*>(own + together * inner) : nullptr;
     const int64_t outputs = last - o < together ? last - o : together;
-    multiply_outputs<Kind>(own, inner, outputs, x, rows, scratch, next, finish_of(o));
+    multiply_outputs<Kind>(own, p.activations, outputs, scratch, next, finish_of(o));
   }
 }
 
-inline int64_t bf16_scratch(int64_t rows, int64_t inner) { return panel_scratch<BFloat16Kind>(rows, inner); }
+inline int64_t bf16_scratch(int64_t all_rows, int64_t inner) { return panel_scratch<BFloat16Kind>(all_rows, inner); }
 
 inline void bf16_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
-  multiply_matrix<BFloat16Kind>(p, first, last, scratch, [&](int64_t o) { return StoreSums{p.y + o, p.out}; });
+  multiply_matrix<BFloat16Kind>(p, first, last, scratch, [&](int64_t o) {
+    return StoreSums{p.y + o, p.out, p.activations.places};
+  });
 }
 
 struct ScaleSums {
   float* y;             // of the first output
   int64_t out;
+  const int32_t* places;
   const float* scales;  // from the first output's on
   const RowScale* of_rows;
 
@@ -296,22 +302,22 @@ struct ScaleSums {
 #pragma GCC unroll 16
       for (int j = 0; j < C; ++j) of_row[i * C + j] = of_rows[r + i].scale, start[i * C + j] = of_rows[r + i].start;
     }
-    store_tile<R, C>(y + r * out + c, out, floats(found + start) * of_row * repeated<C>(scales + c));
+    store_tile<R, C>(y + c, out, places + r, floats(found + start) * of_row * repeated<C>(scales + c));
   }
   INLINE void store_row(int64_t r, int64_t c, int64_t count, I found) const {
     F own{};
     std::memcpy(&own, scales + c, count * sizeof(float));
     const F values = floats(found + of_rows[r].start) * of_rows[r].scale * own;
-    std::memcpy(y + r * out + c, &values, count * sizeof(float));
+    std::memcpy(y + places[r] * out + c, &values, count * sizeof(float));
   }
 };
 
-inline int64_t int8_scratch(int64_t rows, int64_t inner) { return panel_scratch<Int8Kind>(rows, inner); }
+inline int64_t int8_scratch(int64_t all_rows, int64_t inner) { return panel_scratch<Int8Kind>(all_rows, inner); }
 
 inline void int8_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
   const auto* scales = static_cast<const float*>(p.scale);
   multiply_matrix<Int8Kind>(p, first, last, scratch, [&](int64_t o) {
-    return ScaleSums{p.y + o, p.out, scales + o, p.activations.scales};
+    return ScaleSums{p.y + o, p.out, p.activations.places, scales + o, p.activations.scales};
   });
 }
 
@@ -376,25 +382,23 @@ INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16
 }
 
 // The decoded outputs come first, then their panel.
-inline int64_t int4_decoded_bytes(int64_t rows, int64_t inner) {
-  return round_up(outputs_together<Int4Kind>(rows) * inner * static_cast<int64_t>(sizeof(uint16_t)), sizeof(F));
+inline int64_t int4_decoded_bytes(int64_t all_rows, int64_t inner) {
+  return round_up(outputs_together<Int4Kind>(all_rows) * inner * static_cast<int64_t>(sizeof(uint16_t)), sizeof(F));
 }
 
-inline int64_t int4_scratch(int64_t rows, int64_t inner) {
-  return int4_decoded_bytes(rows, inner) + panel_scratch<Int4Kind>(rows, inner);
+inline int64_t int4_scratch(int64_t all_rows, int64_t inner) {
+  return int4_decoded_bytes(all_rows, inner) + panel_scratch<Int4Kind>(all_rows, inner);
 }
 
 inline void int4_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
   auto* decoded = static_cast<uint16_t*>(scratch);
-  const auto* x = static_cast<const Int4Kind::Activation*>(p.activations.codes);
-  const int64_t rows = p.activations.rows, inner = p.activations.inner;
-  void* panel = static_cast<char*>(scratch) + int4_decoded_bytes(rows, inner);
-  const int64_t together = outputs_together<Int4Kind>(rows);
+  const int64_t all_rows = p.activations.all_rows, together = outputs_together<Int4Kind>(all_rows);
+  void* panel = static_cast<char*>(scratch) + int4_decoded_bytes(all_rows, p.activations.inner);
   for (int64_t o = first; o < last; o += together) {
     const int64_t outputs = last - o < together ? last - o : together;
-    const StoreSums finish{p.y + o, p.out};
+    const StoreSums finish{p.y + o, p.out, p.activations.places};
     decode_outputs(p, o, outputs, decoded);
-    multiply_outputs<Int4Kind>(decoded, inner, outputs, x, rows, panel, nullptr, finish);
+    multiply_outputs<Int4Kind>(decoded, p.activations, outputs, panel, nullptr, finish);
   }
 }
 
