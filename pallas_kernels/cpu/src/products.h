@@ -329,17 +329,15 @@ constexpr int64_t kGroup = 32;  // `weight_formats.INT4_GROUP`
 INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float* minima, uint16_t* low,
                           uint16_t* high) {
 #if defined(__AVX512BF16__)
-  // The 16 numbers that a group has, twice, and codes look them up: bit 4 of an index makes no difference.
+  // Codes look up the 16 numbers that a group has: one table for both planes, those of the high one behind.
   const F codes = bits<F>(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const F numbers[2] = {codes * scales[0] + minima[0], codes * scales[1] + minima[1]};
+  const __m512i table = bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(numbers[1]), bits<__m512>(numbers[0])));
   const __m512i words = _mm512_cvtepu8_epi16(load<__m256i>(bytes));
-  const __m512i places[2] = {words, _mm512_srli_epi16(words, 4)};
-  uint16_t* to[2] = {low, high};
-#pragma GCC unroll 4
-  for (int plane = 0; plane < 2; ++plane) {
-    const F numbers = codes * scales[plane] + minima[plane];
-    const __m512i table = _mm512_broadcast_i64x4(bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(numbers))));
-    store(to[plane], _mm512_permutexvar_epi16(places[plane], table));
-  }
+  const __m512i of_low = _mm512_and_si512(words, _mm512_set1_epi16(0xF));
+  const __m512i of_high = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_set1_epi16(0x10));
+  store(low, _mm512_permutexvar_epi16(of_low, table));
+  store(high, _mm512_permutexvar_epi16(of_high, table));
 #else
   for (int64_t i = 0; i < kGroup; i += W) {
     const U codes = widen(bytes + i);
@@ -350,12 +348,18 @@ INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float
 #endif
 }
 
+constexpr int64_t kInt4Ahead = 4096;  // bytes: weights that are on their way from memory while others are decoded
+
 // Up to W numbers of fp16.
 INLINE F fp16_of(const uint16_t* words, int64_t count) {
   if (count == W) return fp16(widen(words));
+#if defined(__AVX512BW__)
+  return bits<F>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, words)));
+#else
   uint16_t padded[W] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = words[i];
   return fp16(widen(padded));
+#endif
 }
 
 // `to` bf16[outputs, inner], of outputs from `o` on.
@@ -374,6 +378,7 @@ INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (g + i) * kGroup;
+        __builtin_prefetch(bytes + at + kInt4Ahead);
         const float own_scales[2] = {scales[0][i], scales[1][i]}, own_minima[2] = {minima[0][i], minima[1][i]};
         decode_groups(bytes + at, own_scales, own_minima, to + at, to + half + at);
       }
