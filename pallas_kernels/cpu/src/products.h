@@ -325,19 +325,30 @@ inline void int8_multiply(const Products& p, int64_t first, int64_t last, void* 
 
 constexpr int64_t kGroup = 32;  // `weight_formats.INT4_GROUP`
 
-// A group's 32 values of each plane, rounded to bf16: from bytes whose low halves are the codes of one, the high of other.
-INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float* minima, uint16_t* low,
-                          uint16_t* high) {
 #if defined(__AVX512BF16__)
-  // Codes look up the 16 numbers that a group has: one table for both planes, those of the high one behind.
+struct Planes {
+  __m512i low, high;  // 32 bf16 numbers each
+};
+
+// A group's values of each plane: from bytes whose low halves are the codes of one, the high of other. Codes look up the
+// 16 numbers that a group has: one table for both planes, those of the high one behind.
+INLINE Planes decode_planes(const uint8_t* bytes, const float* scales, const float* minima) {
   const F codes = bits<F>(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   const F numbers[2] = {codes * scales[0] + minima[0], codes * scales[1] + minima[1]};
   const __m512i table = bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(numbers[1]), bits<__m512>(numbers[0])));
   const __m512i words = _mm512_cvtepu8_epi16(load<__m256i>(bytes));
   const __m512i of_low = _mm512_and_si512(words, _mm512_set1_epi16(0xF));
   const __m512i of_high = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_set1_epi16(0x10));
-  store(low, _mm512_permutexvar_epi16(of_low, table));
-  store(high, _mm512_permutexvar_epi16(of_high, table));
+  return {_mm512_permutexvar_epi16(of_low, table), _mm512_permutexvar_epi16(of_high, table)};
+}
+#endif
+
+// A group's 32 values of each plane, rounded to bf16: from bytes whose low halves are the codes of one, the high of other.
+INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float* minima, uint16_t* low,
+                          uint16_t* high) {
+#if defined(__AVX512BF16__)
+  const Planes planes = decode_planes(bytes, scales, minima);
+  store(low, planes.low), store(high, planes.high);
 #else
   for (int64_t i = 0; i < kGroup; i += W) {
     const U codes = widen(bytes + i);
@@ -362,29 +373,63 @@ INLINE F fp16_of(const uint16_t* words, int64_t count) {
 #endif
 }
 
-// `to` bf16[outputs, inner], of outputs from `o` on.
-INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16_t* to) {
-  const int64_t inner = p.activations.inner, half = inner / 2, groups = inner / kGroup, groups_of_half = groups / 2;
-  for (int64_t c = 0; c < outputs; ++c, to += inner) {
-    const auto* bytes = static_cast<const uint8_t*>(p.kernel) + (o + c) * half;
-    const auto* scale_words = static_cast<const uint16_t*>(p.scale) + (o + c) * groups;
-    const auto* minimum_words = static_cast<const uint16_t*>(p.minimum) + (o + c) * groups;
-    for (int64_t g = 0; g < groups_of_half; g += W) {
-      const int64_t count = groups_of_half - g < W ? groups_of_half - g : W;
-      float scales[2][W], minima[2][W];
-      for (int plane = 0; plane < 2; ++plane) {
-        store(scales[plane], fp16_of(scale_words + plane * groups_of_half + g, count));
-        store(minima[plane], fp16_of(minimum_words + plane * groups_of_half + g, count));
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = (g + i) * kGroup;
-        __builtin_prefetch(bytes + at + kInt4Ahead);
-        const float own_scales[2] = {scales[0][i], scales[1][i]}, own_minima[2] = {minima[0][i], minima[1][i]};
-        decode_groups(bytes + at, own_scales, own_minima, to + at, to + half + at);
-      }
+// Calls `take(at, bytes, scales, minima)` for the groups of an output, one of each plane at a time: from `at` on in its half
+// of the inputs.
+template <class Take>
+INLINE void each_group(const Products& p, int64_t output, const Take& take) {
+  const int64_t half = p.activations.inner / 2, groups = half / kGroup;
+  const auto* bytes = static_cast<const uint8_t*>(p.kernel) + output * half;
+  const auto* scale_words = static_cast<const uint16_t*>(p.scale) + output * 2 * groups;
+  const auto* minimum_words = static_cast<const uint16_t*>(p.minimum) + output * 2 * groups;
+  for (int64_t g = 0; g < groups; g += W) {
+    const int64_t count = groups - g < W ? groups - g : W;
+    float scales[2][W], minima[2][W];
+    for (int plane = 0; plane < 2; ++plane) {
+      store(scales[plane], fp16_of(scale_words + plane * groups + g, count));
+      store(minima[plane], fp16_of(minimum_words + plane * groups + g, count));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (g + i) * kGroup;
+      __builtin_prefetch(bytes + at + kInt4Ahead);
+      const float own_scales[2] = {scales[0][i], scales[1][i]}, own_minima[2] = {minima[0][i], minima[1][i]};
+      take(at, bytes + at, own_scales, own_minima);
     }
   }
 }
+
+// `to` bf16[outputs, inner], of outputs from `o` on.
+INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16_t* to) {
+  const int64_t inner = p.activations.inner;
+  for (int64_t c = 0; c < outputs; ++c, to += inner) {
+    each_group(p, o + c, [&](int64_t at, const uint8_t* bytes, const float* scales, const float* minima)
+                             __attribute__((always_inline)) {
+                               decode_groups(bytes, scales, minima, to + at, to + inner / 2 + at);
+                             });
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The only row there is, with outputs `first` to `last`: multiplied as they are decoded.
+inline void int4_multiply_row(const Products& p, int64_t first, int64_t last) {
+  const auto* x = static_cast<const Int4Kind::Activation*>(p.activations.codes);
+  const auto* x_of_high = x + p.activations.inner / 2;
+  for (int64_t o = first; o < last; o += W) {
+    const int64_t outputs = last - o < W ? last - o : W;
+    F found[W] = {};
+    for (int64_t c = 0; c < outputs; ++c) {
+      F low{}, high{};
+      each_group(p, o + c, [&](int64_t at, const uint8_t* bytes, const float* scales, const float* minima)
+                               __attribute__((always_inline)) {
+                                 const Planes planes = decode_planes(bytes, scales, minima);
+                                 Int4Kind::add(low, bits<Int4Kind::Vector>(planes.low), x + at);
+                                 Int4Kind::add(high, bits<Int4Kind::Vector>(planes.high), x_of_high + at);
+                               });
+      found[c] = low + high;
+    }
+    StoreSums{p.y + o, p.out, p.activations.places}.store_row(0, 0, outputs, sums(found));
+  }
+}
+#endif
 
 // The decoded outputs come first, then their panel.
 inline int64_t int4_decoded_bytes(int64_t all_rows, int64_t inner) {
@@ -396,6 +441,9 @@ inline int64_t int4_scratch(int64_t all_rows, int64_t inner) {
 }
 
 inline void int4_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
+#if defined(__AVX512BF16__)
+  if (p.activations.all_rows == 1) return int4_multiply_row(p, first, last);
+#endif
   auto* decoded = static_cast<uint16_t*>(scratch);
   const int64_t all_rows = p.activations.all_rows, together = outputs_together<Int4Kind>(all_rows);
   void* panel = static_cast<char*>(scratch) + int4_decoded_bytes(all_rows, p.activations.inner);
