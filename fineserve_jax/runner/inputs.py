@@ -13,6 +13,8 @@ from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
 from fineserve_jax.request.request import Request, ScheduledChunk, SchedulerOutput
 from fineserve_jax.runner.shapes import StepSpec
 
+NO_TOKEN = -1
+"""In the place of a token, or of the slot of one: there is none, and it only pads the step."""
 MIN_SAVED_TOKENS = 768
 """Tokens that a group of decode rows must not read again for the queries to be put side by side."""
 
@@ -20,10 +22,10 @@ Array = Any  # numpy on the host, jax.Array in the step
 
 
 class DecodeInputs(NamedTuple):
-    """The decode rows; padding rows have position 0, are written nowhere and see only themselves.
+    """The decode rows; padding rows have position 0 and no token, are written nowhere and see only themselves.
 
     Attributes:
-        tokens, positions: i32[rows].
+        tokens, positions: i32[rows]; token -1: none.
         format_ids: i32[rows], the token-wise format that each token's K and V are written in.
         sequences: i32[rows], which of the step's decodes each row is of, as those with drafts have several; -1: none.
             None in steps whose spec has no drafts.
@@ -36,10 +38,10 @@ class DecodeInputs(NamedTuple):
 
 
 class ChunkInputs(NamedTuple):
-    """The prefill chunks, each from a page boundary on; slots past a chunk's end repeat position 0.
+    """The prefill chunks, each from a page boundary on; slots past a chunk's end have position 0 and no token.
 
     Attributes:
-        tokens, positions: i32[chunk_tokens].
+        tokens, positions: i32[chunk_tokens]; token -1: none.
         chunk_of_page: i32[chunk_pages], which chunk a page of slots belongs to; -1: none.
         written_format_ids: i32[chunk_pages], the format it is written in.
         newest_format_ids: i32[chunk_pages], the token-wise format of its request's newest tokens.
@@ -99,7 +101,7 @@ class StepInputs(NamedTuple):
         groups: of each layer group.
         closing_counts: i32[page-wise formats], how many residual pages the step fills.
         long: bool[rows + chunk_tokens], whether each slot's token is of a request that `is_long`.
-        sample_slots: i32[rows], the slot (decode rows first, then chunk slots) each sampled token follows.
+        sample_slots: i32[rows], the slot (decode rows first, then chunk slots) each sampled token follows; -1: none.
     """
 
     decode: DecodeInputs
@@ -244,13 +246,13 @@ class _Builder:
         self.format_ids = {name: i for i, name in enumerate(spec.format_names)}
         self.groups = [_GroupBuilder(spec, kv, number) for number in range(len(spec.groups))]
         self.sampled: list[Request] = []
-        self.sample_slots = np.zeros(spec.shape.rows, np.int32)
+        self.sample_slots = np.full(spec.shape.rows, NO_TOKEN, np.int32)
         self.num_decodes = self.num_decode_rows = self.num_chunks = self.next_page = 0
         self.decode_queries: list[QueryRun] = []
         self.chunk_queries: list[QueryRun] = []
 
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
-        self.tokens, self.positions = np.zeros(rows + slots, np.int32), np.zeros(rows + slots, np.int32)
+        self.tokens, self.positions = np.full(rows + slots, NO_TOKEN, np.int32), np.zeros(rows + slots, np.int32)
         self.long = np.zeros(rows + slots, np.bool_)
         self.row_formats, self.sequences = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         self.chunk_of_page = np.full(pages, -1, np.int32)

@@ -49,7 +49,8 @@ def embed(spec: StepSpec, params: Params, inputs: StepInputs) -> Stream:
     if inputs.chunk is not None:
         tokens = jnp.concatenate([tokens, inputs.chunk.tokens])
         positions = jnp.concatenate([positions, inputs.chunk.positions])
-    return Stream(*_apply(spec.model, params, tokens, positions, inputs.long, method="embed_tokens"))
+    x, ropes = _apply(spec.model, params, tokens, positions, inputs.long, method="embed_tokens")
+    return Stream(_blank(spec, x, tokens), ropes)
 
 
 def layer(
@@ -89,7 +90,8 @@ def head(
     allowed: jax.Array | None = None,
 ) -> tuple[Sampled, jax.Array]:
     """The sampled tokens, and `finite_slots` of the last layer. `allowed`: see `sample`."""
-    logits = _apply(spec.model, params, stream.x[inputs.sample_slots], method="head")
+    last = _blank(spec, stream.x[inputs.sample_slots], inputs.sample_slots)
+    logits = _apply(spec.model, params, last, method="head")
     return sample(logits, sampling, allowed), finite_slots(spec, stream)
 
 
@@ -129,6 +131,12 @@ def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: S
             pages_and_count = own.closing_sources[i], own.closing_targets[i], inputs.closing_counts[i]
             arena = requantize(writing, spec.residual_of(kv_format), kv_format, arena, *pages_and_count)
     return arena
+
+
+def _blank(spec: StepSpec, x: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Zeros in rows of x f32[N, hidden] whose number is negative, for the compiled kernels of CPUs: there rows of zeros
+    take no time, and most models' layers leave them so. Other backends compute what pads a step."""
+    return jnp.where(numbers[:, None] < 0, 0.0, x) if spec.implementation == "cpu" else x
 
 
 def _apply(module: nn.Module, params: Params, *arguments: Any, **options: Any) -> Any:

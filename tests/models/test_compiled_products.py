@@ -121,6 +121,22 @@ def test_a_row_gets_the_same_bits_whatever_is_beside_it(kind, rows):
     on_every_instruction_set(check)
 
 
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 5, 33, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_zeros_are_left_out_and_leave_the_others_their_bits(kind, rows):
+    packed, x = stored(kind, random_matrix(1, 70, 256)), random_matrix(2, rows, 256)
+    zeros = np.random.default_rng(rows).permutation(rows)[: -(-rows // 2)]
+    some = x.copy()
+    some[zeros] = 0.0
+
+    def check():
+        full, found = (np.asarray(jitted[kind](packed, jnp.asarray(own))) for own in (x, some))
+        np.testing.assert_array_equal(found, np.where(np.isin(np.arange(rows), zeros)[:, None], 0.0, full))
+
+    on_every_instruction_set(check)
+
+
 # -- when they are used ------------------------------------------------------------------------------------
 
 

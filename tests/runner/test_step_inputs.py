@@ -7,7 +7,7 @@ from runner_cases import CONFIG, GEOMETRY, MAX_SEQ_LEN, PAGE_SIZE, make_kv, make
 from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.formats import FORMATS
 from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
-from fineserve_jax.runner.inputs import build_inputs
+from fineserve_jax.runner.inputs import NO_TOKEN, build_inputs
 from fineserve_jax.runner.shapes import MIN_ROWS, StepShape, StepSpec, chunk_buckets, pick, row_buckets
 
 NAMES = tuple(FORMATS)
@@ -38,6 +38,8 @@ def test_a_decoded_token_goes_to_its_page_or_to_the_residual():
     assert group.decode_pages[:2].tolist() == [kv.page_unit(int8, 2), kv.residual_unit(int4)]
     assert [NAMES[i] for i in decode.format_ids[:2]] == ["int8", "int8"]
     assert inputs.sample_slots[:2].tolist() == [0, 1]
+    assert (inputs.sample_slots[2:] == NO_TOKEN).all()
+    assert (decode.tokens[2:] == NO_TOKEN).all()
     assert inputs.chunk is None
     assert (group.decode_pages[2:] == NOWHERE).all()
     assert not inputs.closing_counts.any()
@@ -79,6 +81,7 @@ def test_chunks_lie_side_by_side_from_page_boundaries_on():
     assert [NAMES[i] for i in chunk.full_format_ids[:3]] == ["int8", "int4", "int4"]
     assert chunk.tokens[:14].tolist() == int8.token_ids[16:]
     assert chunk.tokens[16:40].tolist() == int4.token_ids[16:]
+    assert (chunk.tokens[[14, 15, *range(40, SLOTS)]] == NO_TOKEN).all()
     assert chunk.positions[:14].tolist() == list(range(16, 30))
     assert chunk.positions[16:40].tolist() == list(range(16, 40))
     assert inputs.sample_slots[:2].tolist() == [ROWS + 13, ROWS + 39]

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runner_cases import PAGE_SIZE, VOCAB, Feed, Found, World, expected_logprobs
+from runner_cases import PAGE_SIZE, VOCAB, Feed, Found, World, expected_logprobs, make_request
 from smooth_formats import smooth_formats
 
 from fineserve_jax.pallas_kernels.formats import FORMATS
+from fineserve_jax.pallas_kernels.implementation import default_implementation
+from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
 
 REAL = tuple(FORMATS)
 SMOOTH = ("bent", "woven")
@@ -125,3 +127,20 @@ def test_any_mix_of_prefill_and_decode(smooth_world, feeds):
 @given(feeds=mixes(REAL))
 def test_any_mix_of_prefill_and_decode_of_the_real_formats(world, feeds):
     assert_all_as_expected(world, feeds)
+
+
+@pytest.mark.skipif(default_implementation() != "cpu", reason="only its kernels leave rows of zeros out")
+def test_what_pads_a_step_stays_zeros_through_all_layers(world):
+    """Two decodes and a chunk that ends on its last page: rows and pages behind them are of nobody."""
+    tokens = tokens_of(5)
+    requests = [make_request(name, "int8", tokens) for name in "abc"]
+    assert all(world.kv.grow(request, LENGTH) for request in requests)
+    decodes = tuple(ScheduledChunk(request, LENGTH - 1, 1) for request in requests[:2])
+    begun = world.runner.begin(SchedulerOutput(decodes, (ScheduledChunk(requests[2], 0, PAGE_SIZE),)))
+    for request in requests:
+        world.kv.release(request)
+    rows = begun.spec.shape.rows
+    zeros = (np.asarray(begun.stream.x) == 0).all(axis=-1)
+    assert not zeros[[0, 1, *range(rows, rows + PAGE_SIZE)]].any()
+    assert zeros[2:rows].all()
+    assert zeros[rows + PAGE_SIZE :].all()

@@ -27,9 +27,20 @@ INLINE void take_tokens(const Attention& a, const float* from, int64_t head, int
   std::memset(to + count * stride, 0, (round_up(count, W) - count) * stride * sizeof(float));
 }
 
+// What queries of no chunk get, which see no key.
+INLINE void see_nothing(const Attention& a, int64_t first_slot, int64_t rows, int64_t head, float* m, float* l,
+                        float* acc) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = place_of_row(a, first_slot, head, r);
+    m[at] = kNegative, l[at] = 0.0f;
+    std::memset(acc + at * a.head_dim, 0, a.head_dim * sizeof(float));
+  }
+}
+
 inline void attend_within(const Attention& a, const Within& w, int64_t page, int64_t head, void* memory, float* m,
                           float* l, float* acc) {
   const int64_t stride = padded(a.head_dim), rows = a.page_size * a.group, first_slot = page * a.page_size;
+  if (w.chunk_of_page[page] < 0) return see_nothing(a, first_slot, rows, head, m, l, acc);
   int64_t bytes, first_page = page;
   while (first_page > 0 && w.chunk_of_page[first_page - 1] == w.chunk_of_page[page]) --first_page;
   const int64_t start = first_page * a.page_size;  // slots and positions are counted from the chunk's first

@@ -71,9 +71,13 @@ struct RowScale {
 };
 
 // Prepared once and read by every task.
+//
+// Rows of zeros, such as those that pad a step, are not multiplied. Which kernel multiplies is decided by how many rows
+// there are with them, so that a row's bits do not depend on what is beside it.
 struct Activations {
-  int64_t rows, inner;
-  const float* x;    // [rows, inner]
+  int64_t rows, all_rows, inner;  // rows that are not zeros, and all
+  const float* x;        // [all_rows, inner]
+  const int32_t* places; // [rows], of each its row of `x`
   void* codes;       // what `prepare` makes of them, `row_bytes` a row
   RowScale* scales;  // int8: [rows]
 };
@@ -85,7 +89,7 @@ struct Products {
   const void* kernel;
   const void* scale;    // int8: f32[out]; int4: f16[out, inner / 32]
   const void* minimum;  // int4: f16[out, inner / 32]
-  float* y;             // [rows, out]
+  float* y;             // [all_rows, out]
 };
 
 enum Weights : int64_t { kWeightsBFloat16 = 0, kWeightsInt8, kWeightsInt4, kNumWeights };
@@ -111,7 +115,7 @@ struct Kernels {
   int64_t (*row_bytes[kNumWeights])(int64_t inner);
   void (*prepare[kNumWeights])(const Activations&, int64_t first, int64_t last, void* row);
   // Outputs `first` to `last` of all rows, with scratch memory of so many bytes.
-  int64_t (*multiply_scratch[kNumWeights])(int64_t rows, int64_t inner);
+  int64_t (*multiply_scratch[kNumWeights])(int64_t all_rows, int64_t inner);
   void (*multiply[kNumWeights])(const Products&, int64_t first, int64_t last, void* scratch);
 };
 

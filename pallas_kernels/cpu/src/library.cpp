@@ -263,20 +263,37 @@ void run_pieces(ffi::ThreadPool& pool, int64_t count, int64_t least, const Body&
   });
 }
 
+bool is_zero(const float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (x[i] != 0.0f) return false;  // NaN, too
+  }
+  return true;
+}
+
 ffi::Error multiply(ffi::ThreadPool& pool, Weights kind, ffi::Buffer<ffi::F32>& x, const void* kernel,
                     const void* scale, const void* minimum, ffi::ResultBuffer<ffi::F32>& y) {
   const Kernels& own = kernels();
-  const int64_t rows = x.dimensions()[0], inner = x.dimensions()[1], out = y->dimensions()[1];
+  const int64_t all_rows = x.dimensions()[0], inner = x.dimensions()[1], out = y->dimensions()[1];
+  const int64_t row_bytes = own.row_bytes[kind](inner), of_codes = (all_rows * row_bytes + kLine - 1) / kLine * kLine;
+  char* memory = static_cast<char*>(scratch<kOfCall>(of_codes + all_rows * (sizeof(RowScale) + sizeof(int32_t))));
+  auto* scales = reinterpret_cast<RowScale*>(memory + of_codes);
+  auto* places = reinterpret_cast<int32_t*>(scales + all_rows);
+  int64_t rows = 0;
+  for (int64_t row = 0; row < all_rows; ++row) {
+    if (is_zero(x.typed_data() + row * inner, inner)) {
+      std::memset(y->typed_data() + row * out, 0, out * sizeof(float));
+    } else {
+      places[rows++] = row;
+    }
+  }
   if (!rows) return ffi::Error::Success();
-  const int64_t row_bytes = own.row_bytes[kind](inner), of_codes = (rows * row_bytes + kLine - 1) / kLine * kLine;
-  char* memory = static_cast<char*>(scratch<kOfCall>(of_codes + rows * sizeof(RowScale)));
-  const Activations activations{rows, inner, x.typed_data(), memory, reinterpret_cast<RowScale*>(memory + of_codes)};
+  const Activations activations{rows, all_rows, inner, x.typed_data(), places, memory, scales};
   run_pieces(pool, rows, kPrepared / inner + 1, [&](int64_t first, int64_t last) {
     own.prepare[kind](activations, first, last, scratch<kOfTask>(row_bytes));
   });
   const Products products{activations, out, kernel, scale, minimum, y->typed_data()};
   run_pieces(pool, out, kOutputs, [&](int64_t first, int64_t last) {
-    own.multiply[kind](products, first, last, scratch<kOfTask>(own.multiply_scratch[kind](rows, inner)));
+    own.multiply[kind](products, first, last, scratch<kOfTask>(own.multiply_scratch[kind](all_rows, inner)));
   });
   return ffi::Error::Success();
 }

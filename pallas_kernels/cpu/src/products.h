@@ -124,27 +124,29 @@ INLINE void store_lanes(float* to, F v, std::integer_sequence<int, L...>) {
   std::memcpy(to, &few, sizeof few);
 }
 
-// Row r of a tile, its lanes from r * C on, to y[r * out ..].
+// Row r of a tile, its lanes from r * C on, to y[places[r] * out ..].
 template <int R, int C, int r = 0>
-INLINE void store_tile(float* y, int64_t out, F found) {
-  store_lanes<r * C>(y + r * out, found, std::make_integer_sequence<int, C>{});
-  if constexpr (r + 1 < R) store_tile<R, C, r + 1>(y, out, found);
+INLINE void store_tile(float* y, int64_t out, const int32_t* places, F found) {
+  store_lanes<r * C>(y + places[r] * out, found, std::make_integer_sequence<int, C>{});
+  if constexpr (r + 1 < R) store_tile<R, C, r + 1>(y, out, places, found);
 }
 
 // -- activations ------------------------------------------------------------------------------------------------------
 
 template <class Kind>
-INLINE bool in_panels(int64_t rows) {
-  return kHasPanels && rows >= Kind::kLeastPanelRows;
+INLINE bool in_panels(int64_t all_rows) {
+  return kHasPanels && all_rows >= Kind::kLeastPanelRows;
 }
+
+INLINE const float* row_of(const Activations& a, int64_t r) { return a.x + a.places[r] * a.inner; }
 
 // Prepares rows `first` to `last` by `encode(row, to)`: side by side where panels are multiplied, else one behind the other.
 template <class Kind, class Encode>
-INLINE void prepare_rows(int64_t rows, int64_t first, int64_t last, int64_t length, typename Kind::Activation* to,
-                         void* row, const Encode& encode) {
+INLINE void prepare_rows(const Activations& a, int64_t first, int64_t last, int64_t length,
+                         typename Kind::Activation* to, void* row, const Encode& encode) {
   using Activation = typename Kind::Activation;
-  if (in_panels<Kind>(rows)) {
-    interleave_rows(rows, first, last, num_steps<Kind>(length), static_cast<uint32_t*>(row),
+  if (in_panels<Kind>(a.all_rows)) {
+    interleave_rows(a.rows, first, last, num_steps<Kind>(length), static_cast<uint32_t*>(row),
                     reinterpret_cast<uint32_t*>(to),
                     [&](int64_t r, uint32_t* words) { encode(r, reinterpret_cast<Activation*>(words)); });
   } else {
@@ -169,8 +171,8 @@ INLINE void bf16_encode(const float* x, int64_t inner, BFloat16Kind::Activation*
 template <class Kind>
 inline void bf16_prepare(const Activations& a, int64_t first, int64_t last, void* row) {
   auto* to = static_cast<BFloat16Kind::Activation*>(a.codes);
-  prepare_rows<Kind>(a.rows, first, last, round_up(a.inner, Kind::kChunk), to, row,
-                     [&](int64_t r, auto* own) { bf16_encode(a.x + r * a.inner, a.inner, own); });
+  prepare_rows<Kind>(a, first, last, round_up(a.inner, Kind::kChunk), to, row,
+                     [&](int64_t r, auto* own) { bf16_encode(row_of(a, r), a.inner, own); });
 }
 
 inline int64_t int8_row_bytes(int64_t inner) {
@@ -219,8 +221,8 @@ INLINE RowScale int8_encode(const float* x, int64_t inner, Int8Kind::Activation*
 inline void int8_prepare(const Activations& a, int64_t first, int64_t last, void* row) {
   auto* to = static_cast<Int8Kind::Activation*>(a.codes);
   prepare_rows<Int8Kind>(
-      a.rows, first, last, round_up(a.inner, Int8Kind::kChunk), to, row,
-      [&](int64_t r, auto* own) { a.scales[r] = int8_encode(a.x + r * a.inner, a.inner, own); });
+      a, first, last, round_up(a.inner, Int8Kind::kChunk), to, row,
+      [&](int64_t r, auto* own) { a.scales[r] = int8_encode(row_of(a, r), a.inner, own); });
 }
 
 // -- outputs ----------------------------------------------------------------------------------------------------------
@@ -228,62 +230,66 @@ inline void int8_prepare(const Activations& a, int64_t first, int64_t last, void
 struct StoreSums {
   float* y;  // of the first output
   int64_t out;
+  const int32_t* places;
 
   template <int R, int C>
   INLINE void take(int64_t r, int64_t c, F found) const {
-    store_tile<R, C>(y + r * out + c, out, found);
+    store_tile<R, C>(y + c, out, places + r, found);
   }
   INLINE void store_row(int64_t r, int64_t c, int64_t count, F found) const {
-    std::memcpy(y + r * out + c, &found, count * sizeof(float));
+    std::memcpy(y + places[r] * out + c, &found, count * sizeof(float));
   }
 };
 
 // Outputs of a matrix that are multiplied together, of all rows, and the memory that takes.
 template <class Kind>
-INLINE int64_t outputs_together(int64_t rows) {
-  return in_panels<Kind>(rows) ? kPanelOutputs : W;
+INLINE int64_t outputs_together(int64_t all_rows) {
+  return in_panels<Kind>(all_rows) ? kPanelOutputs : W;
 }
 
 template <class Kind>
-INLINE int64_t panel_scratch(int64_t rows, int64_t inner) {
-  return outputs_together<Kind>(rows) == W ? 0 : panel_bytes<Kind>(inner);
+INLINE int64_t panel_scratch(int64_t all_rows, int64_t inner) {
+  return outputs_together<Kind>(all_rows) == W ? 0 : panel_bytes<Kind>(inner);
 }
 
 template <class Kind, class Finish>
-INLINE void multiply_outputs(const typename Kind::Weight* weights, int64_t inner, int64_t outputs,
-                             const typename Kind::Activation* x, int64_t rows, void* panel, const char* next,
-                             const Finish& finish) {
+INLINE void multiply_outputs(const typename Kind::Weight* weights, const Activations& a, int64_t outputs, void* panel,
+                             const char* next, const Finish& finish) {
+  const auto* x = static_cast<const typename Kind::Activation*>(a.codes);
+  const int64_t inner = a.inner;
   if constexpr (kHasPanels) {
-    if (in_panels<Kind>(rows)) {
-      return multiply_panel<Kind>(weights, inner, outputs, x, rows, static_cast<F*>(panel), next, finish);
+    if (in_panels<Kind>(a.all_rows)) {
+      return multiply_panel<Kind>(weights, inner, outputs, x, a.rows, static_cast<F*>(panel), next, finish);
     }
   }
-  Multiplier<Kind, const Finish>{weights, inner, outputs, x, round_up(inner, Kind::kChunk), finish}.all_rows(rows);
+  Multiplier<Kind, const Finish>{weights, inner, outputs, x, round_up(inner, Kind::kChunk), finish}.all_rows(a.rows);
 }
 
 // Outputs `first` to `last`; `finish_of(o)` takes the sums of those from `o` on.
 template <class Kind, class FinishOf>
 INLINE void multiply_matrix(const Products& p, int64_t first, int64_t last, void* scratch, const FinishOf& finish_of) {
   const auto* weights = static_cast<const typename Kind::Weight*>(p.kernel);
-  const auto* x = static_cast<const typename Kind::Activation*>(p.activations.codes);
-  const int64_t rows = p.activations.rows, inner = p.activations.inner, together = outputs_together<Kind>(rows);
+  const int64_t inner = p.activations.inner, together = outputs_together<Kind>(p.activations.all_rows);
   for (int64_t o = first; o < last; o += together) {
     const auto* own = weights + o * inner;
     const auto* next = o + 2 * together <= p.out ? reinterpret_cast<const char*>(own + together * inner) : nullptr;
     const int64_t outputs = last - o < together ? last - o : together;
-    multiply_outputs<Kind>(own, inner, outputs, x, rows, scratch, next, finish_of(o));
+    multiply_outputs<Kind>(own, p.activations, outputs, scratch, next, finish_of(o));
   }
 }
 
-inline int64_t bf16_scratch(int64_t rows, int64_t inner) { return panel_scratch<BFloat16Kind>(rows, inner); }
+inline int64_t bf16_scratch(int64_t all_rows, int64_t inner) { return panel_scratch<BFloat16Kind>(all_rows, inner); }
 
 inline void bf16_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
-  multiply_matrix<BFloat16Kind>(p, first, last, scratch, [&](int64_t o) { return StoreSums{p.y + o, p.out}; });
+  multiply_matrix<BFloat16Kind>(p, first, last, scratch, [&](int64_t o) {
+    return StoreSums{p.y + o, p.out, p.activations.places};
+  });
 }
 
 struct ScaleSums {
   float* y;             // of the first output
   int64_t out;
+  const int32_t* places;
   const float* scales;  // from the first output's on
   const RowScale* of_rows;
 
@@ -296,22 +302,22 @@ struct ScaleSums {
 #pragma GCC unroll 16
       for (int j = 0; j < C; ++j) of_row[i * C + j] = of_rows[r + i].scale, start[i * C + j] = of_rows[r + i].start;
     }
-    store_tile<R, C>(y + r * out + c, out, floats(found + start) * of_row * repeated<C>(scales + c));
+    store_tile<R, C>(y + c, out, places + r, floats(found + start) * of_row * repeated<C>(scales + c));
   }
   INLINE void store_row(int64_t r, int64_t c, int64_t count, I found) const {
     F own{};
     std::memcpy(&own, scales + c, count * sizeof(float));
     const F values = floats(found + of_rows[r].start) * of_rows[r].scale * own;
-    std::memcpy(y + r * out + c, &values, count * sizeof(float));
+    std::memcpy(y + places[r] * out + c, &values, count * sizeof(float));
   }
 };
 
-inline int64_t int8_scratch(int64_t rows, int64_t inner) { return panel_scratch<Int8Kind>(rows, inner); }
+inline int64_t int8_scratch(int64_t all_rows, int64_t inner) { return panel_scratch<Int8Kind>(all_rows, inner); }
 
 inline void int8_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
   const auto* scales = static_cast<const float*>(p.scale);
   multiply_matrix<Int8Kind>(p, first, last, scratch, [&](int64_t o) {
-    return ScaleSums{p.y + o, p.out, scales + o, p.activations.scales};
+    return ScaleSums{p.y + o, p.out, p.activations.places, scales + o, p.activations.scales};
   });
 }
 
@@ -319,21 +325,30 @@ inline void int8_multiply(const Products& p, int64_t first, int64_t last, void* 
 
 constexpr int64_t kGroup = 32;  // `weight_formats.INT4_GROUP`
 
+#if defined(__AVX512BF16__)
+struct Planes {
+  __m512i low, high;  // 32 bf16 numbers each
+};
+
+// A group's values of each plane: from bytes whose low halves are the codes of one, the high of other. Codes look up the
+// 16 numbers that a group has: one table for both planes, those of the high one behind.
+INLINE Planes decode_planes(const uint8_t* bytes, const float* scales, const float* minima) {
+  const F codes = bits<F>(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const F numbers[2] = {codes * scales[0] + minima[0], codes * scales[1] + minima[1]};
+  const __m512i table = bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(numbers[1]), bits<__m512>(numbers[0])));
+  const __m512i words = _mm512_cvtepu8_epi16(load<__m256i>(bytes));
+  const __m512i of_low = _mm512_and_si512(words, _mm512_set1_epi16(0xF));
+  const __m512i of_high = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_set1_epi16(0x10));
+  return {_mm512_permutexvar_epi16(of_low, table), _mm512_permutexvar_epi16(of_high, table)};
+}
+#endif
+
 // A group's 32 values of each plane, rounded to bf16: from bytes whose low halves are the codes of one, the high of other.
 INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float* minima, uint16_t* low,
                           uint16_t* high) {
 #if defined(__AVX512BF16__)
-  // The 16 numbers that a group has, twice, and codes look them up: bit 4 of an index makes no difference.
-  const F codes = bits<F>(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  const __m512i words = _mm512_cvtepu8_epi16(load<__m256i>(bytes));
-  const __m512i places[2] = {words, _mm512_srli_epi16(words, 4)};
-  uint16_t* to[2] = {low, high};
-#pragma GCC unroll 4
-  for (int plane = 0; plane < 2; ++plane) {
-    const F numbers = codes * scales[plane] + minima[plane];
-    const __m512i table = _mm512_broadcast_i64x4(bits<__m256i>(_mm512_cvtneps_pbh(bits<__m512>(numbers))));
-    store(to[plane], _mm512_permutexvar_epi16(places[plane], table));
-  }
+  const Planes planes = decode_planes(bytes, scales, minima);
+  store(low, planes.low), store(high, planes.high);
 #else
   for (int64_t i = 0; i < kGroup; i += W) {
     const U codes = widen(bytes + i);
@@ -344,57 +359,99 @@ INLINE void decode_groups(const uint8_t* bytes, const float* scales, const float
 #endif
 }
 
+constexpr int64_t kInt4Ahead = 4096;  // bytes: weights that are on their way from memory while others are decoded
+
 // Up to W numbers of fp16.
 INLINE F fp16_of(const uint16_t* words, int64_t count) {
   if (count == W) return fp16(widen(words));
+#if defined(__AVX512BW__)
+  return bits<F>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, words)));
+#else
   uint16_t padded[W] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = words[i];
   return fp16(widen(padded));
+#endif
 }
 
-// `to` bf16[outputs, inner], of outputs from `o` on.
-INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16_t* to) {
-  const int64_t inner = p.activations.inner, half = inner / 2, groups = inner / kGroup, groups_of_half = groups / 2;
-  for (int64_t c = 0; c < outputs; ++c, to += inner) {
-    const auto* bytes = static_cast<const uint8_t*>(p.kernel) + (o + c) * half;
-    const auto* scale_words = static_cast<const uint16_t*>(p.scale) + (o + c) * groups;
-    const auto* minimum_words = static_cast<const uint16_t*>(p.minimum) + (o + c) * groups;
-    for (int64_t g = 0; g < groups_of_half; g += W) {
-      const int64_t count = groups_of_half - g < W ? groups_of_half - g : W;
-      float scales[2][W], minima[2][W];
-      for (int plane = 0; plane < 2; ++plane) {
-        store(scales[plane], fp16_of(scale_words + plane * groups_of_half + g, count));
-        store(minima[plane], fp16_of(minimum_words + plane * groups_of_half + g, count));
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = (g + i) * kGroup;
-        const float own_scales[2] = {scales[0][i], scales[1][i]}, own_minima[2] = {minima[0][i], minima[1][i]};
-        decode_groups(bytes + at, own_scales, own_minima, to + at, to + half + at);
-      }
+// Calls `take(at, bytes, scales, minima)` for the groups of an output, one of each plane at a time: from `at` on in its half
+// of the inputs.
+template <class Take>
+INLINE void each_group(const Products& p, int64_t output, const Take& take) {
+  const int64_t half = p.activations.inner / 2, groups = half / kGroup;
+  const auto* bytes = static_cast<const uint8_t*>(p.kernel) + output * half;
+  const auto* scale_words = static_cast<const uint16_t*>(p.scale) + output * 2 * groups;
+  const auto* minimum_words = static_cast<const uint16_t*>(p.minimum) + output * 2 * groups;
+  for (int64_t g = 0; g < groups; g += W) {
+    const int64_t count = groups - g < W ? groups - g : W;
+    float scales[2][W], minima[2][W];
+    for (int plane = 0; plane < 2; ++plane) {
+      store(scales[plane], fp16_of(scale_words + plane * groups + g, count));
+      store(minima[plane], fp16_of(minimum_words + plane * groups + g, count));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (g + i) * kGroup;
+      __builtin_prefetch(bytes + at + kInt4Ahead);
+      const float own_scales[2] = {scales[0][i], scales[1][i]}, own_minima[2] = {minima[0][i], minima[1][i]};
+      take(at, bytes + at, own_scales, own_minima);
     }
   }
 }
 
-// The decoded outputs come first, then their panel.
-inline int64_t int4_decoded_bytes(int64_t rows, int64_t inner) {
-  return round_up(outputs_together<Int4Kind>(rows) * inner * static_cast<int64_t>(sizeof(uint16_t)), sizeof(F));
+// `to` bf16[outputs, inner], of outputs from `o` on.
+INLINE void decode_outputs(const Products& p, int64_t o, int64_t outputs, uint16_t* to) {
+  const int64_t inner = p.activations.inner;
+  for (int64_t c = 0; c < outputs; ++c, to += inner) {
+    each_group(p, o + c, [&](int64_t at, const uint8_t* bytes, const float* scales, const float* minima)
+                             __attribute__((always_inline)) {
+                               decode_groups(bytes, scales, minima, to + at, to + inner / 2 + at);
+                             });
+  }
 }
 
-inline int64_t int4_scratch(int64_t rows, int64_t inner) {
-  return int4_decoded_bytes(rows, inner) + panel_scratch<Int4Kind>(rows, inner);
+#if defined(__AVX512BF16__)
+// The only row there is, with outputs `first` to `last`: multiplied as they are decoded.
+inline void int4_multiply_row(const Products& p, int64_t first, int64_t last) {
+  const auto* x = static_cast<const Int4Kind::Activation*>(p.activations.codes);
+  const auto* x_of_high = x + p.activations.inner / 2;
+  for (int64_t o = first; o < last; o += W) {
+    const int64_t outputs = last - o < W ? last - o : W;
+    F found[W] = {};
+    for (int64_t c = 0; c < outputs; ++c) {
+      F low{}, high{};
+      each_group(p, o + c, [&](int64_t at, const uint8_t* bytes, const float* scales, const float* minima)
+                               __attribute__((always_inline)) {
+                                 const Planes planes = decode_planes(bytes, scales, minima);
+                                 Int4Kind::add(low, bits<Int4Kind::Vector>(planes.low), x + at);
+                                 Int4Kind::add(high, bits<Int4Kind::Vector>(planes.high), x_of_high + at);
+                               });
+      found[c] = low + high;
+    }
+    StoreSums{p.y + o, p.out, p.activations.places}.store_row(0, 0, outputs, sums(found));
+  }
+}
+#endif
+
+// The decoded outputs come first, then their panel.
+inline int64_t int4_decoded_bytes(int64_t all_rows, int64_t inner) {
+  return round_up(outputs_together<Int4Kind>(all_rows) * inner * static_cast<int64_t>(sizeof(uint16_t)), sizeof(F));
+}
+
+inline int64_t int4_scratch(int64_t all_rows, int64_t inner) {
+  return int4_decoded_bytes(all_rows, inner) + panel_scratch<Int4Kind>(all_rows, inner);
 }
 
 inline void int4_multiply(const Products& p, int64_t first, int64_t last, void* scratch) {
+#if defined(__AVX512BF16__)
+  if (p.activations.all_rows == 1) return int4_multiply_row(p, first, last);
+#endif
   auto* decoded = static_cast<uint16_t*>(scratch);
-  const auto* x = static_cast<const Int4Kind::Activation*>(p.activations.codes);
-  const int64_t rows = p.activations.rows, inner = p.activations.inner;
-  void* panel = static_cast<char*>(scratch) + int4_decoded_bytes(rows, inner);
-  const int64_t together = outputs_together<Int4Kind>(rows);
+  const int64_t all_rows = p.activations.all_rows, together = outputs_together<Int4Kind>(all_rows);
+  void* panel = static_cast<char*>(scratch) + int4_decoded_bytes(all_rows, p.activations.inner);
   for (int64_t o = first; o < last; o += together) {
     const int64_t outputs = last - o < together ? last - o : together;
-    const StoreSums finish{p.y + o, p.out};
+    const StoreSums finish{p.y + o, p.out, p.activations.places};
     decode_outputs(p, o, outputs, decoded);
-    multiply_outputs<Int4Kind>(decoded, inner, outputs, x, rows, panel, nullptr, finish);
+    multiply_outputs<Int4Kind>(decoded, p.activations, outputs, panel, nullptr, finish);
   }
 }
 
