@@ -11,7 +11,10 @@ from fineserve_jax.engine.outputs import CompletionOutput, RequestMetrics, Reque
 from fineserve_jax.engine.perplexity import Perplexity, measure_perplexity
 from fineserve_jax.engine.scoring import CompletionScore
 from fineserve_jax.engine.stats import EngineStats
+from fineserve_jax.entrypoints.batch.observers import RowOutcome
 from fineserve_jax.entrypoints.batch.predictor import FineServePredictor
+from fineserve_jax.entrypoints.batch.report_sections import ReportSection
+from fineserve_jax.entrypoints.batch.report_sections import register as register_report_section
 from fineserve_jax.errors import (
     ConfigError,
     DeadEndError,
@@ -29,6 +32,8 @@ from fineserve_jax.loaders.load import load_model
 from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.models.family import Family as ModelFamily
 from fineserve_jax.models.registry import register_family as register_model_family
+from fineserve_jax.models.tensor_layout import Joined as JoinedTensors
+from fineserve_jax.models.tensor_layout import TensorLayout
 from fineserve_jax.pallas_kernels.format_sizes import Granularity
 from fineserve_jax.pallas_kernels.formats import FORMATS as KV_FORMATS
 from fineserve_jax.pallas_kernels.formats import (
@@ -40,6 +45,8 @@ from fineserve_jax.pallas_kernels.formats import (
     bit_packing,
 )
 from fineserve_jax.pallas_kernels.formats import register as register_kv_format
+from fineserve_jax.request.logits_processor import LogitsProcessor
+from fineserve_jax.request.logits_processor import register as register_logits_processor
 from fineserve_jax.request.request import Request
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -68,8 +75,10 @@ __all__ = [
     "FineServeError",
     "FineServePredictor",
     "Granularity",
+    "JoinedTensors",
     "KVFormat",
     "LoadedModel",
+    "LogitsProcessor",
     "ModelFamily",
     "ModelLoadError",
     "NonFiniteError",
@@ -80,18 +89,23 @@ __all__ = [
     "PolicyContext",
     "PromptEmbedding",
     "Quota",
+    "ReportSection",
     "Request",
     "RequestError",
     "RequestMetrics",
     "RequestOptions",
     "RequestOutput",
+    "RowOutcome",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TensorLayout",
     "UnpackedVectors",
     "__version__",
     "bit_packing",
     "load_model",
     "measure_perplexity",
     "register_kv_format",
+    "register_logits_processor",
     "register_model_family",
+    "register_report_section",
 ]

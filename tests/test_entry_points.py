@@ -1,4 +1,4 @@
-"""KV formats and model families that other installed packages offer are found by name."""
+"""What other installed packages offer is found: KV formats, model families and logits processors by name."""
 
 import dataclasses
 import sys
@@ -6,17 +6,35 @@ import types
 
 import pytest
 
-from fineserve_jax import KV_FORMATS, ModelLoadError
+from fineserve_jax import (
+    KV_FORMATS,
+    ConfigError,
+    LogitsProcessor,
+    ModelLoadError,
+    ReportSection,
+    RequestError,
+    SamplingParams,
+)
+from fineserve_jax.entrypoints.batch import report_sections
 from fineserve_jax.models import get_family, registry
 from fineserve_jax.models.registry import family_of_hf_architecture
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import KVFormat, get_format, register
 from fineserve_jax.pallas_kernels.formats.int8 import Int8Codec
+from fineserve_jax.request.logits_processor import PROCESSORS, get_logits_processor
 
 
 class Other(KVFormat):
     def __init__(self) -> None:
         super().__init__(Int8Codec(), Int8Codec(), "other8")
+
+
+class Louder(LogitsProcessor):
+    name = "louder"
+
+
+class Section(ReportSection):
+    title = "Others"
 
 
 OTHER = dataclasses.replace(get_family("llama"), name="other", hf_architectures=("OtherForCausalLM",))
@@ -26,7 +44,8 @@ OTHER = dataclasses.replace(get_family("llama"), name="other", hf_architectures=
 def offer(monkeypatch, tmp_path):
     """Installs a distribution that offers `what` under a name in a group of entry points, for one test."""
     monkeypatch.setattr(registry, "_families", dict(registry._families))
-    before = [(registry, dict(registry)) for registry in (KV_FORMATS, FORMAT_SIZES)]
+    registries = (KV_FORMATS, FORMAT_SIZES, PROCESSORS, report_sections.SECTIONS)
+    before = [(registry, dict(registry)) for registry in registries]
 
     def install(group: str, name: str, what: object) -> None:
         module = types.ModuleType("others_package")
@@ -90,3 +109,34 @@ def test_an_entry_point_that_is_no_family_is_refused(offer):
     offer("fineserve_jax.model_families", "other", "other")
     with pytest.raises(ModelLoadError, match=r"'other' of fineserve_jax.model_families is 'other', which is no Family"):
         get_family("other")
+
+
+@pytest.mark.parametrize("what", [Louder, Louder()], ids=["class", "instance"])
+def test_a_logits_processor_is_found_by_its_name(offer, what):
+    offer("fineserve_jax.logits_processors", "louder", what)
+    with pytest.raises(RequestError, match=r"unknown logits processor 'loud'; known: .*louder"):
+        SamplingParams(logits_processors=("loud",))
+    assert SamplingParams(logits_processors=("louder",)).logits_processors == {"louder": {}}
+    assert isinstance(get_logits_processor("louder"), Louder)
+    assert get_logits_processor("louder") is PROCESSORS["louder"]
+
+
+def test_an_entry_point_that_is_no_logits_processor_of_that_name_is_refused(offer):
+    offer("fineserve_jax.logits_processors", "loud", Louder)
+    with pytest.raises(RequestError, match=r"'loud' of fineserve_jax.logits_processors is .* no LogitsProcessor of"):
+        SamplingParams(logits_processors=("loud",))
+
+
+def test_sections_of_reports_are_found_and_made_for_each_job(offer):
+    offer("fineserve_jax.report_sections", "others", Section)
+    first, second = report_sections.new_sections(), report_sections.new_sections()
+    assert [type(section) for section in (*first, *second)] == [Section, Section]
+    assert first[0] is not second[0]
+
+
+def test_an_entry_point_that_is_no_section_is_refused_before_a_job_begins(offer):
+    offer("fineserve_jax.report_sections", "others", "a title")
+    with pytest.raises(
+        ConfigError, match=r"'others' of fineserve_jax.report_sections .*'a title' is no section with a"
+    ):
+        report_sections.new_sections()

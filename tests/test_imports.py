@@ -18,7 +18,7 @@ HALLS = {"request", "entrypoints"}
 STOREYS = [
     {"errors", *HALLS},
     {"validation"},
-    {"request.structured"},
+    {"request.structured", "request.logits_processor"},
     {"request.sampling_params", "request.request_options"},
     {"request.request"},
     {"pallas_kernels"},
@@ -40,6 +40,7 @@ WITHOUT_JAX = {
     "errors",
     "validation",
     "request.structured",
+    "request.logits_processor",
     "request.sampling_params",
     "request.request_options",
     "request.request",

@@ -1,17 +1,20 @@
 """What the README and the guides show works."""
 
-import importlib.util
+import collections
 import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_modules import example
 
 import fineserve_jax
 from fineserve_jax import KV_FORMATS, POLICIES, KVFormat
+from fineserve_jax.entrypoints.batch.report_sections import SECTIONS
 from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import get_format
+from fineserve_jax.request.logits_processor import PROCESSORS
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +26,7 @@ def blocks(page: str) -> list[str]:
 @pytest.fixture
 def registries():
     """As they were, afterwards."""
-    kept = [(registry, dict(registry)) for registry in (KV_FORMATS, FORMAT_SIZES, POLICIES)]
+    kept = [(registry, dict(registry)) for registry in (KV_FORMATS, FORMAT_SIZES, POLICIES, PROCESSORS, SECTIONS)]
     yield
     for registry, before in kept:
         registry.clear()
@@ -38,21 +41,26 @@ def relative_errors(name: str) -> list[float]:
 
 
 @pytest.mark.usefixtures("registries")
-def test_the_format_and_the_policy_of_the_guide_can_be_registered():
+def test_what_the_guide_registers_does_what_it_says():
     """Two bits a normal number keep it to within 0.35 of a standard deviation at best (Max, 1960)."""
     public = {name: getattr(fineserve_jax, name) for name in fineserve_jax.__all__}
     for block in blocks("docs/extend.md"):
-        exec(block, public | vars(fineserve_jax.bit_packing) | {"jnp": jnp})
+        exec(block, public | vars(fineserve_jax.bit_packing) | {"jnp": jnp, "np": np, "collections": collections})
     assert max(relative_errors("int2")) < 0.45
     assert "longest_first" in POLICIES
+    at_most = PROCESSORS["at_most"]
+    state, banned = at_most.start([7], 9, token=7, times=2), []
+    for token in (7, 3, 7, 7):
+        banned.append(bool(np.isneginf(at_most.apply(state, jnp.zeros(9))).any()))
+        state = at_most.update(state, token)
+    assert banned == [False, False, False, True]
+    assert "Ends" in SECTIONS
 
 
 @pytest.mark.usefixtures("registries")
 def test_the_format_of_the_example_can_be_registered():
-    spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    fineserve_jax.register_kv_format(KVFormat(example.Keys(), example.Values()))
+    module = example("add_kv_format")
+    fineserve_jax.register_kv_format(KVFormat(module.Keys(), module.Values()))
     assert max(relative_errors("int2")) < 0.4
 
 

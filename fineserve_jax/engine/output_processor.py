@@ -38,7 +38,9 @@ class OutputProcessor:
         # Before their tokens count as computed: no page with NaN in it is ever shared.
         failed: list[Request] = []
         for request, stage in _unfinished(result.nonfinite):
-            self.fail(request, NonFiniteError(nonfinite_message(request.model, request.num_output_tokens, stage)))
+            named = request.sampling.logits_processors
+            message = nonfinite_message(request.model, request.num_output_tokens, stage, named)
+            self.fail(request, NonFiniteError(message))
             failed.append(request)
         for request, reason in _unfinished(result.stuck):
             self.fail(request, dead_end(request, reason))

@@ -90,6 +90,8 @@ class StepPipeline:
     def drop(self) -> None:
         """Forgets the step that was called ahead: none of its requests is to go on from here."""
         self._next = None
+        for served in self._models.values():
+            served.runner.logits_processing.forget()
 
     def _note_computing(self, output: SchedulerOutput) -> None:
         self.computing = tuple(chunk.request for chunk in output.chunks)

@@ -13,6 +13,7 @@ from fineserve_jax.engine.build import KnownModel, ServedModel
 from fineserve_jax.engine.checks import check_drafts, check_memory, check_tokens, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
+from fineserve_jax.engine.processor_checks import check_logits_processors
 from fineserve_jax.errors import ModelNotServedError, RequestError
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
@@ -150,6 +151,7 @@ def prepare_request(
     if not sampling.ignore_eos:
         stop_ids |= frozenset(served.tokenizer.eos_token_ids)
     check_tokens(served, token_ids, sampling, stop_ids)
+    check_logits_processors(served, token_ids, sampling)
     check_memory(kv, served.name, precision.start, max_total_tokens)
     quotas.check(served.name, precision.start, options.tenant, max_total_tokens)
     matcher = matcher_of(served, sampling)

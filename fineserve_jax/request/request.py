@@ -208,6 +208,11 @@ class Request:
         """Whether all it has to compute is its last token."""
         return len(self.token_ids) - self.num_computed_tokens == 1 and not self.branches
 
+    @property
+    def allows_drafts(self) -> bool:
+        """Whether tokens may be guessed: not where what may follow one depends on what the host makes of it first."""
+        return self.matcher is None and not self.sampling.logits_processors
+
 
 def num_branch_tokens(branches: Sequence[Sequence[int]]) -> int:
     """Tokens of branches that go through the model: not the last of each, as nobody asks what follows it."""

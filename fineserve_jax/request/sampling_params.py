@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fineserve_jax.errors import FineServeError, RequestError
+from fineserve_jax.request.logits_processor import get_logits_processor
 from fineserve_jax.request.structured.params import StructuredOutputsParams
 from fineserve_jax.request.structured.response_format import structured_outputs_of
 from fineserve_jax.validation import Validated, given_values, token_id
@@ -15,6 +16,7 @@ from fineserve_jax.validation import Validated, given_values, token_id
 MAX_TOP_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 256
+MAX_LOGITS_PROCESSORS = 8
 MAX_SEED = 2**32 - 1
 MAX_BIAS = 1e4
 MIN_TEMPERATURE = 1e-6
@@ -40,9 +42,9 @@ class SamplingParams(Validated):
     """How the tokens of one request are chosen, and when it ends.
 
     Every field is checked on construction; a bad one raises `RequestError`. None stands for a field's default. The
-    order of application is the usual one: penalties and `logit_bias` on the raw logits, then `temperature`, then
-    `top_k`, `top_p` and `min_p`. OpenAI's `max_completion_tokens` is taken for `max_tokens`, `logprobs=True` with
-    `top_logprobs=k` for `logprobs=k`, and `response_format` for `structured_outputs`.
+    order of application is the usual one: `logits_processors`, penalties and `logit_bias` on the raw logits, then
+    `temperature`, then `top_k`, `top_p` and `min_p`. OpenAI's `max_completion_tokens` is taken for `max_tokens`,
+    `logprobs=True` with `top_logprobs=k` for `logprobs=k`, and `response_format` for `structured_outputs`.
 
     Attributes:
         max_tokens: most tokens to generate; None means up to the engine's `max_seq_len`. 0 generates none, for
@@ -66,11 +68,14 @@ class SamplingParams(Validated):
         stop_token_ids: tokens that end the output, besides the model's end-of-sequence tokens.
         ignore_eos: keep generating past the model's end-of-sequence tokens.
         logprobs: None for none; 0 for the sampled token's log-probability; k for the k most likely tokens' too.
-            They are those of the model, before penalties, bias, temperature and what `structured_outputs` excludes.
+            They are those of the model, before processors, penalties, bias, temperature and what `structured_outputs`
+            excludes.
         logprob_token_ids: at most 128 tokens whose log-probabilities are given, too, wherever one is sampled.
         prompt_logprobs: as `logprobs`, of the prompt's tokens, each given those before it. They are computed with the
             prompt, which for that is not taken from the prefix cache.
         structured_outputs: what the text must be, e.g. JSON of a schema; see `StructuredOutputsParams`.
+        logits_processors: names of at most 8 logits processors, applied in this order; or a table of the arguments of
+            each. See `LogitsProcessor`.
     """
 
     error_class: ClassVar[type[FineServeError]] = RequestError
@@ -96,6 +101,7 @@ class SamplingParams(Validated):
     logprob_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=MAX_LOGPROB_TOKEN_IDS)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     structured_outputs: StructuredOutputsParams | None = None
+    logits_processors: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=MAX_LOGITS_PROCESSORS)
 
     @model_validator(mode="before")
     @classmethod
@@ -141,6 +147,25 @@ class SamplingParams(Validated):
     def _no_empty_stop_string(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "" in value:
             raise ValueError("a stop string must not be empty: it would end every text at once")
+        return value
+
+    @field_validator("logits_processors", mode="before")
+    @classmethod
+    def _names_or_a_table(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            return {name: {} if arguments is None else arguments for name, arguments in value.items()}
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("give names of logits processors, or a table of the arguments of each")
+        if len(set(names)) < len(names):
+            raise ValueError("each logits processor can be named once")
+        return {name: {} for name in names}
+
+    @field_validator("logits_processors")
+    @classmethod
+    def _known_processors(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in value:
+            get_logits_processor(name)
         return value
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ CAUSES = {
 
 STAGES = {
     "head": "requests with structured outputs beside others",
+    "processed_head": "requests with logits processors",
     "score": "prompts whose tokens are scored",
     "hidden": "prompts whose last layer is kept",
     "layer": "rows that share cached tokens, or completions that are scored",

@@ -28,6 +28,7 @@ from fineserve_jax.runner.launched import BegunStep, LaunchedStep
 from fineserve_jax.runner.mesh import DeviceGroup
 from fineserve_jax.runner.nonfinite import find_nonfinite
 from fineserve_jax.runner.pooling import plan_pooling
+from fineserve_jax.runner.processor_states import LogitsProcessing
 from fineserve_jax.runner.results import StepResult, accepted, sampled_tokens
 from fineserve_jax.runner.sampling_inputs import SamplingInputs, build_sampling
 from fineserve_jax.runner.scoring import ScoringPlan, empty_tile, plan_scores, takes_branches
@@ -97,6 +98,8 @@ class ModelRunner:
         if reproducible:
             self.row_buckets = self.row_buckets[-1:]
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
+        vocab_size, most_rows = model.config.vocab_size, self.row_buckets[-1]
+        self.logits_processing = LogitsProcessing(vocab_size, arena.group, most_rows, max_seq_len)
         self.format_names: tuple[str, ...] = ()
         self.max_runs = 1
         self.num_compilations = 0
@@ -267,7 +270,8 @@ class ModelRunner:
         with self._noting_compilations(spec, programs):
             sampling, allowed = programs.put(self.arena.group, (host_sampling._replace(history=None), allowed))
             sampling = sampling._replace(history=_history_on(self.arena.group, host_sampling))
-            outputs = programs.head(self.params, step.stream, step.inputs, sampling, allowed)
+            arguments = (self.params, step.stream, step.inputs, sampling, allowed)
+            outputs = self.logits_processing.call_head(programs, step.rows, rows, *arguments)
             plan = ScoringPlan([], [empty_tile(spec)]) if scored else plan_scores(spec, output)
             tiles = [programs.score(self.params, step.stream, tile) for tile in plan.tiles]
             kept = [programs.hidden(step.stream, tile.slots) for tile in plan.tiles] if plan.keeps_hidden else []

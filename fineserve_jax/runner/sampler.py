@@ -50,15 +50,19 @@ class Sampled(NamedTuple):
     asked_logprobs: Array
 
 
-def sample(logits: Logits, inputs: SamplingInputs, allowed: Masks | None = None) -> Sampled:
+def sample(
+    logits: Logits, inputs: SamplingInputs, allowed: Masks | None = None, processed: Logits | None = None
+) -> Sampled:
     """Chooses a token for each row of f32[S, vocab] logits.
 
     Args:
         allowed: u32[S, words], the tokens that a row may sample, see `token_masks`; None: any.
+        processed: what to choose by in the place of the logits, of which log-probabilities are told; None: the same.
     """
 
     def candidates() -> Logits:
-        return logits if allowed is None else _exclude(logits, allowed)
+        chosen_by = logits if processed is None else processed
+        return chosen_by if allowed is None else _exclude(chosen_by, allowed)
 
     # One branch for the common case: each one taken apart would copy the logits.
     return lax.cond(

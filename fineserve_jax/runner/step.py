@@ -19,8 +19,10 @@ from fineserve_jax.models import block_of
 from fineserve_jax.models.rope import RopeTables
 from fineserve_jax.pallas_kernels.formats import PageWords
 from fineserve_jax.pallas_kernels.operations import requantize, write_pages, write_tokens
+from fineserve_jax.request.logits_processor import LogitsProcessor
 from fineserve_jax.runner.inputs import StepInputs
 from fineserve_jax.runner.layer_attention import LayerAttention, LayerWords
+from fineserve_jax.runner.logits_processing import Processing, process
 from fineserve_jax.runner.sampler import Sampled, sample
 from fineserve_jax.runner.sampling_inputs import SamplingInputs
 from fineserve_jax.runner.scoring import Scores, ScoreTile, score_logits
@@ -93,6 +95,23 @@ def head(
     last = _blank(spec, stream.x[inputs.sample_slots], inputs.sample_slots)
     logits = _apply(spec.model, params, last, method="head")
     return sample(logits, sampling, allowed), finite_slots(spec, stream)
+
+
+def processed_head(
+    spec: StepSpec,
+    processors: tuple[LogitsProcessor, ...],
+    params: Params,
+    stream: Stream,
+    inputs: StepInputs,
+    sampling: SamplingInputs,
+    allowed: jax.Array | None,
+    tables: tuple[Any, ...],
+    processing: Processing,
+) -> tuple[tuple[Sampled, jax.Array], tuple[Any, ...]]:
+    """What `head` gives where rows name logits processors, and these processors' tables of states. Donate them."""
+    logits = _apply(spec.model, params, stream.x[inputs.sample_slots], method="head")
+    processed, tables = process(processors, logits, tables, processing)
+    return (sample(logits, sampling, allowed, processed), finite_slots(spec, stream)), tables
 
 
 def score(spec: StepSpec, params: Params, stream: Stream, tile: ScoreTile) -> Scores:

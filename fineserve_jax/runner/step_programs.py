@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fineserve_jax.request.logits_processor import LogitsProcessor
 from fineserve_jax.runner import step as stages
 from fineserve_jax.runner.ahead import CompileAhead
 from fineserve_jax.runner.mesh import SAME, SHARDED, DeviceGroup, Specs, over_mesh, specs_of
@@ -30,20 +31,9 @@ class StepPrograms:
 
     def __init__(self, spec: StepSpec) -> None:
         self.compiled: list[str] = []
-
-        def program(
-            stage: Callable[..., Any],
-            arguments: Sequence[Specs],
-            result: Any = SAME,
-            static: Sequence[int] = (),
-            donate_argnums: Sequence[int] = (),
-        ) -> Callable[..., Any]:
-            """`arguments`, `result`: how they lie on several devices."""
-            function = over_mesh(spec.mesh, functools.partial(stage, spec, *static), arguments, result)
-            note = functools.partial(self.compiled.append, stage.__name__)
-            return compile_counted(function, note, donate_argnums)
-
-        params = specs_of(spec.model.config)
+        self._spec = spec
+        self._processed_heads: dict[tuple[LogitsProcessor, ...], Callable[..., Any]] = {}
+        program, params = self._program, specs_of(spec.model.config)
         self.embed = program(stages.embed, [params, SAME])
         self.head = program(stages.head, [params, SAME, SAME, SAME, SAME])
         self.layers = {
@@ -57,6 +47,28 @@ class StepPrograms:
         self.commit = program(stages.commit, [SHARDED, SHARDED, SAME], SHARDED, donate_argnums=(0,))
         self.finite_slots = program(stages.finite_slots, [SAME])  # only where `check_finite` asks for it
         self._unpack = compile_counted(unpack, lambda: self.compiled.append("inputs"), static_argnums=(1, 2))
+
+    def _program(
+        self,
+        stage: Callable[..., Any],
+        arguments: Sequence[Specs],
+        result: Any = SAME,
+        static: Sequence[Any] = (),
+        donate_argnums: Sequence[int] = (),
+    ) -> Callable[..., Any]:
+        """`arguments`, `result`: how they lie on several devices."""
+        function = over_mesh(self._spec.mesh, functools.partial(stage, self._spec, *static), arguments, result)
+        note = functools.partial(self.compiled.append, stage.__name__)
+        return compile_counted(function, note, donate_argnums)
+
+    def processed_head(self, processors: tuple[LogitsProcessor, ...]) -> Callable[..., Any]:
+        """`step.processed_head` with these processors."""
+        if processors not in self._processed_heads:
+            arguments: list[Specs] = [specs_of(self._spec.model.config), *(SAME,) * 6]
+            self._processed_heads[processors] = self._program(
+                stages.processed_head, arguments, static=[processors], donate_argnums=(5,)
+            )
+        return self._processed_heads[processors]
 
     def stand_ins(self, ahead: CompileAhead) -> "StepPrograms":
         """The same, but that calls only have programs compiled, see `CompileAhead`."""

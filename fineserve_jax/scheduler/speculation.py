@@ -52,7 +52,7 @@ class Speculation:
 
     def may_draft(self, request: Request) -> bool:
         """Whether its decodes may ever have drafts."""
-        return request.matcher is None and self._most_asked(request) > 0
+        return request.allows_drafts and self._most_asked(request) > 0
 
     def note(self, running: RunningRequest, offered: int, accepted: int) -> None:
         """Learn from a decode's drafts, of which the first so many were accepted."""
@@ -81,7 +81,7 @@ class Speculation:
         """Drafts that a decode of the token at `start` may have: they lie in that token's page, which the request has,
         and no token is sampled beyond its greatest length, nor drafted where its positions are turned otherwise."""
         request, own = running.request, running.page_class
-        if request.matcher is not None:  # what may follow a draft is not known before it is accepted
+        if not request.allows_drafts:
             return 0
         most = self._most_asked(request)
         # A page that is encoded as a whole is so when its last token is computed, and that must not be in doubt.

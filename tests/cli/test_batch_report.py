@@ -1,5 +1,6 @@
 """The report of a batch job: right, bounded while the job runs, and a page that anybody can open."""
 
+import dataclasses
 import html
 import html.parser
 import json
@@ -11,13 +12,16 @@ import urllib.request
 
 import numpy as np
 import pytest
+from example_modules import example
 from observed_job import HOSTILE, Clock, failed, outcome, play, stats_after
 from stub_engine import StubEngine
 
 from fineserve_jax import ConfigError
+from fineserve_jax.entrypoints.batch import report_sections
 from fineserve_jax.entrypoints.batch import run as run_module
-from fineserve_jax.entrypoints.batch.observers import JobStart
+from fineserve_jax.entrypoints.batch.observers import JobStart, Observers
 from fineserve_jax.entrypoints.batch.summary import BatchSummary
+from fineserve_jax.entrypoints.cli.batch_observers import job_observers
 from fineserve_jax.entrypoints.cli.batch_page import check_report, page, write_report
 from fineserve_jax.entrypoints.cli.batch_record import MOST_SAMPLES, BatchRecord, Distribution, rates
 
@@ -273,3 +277,85 @@ def test_a_browser_shows_it_without_scrolling_sideways(tmp_path, record, width):
     assert found["narrowest"] >= min(320, width - 50)  # a scroll bar and margins
     assert found["font"] >= 16
     assert found["high"] > 1000
+
+
+# -- sections of others ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sections(monkeypatch):
+    monkeypatch.setattr(report_sections, "SECTIONS", {})
+    return report_sections.SECTIONS
+
+
+def test_the_examples_section_names_the_longest_answers(sections):
+    module = example("add_report_section")
+    report_sections.register(module.LongestAnswers)
+    (section,) = report_sections.new_sections()
+    lengths = np.random.default_rng(1).permutation(100)
+    for seq, length in enumerate(lengths):
+        answered = outcome(seq, output_tokens=(int(length), 100))
+        section.row(dataclasses.replace(answered, id=HOSTILE) if length == 99 else answered)
+        section.row(failed(seq))
+    shown = page(BatchRecord(), [section])
+    cells = re.findall(r"<td>([^<]*)</td>", shown.partition("<h2>Longest answers</h2>")[2])
+    rows = [
+        (
+            html.escape(HOSTILE) if length == 99 else f"row-{lengths.tolist().index(length)}",
+            f"{lengths.tolist().index(length) + 1}",
+            f"{length + 100}",
+        )
+        for length in range(99, 94, -1)
+    ]
+    assert list(zip(*[iter(cells[:15])] * 3, strict=True)) == rows
+    assert HOSTILE not in shown
+
+
+def test_a_section_that_fails_says_so_in_its_place(sections, caplog):
+    class FailsAtOnce(report_sections.ReportSection):
+        title = "At once"
+
+        def row(self, outcome):
+            raise RuntimeError("no <rows>")
+
+    class FailsAtTheEnd(report_sections.ReportSection):
+        title = "At the end"
+
+        def body(self):
+            raise RuntimeError("no <page>")
+
+    class Stands(report_sections.ReportSection):
+        title = "Stands"
+
+        def body(self):
+            return "<p>it stands</p>"
+
+    for section in (FailsAtOnce, FailsAtTheEnd, Stands):
+        report_sections.register(section)
+    made = report_sections.new_sections()
+    Observers(made).row(outcome(1))
+    shown = page(BatchRecord(), made)
+    assert "<h2>At once</h2><p>This section failed while the job ran: no &lt;rows&gt;</p>" in shown
+    assert "<h2>At the end</h2><p>This section failed: no &lt;page&gt;</p>" in shown
+    assert "<h2>Stands</h2><p>it stands</p>" in shown
+
+
+def test_a_report_has_the_sections_and_they_are_told_of_the_job(sections, tmp_path):
+    report_sections.register(example("add_report_section").LongestAnswers)
+    with job_observers(tmp_path / "report.html", None, None) as observers:
+        told = Observers(observers)
+        told.began(JobStart(1))
+        told.row(outcome(6))
+    shown = (tmp_path / "report.html").read_text()
+    assert "<td>row-6</td>" in shown.partition("<h2>Longest answers</h2>")[2]
+
+
+def test_a_section_without_a_title_or_with_anothers_is_refused(sections):
+    class Other(report_sections.ReportSection):
+        title = "Longest answers"
+
+    report_sections.register(example("add_report_section").LongestAnswers)
+    with pytest.raises(ValueError, match="'Longest answers' is registered already"):
+        report_sections.register(Other)
+    with pytest.raises(ValueError, match="no section with a title"):
+        report_sections.register(report_sections.ReportSection)

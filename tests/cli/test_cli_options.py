@@ -63,7 +63,7 @@ SAMPLING: dict[str, tuple[list[str], Any]] = {
     "logprob_token_ids": (["7", "8"], (7, 8)),
     "prompt_logprobs": (["2"], 2),
 }
-TABLES = ("quotas", "structured_outputs")  # tables of tables are for YAML files
+TABLES = ("quotas", "structured_outputs", "logits_processors")  # tables of tables are for YAML files
 
 
 def given(settings: type[BaseModel], words: list[str]):

@@ -5,15 +5,14 @@ A change of a public signature needs an edit only here.
 # mypy: disable-error-code="call-arg"
 
 import functools
-import importlib.util
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_modules import example
 from hypothesis import strategies as st
 
 from fineserve_jax.pallas_kernels import operations
@@ -33,7 +32,6 @@ from fineserve_jax.pallas_kernels.specs import AttentionSpec, WriteSpec
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
 from fineserve_jax.pallas_kernels.xla.page_gather import gather_page_layers
 
-ROOT = Path(__file__).parents[2]
 NAN_WORD = 0xFFFF  # NaN as bf16 and as fp16; two of them are NaN as fp32; NaN as any scale or level
 FAR_AWAY = 2**30  # a page far beyond every arena, as padding uses it
 TOLERANCE = 1e-5  # of attention in float32 against float64: norm of the difference over norm
@@ -64,9 +62,7 @@ PAGES = 8  # pages that tests encode at once: one number, so that they share com
 @functools.cache
 def example_int2() -> KVFormat:
     """The format that an example adds outside the package: 8 values a word, of which the kernels know nothing."""
-    spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = example("add_kv_format")
     return KVFormat(module.Keys(), module.Values())
 
 

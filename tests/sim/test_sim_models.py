@@ -1,11 +1,10 @@
 """The simulator's models are those of the published cards, its formats the engine's."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from example_modules import example
 from sim_cases import MODEL, cluster, options, simulate, workload
 
 from fineserve_jax.engine.page_shapes import page_classes as engine_classes
@@ -14,8 +13,6 @@ from fineserve_jax.pallas_kernels.format_sizes import FORMAT_SIZES
 from fineserve_jax.pallas_kernels.formats import FORMATS, KVFormat, register
 from fineserve_jax.sim import Kind
 from fineserve_jax.sim.models import SHAPES, page_classes, parse_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -28,10 +25,8 @@ def test_pages_are_as_long_as_the_engines(shape, name):
 @pytest.fixture
 def int2():
     """The format of the example, registered meanwhile."""
-    spec = importlib.util.spec_from_file_location("add_kv_format", ROOT / "examples" / "add_kv_format.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    yield register(KVFormat(example.Keys(), example.Values())).name
+    module = example("add_kv_format")
+    yield register(KVFormat(module.Keys(), module.Values())).name
     for registry in (FORMATS, FORMAT_SIZES):
         del registry["int2"]
 

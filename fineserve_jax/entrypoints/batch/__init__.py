@@ -52,6 +52,7 @@ from fineserve_jax.entrypoints.batch.job import BatchJob
 from fineserve_jax.entrypoints.batch.job_output import JobOutput
 from fineserve_jax.entrypoints.batch.observers import JobObserver, JobStart, RowOutcome
 from fineserve_jax.entrypoints.batch.predictor import FineServePredictor
+from fineserve_jax.entrypoints.batch.report_sections import ReportSection
 from fineserve_jax.entrypoints.batch.rows import BadRow, BatchRow, read_rows
 from fineserve_jax.entrypoints.batch.run import run_batch
 from fineserve_jax.entrypoints.batch.summary import BatchSummary, FormatSummary
@@ -69,6 +70,7 @@ __all__ = [
     "JobObserver",
     "JobOutput",
     "JobStart",
+    "ReportSection",
     "RowOutcome",
     "read_rows",
     "run_batch",

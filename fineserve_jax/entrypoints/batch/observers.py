@@ -61,7 +61,13 @@ class RowOutcome:
 
 
 class JobObserver:
-    """Told of a job as it goes; override what is of interest. All calls come from the job's own thread."""
+    """Told of a job as it goes; override what is of interest. All calls come from the job's own thread.
+
+    Attributes:
+        error: what it has raised, since when it is told nothing more; None: nothing.
+    """
+
+    error: Exception | None = None
 
     def began(self, start: JobStart) -> None:
         """The engine is there, and the first row is about to be read."""
@@ -105,6 +111,7 @@ class Observers(JobObserver):
         for observer in tuple(self._observers):
             try:
                 tell(observer)
-            except Exception:
+            except Exception as error:
                 log.exception("%s failed and is told nothing more", type(observer).__name__)
+                observer.error = error
                 self._observers.remove(observer)

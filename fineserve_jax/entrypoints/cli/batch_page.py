@@ -1,13 +1,13 @@
 """The report of a batch job: one HTML page that opens offline, on a phone too."""
 
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fineserve_jax.engine.memory import format_bytes
 from fineserve_jax.engine.output_files import check_can_write
+from fineserve_jax.entrypoints.batch.report_html import as_text, table
+from fineserve_jax.entrypoints.batch.report_sections import ReportSection, section_html
 from fineserve_jax.entrypoints.batch.summary import BatchSummary
 from fineserve_jax.entrypoints.cli.batch_record import BatchRecord, Distribution, rates, told_options
 from fineserve_jax.errors import ConfigError
@@ -51,24 +51,24 @@ def check_report(path: Path) -> None:
                 raise ConfigError(f"report={str(path)!r} is a file that is no report; name another, or remove it")
 
 
-def write_report(record: BatchRecord, path: Path) -> None:
+def write_report(record: BatchRecord, path: Path, sections: Iterable[ReportSection] = ()) -> None:
     """Writes the page. Raises ConfigError if the file cannot be written."""
     try:
-        path.write_text(page(record), encoding="utf-8")
+        path.write_text(page(record, sections), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the report {path}: {error.strerror}") from None
 
 
-def page(record: BatchRecord, now: datetime | None = None) -> str:
-    """The page as text. `now`: when it is written."""
+def page(record: BatchRecord, sections: Iterable[ReportSection] = (), now: datetime | None = None) -> str:
+    """The page as text. `sections`: that others add; `now`: when it is written."""
     summary = record.summary or BatchSummary()
     name = record.start.output or "answers"
     parts = [
         f'{BEGIN}<head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_text(f'Batch job: {name}')}</title><style>{STYLE}</style></head><body>",
-        f"<h1>Batch job: {_text(name)}</h1>",
-        f'<p class="quiet">{_text(_state(record, now or datetime.now(UTC)))}</p>',
+        f"<title>{as_text(f'Batch job: {name}')}</title><style>{STYLE}</style></head><body>",
+        f"<h1>Batch job: {as_text(name)}</h1>",
+        f'<p class="quiet">{as_text(_state(record, now or datetime.now(UTC)))}</p>',
         _tiles(summary),
         "<h2>Over time</h2>",
         _over_time(record),
@@ -83,14 +83,11 @@ def page(record: BatchRecord, now: datetime | None = None) -> str:
         _counts("finish reason", "answers", record.finish_reasons),
         "<h2>Errors</h2>",
         _errors(record),
+        *map(section_html, sections),
         _about(record),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def _state(record: BatchRecord, now: datetime) -> str:
@@ -178,16 +175,6 @@ def _distributions(title: str, unit: str, parts: Mapping[str, Distribution]) -> 
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], text: Sequence[int] = ()) -> str:
-    """`text`: columns, besides the first, that hold text."""
-
-    def cells(tag: str, row: Sequence[Any]) -> str:
-        shown = (f"<{tag}{' class=text' if i in text else ''}>{_text(cell)}</{tag}>" for i, cell in enumerate(row))
-        return f"<tr>{''.join(shown)}</tr>"
-
-    return f'<div class="wide"><table>{cells("th", head)}{"".join(cells("td", row) for row in rows)}</table></div>'
-
-
 def _quantiles(record: BatchRecord) -> str:
     parts = (
         ("in the queue, s", record.queue_s, ".3g"),
@@ -198,7 +185,7 @@ def _quantiles(record: BatchRecord) -> str:
         ("output tokens", record.output_tokens, ".0f"),
     )
     rows = [(name, *(format(part.quantile(s), form) for s in SHARES)) for name, part, form in parts if part.total]
-    return _table(("", *(f"{share:.0%}" for share in SHARES)), rows) if rows else "<p>No row was answered.</p>"
+    return table(("", *(f"{share:.0%}" for share in SHARES)), rows) if rows else "<p>No row was answered.</p>"
 
 
 def _precisions(summary: BatchSummary) -> str:
@@ -207,7 +194,7 @@ def _precisions(summary: BatchSummary) -> str:
     names, total = sorted(summary.formats), max(summary.answered, 1)
     spans = "".join(
         f'<span style="width:{100 * summary.formats[name].rows / total:.2f}%;background:{COLOURS[i % len(COLOURS)]}" '
-        f'title="{_text(name)}"></span>'
+        f'title="{as_text(name)}"></span>'
         for i, name in enumerate(names)
     )
     rows = [
@@ -222,7 +209,7 @@ def _precisions(summary: BatchSummary) -> str:
         for name, part in sorted(summary.formats.items())
     ]
     head = ("KV precision", "rows", "prompt tokens", "output tokens", "peak needed", "peak reserved")
-    return f'<div class="bar">{spans}</div>{_table(head, rows)}'
+    return f'<div class="bar">{spans}</div>{table(head, rows)}'
 
 
 def _prefixes(summary: BatchSummary) -> str:
@@ -235,7 +222,7 @@ def _prefixes(summary: BatchSummary) -> str:
 
 def _counts(kind: str, what: str, counts: Mapping[str, int]) -> str:
     rows = [(name, f"{count:,}") for name, count in sorted(counts.items(), key=lambda item: -item[1])]
-    return _table((kind, what), rows) if rows else "<p>None.</p>"
+    return table((kind, what), rows) if rows else "<p>None.</p>"
 
 
 def _errors(record: BatchRecord) -> str:
@@ -244,7 +231,7 @@ def _errors(record: BatchRecord) -> str:
         (code, f"{kind.count:,}", kind.example.line, f"id {kind.example.id!r}: {kind.example.error}")
         for code, kind in kinds
     ]
-    return _table(("kind", "rows", "first line", "what is said of it"), rows, text=(3,)) if rows else "<p>None.</p>"
+    return table(("kind", "rows", "first line", "what is said of it"), rows, text=(3,)) if rows else "<p>None.</p>"
 
 
 def _about(record: BatchRecord) -> str:
@@ -252,7 +239,7 @@ def _about(record: BatchRecord) -> str:
     if len(record.models) > 1:
         parts.append(_counts("model", "rows", record.models))
     if record.notes:
-        parts.append(f"<ul>{''.join(f'<li>{_text(note)}</li>' for note in record.notes)}</ul>")
+        parts.append(f"<ul>{''.join(f'<li>{as_text(note)}</li>' for note in record.notes)}</ul>")
     options = told_options(record.start.options)
-    parts.append(f"<details><summary>Options</summary>{_table(('option', 'value'), options, text=(1,))}</details>")
+    parts.append(f"<details><summary>Options</summary>{table(('option', 'value'), options, text=(1,))}</details>")
     return "\n".join(parts)

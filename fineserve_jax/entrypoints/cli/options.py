@@ -33,7 +33,7 @@ from fineserve_jax.errors import ConfigError
 from fineserve_jax.request.sampling_params import SamplingParams
 
 MODEL_KEYS = ("model", "models")
-NO_FLAG = ("seed", "structured_outputs")
+NO_FLAG = ("seed", "structured_outputs", "logits_processors")
 """Fields of `SamplingParams` that are none. The flag `seed` is the engine's, from which those of requests are drawn;
 tables of tables are for a YAML file."""
 NOT_STREAMED = ("n", "logprobs", "logprob_token_ids", "prompt_logprobs")

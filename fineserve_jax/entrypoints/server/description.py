@@ -17,8 +17,15 @@ from fineserve_jax.entrypoints.openai_api.embeddings import (
 )
 from fineserve_jax.entrypoints.server.asking import MAX_SAMPLES
 from fineserve_jax.loaders import ChatOptions
+from fineserve_jax.request.logits_processor import known_logits_processors
 from fineserve_jax.request.request_options import RequestOptions
-from fineserve_jax.request.sampling_params import MAX_BIAS, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
+from fineserve_jax.request.sampling_params import (
+    MAX_BIAS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGITS_PROCESSORS,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+)
 
 REFERENCE = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -203,7 +210,7 @@ def _request_schemas(models: Mapping[str, KnownModel]) -> Schema:
     formats = [*dict.fromkeys(one for model in models.values() for one in model.formats)]
     vocab_size = min((model.model.config.vocab_size for model in models.values()), default=1)
     model: Schema = {"model": {"enum": list(models)}}
-    sampling = _properties(SamplingParams, schemas) | SAMPLING
+    sampling = _properties(SamplingParams, schemas) | SAMPLING | {"logits_processors": _processors()}
     sampling["stop_token_ids"] = {"type": "array", "items": _token(vocab_size)}
     options = _properties(RequestOptions, schemas) | model
     options |= {"kv_precision": {"enum": [*formats, AUTO]}, "min_kv_precision": {"enum": formats}}
@@ -222,6 +229,14 @@ def _request_schemas(models: Mapping[str, KnownModel]) -> Schema:
         "EmbeddingRequest": _object(embedded, "input"),
         "TokenizeRequest": {"anyOf": [texts, _object({"messages": MESSAGES, **model, **chat}, "messages")]},
     }
+
+
+def _processors() -> Schema:
+    """Names of logits processors, or a table of arguments by name."""
+    known: Schema = {"enum": known_logits_processors()}
+    names: Schema = {"type": "array", "items": known, "uniqueItems": True, "maxItems": MAX_LOGITS_PROCESSORS}
+    arguments: Schema = {"type": "object", "propertyNames": known, "additionalProperties": {"type": "object"}}
+    return {"anyOf": [names, arguments | {"maxProperties": MAX_LOGITS_PROCESSORS}]}
 
 
 def _token(vocab_size: int) -> Schema:
