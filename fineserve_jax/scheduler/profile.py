@@ -39,6 +39,9 @@ decode) stays as it was."""
 LONGEST_COUNTED = 1.5
 """Times its prediction that a step adds at most to the sums of `bias`: one that stood still moves it by little."""
 
+SHORTEST_S = 1e-6
+"""No step is predicted to be shorter, though all that a fit has left of what one costs may be a part that it lacks."""
+
 ERROR_MEMORY = 0.05
 """Weight of the newest relative error in the running one."""
 
@@ -80,11 +83,11 @@ class StepProfile:
         return observed / predicted if predicted > 0.0 else 1.0
 
     def predict(self, cost: StepCost) -> float:
-        """Seconds that a step of that cost takes; grows with each part of the cost."""
+        """Seconds that a step of that cost takes, more than 0; grows with each part of the cost."""
         c0, c1, c2, c3, c4, c5 = self._seconds
         beyond = max(0.0, cost.tokens - self.knee_tokens)
         attention = c3 * cost.chunk_pairs + c4 * cost.kv_bytes + c5 * cost.kv_tokens
-        return c0 + c1 * cost.tokens + c2 * beyond + attention
+        return max(SHORTEST_S, c0 + c1 * cost.tokens + c2 * beyond + attention)
 
     def observe(self, cost: StepCost, seconds: float) -> None:
         """Learn from a step; not to be called for one that compiled.

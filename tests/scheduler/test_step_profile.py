@@ -65,6 +65,15 @@ def test_its_error_is_reported_and_falls():
     assert profile.num_observed == 200
 
 
+def test_no_step_is_predicted_to_take_no_time():
+    """Even where only cached tokens were seen to take any, and a step reads none."""
+    truth, profile = machine([0.0, 0.0, 0.0, 0.0, 0.0, 5.0]), StepProfile(COST, ROOFLINE)
+    for cost in random_steps(np.random.default_rng(0), 1000):
+        profile.observe(cost, truth.predict(cost))
+    assert (profile.coefficients[:3] == 0.0).all()
+    assert profile.predict(StepCost(1, 0, 0.0)) > 0.0
+
+
 def test_it_follows_a_machine_that_changes():
     rng, profile = np.random.default_rng(2), StepProfile(COST, ROOFLINE)
     for coefficients in ([1.0, 0.0, 1.0, 1.0, 1.0, 0.0], [2.5, 0.2, 2.0, 2.0, 3.0, 0.0]):
