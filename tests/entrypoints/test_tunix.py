@@ -1,6 +1,7 @@
 """The engine as tunix's rollout worker: its log-probabilities are those of tunix's own models."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,21 @@ from tiny_model import write_tiny_model
 pytest.importorskip("tunix", reason="google-tunix is not installed; it wants other releases of tokenizers")
 
 from example_modules import example
-from flax import nnx
-from tunix.models.llama3 import model as llama3
-from tunix.models.qwen2 import model as qwen2
-from tunix.models.qwen3 import model as qwen3
-from tunix.rl import common
-from tunix.rl.rollout.base_rollout import BaseRollout, RolloutConfig
 
 from fineserve_jax import LLM, ConfigError, ModelLoadError, RequestError, load_model
-from fineserve_jax.entrypoints.tunix import FineServeRollout, tensors_of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of tunix and what it imports
+    from flax import nnx
+    from tunix.models.llama3 import model as llama3
+    from tunix.models.qwen2 import model as qwen2
+    from tunix.models.qwen3 import model as qwen3
+    from tunix.rl import common, rl_cluster
+    from tunix.rl.rollout.base_rollout import BaseRollout, RolloutConfig
+
+    from fineserve_jax.entrypoints.tunix import FineServeRollout, tensors_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPTS = ["The sea is", "a", "In the morning ("]
 CONFIG = {"max_tokens_to_generate": 12, "max_prompt_length": 20, "temperature": 1.0, "seed": 3, "return_logprobs": True}
@@ -160,7 +167,6 @@ def test_the_example_runs(module, directory, capsys):
 def test_a_cluster_takes_it_as_its_engine(module, llm, trainer):
     """`RLCluster` makes the worker, generates with it, and gives it the trainer's weights."""
     import optax
-    from tunix.rl import rl_cluster
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.ROLLOUT)
