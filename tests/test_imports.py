@@ -29,7 +29,7 @@ STOREYS = [
     {"fleet"},
     {"llm", "entrypoints.openai_api", "entrypoints.metrics"},
     {"async_llm"},
-    {"entrypoints.batch", "sim", "entrypoints.server", "entrypoints.lm_eval"},
+    {"entrypoints.batch", "sim", "entrypoints.server", "entrypoints.lm_eval", "entrypoints.tunix"},
     {""},
     {"entrypoints.cli"},
 ]
@@ -128,11 +128,11 @@ def test_every_package_that_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = [
         name
-        for extra in ("plot", "files", "remote", "ray", "lm-eval", "serve")
+        for extra in ("plot", "files", "remote", "ray", "lm-eval", "tunix", "serve")
         for name in project["optional-dependencies"][extra]
     ]
     declared = {requirement.split(">")[0].split("[")[0].lower() for requirement in project["dependencies"] + optional}
-    distributions = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "absl": "absl-py"}
+    distributions = {"yaml": "pyyaml", "orbax": "orbax-checkpoint", "absl": "absl-py", "tunix": "google-tunix"}
     used = {name for imported in IMPORTS.values() for name in imported if room_of(name) is None}
     missing = {
         distributions.get(name, name.replace("_", "-")) for name in used - set(sys.stdlib_module_names)
