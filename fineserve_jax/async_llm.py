@@ -141,8 +141,8 @@ class AsyncLLM:
         prompts: Prompt | Iterable[Prompt],
         options: RequestOptions | Sequence[RequestOptions] | None = None,
         *,
-        pooling: str,
-        normalize: bool = False,
+        pooling: str | None = None,
+        normalize: bool | None = None,
         **fields: Unpack[OptionKeywords],
     ) -> list[PromptEmbedding]:
         """Vectors of prompts; see `LLM.embed`."""

@@ -166,8 +166,8 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         options: RequestOptions | Sequence[RequestOptions] | None = None,
         *,
-        pooling: str,
-        normalize: bool = False,
+        pooling: str | None = None,
+        normalize: bool | None = None,
         **fields: Unpack[OptionKeywords],
     ) -> list[PromptEmbedding]:
         """Vectors of prompts: the model's last hidden states, behind its final norm, pooled.
@@ -177,8 +177,9 @@ class LLM:
         Args:
             prompts: as `generate` takes them; they may be as long as `max_seq_len`.
             options, fields: as of `generate`.
-            pooling: "mean" of all tokens, which are then not taken from the prefix cache, or the "last" token's alone.
-            normalize: scale vectors to length 1.
+            pooling: "mean" of all tokens, which are then not taken from the prefix cache, or the "last" token's alone;
+                None: what the model is made for, see docs/scores.md.
+            normalize: scale vectors to length 1; None: if the model is made so.
 
         Returns:
             a vector for each prompt, in order. What cannot be computed has an `error`.

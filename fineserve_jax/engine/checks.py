@@ -84,6 +84,15 @@ def check_vocabulary(served: KnownModel, name: str, token_ids: Collection[int]) 
         raise RequestError(f"{name} has token {wrong}; {served.name} has tokens 0 to {vocab_size - 1}")
 
 
+def check_writes(served: KnownModel) -> None:
+    """Raises `RequestError` for a model without an output head, which computes hidden states and no logits."""
+    if served.model.pooling is not None and not served.model.pooling.has_head:
+        raise RequestError(
+            f"{served.name!r} has no output head: it makes vectors of texts, and can neither write nor score text; ask "
+            "it for these (embed, or /v1/embeddings), or use a language model"
+        )
+
+
 def check_drafts(config: EngineConfig, options: RequestOptions) -> None:
     """Raises `RequestError` for a request that wants more drafts than the engine has."""
     asked, most = options.num_speculative_tokens, config.num_speculative_tokens

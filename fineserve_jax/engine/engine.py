@@ -126,7 +126,11 @@ class Engine:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def prepare(
-        self, token_ids: Sequence[int], sampling: SamplingParams | None = None, options: RequestOptions | None = None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        pooled_from: int | None = None,
     ) -> PreparedRequest:
         """Checks a request and resolves its precision; `queue` then lets it wait for its turn.
 
@@ -134,13 +138,14 @@ class Engine:
             token_ids: the prompt.
             sampling: how to sample; greedy if None.
             options: who answers, in which KV precision, how soon.
+            pooled_from: index of the first token whose hidden states are pooled, see `LLM.embed`; None: none are.
 
         Raises:
             RequestError: a request that can never be served, saying what is wrong and what to do.
         """
         sampling, options = sampling or SamplingParams(), options or RequestOptions()
         served = self.served(options.model)
-        return prepare_request(served, self.kv, self.scheduler.quotas, token_ids, sampling, options)
+        return prepare_request(served, self.kv, self.scheduler.quotas, token_ids, sampling, options, pooled_from)
 
     def queue(self, prepared: PreparedRequest, so_far: Sequence[SampleSoFar] = ()) -> list[Request]:
         """Lets all `n` samples of a prompt wait for their turn, or none if that is interrupted; all but the first may

@@ -43,7 +43,11 @@ class Intake(Protocol):
         """See `Engine.served`."""
 
     def prepare(
-        self, token_ids: Sequence[int], sampling: SamplingParams | None = None, options: RequestOptions | None = None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        pooled_from: int | None = None,
     ) -> PreparedRequest:
         """See `Engine.prepare`."""
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from fineserve_jax.engine.build import KnownModel, ServedModel
-from fineserve_jax.engine.checks import check_drafts, check_memory, check_tokens, token_list
+from fineserve_jax.engine.checks import check_drafts, check_memory, check_tokens, check_writes, token_list
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.engine.processor_checks import check_logits_processors
@@ -128,6 +128,7 @@ def prepare_request(
     token_ids: Sequence[int],
     sampling: SamplingParams,
     options: RequestOptions,
+    pooled_from: int | None = None,
 ) -> PreparedRequest:
     """Checks a request and resolves its precision, once for all of its samples.
 
@@ -136,10 +137,13 @@ def prepare_request(
         kv: knows how long pages are, and what fits.
         quotas: what tenants and precisions may take.
         token_ids: the prompt.
+        pooled_from: see `PreparedRequest`.
 
     Raises:
         RequestError: a request that can never be served, saying what is wrong and what to do.
     """
+    if pooled_from is None:
+        check_writes(served)
     token_ids = token_list(token_ids)
     max_total_tokens = served.max_seq_len
     if sampling.max_tokens is not None:
@@ -155,7 +159,9 @@ def prepare_request(
     check_memory(kv, served.name, precision.start, max_total_tokens)
     quotas.check(served.name, precision.start, options.tenant, max_total_tokens)
     matcher = matcher_of(served, sampling)
-    return PreparedRequest(served, token_ids, sampling, options, precision, max_total_tokens, stop_ids, matcher)
+    return PreparedRequest(
+        served, token_ids, sampling, options, precision, max_total_tokens, stop_ids, matcher, pooled_from=pooled_from
+    )
 
 
 def matcher_of(served: KnownModel, sampling: SamplingParams) -> TokenMatcher | None:

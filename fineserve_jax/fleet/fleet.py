@@ -22,7 +22,7 @@ from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.router import Router
 
 T = TypeVar("T")
-KEPT = ("scored_from", "branches", "pooled_from", "arrival_s")
+KEPT = ("scored_from", "branches", "arrival_s")
 """What engines do not set when they prepare a request, and which therefore goes along with one that another serves."""
 
 
@@ -69,7 +69,11 @@ class Fleet:
         return named_model(self.models, model)
 
     def prepare(
-        self, token_ids: Sequence[int], sampling: SamplingParams | None = None, options: RequestOptions | None = None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        pooled_from: int | None = None,
     ) -> PreparedRequest:
         """Checks a request as one of the engines that serve its model would, see `Engine.prepare`. Raises
         `RequestError` if all of them refuse it, as the first does."""
@@ -77,7 +81,7 @@ class Fleet:
         for replica in self.replicas.values():
             if name in replica.models:
                 try:
-                    return replica.engine.prepare(token_ids, sampling, options)
+                    return replica.engine.prepare(token_ids, sampling, options, pooled_from)
                 except RequestError as error:
                     refusals.append(error)
         raise refusals[0] if refusals else RequestError(f"model={name!r} was unloaded meanwhile; choose another one")
@@ -116,7 +120,7 @@ class Fleet:
         if replica.engine.models.get(prepared.served.name) is prepared.served:
             return prepared
         options = prepared.options.model_copy(update={"model": prepared.served.name})
-        own = replica.engine.prepare(prepared.token_ids, prepared.sampling, options)
+        own = replica.engine.prepare(prepared.token_ids, prepared.sampling, options, prepared.pooled_from)
         own = dataclasses.replace(own, **{name: getattr(prepared, name) for name in KEPT})
         check_branches(own)
         return own

@@ -1,12 +1,13 @@
 """Converted checkpoints: parameters already fused and quantised, in a directory that needs nothing else.
 
-DIRECTORY/fineserve.json         format version, weights, model configuration
+DIRECTORY/fineserve.json         format version, weights, model configuration, how vectors of texts are made
 DIRECTORY/params/                Orbax: the parameter tree
 DIRECTORY/tokenizer.json, tokenizer_config.json, generation_config.json
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -20,6 +21,7 @@ from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer, save_tokenizer
 from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.known_keys import CheckedKeys, check_keys
 from fineserve_jax.loaders.loaded_model import LoadedModel
+from fineserve_jax.loaders.pooling_settings import Pooling, PoolingSettings
 from fineserve_jax.loaders.tokenizer import Tokenizer
 from fineserve_jax.loaders.tokenizer_check import check_same_ids
 from fineserve_jax.models.model_config import ModelConfig
@@ -29,11 +31,20 @@ MANIFEST = "fineserve.json"
 _FORMAT_VERSION = 1
 
 
+class _Pooling(CheckedKeys):
+    """Fields of `PoolingSettings`."""
+
+    pooling: Pooling
+    normalize: bool
+    has_head: bool
+
+
 class _Manifest(CheckedKeys):
     """What fineserve.json holds beside its version."""
 
     weights: str
     config: dict[str, Any]
+    pooling: _Pooling | None = None
 
 
 def check_target(directory: Path) -> None:
@@ -63,20 +74,23 @@ def save_checkpoint(model: LoadedModel, directory: Path) -> None:
 
 def load_checkpoint(
     directory: Path, weights: str | None, placement: Placement = DEFAULT_DEVICE
-) -> tuple[ModelConfig, Params, Tokenizer, str]:
-    """Configuration, parameters, tokenizer and weight precision of a converted directory.
+) -> tuple[ModelConfig, Params, Tokenizer, str, PoolingSettings | None]:
+    """Configuration, parameters, tokenizer, weight precision and pooling of a converted directory.
 
     weights: what the caller asked for; another precision than the stored one raises ModelLoadError, None takes what
         is stored.
     placement: where the parameters go.
     """
-    config, tokenizer, stored = describe_checkpoint(directory, weights)
+    config, tokenizer, stored, pooling = describe_checkpoint(directory, weights)
     placement.check(config, stored)
     place = functools.partial(placement.place, config, stored)
-    return config, read_params(directory / "params", abstract_params(config, stored), place), tokenizer, stored
+    params = read_params(directory / "params", abstract_params(config, stored), place)
+    return config, params, tokenizer, stored, pooling
 
 
-def describe_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConfig, Tokenizer, str]:
+def describe_checkpoint(
+    directory: Path, weights: str | None
+) -> tuple[ModelConfig, Tokenizer, str, PoolingSettings | None]:
     """What `load_checkpoint` returns, but for the parameters, which are not read."""
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format_version") != _FORMAT_VERSION:
@@ -91,7 +105,9 @@ def describe_checkpoint(directory: Path, weights: str | None) -> tuple[ModelConf
             f"{directory} holds {stored} weights, {weights} was asked for; use weights={stored!r}, "
             f"or convert the original model again with {weights}"
         )
-    return ModelConfig.from_dict(stated.config), hf_tokenizer(directory), stored
+    own = stated.pooling
+    pooling = None if own is None else PoolingSettings(own.pooling, own.normalize, own.has_head)
+    return ModelConfig.from_dict(stated.config), hf_tokenizer(directory), stored, pooling
 
 
 def _write(model: LoadedModel, directory: Path) -> None:
@@ -103,4 +119,6 @@ def _write(model: LoadedModel, directory: Path) -> None:
         "weights": model.weights,
         "config": model.config.to_dict(),
     }
+    if model.pooling is not None:
+        manifest["pooling"] = dataclasses.asdict(model.pooling)
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ def _model_config(file: GGUFFile, family: Family, keys: KeyReader) -> ModelConfi
     if pooling := keys.get("pooling_type", 0):
         raise ModelLoadError(
             f"{file.path} is an embedding model (pooling_type {pooling}): it makes vectors of texts, and cannot write "
-            "text; use a language model"
+            "text; use a language model, or, for vectors, the Hugging Face directory that the file was made from"
         )
     hidden, heads = keys["embedding_length"], keys["attention.head_count"]
     head_dim = keys.get("attention.key_length", hidden // heads)

@@ -161,6 +161,7 @@ class HFTokenizerKeys(NamedTokenKeys):
 
     chat_template: str | list[NamedTemplate] | None = None
     added_tokens_decoder: dict[str, AddedTokenKeys] | None = None
+    add_eos_token: bool | None = None  # which tokenizer.json says, too
     fineserve_duplicate_tokens: dict[str, TokenId] | None = None  # written by `convert`
 
 
@@ -213,6 +214,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (0,),
     "full_attn_mod": (1,),
     "interpolate_factor": (1,),
+    "is_causal": (True,),
     "is_decoder": (True, False),  # a decoder-only model is one either way
     "lm_head_bias": (False,),
     "logit_scale": (1.0,),

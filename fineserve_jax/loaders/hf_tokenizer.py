@@ -107,6 +107,16 @@ def _index(text: str) -> int:
     return int(text)
 
 
+def check_texts_are_ended(directory: Path, tokenizer: Tokenizer) -> None:
+    """Raises ModelLoadError for a directory that wants a text ended by a token which tokenizer.json does not add."""
+    settings = _checked(HFTokenizerKeys, directory / "tokenizer_config.json")
+    if settings.add_eos_token and tokenizer.encode("a")[-1] not in tokenizer.eos_token_ids:
+        raise ModelLoadError(
+            f"{directory}: tokenizer_config.json has add_eos_token on, and tokenizer.json adds none, by which the "
+            "vector of a text would be another one; let the post-processor of tokenizer.json add it"
+        )
+
+
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write the files `hf_tokenizer` reads."""
     tokenizer.backend.save(str(directory / "tokenizer.json"))

@@ -17,7 +17,7 @@ from fineserve_jax.loaders.gguf_model import GGUFModel
 from fineserve_jax.loaders.gguf_split import open_gguf
 from fineserve_jax.loaders.gguf_tokenizer import gguf_tokenizer
 from fineserve_jax.loaders.hf_model import HFModel
-from fineserve_jax.loaders.hf_tokenizer import hf_tokenizer
+from fineserve_jax.loaders.hf_tokenizer import check_texts_are_ended, hf_tokenizer
 from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.models.params import DEFAULT_DEVICE, Placement, pack_params
 from fineserve_jax.models.weight_formats import weight_recipe
@@ -52,8 +52,8 @@ def _load(source: str | Path, weights: str | None, placement: Placement | None) 
     if (path / MANIFEST).exists():
         if placement is not None:
             return LoadedModel(name, *load_checkpoint(path, weights, placement))
-        config, tokenizer, stored = describe_checkpoint(path, weights)
-        return LoadedModel(name, config, {}, tokenizer, stored)
+        config, tokenizer, stored, pooling = describe_checkpoint(path, weights)
+        return LoadedModel(name, config, {}, tokenizer, stored, pooling)
     if (path / "config.json").exists():
         return _load_hf(path, weights or DEFAULT_WEIGHTS, name, placement)
     raise ModelLoadError(
@@ -100,8 +100,10 @@ def _load_gguf(path: Path, weights: str, name: str, placement: Placement | None)
 def _load_hf(path: Path, weights: str, name: str, placement: Placement | None) -> LoadedModel:
     model = HFModel(path)
     tokenizer = hf_tokenizer(path)
+    if model.pooling is not None:
+        check_texts_are_ended(path, tokenizer)
     params = {} if placement is None else pack_params(model.config, weights, model, placement)
-    return LoadedModel(name, model.config, params, tokenizer, weights)
+    return LoadedModel(name, model.config, params, tokenizer, weights, model.pooling)
 
 
 def _unknown(source: str | Path) -> ModelLoadError:

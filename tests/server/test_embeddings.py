@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from serving import check_nothing_is_left, serving
 from test_completions import strictly
 
 from fineserve_jax.entrypoints.server.classes import ServiceClass
+from fineserve_jax.loaders.pooling_settings import PoolingSettings
 from fineserve_jax.request.request_options import RequestOptions
 
 MEAN = {"pooling": "mean"}
@@ -103,3 +105,16 @@ def test_a_server_may_say_how_hidden_states_are_pooled_and_classes_count(llm):
         told = running.ask("/metrics")[2].decode()
         assert 'fineserve:slo_requests_total{met="true",slo="ttft"} 1.0' in told
         assert 'path="/v1/embeddings",status="200"' in told
+
+
+def test_a_model_that_is_made_for_vectors_makes_them_as_its_files_say(server, llm, monkeypatch):
+    """It needs no pooling in the request, which may name another one; and without a head it writes nothing."""
+    engine = llm.engine
+    made = dataclasses.replace(engine.model, pooling=PoolingSettings("last", False, has_head=False))
+    monkeypatch.setitem(engine.models, "tiny", dataclasses.replace(engine.served(), model=made))
+    for said in ({}, {"pooling": "mean"}, {"normalize": True}):
+        answer = server.client.embeddings.create(model="tiny", input=["ab", "c"], extra_body=said)
+        vectors, _ = expected(llm, ["ab", "c"], **({"pooling": "last", "normalize": False} | said))
+        np.testing.assert_allclose(vectors_of(answer), vectors, atol=1e-4)  # of hidden states of about 1
+    with pytest.raises(openai.BadRequestError, match="'tiny' has no output head"):
+        server.client.completions.create(model="tiny", prompt="a")

@@ -12,6 +12,7 @@ from fineserve_jax.entrypoints.openai_api.bodies import Neutral
 from fineserve_jax.entrypoints.openai_api.fields import OPTION_FIELDS, FieldError
 from fineserve_jax.entrypoints.openai_api.json_objects import encode_json
 from fineserve_jax.errors import FineServeError, RequestError
+from fineserve_jax.loaders.pooling_settings import Pooling
 from fineserve_jax.request.request_options import RequestOptions, Switch
 from fineserve_jax.validation import Validated, json_kind, refused_as, shown
 
@@ -22,7 +23,6 @@ OF_ANSWERS = frozenset({"tpot_slo_s", "num_speculative_tokens"})
 EMBEDDING_OPTIONS = OPTION_FIELDS - OF_ANSWERS
 EMBEDDING_NEUTRAL: Neutral = {"user": (None, "")}
 
-Pooling = Literal["mean", "last"]
 Dimensions = Annotated[
     int,
     Strict(),
@@ -37,8 +37,8 @@ class EmbeddingFields(Validated):
     Attributes:
         encoding_format: numbers, or the base64 of little-endian f32[hidden].
         dimensions: how many values vectors are to have, which is honoured if the model's have as many.
-        pooling: of which tokens the hidden states are taken; None: as the server says.
-        normalize: scale vectors to length 1.
+        pooling: of which tokens the hidden states are taken; None: as the server says, or the model's files.
+        normalize: scale vectors to length 1; None: as the model's files say, and those of language models are.
     """
 
     error_class: ClassVar[type[FineServeError]] = RequestError
@@ -46,7 +46,7 @@ class EmbeddingFields(Validated):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Dimensions | None = None
     pooling: Pooling | None = None
-    normalize: Switch = True
+    normalize: Switch | None = None
 
 
 def embedding_fields(body: Mapping[str, Any]) -> tuple[list[Any], EmbeddingFields, RequestOptions]:

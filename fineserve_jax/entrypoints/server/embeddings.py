@@ -67,14 +67,17 @@ class Embeddings:
         served = engine.served(options.model)
         check_dimensions(fields, served.name, served.model.config.hidden_size)
         pooling = fields.pooling or config.embedding_pooling
-        if pooling is None:
+        settings, normalize = served.model.pooling, fields.normalize
+        if settings is None and normalize is None:
+            normalize = True  # as OpenAI's are
+        if settings is None and pooling is None:
             message = (
                 f"{served.name!r} is a language model and not made for embeddings: nothing says which of its hidden"
             )
             message += " states are the vector of a text; say pooling: mean or last, in the request or at the server's "
             raise FieldError(message + "start (--embedding-pooling)", "unsupported_model")
         options = options if service_class is None else service_class.apply(options)
-        call = Embedding(inputs, pooling, fields.normalize, options, {})
+        call = Embedding(inputs, pooling, normalize, options, {})
         return _Asking(fields, call, receiver, call.tickets(engine, receiver))
 
     async def _answer(self, asking: _Asking) -> Response:

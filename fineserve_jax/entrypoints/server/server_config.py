@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from fineserve_jax.entrypoints.openai_api.embeddings import Pooling
+from fineserve_jax.loaders.pooling_settings import Pooling
 from fineserve_jax.validation import Validated
 
 
@@ -23,8 +23,8 @@ class ServerConfig(Validated):
         read_timeout_s: seconds within which a body must have come.
         stall_timeout_s: seconds after which a client that takes nothing of its answer is given up, and its requests
             with it.
-        embedding_pooling: how /v1/embeddings pools hidden states, "mean" or "last", for requests that do not say; none:
-            these are refused, since language models are made for neither.
+        embedding_pooling: how /v1/embeddings pools hidden states, "mean" or "last", for requests that do not say;
+            none: as a model's files say, and refused where they do not, since language models are made for neither.
         own_chat_templates: requests may bring the source of a chat template; others wait while one is rendered, which
             is ended after 10 s.
         warm_up: compile at the start what requests need that name no KV precision, or one that a class names, and let
