@@ -271,7 +271,9 @@ class LLM:
             )
         )
 
-    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+    def load_model(
+        self, name: str, source: str | Path | Mapping[str, Any], *, engines: Sequence[int] | None = None
+    ) -> None:
         """Serves a further model out of the same KV memory; others are served meanwhile.
 
         >>> llm.load_model("fast", {"model": "smollm2-135m", "weights": "int8"})
@@ -279,13 +281,14 @@ class LLM:
         Args:
             name: what requests call it.
             source: an alias or a path, or a table, as an entry of `models`.
+            engines: which engines of a plan are to have it, by their numbers from 0; all of them have it, or none.
 
         Raises:
             ConfigError: a name in use, settings that cannot be honoured, weights for which there is no memory, or pages
                 that do not fit the memory as it was divided at the start.
             ModelLoadError: a model that cannot be found, read or used.
         """
-        self.loop.load_model(name, source)
+        self.loop.load_model(name, source, engines)
 
     def unload_model(self, name: str, *, abort: bool = False) -> None:
         """Serves a model no longer: its weights are dropped, and its KV memory is free for others.

@@ -26,7 +26,7 @@ from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.model_settings import model_sources
 from fineserve_jax.engine.supervisor import Supervisor
 from fineserve_jax.engine.tickets import Receiver, Ticket
-from fineserve_jax.errors import EngineError
+from fineserve_jax.errors import ConfigError, EngineError
 from fineserve_jax.request.request import Request, RequestStatus
 
 log = logging.getLogger(__name__)
@@ -144,9 +144,13 @@ class EngineLoop:
 
         return self.call(take_back)
 
-    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
+    def load_model(
+        self, name: str, source: str | Path | Mapping[str, Any], engines: Sequence[int] | None = None
+    ) -> None:
         """`Engine.load_model`, whose weights are read on the caller's thread while steps go on."""
         self.check_usable()
+        if engines is not None:
+            raise ConfigError(f"engines={[*engines]} are those of a plan, and this is one engine; leave them out")
         (settings,) = model_sources({name: source}).values()
         model = self.engine.loading.read(name, settings)
         self.call(lambda: self.engine.add_model(name, model, settings))

@@ -40,8 +40,10 @@ class TicketLoop(Protocol):
     ) -> list[T]:
         """`each`, when no ticket is being served; see `EngineLoop.call_when_idle`."""
 
-    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
-        """See `Engine.load_model`."""
+    def load_model(
+        self, name: str, source: str | Path | Mapping[str, Any], engines: Sequence[int] | None = None
+    ) -> None:
+        """See `Engine.load_model`. `engines`: which of a plan's are to have it; None: the only one."""
 
     def unload_model(self, name: str, *, abort: bool = False) -> None:
         """See `EngineLoop.unload_model`."""

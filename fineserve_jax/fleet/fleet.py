@@ -41,6 +41,7 @@ class Fleet:
         self._router = Router(self.replicas)
         self._places: weakref.WeakKeyDictionary[Ticket, EngineReplica] = weakref.WeakKeyDictionary()
         self._moving: dict[Ticket, bool] = {}  # whether they were aborted meanwhile
+        self._loading = threading.Lock()
         self._lock = threading.RLock()  # reentrant: a finalizer may run while its thread holds it
         self._balancer = Balancer(self)
 
@@ -188,9 +189,38 @@ class Fleet:
         name = None if model is None else self.served(model).name
         return [replica.loop for replica in self.replicas.values() if name is None or name in replica.models]
 
-    def load_model(self, name: str, source: str | Path | Mapping[str, Any]) -> None:
-        """Raises `ConfigError`: nothing says which engine is to have it."""
-        raise ConfigError(f"load_model({name!r}): the plan says what its engines serve; give another plan")
+    def load_model(
+        self, name: str, source: str | Path | Mapping[str, Any], engines: Sequence[int] | None = None
+    ) -> None:
+        """See `Engine.load_model`. If one of the engines cannot have it, none has.
+
+        Args:
+            engines: which are to have it, by their numbers in the plan; None: the only one.
+        """
+        self.check_usable()
+        loops = self._numbered(f"load_model({name!r})", engines)
+        with self._loading:
+            if name in self.models:
+                raise ConfigError(f"a model called {name!r} is served already; unload it, or choose another name")
+            for count, loop in enumerate(loops):
+                try:
+                    loop.load_model(name, source)
+                except BaseException:
+                    for other in loops[:count]:
+                        other.unload_model(name)
+                    raise
+
+    def _numbered(self, what: str, engines: Sequence[int] | None) -> list[EngineLoop]:
+        loops = [replica.loop for replica in self.replicas.values()]
+        if engines is None and len(loops) == 1:
+            return loops
+        numbers = range(len(loops))
+        if not engines or len({*engines}) < len(engines) or not all(number in numbers for number in engines):
+            given = "nothing says which engines" if engines is None else f"engines={[*engines]}"
+            raise ConfigError(
+                f"{what}: {given}; the plan has {len(loops)} engines, numbered from 0: give engines=[...], each once"
+            )
+        return [loops[number] for number in engines]
 
     def unload_model(self, name: str, *, abort: bool = False) -> None:
         """Takes a model out of all engines that serve it, see `EngineLoop.unload_model`."""

@@ -1,5 +1,6 @@
 """From a plan to engines on the devices that it names."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from fineserve_jax.engine.ticket_loop import TicketLoop
 from fineserve_jax.errors import ConfigError, EngineError
 from fineserve_jax.fleet.fleet import Fleet
 from fineserve_jax.fleet.plan import Plan, read_plan
+from fineserve_jax.loaders import LoadedModel, load_model
+from fineserve_jax.loaders.load import resolve_source
+from fineserve_jax.runner.mesh import DeviceGroup
 
 
 def load_fleet(plan: Plan) -> Fleet:
@@ -30,11 +34,26 @@ def load_fleet(plan: Plan) -> Fleet:
                 f"engine {number} of the plan is on device {missing[0]}, and there are {len(devices)}, numbered from 0 "
                 "on; change its devices"
             )
-    engines = {}
+    engines, weights = {}, SharedWeights()
     for number, engine in enumerate(plan.engines):
         own = [devices[device] for device in engine.devices]
-        engines[f"engine-{number}"] = load_engine(plan.sources_of(engine), plan.config_of(engine), own)
+        engines[f"engine-{number}"] = load_engine(plan.sources_of(engine), plan.config_of(engine), own, weights.load)
     return Fleet(engines)
+
+
+class SharedWeights:
+    """Loads models, and those that engines on the same devices have in common once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[Path, str | None, DeviceGroup], LoadedModel] = {}
+
+    def load(self, source: str | Path, weights: str | None, placement: DeviceGroup) -> LoadedModel:
+        """See `load_model`. The arrays are shared, and not what holds them: `update_params` of one engine gives it
+        others, and leaves those of the others in use."""
+        key = resolve_source(source), weights, placement
+        if key not in self._loaded:
+            self._loaded[key] = load_model(source, weights, placement)
+        return dataclasses.replace(self._loaded[key], params=dict(self._loaded[key].params))
 
 
 def open_engines(

@@ -35,3 +35,32 @@ def test_engines_compute_on_the_devices_of_the_plan_what_one_computes(make_plan)
             assert engine.stats().num_output_tokens
             check_integrity(engine.kv)
         assert served[0].scheduler.quotas.account.guaranteed.keys() == {"model:a", "model:b"}
+
+
+def test_an_engine_of_a_plan_may_be_several_devices(make_plan):
+    """Two devices compute each step together, beside one that is alone: tokens are those of one device."""
+    prompts = [f"prompt {i}" for i in range(12)]
+    exact = {"settings": {"kv_precision": "fp32", "kv_formats": ["fp32"], "kv_memory": "8MiB"}}
+    with LLM(plan=make_plan([{"devices": [0], "models": ["a"]} | exact], a={})) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, TEN)]
+    engines = [{"devices": [3, 1], "models": ["a"]} | exact, {"devices": [2], "models": ["a"]} | exact]
+    with LLM(plan=make_plan(engines, a={})) as llm:
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, TEN)] == expected
+        assert isinstance(llm.intake, Fleet)
+        pair, single = (replica.engine for replica in llm.intake.replicas.values())
+        assert (pair.config.tensor_parallel, single.config.tensor_parallel) == (2, 1)
+        placed = {device for leaf in jax.tree.leaves(pair.models["a"].model.params) for device in leaf.devices()}
+        assert placed == {jax.devices()[3], jax.devices()[1]}
+        for engine in (pair, single):
+            assert engine.stats().num_output_tokens
+            check_integrity(engine.kv)
+        llm.load_model("b", llm_source(make_plan), engines=[0])
+        answered = llm.generate(prompts, TEN, model="b")
+        assert [output.outputs[0].token_ids for output in answered] == expected
+        check_integrity(pair.kv)
+
+
+def llm_source(make_plan):
+    """The tiny model in the precision of the others."""
+    plan = make_plan([{"devices": [0], "models": ["a"]}], a={})
+    return {"model": plan.models["a"].model, "kv_precision": "fp32"}

@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from serving import eventually, serving
@@ -186,15 +187,58 @@ def test_what_has_begun_or_was_aborted_is_not_moved(llm):
     eventually(lambda: not any(engine.has_unfinished for engine in engines(llm)))
 
 
-def test_a_model_is_unloaded_from_all_and_loaded_by_no_plan(make_plan):
+def test_a_model_is_unloaded_from_all_and_loaded_on_those_that_are_named(make_plan, directory, alone):
     with LLM(plan=make_plan(REPLICAS, a={}, b={})) as llm:
         llm.unload_model("a")
         assert [list(engine.models) for engine in engines(llm)] == [["b"], []]
         assert texts(llm.generate("x", TEN)) == texts(llm.generate("x", TEN, model="b"))
-        with pytest.raises(ConfigError, match=r"load_model\('c'\): the plan says what its engines serve"):
-            llm.load_model("c", "x")
+        for numbers, wrong in (
+            (None, "nothing says which"),
+            ([], r"=\[\]"),
+            ([2], "=.2."),
+            ([0, 0], "=.0, 0."),
+            ([-1], "-1"),
+        ):
+            with pytest.raises(ConfigError, match=rf"load_model\('c'\): .*{wrong}.*; the plan has 2 engines"):
+                llm.load_model("c", str(directory), engines=numbers)
+        llm.load_model("c", {"model": str(directory), "kv_precision": "int8"}, engines=[1, 0])
+        assert [list(engine.models) for engine in engines(llm)] == [["b", "c"], ["c"]]
+        prompts = [f"prompt {i}" for i in range(8)]
+        assert texts(llm.generate(prompts, TEN, model="c")) == texts(alone.generate(prompts, TEN, model="b"))
+        with pytest.raises(ConfigError, match="'c' is served already"):
+            llm.load_model("c", str(directory), engines=[0])
+        llm.unload_model("c")
+        assert [list(engine.models) for engine in engines(llm)] == [["b"], []]
     with pytest.raises(EngineError, match="closed"):
         llm.generate("x", TEN)
+
+
+def test_a_model_that_one_of_the_engines_cannot_have_none_has(make_plan, directory, monkeypatch):
+    with LLM(plan=make_plan(REPLICAS, a={}, b={})) as llm:
+        first, second = engines(llm)
+
+        def fail(*args):
+            raise ConfigError("no room")
+
+        monkeypatch.setattr(second.loading, "read", fail)
+        with pytest.raises(ConfigError, match="no room"):
+            llm.load_model("c", str(directory), engines=[0, 1])
+        assert "c" not in first.models
+
+
+def test_engines_on_one_device_share_weights_until_one_gets_others(make_plan):
+    with LLM(plan=make_plan(REPLICAS, a={}, b={})) as llm:
+        first, second = (engine.models["a"].model.params for engine in engines(llm))
+
+        def shared():
+            return [one is other for one, other in zip(*map(jax.tree.leaves, (first, second)), strict=True)]
+
+        assert all(shared())
+        old = dict(second)
+        fleet: Any = llm.intake
+        fleet.replicas["engine-0"].loop.each_when_idle(lambda engine: engine.update_params(jax.tree.map(lambda leaf: 2 * leaf, old), "a"))
+        assert not any(shared())
+        assert all(second[name] is old[name] for name in old)
 
 
 def test_a_server_serves_a_plan(make_plan, alone):

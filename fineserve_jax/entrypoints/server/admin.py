@@ -23,9 +23,11 @@ class ModelToLoad(ModelSource):
 
     Attributes:
         name: for `model` of requests.
+        engines: which engines of a plan are to have it, by their numbers from 0; None: the only one.
     """
 
     name: str = Field(min_length=1)
+    engines: tuple[int, ...] | None = None
 
 
 class Admin:
@@ -45,7 +47,8 @@ class Admin:
         given = decode_object(await self._service.body_of(request), "the body", "invalid_json")
         try:
             asked = ModelToLoad(**{str(key): value for key, value in given.items()})
-            await self._service.llm.load_model(asked.name, asked.model_dump(exclude={"name"}))
+            source = asked.model_dump(exclude={"name", "engines"})
+            await self._service.llm.load_model(asked.name, source, engines=asked.engines)
         except (ConfigError, ModelLoadError) as error:
             raise ApiError(str(error), "model_not_loadable", 400) from None
         log.info("model %r is loaded from %s", asked.name, asked.model)

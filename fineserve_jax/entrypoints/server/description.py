@@ -70,6 +70,7 @@ MESSAGE: Schema = {
     ]
 }
 MESSAGES: Schema = {"type": "array", "minItems": 1, "items": MESSAGE}
+ENGINES: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 ERROR: Schema = {
     "type": "object",
     "required": ["error"],
@@ -150,7 +151,9 @@ def description(models: Mapping[str, KnownModel], has_keys: bool, has_admin: boo
     """
     schemas: Schema = {"Error": ERROR, **_request_schemas(models)}
     if has_admin:
-        schemas["ModelToLoad"] = _object(_properties(ModelSource, schemas) | {"name": TEXT}, "name", "model")
+        schemas["ModelToLoad"] = _object(
+            _properties(ModelSource, schemas) | {"name": TEXT, "engines": ENGINES}, "name", "model"
+        )
     keyed = has_keys or has_admin
     security = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keyed else {}
     return {
