@@ -11,12 +11,12 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.checks import check_memory, check_vocabulary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
+from fineserve_jax.engine.page_shapes import bits_per_value
 from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.scoring import FOR_SCORES
 from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
 from fineserve_jax.kv.manager import KVManager
-from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request.request import PromptScores, Request
 from fineserve_jax.request.request_options import RequestOptions
 
@@ -122,7 +122,7 @@ def measure_perplexity(
         window=window,
         windows=windows,
         kv_precision=kv_precision,
-        bits_per_value=get_format(kv_precision).bits_per_value(served.geometry),
+        bits_per_value=bits_per_value(engine.kv.class_of(served.name, kv_precision), served.geometry),
         model=served.name,
         weights=served.model.weights,
     )
@@ -233,4 +233,4 @@ def _narrow_all(kv: KVManager, request: Request) -> None:
     """Narrow all that is computed of a request as far as it allows."""
     while (what := kv.next_requantization(request, PAGES_AT_A_TIME, 0)) is not None:
         if not kv.requantize_pages(request, what):
-            raise RequestError(f"no KV memory is free to narrow pages to {what.target.kv_format}; raise kv_memory")
+            raise RequestError(f"no KV memory is free to narrow pages to {what.target.precision}; raise kv_memory")

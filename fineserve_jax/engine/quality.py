@@ -16,10 +16,10 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.estimates import Estimate, draws_of, estimate
+from fineserve_jax.engine.page_shapes import bits_per_value, bytes_per_token
 from fineserve_jax.engine.perplexity import check_windows, score_window
 from fineserve_jax.engine.precision import Precision
 from fineserve_jax.errors import RequestError
-from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request.request import Request
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -29,7 +29,6 @@ WIDE = "fp32"
 """What formats are compared with."""
 PROMPT_TOKENS = 128
 """Most tokens of a window that both formats go on from greedily."""
-WORD_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def measure_quality(
     if not names:
         raise RequestError(f"kv_precisions={list(kv_precisions)}: give formats besides {WIDE}, to compare with it")
     precisions = {name: check_windows(engine, served, token_ids, window, windows, name) for name in (WIDE, *names)}
-    names.sort(key=lambda name: get_format(name).bits_per_value(served.geometry))
+    names.sort(key=lambda name: bytes_per_token(engine.kv.class_of(served.name, name), served.geometry))
     subjects = [_Subject(engine, name, precisions[name]) for name in (WIDE, *names)]
     for other in others:
         other.recover()
@@ -223,13 +222,13 @@ def _format_quality(subject: _Subject, found: Sequence[_Window], draws: np.ndarr
     def mean_of(values: Callable[[_Window], np.ndarray | int]) -> Estimate:
         return estimate(draws, lambda own: float(np.mean([np.mean(values(window)) for window in own])), found)
 
-    served, kv_format = subject.served, get_format(subject.kv_precision)
-    page_bytes = WORD_BYTES * kv_format.page_units(served.geometry) * served.geometry.unit_words
+    served = subject.served
+    page_class, geometry = subject.engine.kv.class_of(served.name, subject.kv_precision), served.geometry
     return FormatQuality(
         weights=served.model.weights,
         kv_precision=subject.kv_precision,
-        bits_per_value=kv_format.bits_per_value(served.geometry),
-        kv_bytes_per_token=page_bytes / served.geometry.page_size,
+        bits_per_value=bits_per_value(page_class, geometry),
+        kv_bytes_per_token=bytes_per_token(page_class, geometry),
         perplexity=estimate(draws, lambda own: _perplexity(own, 1), found),
         rise=estimate(draws, lambda own: _perplexity(own, 1) / _perplexity(own, 0) - 1, found),
         kl=mean_of(lambda window: window.differences.kl),
