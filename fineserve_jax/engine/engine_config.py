@@ -93,9 +93,9 @@ class EngineConfig(SchedulerConfig):
     @field_validator("kv_precision", "min_kv_precision")
     @classmethod
     def _known_precision(cls, value: str | None, info: ValidationInfo) -> str | None:
-        is_auto = value == AUTO and info.field_name == "kv_precision"
-        known = value is None or is_auto or value in info.data.get("kv_recipes", {})
-        return value if known else get_format(value).name
+        if value is None or value in info.data.get("kv_recipes", {}):
+            return value
+        return value if value == AUTO and info.field_name == "kv_precision" else get_format(value).name
 
     @field_validator("kv_formats")
     @classmethod

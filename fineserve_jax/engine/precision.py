@@ -37,7 +37,7 @@ def resolve_precision(
     Args:
         kv: knows how long pages are, and what fits.
         formats: what is served.
-        kv_precision: a format, or "auto".
+        kv_precision: a format, a recipe, or "auto".
         min_kv_precision: a format; None: none but with "auto", which then goes down to the narrowest.
         num_tokens: greatest length of the request. With "auto" it starts in the widest format in which that fits.
 
@@ -63,9 +63,13 @@ def resolve_precision(
 
 
 def _steps(classes: dict[str, PageClass], floor: str) -> list[str]:
-    """Formats from the widest of at most 16 bits a value down to the floor; ties go to bf16."""
+    """Formats from the widest of at most 16 bits a value down to the floor, which may be a recipe; ties go to bf16."""
     between = [
-        n for n, c in classes.items() if c.holds_at_least(classes[floor]) and _value_bits(c) <= MOST_BITS_OF_AUTO
+        name
+        for name, own in classes.items()
+        if (own.recipe is None or name == floor)
+        and own.holds_at_least(classes[floor])
+        and _value_bits(own) <= MOST_BITS_OF_AUTO
     ]
     return sorted(between, key=lambda name: (-classes[name].bytes_of_groups, name != WIDEST_OF_AUTO))
 

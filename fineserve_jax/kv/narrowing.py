@@ -23,7 +23,8 @@ more."""
 
 
 def ladder(classes: PageClasses, model: str, kv_format: str, floor_format: str | None) -> list[PageClass]:
-    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor."""
+    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor, which is
+    the only recipe that they may come to."""
     own = classes[model, kv_format]
     if floor_format is None:
         return [own]
@@ -32,7 +33,8 @@ def ladder(classes: PageClasses, model: str, kv_format: str, floor_format: str |
     # Of formats that take the same, the one that was asked for comes first.
     for page_class in sorted(of_model, key=lambda other: (-other.bytes_of_groups, other is not floor)):
         between = steps[-1].holds_at_least(page_class) and page_class.holds_at_least(floor)
-        if between and _saves_units(steps[-1], page_class):
+        may_be = page_class.recipe is None or page_class is floor
+        if may_be and between and _saves_units(steps[-1], page_class):
             steps.append(page_class)
     return steps
 

@@ -73,15 +73,15 @@ class FormatIds(NamedTuple):
 
     Attributes:
         decode: i32[rows], of each decoded token.
-        written, newest, full: i32[chunk_pages], of each page of chunk slots; None without such.
         closing_counts: i32[page-wise formats], how many residual pages the step fills.
+        written, newest, full: i32[chunk_pages], of each page of chunk slots; None without such.
     """
 
     decode: Array
-    written: Array | None
-    newest: Array | None
-    full: Array | None
     closing_counts: Array
+    written: Array = None
+    newest: Array = None
+    full: Array = None
 
 
 class GroupInputs(NamedTuple):
@@ -128,19 +128,14 @@ class StepInputs(NamedTuple):
 
     def formats_of(self, group: int) -> FormatIds:
         """The formats of a layer group."""
-        if (own := self.groups[group].formats) is not None:
+        if (differing := self.groups[group].formats) is not None:
+            return differing
+        own = FormatIds(self.decode.format_ids, self.closing_counts)
+        if (chunk := self.chunk) is None:
             return own
-        chunk = self.chunk
-        pages = (
-            (None,) * 3
-            if chunk is None
-            else (
-                chunk.written_format_ids,
-                chunk.newest_format_ids,
-                chunk.full_format_ids,
-            )
+        return own._replace(
+            written=chunk.written_format_ids, newest=chunk.newest_format_ids, full=chunk.full_format_ids
         )
-        return FormatIds(self.decode.format_ids, *pages, self.closing_counts)
 
 
 def build_inputs(
@@ -269,8 +264,10 @@ class _GroupBuilder:
 
     def formats(self) -> FormatIds:
         """The formats of what was added."""
-        pages = (self.written, self.newest, self.full) if self.spec.chunk_pages else (None,) * 3
-        return FormatIds(self.row_formats, *pages, np.array([len(pairs) for pairs in self.closing], np.int32))
+        own = FormatIds(self.row_formats, np.array([len(pairs) for pairs in self.closing], np.int32))
+        if not self.spec.chunk_pages:
+            return own
+        return own._replace(written=self.written, newest=self.newest, full=self.full)
 
     def _share(self, always: bool) -> SharedInputs | None:
         """What the decode rows attend to together, if that pays, or `always`; takes it out of their segments."""
