@@ -23,8 +23,8 @@ more."""
 
 
 def ladder(classes: PageClasses, model: str, kv_format: str, floor_format: str | None) -> list[PageClass]:
-    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor, which is
-    the only recipe that they may come to."""
+    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor; of recipes
+    just these two."""
     own = classes[model, kv_format]
     if floor_format is None:
         return [own]
