@@ -23,8 +23,8 @@ more."""
 
 
 def ladder(classes: PageClasses, model: str, kv_format: str, floor_format: str | None) -> list[PageClass]:
-    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor; of recipes
-    just these two."""
+    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor. Recipes
+    are among them only as the first and the last."""
     own = classes[model, kv_format]
     if floor_format is None:
         return [own]

@@ -103,6 +103,7 @@ def test_all_precisions_share_a_batch_and_each_its_own_prefix(make, alone):
     assert count_events(engine.kv).hit_tokens == len(NAMES) * 32
 
 
+@pytest.mark.slow
 def test_a_wider_precision_serves_one_by_layer_and_none_that_is_wider_anywhere(make):
     engine = make(prefix_cache="convert")
     for name, converted in (("bf16", 0), ("edges", 4), ("int8", 8)):  # two pages in each of two layer groups
@@ -114,7 +115,7 @@ def test_a_wider_precision_serves_one_by_layer_and_none_that_is_wider_anywhere(m
     assert count_events(other.kv).converted_pages == 0
 
 
-@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize("preemption", ["swap", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_short_memory_changes_no_tokens(make, alone, preemption):
     engine = make(preemption=preemption)
     found = serve(engine, PROMPTS, ["edges", "int8"] * 3, LONG)
