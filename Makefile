@@ -6,7 +6,7 @@
 # make docs       the pages of docs/ and the API pages, in build/docs; needs no network
 # make test       lint, and all tests but the slow ones; 8 minutes
 # make test-slow  what takes minutes by itself, most of it with the real model
-# make test-next  the kernels' and the engine's tests with the newest JAX that pyproject.toml allows, on Python 3.12
+# make test-next  tests of kernels, steps and tokens with the newest JAX that pyproject.toml allows, on Python 3.12
 # make aot        compile the kernels for GPUs and TPUs, which need not be there, and write docs/aot.md; 2 minutes if none
 #                 has changed, 14 if all have
 # make environments  install what test-next and aot need beside .venv; 3 minutes
@@ -38,11 +38,15 @@ test-slow: install
 NEXT_PYTHON = $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python python3 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
+# What a newer JAX can change: kernels, programs, tokens. The host's side has been tested.
+NEXT_TESTS := tests/pallas_kernels tests/runner \
+	$(addprefix tests/engine/test_,engine.py huggingface_tokens.py kernels.py windows.py warm_up.py tensor_parallel.py)
+
 test-next:
 	@if [ -z "$(NEXT_PYTHON)" ]; then echo "test-next: SKIPPED, no Python 3.12 or newer was found"; \
 	else $(MAKE) PYTHON=$(NEXT_PYTHON) .venv-next/.installed && \
 	.venv-next/bin/python -c 'import jax; print("test-next: JAX", jax.__version__)' && \
-	.venv-next/bin/python -m pytest -n auto --dist loadfile tests/pallas_kernels tests/engine; fi
+	.venv-next/bin/python -m pytest -n auto --dist loadfile $(NEXT_TESTS); fi
 
 lint: install
 	$(BIN)/ruff check .

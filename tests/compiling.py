@@ -23,7 +23,9 @@ COMPILING = (
     "batch/test_half_done.py",
     "batch/test_ray_job.py",
     "batch/test_reproducible_jobs.py",
+    "benchmarks/test_aot_mesh.py",  # traces steps of large models
     "benchmarks/test_aot_parsers.py",
+    "benchmarks/test_aot_step_cases.py",
     "benchmarks/test_aot_workers.py",  # compiles nothing, but starts processes that import jax
     "benchmarks/test_server_benchmarks.py",
     "cli/test_bench.py",
@@ -33,6 +35,7 @@ COMPILING = (
     "cli/test_quality.py",
     "cli/test_real_batch.py",
     "cli/test_slabs.py",
+    "cli/test_streams.py",  # starts such processes, too
     "cli/test_warm.py",
     "engine",
     "entrypoints",
@@ -41,6 +44,7 @@ COMPILING = (
     "loaders/test_gguf_model.py",
     "loaders/test_gguf_split.py",
     "loaders/test_load_model.py",
+    "loaders/test_loading_memory.py",
     "loaders/test_quantized_checkpoints.py",
     "loaders/test_smollm2.py",
     "models",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_cases import random_model
+from engine_cases import SETTINGS, random_model
 
 from fineserve_jax.engine import load as load_engine
 from fineserve_jax.engine.engine import Engine
@@ -31,9 +31,7 @@ def tiny_model() -> LoadedModel:
 @pytest.fixture(scope="session")
 def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
     def make(clock: Callable[[], float] = time.monotonic, **settings: Any) -> Engine:
-        defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
-        defaults["kv_formats"] = ("fp32", "bf16", "int8", "int4")  # each adds a loop to every program
-        engine = Engine(tiny_model, EngineConfig(**(defaults | settings)), clock)
+        engine = Engine(tiny_model, EngineConfig(**(SETTINGS | settings)), clock)
         engine.runner.use_formats(engine.config.served_formats)  # so that all tests share compiled programs
         return engine
 
@@ -42,15 +40,14 @@ def make_engine(tiny_model: LoadedModel) -> Callable[..., Engine]:
 
 @pytest.fixture(scope="module")
 def make_llm(tiny_model: LoadedModel) -> Iterator[Callable[..., LLM]]:
-    """LLMs of the tiny model, all with the same programs."""
-    formats = ("bf16", "int8", "int4")
+    """LLMs of the tiny model, or of one that is given, with the same programs as those of `make_engine`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_engine, "load_model", lambda *_: tiny_model)
+        patch.setattr(load_engine, "use_compilation_cache", lambda: None)
 
-        def make(**settings: Any) -> LLM:
-            defaults = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
-            llm = LLM("tiny", **(defaults | {"kv_formats": formats} | settings))
-            llm.engine.runner.use_formats(formats)
+        def make(model: LoadedModel = tiny_model, **settings: Any) -> LLM:
+            patch.setattr(load_engine, "load_model", lambda *_: model)
+            llm = LLM("tiny", **(SETTINGS | settings))
+            llm.engine.runner.use_formats(SETTINGS["kv_formats"])
             return llm
 
         yield make

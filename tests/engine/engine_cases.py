@@ -19,6 +19,14 @@ from fineserve_jax.request.sampling_params import SamplingParams
 
 CHARACTERS = ["<end>", *string.printable[:95]]
 EOS = 0
+# What engines of these tests have if a test does not say otherwise, so that they share compiled programs.
+SETTINGS: dict[str, Any] = {
+    "max_seq_len": 256,
+    "max_batch_size": 8,
+    "max_chunk_tokens": 64,
+    "kv_memory": "8MiB",
+    "kv_formats": ("fp32", "bf16", "int8", "int4"),  # each adds a loop to every program
+}
 
 
 def character_tokenizer() -> Tokenizer:

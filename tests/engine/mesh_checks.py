@@ -118,6 +118,7 @@ def test_sampling_draws_what_one_device_draws(devices):
     assert [r.output_token_ids for r in served[1]] == [r.output_token_ids for r in served[0]]
 
 
+@pytest.mark.slow
 def test_completions_are_scored_and_prompts_embedded_as_on_one_device():
     """The completions of a prompt as branches of one request."""
     served = []
@@ -155,6 +156,7 @@ def test_memory_that_is_short_changes_no_tokens(preemption):
     assert_alike([r for r, name in zip(requests, kinds, strict=True) if name != "auto"], alone)
 
 
+@pytest.mark.slow
 def test_new_weights_and_sleep_reach_all_devices():
     two, one = engine_of(2), engine_of(1)
     before = [request.output_token_ids for request in expected()]

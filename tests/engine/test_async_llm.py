@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from engine_cases import check_nothing_is_left
+from engine_cases import SETTINGS, check_nothing_is_left
 
 from fineserve_jax.async_llm import AsyncLLM
 from fineserve_jax.engine.tickets import Ticket
@@ -24,9 +24,8 @@ def make_async(make_llm):
     """As `make_llm`, whose models the loader has been replaced for."""
 
     def make(**settings) -> AsyncLLM:
-        defaults = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
-        llm = AsyncLLM("tiny", **(defaults | {"kv_formats": FORMATS} | settings))
-        llm.engine.runner.use_formats(FORMATS)
+        llm = AsyncLLM("tiny", **(SETTINGS | settings))
+        llm.engine.runner.use_formats(SETTINGS["kv_formats"])
         return llm
 
     return make
@@ -241,8 +240,8 @@ def test_options_and_refusals_are_those_of_the_synchronous_front_door(make_async
             late = RequestOptions(ttft_slo_s=1e-9, drop_when_late=True, priority=4)
             first, second = await llm.generate(["a", "b"], LONG, [late, RequestOptions(kv_precision="int8")])
             assert [first.outputs[0].finish_reason, second.outputs[0].finish_reason] == ["late", "length"]
-            with pytest.raises(RequestError, match="prompt 1: the prompt has 200 tokens"):
-                await llm.generate(["fine", "x" * 200])
+            with pytest.raises(RequestError, match="prompt 1: the prompt has 300 tokens"):
+                await llm.generate(["fine", "x" * 300])
             with pytest.raises(RequestError, match="no chat template"):
                 await llm.chat([{"role": "user", "content": "Hi"}])
             with pytest.raises(RequestError, match="n=2"):

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_cases import random_model, serve, with_nan
+from engine_cases import SETTINGS, random_model, serve, with_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from fineserve_jax.request.structured.params import StructuredOutputsParams
 from fineserve_jax.runner.runner import ModelRunner
 from fineserve_jax.scheduler.look_ahead import UNKNOWN
 
-FORMATS = ("fp32", "int8", "int4")  # each adds a loop to every program
+FORMATS = ("fp32", "int8", "int4")
 SHARED = list(range(1, 40))
 RNG = np.random.default_rng(3)
 PROMPTS = [[*SHARED[: 39 * (i % 2)], *RNG.integers(1, 90, 5 + 4 * i).tolist()] for i in range(7)]
@@ -39,10 +39,9 @@ CASES = {
 
 
 def engine_of(model: Any, **options: Any) -> Engine:
-    defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
-    engine = Engine(model, EngineConfig(**(defaults | {"kv_formats": FORMATS, "kv_precision": "int8"} | options)))
+    engine = Engine(model, EngineConfig(**(SETTINGS | {"kv_precision": "int8"} | options)))
     for served in engine.models.values():
-        served.runner.use_formats(FORMATS)
+        served.runner.use_formats(SETTINGS["kv_formats"])
     return engine
 
 
@@ -99,7 +98,7 @@ def test_a_step_is_called_before_the_tokens_of_the_one_ahead_are_there(ahead, mo
     [
         {"kv_memory": "120KB"},
         {"kv_memory": "150KB", "min_kv_precision": "int4", "narrow_keep_pages": 0, "prefix_cache": "off"},
-        {"kv_memory": "120KB", "preemption": "recompute", "quotas": {"precision:int8": {"max": 0.92}}},
+        {"kv_memory": "160KB", "preemption": "recompute", "quotas": {"precision:int8": {"max": 0.92}}},
         pytest.param({"reproducible": True}, marks=pytest.mark.slow),
         {"num_speculative_tokens": 4},
         pytest.param({"check_finite": True}, marks=pytest.mark.slow),

@@ -6,44 +6,26 @@ import pytest
 from engine_cases import check_nothing_is_left, with_nan
 from model_oracle import causal_attend
 
-from fineserve_jax.engine import load as load_engine
 from fineserve_jax.errors import RequestError
-from fineserve_jax.llm import LLM
 from fineserve_jax.models import build_model
 
 ERROR = 1e-4  # of hidden states of about 1, between sums in two orders
-FORMATS = ("fp32", "int8")
 RNG = np.random.default_rng(0)
-PROMPTS = [RNG.integers(1, 96, length).tolist() for length in (1, 16, 17, 70, 128)]
-
-
-@pytest.fixture(scope="module")
-def make_llm(tiny_model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_engine, "use_compilation_cache", lambda: None)
-
-        def make(model=tiny_model, **settings) -> LLM:
-            patch.setattr(load_engine, "load_model", lambda *_: model)
-            sizes = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
-            llm = LLM("tiny", kv_precision="fp32", kv_formats=FORMATS, **sizes, **settings)
-            llm.engine.runner.use_formats(FORMATS)
-            return llm
-
-        yield make
+PROMPTS = [RNG.integers(1, 96, length).tolist() for length in (1, 16, 17, 70, 256)]
 
 
 @pytest.fixture(scope="module")
 def llm(make_llm):
-    return make_llm()
+    return make_llm(kv_precision="fp32")
 
 
 @pytest.fixture(scope="module")
 def hidden(tiny_model):
     """f32[tokens, hidden] of each of `PROMPTS`."""
-    model, padded = build_model(tiny_model.config, "fp32"), np.zeros((len(PROMPTS), 128), np.int32)
+    model, padded = build_model(tiny_model.config, "fp32"), np.zeros((len(PROMPTS), 256), np.int32)
     for row, prompt in zip(padded, PROMPTS, strict=True):  # one length, so one program
         row[: len(prompt)] = prompt
-    positions = jnp.arange(128, dtype=jnp.int32)
+    positions = jnp.arange(256, dtype=jnp.int32)
     attend = causal_attend(tiny_model.config, positions)
     states = [model.apply({"params": tiny_model.params}, jnp.asarray(row), positions, attend) for row in padded]
     return [np.asarray(own)[: len(prompt)] for own, prompt in zip(states, PROMPTS, strict=True)]
@@ -67,7 +49,7 @@ def test_vectors_are_the_pooled_hidden_states_whatever_is_cached(llm, hidden, po
 
 def test_the_vector_of_a_prompt_that_lost_its_pages_is_the_same(make_llm, hidden, monkeypatch):
     """It is computed again from its beginning, and each token counts once."""
-    scheduler = (llm := make_llm(prefix_cache="off")).engine.scheduler
+    scheduler = (llm := make_llm(kv_precision="fp32", prefix_cache="off")).engine.scheduler
     schedule, computed = scheduler.schedule, []
 
     def restarting(now):
@@ -93,7 +75,7 @@ def test_vectors_may_be_normalised_and_prompts_have_options(llm, hidden):
 
 
 def test_what_cannot_be_computed_has_an_error_and_the_others_have_vectors(make_llm, tiny_model):
-    spoilt = make_llm(with_nan(tiny_model, 7))
+    spoilt = make_llm(with_nan(tiny_model, 7), kv_precision="fp32")
     good, bad = spoilt.embed([[5, 6, 8], [5, 7, 8]], pooling="mean")
     assert good.error is None
     assert np.isfinite(good.vector).all()
@@ -106,7 +88,7 @@ def test_what_cannot_be_computed_has_an_error_and_the_others_have_vectors(make_l
     [
         (["a"], "max", "pooling='max': choose one of mean, last"),
         (["a", ""], "mean", "prompt 1: the prompt is empty"),
-        (["a", "b" * 129], "last", "prompt 1: the prompt has 129 tokens"),
+        (["a", "b" * 257], "last", "prompt 1: the prompt has 257 tokens"),
     ],
 )
 def test_what_has_no_vector_is_named_before_anything_is_computed(llm, prompts, pooling, error):

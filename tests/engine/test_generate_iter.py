@@ -52,11 +52,11 @@ def test_prompts_without_end_are_asked_for_as_outputs_are_taken(llm, ordered):
 
 
 def test_a_prompt_that_cannot_be_served_has_an_output_that_says_why(llm):
-    mixed = ["fine", "x" * 200, [1, 2, 3], "", 7, [{"role": "user", "content": "Hi"}], "also fine"]
+    mixed = ["fine", "x" * 300, [1, 2, 3], "", 7, [{"role": "user", "content": "Hi"}], "also fine"]
     outputs = list(llm.generate_iter(mixed, SHORT, ordered=True))
     errors = [output.outputs[0].error for output in outputs]
     assert [error is None for error in errors] == [True, False, True, False, False, False, True]
-    assert "200 tokens" in errors[1]
+    assert "300 tokens" in errors[1]
     assert "the prompt is empty" in errors[3]
     assert "no chat template" in errors[5]
     assert [output.outputs[0].finish_reason for output in outputs if output.outputs[0].error] == ["error"] * 4

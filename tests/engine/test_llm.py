@@ -1,11 +1,10 @@
 """The synchronous front door, on a tiny model."""
 
 import pytest
-from engine_cases import character_tokenizer, random_model
+from engine_cases import character_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fineserve_jax.engine import load as load_engine
 from fineserve_jax.engine import prepare
 from fineserve_jax.engine.detokenizer import IncrementalDetokenizer
 from fineserve_jax.errors import RequestError
@@ -18,9 +17,8 @@ TWENTY = SamplingParams(max_tokens=20, ignore_eos=True)
 
 
 @pytest.fixture
-def llm(monkeypatch) -> LLM:
-    monkeypatch.setattr(load_engine, "load_model", lambda *_: random_model())
-    return LLM("tiny", max_seq_len=128, max_batch_size=8, max_chunk_tokens=64, kv_memory="4MiB")
+def llm(make_llm) -> LLM:
+    return make_llm()
 
 
 def test_outputs_come_in_the_order_of_the_prompts(llm):
@@ -48,8 +46,8 @@ def test_samples_of_a_prompt_differ_and_are_reproducible(llm):
 
 
 def test_a_bad_prompt_is_named_before_anything_is_computed(llm):
-    with pytest.raises(RequestError, match="prompt 1: the prompt has 200 tokens"):
-        llm.generate(["fine", "x" * 200], TWENTY)
+    with pytest.raises(RequestError, match="prompt 1: the prompt has 300 tokens"):
+        llm.generate(["fine", "x" * 300], TWENTY)
     with pytest.raises(RequestError, match="kv_precision has 1 entries for 2 prompts"):
         llm.generate(["a", "b"], TWENTY, kv_precision=["int8"])
     with pytest.raises(RequestError, match="empty"):

@@ -58,8 +58,8 @@ def test_threads_that_call_at_once_get_what_they_would_get_alone(llm, count):
 def test_a_call_that_fails_to_be_prepared_disturbs_nobody(llm):
     def call(i: int):
         if i % 2:
-            with pytest.raises(RequestError, match="the prompt has 200 tokens"):
-                llm.generate("x" * 200)
+            with pytest.raises(RequestError, match="the prompt has 300 tokens"):
+                llm.generate("x" * 300)
             return None
         return llm.generate("a" * (1 + i), LONG)[0].outputs[0].finish_reason
 

@@ -41,7 +41,7 @@ def test_pairs_and_int3_are_served_where_they_are_named(make_engine):
 
 def test_requests_in_pairs_and_int3_are_answered_side_by_side(make_engine):
     """As by themselves; their prompts fill pages, and `kbf16v4` keeps its newest tokens in another pair."""
-    names, prompt = ("k8v4", "int3", "kbf16v4", "kfp8v8"), list(range(1, 60))
+    names, prompt = ("k8v4", "int3", "kbf16v4"), list(range(1, 60))
     engine = make_engine(kv_formats=names, kv_precision="k8v4")
 
     def answers(*formats):

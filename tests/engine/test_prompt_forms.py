@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from engine_cases import character_tokenizer, random_model
 
-from fineserve_jax.engine import load as load_engine
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, is_conversation, prompt_list
 from fineserve_jax.errors import RequestError
 from fineserve_jax.llm import LLM
@@ -20,9 +19,8 @@ FOUR = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
 @pytest.fixture
-def llm(monkeypatch) -> LLM:
-    monkeypatch.setattr(load_engine, "load_model", lambda *_: random_model())
-    return LLM("tiny", max_seq_len=128, max_batch_size=8, max_chunk_tokens=64, kv_memory="4MiB")
+def llm(make_llm) -> LLM:
+    return make_llm()
 
 
 @pytest.mark.parametrize(
@@ -136,9 +134,10 @@ def test_a_bad_token_is_named_with_its_prompt(llm):
     assert llm.stats().num_steps == 0
 
 
-def test_a_prompt_of_far_too_many_characters_is_refused_by_its_length(llm, monkeypatch):
+def test_a_prompt_of_far_too_many_characters_is_refused_by_its_length(make_llm, monkeypatch):
     monkeypatch.setattr(tokenizer, "token_bound", lambda backend: TokenBound(10, 1, False))
-    error = "has 1000000 characters, which are at least 100000 tokens; it may have 127; shorten it or raise max_seq_len"
+    llm = make_llm(random_model())  # its tokenizer has no bound yet
+    error = "has 1000000 characters, which are at least 100000 tokens; it may have 255; shorten it or raise max_seq_len"
     for answer in (llm.generate, llm.stream):
         with pytest.raises(RequestError, match=error):
             answer("x" * 10**6, FOUR)

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from engine_cases import random_model, serve, with_nan
+from engine_cases import SETTINGS, random_model, serve, with_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_oracle import flax_logits
@@ -26,14 +26,7 @@ SCORED = SamplingParams(max_tokens=0, prompt_logprobs=2)
 TOKENS = tuple(np.random.default_rng(0).integers(1, 96, 150).tolist())
 
 
-BASE = {
-    "max_seq_len": 256,
-    "max_batch_size": 8,
-    "max_chunk_tokens": 64,
-    "kv_memory": "8MiB",
-    "kv_precision": "fp32",
-    "kv_formats": ("fp32", "int8", "int4"),  # int4 has int8 for its residuals
-}
+BASE = SETTINGS | {"kv_precision": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.pallas_kernels.shared_prefixes import find_shared_prefixes
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -17,13 +16,8 @@ NAMES = ("fp32", "int8", "int4")
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model) -> Engine:
-    config = EngineConfig(
-        max_seq_len=256, max_batch_size=8, max_chunk_tokens=64, kv_memory="8MiB", kv_formats=NAMES, kv_precision="int8"
-    )
-    engine = Engine(tiny_model, config)
-    engine.runner.use_formats(NAMES)
-    return engine
+def engine(make_engine) -> Engine:
+    return make_engine(kv_precision="int8")
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ from engine_cases import check_nothing_is_left, random_model, with_nan
 from test_prompt_logprobs import ERROR, expected_logprobs
 from tokenizers import models
 
-from fineserve_jax.engine import load as load_engine
 from fineserve_jax.engine import scoring
 from fineserve_jax.engine.scoring import Scoring, encode_completion
 from fineserve_jax.engine.tickets import Inbox
 from fineserve_jax.errors import RequestError
-from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import Tokenizer
 from fineserve_jax.request.sampling_params import SamplingParams
 
@@ -22,28 +20,9 @@ PROMPTS = ["The sky over the harbour was the colour of ", "Water boils at "]
 COMPLETIONS = [["television", "tea", "a"], ["100 degrees"]]
 
 
-FORMATS = ("fp32", "int8")
-
-
-@pytest.fixture(scope="module")
-def make_llm(tiny_model):
-    """LLMs of the tiny model, all with the same programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load_engine, "use_compilation_cache", lambda: None)
-
-        def make(model=tiny_model, **settings) -> LLM:
-            patch.setattr(load_engine, "load_model", lambda *_: model)
-            sizes = {"max_seq_len": 128, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "4MiB"}
-            llm = LLM("tiny", kv_precision="fp32", kv_formats=(*FORMATS, "int4"), **sizes, **settings)
-            llm.engine.runner.use_formats(FORMATS)
-            return llm
-
-        yield make
-
-
 @pytest.fixture(scope="module")
 def llm(make_llm):
-    return make_llm()
+    return make_llm(kv_precision="fp32")
 
 
 def test_each_completion_is_scored_given_its_prompt(llm):
@@ -116,7 +95,7 @@ def test_a_branch_in_a_quantised_format_is_as_a_request_of_its_own(llm, monkeypa
     ],
 )
 def test_completions_are_branches_where_that_changes_nothing(make_llm, shape, settings, kv_precision, branches):
-    llm = make_llm(random_model(**shape), **settings)
+    llm = make_llm(random_model(**shape), kv_precision="fp32", **settings)
     call = Scoring([[5, 6, 7]], [[[8] * 30, [9], [10] * 21]], None, {"kv_precision": kv_precision})
     tickets = call.tickets(llm.engine, Inbox())
     assert [len(ticket.prepared.branches) for ticket in tickets] == branches
@@ -142,7 +121,7 @@ def test_prompts_and_completions_may_be_tokens_and_have_options_of_their_own(llm
         (["a", "b"], [["c"], ["d", ""]], "prompt 1, completion 1: the completion is empty"),
         (["a", ""], [["c"], ["d"]], "prompt 1: the prompt is empty"),
         (["a"], [["c", [5, 96]]], "prompt 0, completion 1: prompt has token 96"),
-        (["a"], [["c" * 128]], "prompt 0, completion 0: the prompt has 129 tokens; with max_seq_len=128 it may have"),
+        (["a"], [["c" * 256]], "prompt 0, completion 0: the prompt has 257 tokens; with max_seq_len=256 it may have"),
     ],
 )
 def test_what_cannot_be_scored_is_named_before_anything_is_computed(llm, prompts, completions, error):
@@ -153,7 +132,7 @@ def test_what_cannot_be_scored_is_named_before_anything_is_computed(llm, prompts
 
 
 def test_what_cannot_be_computed_has_an_error_and_the_others_have_scores(llm, make_llm, tiny_model):
-    spoilt = make_llm(with_nan(tiny_model, 7))
+    spoilt = make_llm(with_nan(tiny_model, 7), kv_precision="fp32")
     ((good, bad),) = spoilt.score([5, 6, 8], [[9, 10], [7, 9, 7, 9]])
     ((expected,),) = llm.score([5, 6, 8], [[9, 10]])
     np.testing.assert_allclose(good.logprobs, expected.logprobs, atol=ERROR)

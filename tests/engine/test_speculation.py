@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_cases import random_model, serve
+from engine_cases import SETTINGS, random_model, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.profile import StepProfile
 
-FORMATS = ("fp32", "int8", "int4")  # each adds a loop to every program
+FORMATS = ("fp32", "int8", "int4")
 SAMPLINGS = {
     "greedy": SamplingParams(max_tokens=60, ignore_eos=True),
     "sampled": SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.5, top_k=10, seed=11),
@@ -25,8 +25,7 @@ SAMPLINGS = {
 
 
 def engine_of(model: Any, **settings: Any) -> Engine:
-    defaults = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB"}
-    engine = Engine(model, EngineConfig(**(defaults | {"kv_formats": FORMATS, "kv_precision": "int8"} | settings)))
+    engine = Engine(model, EngineConfig(**(SETTINGS | {"kv_precision": "int8"} | settings)))
     engine.runner.use_formats(engine.config.served_formats)
     return engine
 

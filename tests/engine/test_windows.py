@@ -83,6 +83,7 @@ def test_requests_compute_what_a_plain_forward_pass_does(shape):
         assert_read_as_expected(model, request)
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_chunks_or_the_batch():
     model, formats = random_model(sliding_window=20, full_attention_layers=(0,)), ["int8", "int4"]
     rows = [(prompt, name) for prompt in PROMPTS for name in formats]

@@ -118,7 +118,7 @@ def test_every_format_has_bounds():
 
 
 @every_packaged_format
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(case=written())
 def test_what_is_read_is_within_half_a_step_of_what_was_written(kv_format, case):
     k, v = case
@@ -138,7 +138,7 @@ def test_what_is_read_is_within_half_a_step_of_what_was_written(kv_format, case)
 
 
 @every_packaged_format
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(case=written())
 def test_encoding_again_what_was_read_changes_next_to_nothing(kv_format, case):
     """Nothing at all, except for int4 and int3, whose ranges are fitted anew: there it is one more rounding."""
@@ -173,7 +173,7 @@ def test_huge_numbers_stay_finite(kv_format):
 
 
 @pytest.mark.parametrize("name", [name for name, kv_format in FORMATS.items() if kv_format.residual is None])
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**32 - 1), where=st.tuples(*(st.integers(0, n - 1) for n in page_shape(SMALL)[:-1])))
 def test_tokens_of_a_token_wise_format_do_not_see_each_other(name, seed, where):
     """A token's scale is its own: an outlier elsewhere in the page changes nothing."""
