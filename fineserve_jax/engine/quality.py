@@ -245,18 +245,18 @@ def _format_quality(subject: _Subject, found: Sequence[_Window], draws: np.ndarr
     def mean_of(values: Callable[[_Window], np.ndarray | int]) -> Estimate:
         return estimate(draws, lambda own: float(np.mean([np.mean(values(window)) for window in own])), found)
 
-    served, kv = subject.served, subject.engine.kv
+    served, engine = subject.served, subject.engine
 
     def mean_size(size: Callable[[PageClass, PageGeometry], float]) -> float:
         """Of what the tokens of windows are kept in."""
         kept = Counter({subject.kv_precision: 1})
-        if isinstance(subject.engine, EngineUnderPressure):
+        if isinstance(engine, EngineUnderPressure):
             kept = sum((Counter(window.kv_tokens) for window in found), Counter())
-        sizes = {name: size(kv.class_of(served.name, name), served.geometry) for name in kept}
+        sizes = {name: size(engine.kv.class_of(served.name, name), served.geometry) for name in kept}
         return sum(sizes[name] * count for name, count in kept.items()) / kept.total()
 
     return FormatQuality(
-        weights=subject.served.model.weights,
+        weights=served.model.weights,
         kv_precision=subject.kv_precision,
         bits_per_value=mean_size(bits_per_value),
         kv_bytes_per_token=mean_size(bytes_per_token),
