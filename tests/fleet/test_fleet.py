@@ -236,7 +236,9 @@ def test_engines_on_one_device_share_weights_until_one_gets_others(make_plan):
         assert all(shared())
         old = dict(second)
         fleet: Any = llm.intake
-        fleet.replicas["engine-0"].loop.each_when_idle(lambda engine: engine.update_params(jax.tree.map(lambda leaf: 2 * leaf, old), "a"))
+        fleet.replicas["engine-0"].loop.each_when_idle(
+            lambda engine: engine.update_params(jax.tree.map(lambda leaf: 2 * leaf, old), "a")
+        )
         assert not any(shared())
         assert all(second[name] is old[name] for name in old)
 
