@@ -18,7 +18,7 @@ from fineserve_jax.engine.scoring import Completion, CompletionScore, Scoring, c
 from fineserve_jax.engine.stats import EngineStats, joint_stats
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import RequestError
-from fineserve_jax.fleet import Plan, only_engine, open_engines
+from fineserve_jax.fleet import Fleet, Plan, only_engine, open_engines
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -63,7 +63,7 @@ class LLM:
         model: str | None = None,
         *,
         models: Mapping[str, Any] | None = None,
-        plan: str | Path | Plan | None = None,
+        plan: str | Path | Plan | Fleet | None = None,
         **settings: Any,
     ) -> None:
         self.intake, self.loop = open_engines(model, models, plan, settings)
