@@ -107,6 +107,7 @@ def measure(arguments: Arguments, engine: Engine, requests: list[Request]) -> di
     spec = runner._spec(runner._shape(output))
     programs = step_programs(spec)
     host, _ = build_inputs(spec, output, runner.kv)
+    host = host._replace(sample_slots=np.arange(spec.shape.rows, dtype=np.int32))  # as if they were the newest
     inputs, sampling = jax.device_put((host, build_sampling(requests, spec.shape.rows, runner.max_seq_len)))
     stream = programs.embed(runner.params, inputs)
 

@@ -66,13 +66,15 @@ def test_the_format_of_the_example_can_be_registered():
 
 def test_the_python_interface_is_called_as_it_is():
     (one,) = blocks("README.md")
-    short, several = blocks("docs/python.md")
+    short, by_layer, several = blocks("docs/python.md")
     from fineserve_jax import EngineConfig, SamplingParams
     from fineserve_jax.engine.model_settings import model_sources
     from fineserve_jax.request.request_options import OptionKeywords
 
     arguments = re.search(r"LLM\((.*?)\)", one).group(1)
     EngineConfig(**eval(f"dict({arguments.split(',', 1)[1]})"))
+    recipes = EngineConfig(**eval(f"dict({re.search(r'LLM[(].*?, (.*)[)]', by_layer).group(1)})")).kv_recipes
+    assert re.search(r'kv_precision="(.*?)"', by_layer).group(1) in recipes
     assert list(model_sources(eval(re.search(r"models = (.*)\n", several).group(1)))) == ["exact", "fast"]
     assert {"kv_precision", "min_kv_precision"} <= OptionKeywords.__annotations__.keys() & set(
         re.findall(r"(\w+)=", short)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,18 +12,24 @@ import jax
 from fineserve_jax.engine.engine_config import EngineConfig
 from fineserve_jax.engine.memory import format_bytes, host_capacity_bytes, host_memory_bytes, kv_memory_bytes
 from fineserve_jax.engine.model_settings import ModelSettings
-from fineserve_jax.engine.page_shapes import WORD_BYTES, group_geometry, page_classes, page_geometries
+from fineserve_jax.engine.page_shapes import (
+    WORD_BYTES,
+    bits_per_value,
+    group_geometry,
+    page_classes,
+    page_geometries,
+)
 from fineserve_jax.engine.precision import resolve_precision
+from fineserve_jax.engine.recipes import formats_by_layer, split_layers
 from fineserve_jax.errors import ConfigError, RequestError
 from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.classes import PageClass
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.slab_size import choose_slab_units
 from fineserve_jax.loaders import LoadedModel, Tokenizer
-from fineserve_jax.models import Params, build_model
+from fineserve_jax.models import LayerGroup, Params, build_model
 from fineserve_jax.pallas_kernels.arena import NOWHERE
 from fineserve_jax.pallas_kernels.backends import get_backend
-from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.pallas_kernels.implementation import (
     VARIABLE,
@@ -69,6 +75,16 @@ class KnownModel:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.model.tokenizer
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The model's layers whose pages are apart: by how far back they attend, and by how recipes keep them."""
+        return _layer_groups(self.model, self.config)
+
+    def formats_of(self, precision: str) -> frozenset[str]:
+        """The KV formats that a KV precision keeps the model's layers in: itself, or those of a recipe."""
+        recipes = formats_by_layer(self.config.kv_recipes, self.model.config.num_layers)
+        return frozenset(recipes.get(precision, (precision,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +180,7 @@ def build_engine(
         )
     placed = _placed({name: model.model for name, model in known.items()}, group)
     known = {name: dataclasses.replace(model, model=placed[name]) for name, model in known.items()}
-    costs = {
-        name: model_cost(model.model, model.geometry, formats_kept(kv, name), group.size)
-        for name, model in known.items()
-    }
+    costs = {name: model_cost(model, kv, group.size) for name, model in known.items()}
     arena = Arena(next(iter(known.values())).geometry, allocator.num_units, group)
     operations = PageOperations(arena, {}, allocator.slab_units, implementation)
     served = {}
@@ -206,13 +219,22 @@ def classes_of(
     name: str, model: LoadedModel, geometry: PageGeometry, config: EngineConfig, max_seq_len: int
 ) -> dict[tuple[str, str], PageClass]:
     """The classes of a model's pages, by model and KV format."""
-    groups, step_tokens = model.config.layer_groups, _max_chunk_tokens(config, max_seq_len)
-    return page_classes(name, geometry, config.served_formats, groups, step_tokens)
+    try:
+        recipes = formats_by_layer(config.kv_recipes, model.config.num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"model {name!r}: {error}") from None
+    groups, step_tokens = _layer_groups(model, config), _max_chunk_tokens(config, max_seq_len)
+    return page_classes(name, geometry, config.served_formats, groups, step_tokens, recipes)
+
+
+def _layer_groups(model: LoadedModel, config: EngineConfig) -> tuple[LayerGroup, ...]:
+    recipes = formats_by_layer(config.kv_recipes, model.config.num_layers)
+    return split_layers(model.config.layer_groups, recipes)
 
 
 def group_geometries(model: KnownModel) -> dict[tuple[str, int], PageGeometry]:
     """How the pages of a model lie in the arena, by its name and the number of the layer group."""
-    groups = enumerate(model.model.config.layer_groups)
+    groups = enumerate(model.layer_groups)
     return {(model.name, number): group_geometry(model.geometry, group) for number, group in groups}
 
 
@@ -220,26 +242,23 @@ def served_model(
     model: KnownModel, arena: Arena, kv: KVManager, config: EngineConfig, implementation: Implementation
 ) -> ServedModel:
     """The model with what computes its steps. `config`: the engine's."""
-    runner = _runner(model.model, model.geometry, arena, kv, config, model.max_seq_len, implementation)
+    runner = _runner(model, arena, kv, config, implementation)
     return ServedModel(model.name, model.model, model.config, model.formats, model.geometry, model.max_seq_len, runner)
 
 
-def formats_kept(kv: KVManager, model: str) -> list[str]:
-    """KV formats that pages of the model may be in: those that requests name, and their residuals."""
-    return [kv_format for served, kv_format in kv.classes if served == model]
-
-
-def model_cost(model: LoadedModel, geometry: PageGeometry, formats: Iterable[str], shards: int = 1) -> ModelCost:
-    """What a step of this model costs each of the devices that share it, for the scheduler's predictions."""
+def model_cost(known: KnownModel, kv: KVManager, shards: int = 1) -> ModelCost:
+    """What a step of this model costs each of the devices that share it, for the scheduler's predictions; of all KV
+    precisions that its pages may be in: those that requests name, and their residuals."""
+    model, geometry = known.model, known.geometry
     leaves = jax.tree.leaves(model.params)
     shape = model.config.of_shard(shards)
     attention = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
     widths = [shape.mlp_width(layer) for layer in range(shape.num_layers)]
-    costs = {}
-    for name in formats:
-        kv_format = get_format(name)
-        token_bytes = geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES / geometry.page_size
-        costs[name] = FormatCost(kv_format.bits_per_value(geometry), token_bytes)
+    costs = {
+        precision: FormatCost(bits_per_value(kept, geometry), kept.bytes_of_groups / geometry.page_size)
+        for (served, precision), kept in kv.classes.items()
+        if served == known.name
+    }
     return ModelCost(
         flops_per_token=2 * sum(dense_layer_parameters(*attention, width) for width in widths),
         flops_per_pair=pair_flops(shape.num_layers, shape.num_heads, shape.head_dim),
@@ -260,18 +279,14 @@ def _model_configs(
 
 
 def _runner(
-    model: LoadedModel,
-    geometry: PageGeometry,
-    arena: Arena,
-    kv: KVManager,
-    config: EngineConfig,
-    max_seq_len: int,
-    implementation: Implementation,
+    served: KnownModel, arena: Arena, kv: KVManager, config: EngineConfig, implementation: Implementation
 ) -> ModelRunner:
+    model, max_seq_len = served.model, served.max_seq_len
+    kept = {own.kv_format for (name, _), first in kv.classes.items() if name == served.name for own in first.groups}
     return ModelRunner(
         build_model(model.config, model.weights, arena.group.size),
         model.params,
-        geometry,
+        served.geometry,
         arena,
         kv,
         max_rows=max(config.max_batch_size, 1 + config.num_speculative_tokens),
@@ -281,7 +296,8 @@ def _runner(
         check_finite=config.check_finite,
         eos_ids=[token for token in model.tokenizer.eos_token_ids if token < model.config.vocab_size],
         reproducible=config.reproducible,
-        formats=config.served_formats if config.reproducible else (),
+        formats=kept if config.reproducible else (),
+        layer_groups=served.layer_groups if config.kv_recipes else (),
         drafts=config.num_speculative_tokens > 0,
         looks_ahead=config.async_scheduling,
         shares=implementation == "cpu",  # elsewhere nobody has measured whether it pays

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from fineserve_jax.engine.recipes import check_recipe
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.quotas import check_quotas
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
@@ -24,6 +25,8 @@ class EngineConfig(SchedulerConfig):
     Attributes:
         weights: precision of the weights: fp32, bf16, int8 (8-bit activations too) or int4 (weights only). None:
             bf16, or what a converted checkpoint holds.
+        kv_recipes: name -> recipe, a further KV precision that keeps some layers in another format than the rest, such
+            as "int4, first 2 and last 2 layers bf16". Requests may name it.
         kv_precision: KV format of requests that do not name one; or "auto": bf16 while there is room.
         kv_formats: KV formats that requests may name, int3 and pairs such as k8v4 too; None: all that are registered,
             which these are not. Baseline slab policies divide memory by this list.
@@ -58,6 +61,7 @@ class EngineConfig(SchedulerConfig):
     """
 
     weights: Weights | None = None
+    kv_recipes: dict[str, str] = Field(default_factory=dict)
     kv_precision: str = "bf16"
     kv_formats: tuple[str, ...] | None = None
     kv_memory: int | float | str | None = None
@@ -79,26 +83,33 @@ class EngineConfig(SchedulerConfig):
     check_finite: bool = False
     check_every: int = Field(default=0, ge=0)
 
-    @field_validator("kv_precision")
+    @field_validator("kv_recipes")
     @classmethod
-    def _known_format(cls, value: str) -> str:
-        return value if value == AUTO else get_format(value).name
+    def _recipes(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            check_recipe(name, text)
+        return value
 
-    @field_validator("min_kv_precision")
+    @field_validator("kv_precision", "min_kv_precision")
     @classmethod
-    def _known_floor(cls, value: str | None) -> str | None:
-        return value if value is None else get_format(value).name
+    def _known_precision(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None or value in info.data.get("kv_recipes", {}):
+            return value
+        return value if value == AUTO and info.field_name == "kv_precision" else get_format(value).name
 
     @field_validator("kv_formats")
     @classmethod
-    def _known_formats(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return value if value is None else tuple(dict.fromkeys(get_format(name).name for name in value))
+    def _known_formats(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        recipes = info.data.get("kv_recipes", {})
+        return tuple(dict.fromkeys(name if name in recipes else get_format(name).name for name in value))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for name in ("kv_precision", "min_kv_precision"):
             value = getattr(self, name)
-            if self.kv_formats is not None and value not in (*self.kv_formats, AUTO, None):
+            if self.kv_formats is not None and value not in (*self.served_formats, AUTO, None):
                 raise ValueError(f"{name}={value!r} is not among kv_formats={list(self.kv_formats)}; add it there")
         if self.slab_shares is not None and self.slab_policy != "partitioned":
             raise ValueError(
@@ -149,11 +160,11 @@ class EngineConfig(SchedulerConfig):
 
     @property
     def served_formats(self) -> tuple[str, ...]:
-        """KV formats that requests may name."""
+        """KV formats and recipes that requests may name."""
         if self.kv_formats is not None:
-            return self.kv_formats
+            return tuple(dict.fromkeys((*self.kv_formats, *self.kv_recipes)))
         named = (name for name in (self.kv_precision, self.min_kv_precision) if name not in (AUTO, None))
-        return tuple(dict.fromkeys((*FORMATS, *(name for name in named if name is not None))))
+        return tuple(dict.fromkeys((*FORMATS, *(name for name in named if name is not None), *self.kv_recipes)))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from fineserve_jax.engine.build import (
     ServedModel,
     check_one_request_fits,
     classes_of,
-    formats_kept,
     group_geometries,
     max_seq_len_of,
     model_cost,
@@ -115,7 +114,7 @@ class ModelLoading:
             for page_class in classes.values():
                 self._kv.register(page_class)
             self._operations.geometries |= group_geometries(known)
-            cost = model_cost(model, known.geometry, formats_kept(self._kv, name), group.size)
+            cost = model_cost(known, self._kv, group.size)
             self._scheduler.add_model(name, cost, served.runner.row_buckets)
             self._models[name] = served
         profiles = self._config.step_profile

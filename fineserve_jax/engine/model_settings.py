@@ -7,11 +7,10 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fineserve_jax.engine.engine_config import AUTO, EngineConfig, Weights
+from fineserve_jax.engine.engine_config import EngineConfig, Weights
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.loaders import LoadedModel, load_model
 from fineserve_jax.loaders.load import resolve_source
-from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.validation import Validated
 
 
@@ -25,11 +24,6 @@ class ModelSettings(Validated):
 
     kv_precision: str | None = None
     max_seq_len: int | None = Field(default=None, ge=2)
-
-    @field_validator("kv_precision")
-    @classmethod
-    def _known_format(cls, value: str | None) -> str | None:
-        return value if value in (None, AUTO) else get_format(value).name
 
     def over(self, config: EngineConfig) -> EngineConfig:
         """The engine's settings as this model has them. Raises `ConfigError` for those that contradict each other."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.kv.classes import PageClass
@@ -73,13 +74,16 @@ def page_classes(
     formats: Iterable[str],
     groups: Sequence[LayerGroup] = (),
     step_tokens: int | None = None,
+    recipes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[tuple[str, str], PageClass]:
-    """The page class of each format, and of the residuals they need, by model and format name.
+    """The page class of each format, and of the residuals they need, by model and name.
 
     Args:
         geometry: of pages of all layers.
-        groups: the model's layers by how far back they attend; none: all attend to everything.
+        formats: KV formats, and names of recipes.
+        groups: the model's layers by how far back they attend, and by how recipes keep them; none: all are alike.
         step_tokens: most tokens of a request that a step computes; None: all of them.
+        recipes: the format of each layer, by name.
     """
     groups = groups or [LayerGroup(tuple(range(geometry.num_layers)), None)]
     classes: dict[str, PageClass] = {}
@@ -88,28 +92,38 @@ def page_classes(
         window = None if group.window is None else max(2, group.window)
         span = None if window is None or step_tokens is None else window + step_tokens
         like = PageClass(model, "", 1, shape.page_size, 1, group=number, window=window, span=span)
-        classes = _classes_of_group(like, shape, formats, classes)
+        own = {name: (by_layer[group.layers[0]], frozenset(by_layer)) for name, by_layer in recipes.items()}
+        classes = _classes_of_group(like, shape, formats, classes, own)
     return {(model, name): page_class for name, page_class in classes.items()}
 
 
 def _classes_of_group(
-    like: PageClass, geometry: PageGeometry, formats: Iterable[str], others: Mapping[str, PageClass]
+    like: PageClass,
+    geometry: PageGeometry,
+    formats: Iterable[str],
+    others: Mapping[str, PageClass],
+    recipes: Mapping[str, tuple[str, frozenset[str]]],
 ) -> dict[str, PageClass]:
-    """The page classes of a layer group, by format.
+    """The page classes of a layer group, by KV precision.
 
     Args:
         like: says all but what follows from the format.
         geometry: of the group's pages.
         others: the classes of the groups behind it, each naming those that follow.
+        recipes: the format of the group's layers, and those of all, by name.
     """
     classes: dict[str, PageClass] = {}
 
     def add(name: str) -> PageClass:
         if name not in classes:
-            kv_format = get_format(name)
+            own, all_formats = recipes.get(name, (name, frozenset()))
+            kv_format = get_format(own)
+            for residual in sorted(filter(None, (get_format(other).residual for other in all_formats))):
+                add(residual)  # in each group, whichever group's residual it is
             classes[name] = dataclasses.replace(
                 like,
-                kv_format=name,
+                kv_format=own,
+                recipe=name if name in recipes else None,
                 page_units=kv_format.page_units(geometry),
                 page_bytes=geometry.num_layers * kv_format.words_per_layer(geometry) * WORD_BYTES,
                 residual=None if kv_format.residual is None else add(kv_format.residual),
@@ -120,3 +134,15 @@ def _classes_of_group(
     for name in formats:
         add(name)
     return classes
+
+
+def bytes_per_token(page_class: PageClass, geometry: PageGeometry) -> float:
+    """Bytes that a cached token takes in pages of a precision's layer groups, scales and padding counted."""
+    units = sum(group.page_units for group in page_class.groups)
+    return WORD_BYTES * geometry.unit_words * units / geometry.page_size
+
+
+def bits_per_value(page_class: PageClass, geometry: PageGeometry) -> float:
+    """Bits that a cached key or value takes on average over a model's layers, scales and padding counted."""
+    values = 2 * geometry.num_layers * geometry.kv_heads * geometry.head_dim
+    return 8 * bytes_per_token(page_class, geometry) / values

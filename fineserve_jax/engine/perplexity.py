@@ -12,11 +12,11 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.checks import check_memory, check_vocabulary
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
+from fineserve_jax.engine.page_shapes import bits_per_value
 from fineserve_jax.engine.precision import Precision, resolve_precision
 from fineserve_jax.engine.prepare import PreparedRequest
 from fineserve_jax.engine.scoring import FOR_SCORES
 from fineserve_jax.errors import ConfigError, NonFiniteError, RequestError
-from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.request.request import PromptScores
 from fineserve_jax.request.request_options import RequestOptions
 
@@ -114,7 +114,7 @@ def measure_perplexity(
         window=window,
         windows=windows,
         kv_precision=kv_precision,
-        bits_per_value=get_format(kv_precision).bits_per_value(served.geometry),
+        bits_per_value=bits_per_value(engine.kv.class_of(served.name, kv_precision), served.geometry),
         model=served.name,
         weights=served.model.weights,
     )

@@ -9,6 +9,7 @@ from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.formats import get_format
 
 WIDEST_OF_AUTO = "bf16"
+MOST_BITS_OF_AUTO = get_format(WIDEST_OF_AUTO).value_bits
 
 
 class Precision(NamedTuple):
@@ -36,7 +37,7 @@ def resolve_precision(
     Args:
         kv: knows how long pages are, and what fits.
         formats: what is served.
-        kv_precision: a format, or "auto".
+        kv_precision: a format, a recipe, or "auto".
         min_kv_precision: a format; None: none but with "auto", which then goes down to the narrowest.
         num_tokens: greatest length of the request. With "auto" it starts in the widest format in which that fits.
 
@@ -50,20 +51,29 @@ def resolve_precision(
     classes = {name: kv.class_of(model, name) for name in formats}
     if kv_precision != AUTO:
         floor = min_kv_precision
-        if floor is not None and classes[floor].page_bytes > classes[kv_precision].page_bytes:
+        if floor is not None and not classes[kv_precision].holds_at_least(classes[floor]):
             raise RequestError(
                 f"min_kv_precision={floor!r} is wider than kv_precision={kv_precision!r}; give a narrower one, or none"
             )
         return Precision(kv_precision, None if floor == kv_precision else floor)
-    floor = min_kv_precision or min(formats, key=lambda name: classes[name].page_bytes)
-    most_bits = get_format(WIDEST_OF_AUTO).value_bits
-    steps = _steps(classes, most_bits, floor)
+    floor = min_kv_precision or min(formats, key=lambda name: classes[name].bytes_of_groups)
+    steps = _steps(classes, floor)
     start = next((name for name in steps if kv.fits_alone(model, name, num_tokens)), floor)
     return Precision(start, None if floor == start else floor)
 
 
-def _steps(classes: dict[str, PageClass], most_bits: float, floor: str) -> list[str]:
-    """Formats from the widest of at most so many bits a value down to the floor; ties go to bf16."""
-    at_least = classes[floor].page_bytes
-    between = [n for n, c in classes.items() if c.page_bytes >= at_least and get_format(n).value_bits <= most_bits]
-    return sorted(between, key=lambda name: (-classes[name].page_bytes, name != WIDEST_OF_AUTO))
+def _steps(classes: dict[str, PageClass], floor: str) -> list[str]:
+    """Formats from the widest of at most 16 bits a value down to the floor, which may be a recipe; ties go to bf16."""
+    between = [
+        name
+        for name, own in classes.items()
+        if (own.recipe is None or name == floor)
+        and own.holds_at_least(classes[floor])
+        and _value_bits(own) <= MOST_BITS_OF_AUTO
+    ]
+    return sorted(between, key=lambda name: (-classes[name].bytes_of_groups, name != WIDEST_OF_AUTO))
+
+
+def _value_bits(page_class: PageClass) -> float:
+    """Bits of a stored value, scales not counted, in the layers that keep most."""
+    return max(get_format(group.kv_format).value_bits for group in page_class.groups)

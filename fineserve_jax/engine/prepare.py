@@ -208,7 +208,7 @@ def precision_of(
 def use_precision(served: ServedModel, kv: KVManager, precision: Precision) -> list[PageClass]:
     """Makes the model's programs serve requests of this precision; returns the classes of their pages, widest first."""
     classes = kv.ladder(served.name, precision.start, precision.floor)
-    served.runner.use_formats(page_class.kv_format for page_class in classes)
+    served.runner.use_formats(group.kv_format for page_class in classes for group in page_class.groups)
     if precision.floor is not None:
         served.runner.use_narrowing()
     return classes

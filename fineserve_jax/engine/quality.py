@@ -18,11 +18,13 @@ from fineserve_jax.engine.build import ServedModel
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import AUTO
 from fineserve_jax.engine.estimates import Estimate, draws_of, estimate
+from fineserve_jax.engine.page_shapes import bits_per_value, bytes_per_token
 from fineserve_jax.engine.perplexity import check_windows, score_window
 from fineserve_jax.engine.precision import Precision
 from fineserve_jax.engine.pressure import EngineUnderPressure
 from fineserve_jax.errors import RequestError
-from fineserve_jax.pallas_kernels.formats import KVFormat, get_format
+from fineserve_jax.kv.classes import PageClass
+from fineserve_jax.pallas_kernels.geometry import PageGeometry
 from fineserve_jax.request.request import Request
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -32,7 +34,6 @@ WIDE = "fp32"
 """What formats are compared with."""
 PROMPT_TOKENS = 128
 """Most tokens of a window that both formats go on from greedily."""
-WORD_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def measure_quality(
     if not names:
         raise RequestError(f"kv_precisions={list(kv_precisions)}: give formats besides {WIDE}, to compare with it")
     precisions = {name: check_windows(engine, served, token_ids, window, windows, name) for name in (WIDE, *names)}
-    names.sort(key=lambda name: get_format(name).bits_per_value(served.geometry))
+    names.sort(key=lambda name: bytes_per_token(engine.kv.class_of(served.name, name), served.geometry))
     subjects = [_Subject(engine, name, precisions[name]) for name in (WIDE, *names)]
     for other, name in (*((short, AUTO) for short in under_pressure), *((other, WIDE) for other in others)):
         other.recover()
@@ -244,20 +245,21 @@ def _format_quality(subject: _Subject, found: Sequence[_Window], draws: np.ndarr
     def mean_of(values: Callable[[_Window], np.ndarray | int]) -> Estimate:
         return estimate(draws, lambda own: float(np.mean([np.mean(values(window)) for window in own])), found)
 
-    def mean_size(size: Callable[[KVFormat], float]) -> float:
+    served, engine = subject.served, subject.engine
+
+    def mean_size(size: Callable[[PageClass, PageGeometry], float]) -> float:
         """Of what the tokens of windows are kept in."""
         kept = Counter({subject.kv_precision: 1})
-        if isinstance(subject.engine, EngineUnderPressure):
+        if isinstance(engine, EngineUnderPressure):
             kept = sum((Counter(window.kv_tokens) for window in found), Counter())
-        return sum(size(get_format(name)) * count for name, count in kept.items()) / kept.total()
+        sizes = {name: size(engine.kv.class_of(served.name, name), served.geometry) for name in kept}
+        return sum(sizes[name] * count for name, count in kept.items()) / kept.total()
 
-    engine, geometry = subject.engine, subject.served.geometry
-    token_bytes = WORD_BYTES * geometry.unit_words / geometry.page_size
     return FormatQuality(
-        weights=subject.served.model.weights,
+        weights=served.model.weights,
         kv_precision=subject.kv_precision,
-        bits_per_value=mean_size(lambda kv_format: kv_format.bits_per_value(geometry)),
-        kv_bytes_per_token=mean_size(lambda kv_format: token_bytes * kv_format.page_units(geometry)),
+        bits_per_value=mean_size(bits_per_value),
+        kv_bytes_per_token=mean_size(bytes_per_token),
         perplexity=estimate(draws, lambda own: _perplexity(own, 1), found),
         rise=estimate(draws, lambda own: _perplexity(own, 1) / _perplexity(own, 0) - 1, found),
         kl=mean_of(lambda window: window.differences.kl),

@@ -218,7 +218,8 @@ def _most_branch_tokens(prepared: PreparedRequest) -> int:
     out in pages as the KV format has them, or for what `takes_branches` says."""
     served, config = prepared.served, prepared.served.config
     takes_any = config.chunked_prefill and takes_branches(served.model.config, config.reproducible, config.check_finite)
-    if get_format(prepared.precision.start).residual or not takes_any:
+    kept = [get_format(name) for name in served.formats_of(prepared.precision.start)]
+    if any(kv_format.residual for kv_format in kept) or not takes_any:
         return -1
     return config.max_chunk_tokens - served.geometry.page_size
 

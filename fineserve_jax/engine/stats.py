@@ -158,7 +158,7 @@ def _model_stats(models: Mapping[str, ServedModel], kv: KVManager, scheduler: Sc
     by_format: dict[str, dict[str, ClassStats]] = {name: {} for name in models}
     for page_class, stats in measure_classes(kv).items():
         if page_class.model in by_format:  # else what an unloading that was cut short has left
-            by_format[page_class.model][page_class.format_and_group] = stats
+            by_format[page_class.model][page_class.precision_and_group] = stats
     return {
         name: ModelStats(served.model.weights, by_format[name], scheduler.profiles[name].error)
         for name, served in models.items()

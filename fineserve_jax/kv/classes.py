@@ -12,11 +12,11 @@ from fineserve_jax.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class PageClass:
-    """Pages of one layer group of a model in one KV format, all of one length.
+    """Pages of one layer group of a model in one KV precision, all of one length.
 
     Attributes:
         model: name of the model.
-        kv_format: name of the KV format.
+        kv_format: name of the KV format that they are in.
         page_units: units that a page of all layers of the group takes.
         page_size: tokens a page holds.
         page_bytes: exact bytes of a full page's values and scales, at most `page_units` units.
@@ -29,6 +29,7 @@ class PageClass:
             step computes; None: whatever a request is long.
         others: classes of the model's other layer groups in the same format. A request has pages in all of them; its
             class is that of the first group.
+        recipe: name of the KV precision, where layer groups are in different formats; None: it is called as the format.
 
     Raises:
         ConfigError: a length below 1, a residual page that does not fit its class, or a span within the window.
@@ -44,6 +45,7 @@ class PageClass:
     window: int | None = None
     span: int | None = None
     others: "tuple[PageClass, ...]" = ()
+    recipe: str | None = None
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,17 +75,31 @@ class PageClass:
         return self._hash
 
     def __str__(self) -> str:
-        return f"{self.model}/{self.format_and_group}"
+        return f"{self.model}/{self.precision_and_group}"
 
     @property
-    def format_and_group(self) -> str:
-        """The KV format, and the number of the group unless it is the first: "int8", "int8 (group 1)"."""
-        return f"{self.kv_format} (group {self.group})" if self.group else self.kv_format
+    def precision(self) -> str:
+        """The KV precision, as requests name it: a KV format, or a recipe."""
+        return self.recipe or self.kv_format
+
+    @property
+    def precision_and_group(self) -> str:
+        """The KV precision, and the number of the group unless it is the first: "int8", "int8 (group 1)"."""
+        return f"{self.precision} (group {self.group})" if self.group else self.precision
 
     @property
     def groups(self) -> "tuple[PageClass, ...]":
         """The classes that a request of this class has pages in, one for each layer group; residual pages aside."""
         return (self, *self.others)
+
+    @property
+    def bytes_of_groups(self) -> int:
+        """Exact bytes of a full page of each layer group, together: of so many tokens in all layers."""
+        return sum(group.page_bytes for group in self.groups)
+
+    def holds_at_least(self, other: "PageClass") -> bool:
+        """Whether no layer group has shorter pages than in another precision of the model."""
+        return all(own.page_bytes >= theirs.page_bytes for own, theirs in zip(self.groups, other.groups, strict=True))
 
     # -- pages of this group, numbered from the first position on, the residual page aside -------------------------
 
@@ -120,8 +136,8 @@ class PageClass:
     def room(self, num_tokens: int, num_computed: int) -> int:
         """Tokens that the pages of a request with so many known and computed tokens, the residual pages included, have
         room for."""
-        spare = 0 if self.residual is None else self.page_size - 1
-        return min(c.end_page(num_tokens, num_computed) for c in self.groups) * self.page_size + spare
+        pages = [(c.end_page(num_tokens, num_computed), c.residual is not None) for c in self.groups]
+        return min(count * self.page_size + (self.page_size - 1) * has_residual for count, has_residual in pages)
 
     def demand(self, num_tokens: int) -> "dict[PageClass, int]":
         """Most pages by class that a request has at a time until its first `num_tokens` tokens are computed; no zero
@@ -138,12 +154,12 @@ class PageClass:
 
 
 class PageClasses(dict[tuple[str, str], PageClass]):
-    """Page class of each model and KV format that requests may name: that of the first layer group.
+    """Page class of each model and KV precision that requests may name: that of the first layer group.
 
     Raises:
         ConfigError: when asked for a pair that is not there.
     """
 
     def __missing__(self, key: tuple[str, str]) -> PageClass:
-        known = ", ".join(f"{model}/{kv_format}" for model, kv_format in self) or "none"
+        known = ", ".join(f"{model}/{precision}" for model, precision in self) or "none"
         raise ConfigError(f"no KV cache for {'/'.join(key)}; this engine has: {known}")

@@ -4,6 +4,7 @@ Pages come from a pool (`page_pool`). What a new request can share is found by `
 work on what requests hold, too. Audits and accounts of all of it are functions (`integrity`, `usage`).
 """
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import KeysView, Mapping, Sequence
@@ -79,7 +80,7 @@ class KVManager:
     def register(self, page_class: PageClass) -> None:
         """Serve requests of a further model and format."""
         self.pool.allocator.register(page_class)
-        self.classes[page_class.model, page_class.kv_format] = page_class
+        self.classes[page_class.model, page_class.precision] = page_class
 
     def unregister(self, model: str) -> None:
         """Serve requests of a model no longer, of whose pages none may be held; those that are cached are evicted.
@@ -353,9 +354,22 @@ class KVManager:
         return None if residual is None else self.pool.table.units[residual]
 
     def tokens_by_format(self, request: Request) -> dict[str, int]:
-        """How many of the request's computed tokens are kept in each KV format, oldest first; where layers differ, in
-        the first group of them."""
+        """How many of the request's computed tokens are kept in each KV precision, oldest first; where layer groups
+        that keep them all differ, in the one that takes least."""
+        if request not in self.held:
+            return {}
+        groups = enumerate(self.held[request].page_class.groups)
+        known = [number for number, own in groups if own.window is None] or [0]
+        segments = [self.segments(request, request.num_computed_tokens, number) for number in known]
+        starts = sorted({segment.first_position for own in segments for segment in own})
         tokens: Counter[str] = Counter()
-        for segment in self.segments(request, request.num_computed_tokens if request in self.held else 0):
-            tokens[segment.kv_format] += segment.num_tokens
+        for first, stop in itertools.pairwise([*starts, request.num_computed_tokens]):
+            there = [
+                segment
+                for own in segments
+                for segment in own
+                if 0 <= first - segment.first_position < segment.num_tokens
+            ]
+            names = [segment.precision or segment.kv_format for segment in there]
+            tokens[min(names, key=lambda name: self.class_of(request.model, name).bytes_of_groups)] += stop - first
         return dict(tokens)

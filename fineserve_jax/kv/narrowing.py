@@ -23,17 +23,26 @@ more."""
 
 
 def ladder(classes: PageClasses, model: str, kv_format: str, floor_format: str | None) -> list[PageClass]:
-    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor."""
+    """Classes that a request's pages may be in, widest first: its own, and each narrower one down to its floor. Recipes
+    are among them only as the first and the last."""
     own = classes[model, kv_format]
     if floor_format is None:
         return [own]
     floor, steps = classes[model, floor_format], [own]
+    of_model = [page_class for page_class in classes.values() if page_class.model == own.model]
     # Of formats that take the same, the one that was asked for comes first.
-    for page_class in sorted(classes.values(), key=lambda other: (-other.page_bytes, other is not floor)):
-        narrower = page_class.page_units < steps[-1].page_units and page_class.page_bytes >= floor.page_bytes
-        if page_class.model == own.model and narrower:
+    for page_class in sorted(of_model, key=lambda other: (-other.bytes_of_groups, other is not floor)):
+        between = steps[-1].holds_at_least(page_class) and page_class.holds_at_least(floor)
+        may_be = page_class.recipe is None or page_class is floor
+        if may_be and between and _saves_units(steps[-1], page_class):
             steps.append(page_class)
     return steps
+
+
+def _saves_units(wider: PageClass, narrower: PageClass) -> bool:
+    """Whether pages of some layer group take fewer units."""
+    pairs = zip(wider.groups, narrower.groups, strict=True)
+    return any(theirs.page_units < own.page_units for own, theirs in pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class Elastic:
     """A pool a class, and any pool may grow into any free slab."""
 
     def pool_name(self, page_class: PageClass) -> tuple[str, ...]:
-        return (page_class.model, page_class.format_and_group)
+        return (page_class.model, page_class.precision_and_group)
 
     def share_name(self, page_class: PageClass) -> str:
         return "arena"
@@ -45,7 +45,7 @@ class Uniform(Elastic):
 
 
 class Partitioned(Elastic):
-    """A pool a class, and a fixed quota of slabs a KV format.
+    """A pool a class, and a fixed quota of slabs a KV precision.
 
     Args:
         shares: weight of each format, normalised here; a format without one is refused. None weighs all the
@@ -62,7 +62,7 @@ class Partitioned(Elastic):
         self.shares = dict(shares) if shares else None
 
     def share_name(self, page_class: PageClass) -> str:
-        return page_class.kv_format
+        return page_class.precision
 
     def slab_limits(self, share_names: Collection[str], num_slabs: int) -> dict[str, int]:
         shares = self.shares or dict.fromkeys(sorted(share_names), 1.0)

@@ -32,12 +32,16 @@ class PageRun:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of a request's cached tokens in one format: `num_tokens` from `first_position` on, in `pages`."""
+    """A run of a request's cached tokens in one format: `num_tokens` from `first_position` on, in `pages`.
+
+    precision: the KV precision that they are part of; "": it is called as the format.
+    """
 
     kv_format: str
     pages: list[int]
     first_position: int
     num_tokens: int
+    precision: str = ""
 
 
 @dataclass(slots=True)
@@ -118,11 +122,13 @@ class GroupPages:
         first = self.num_dropped * size
         for run in self.parts(0, self.page_class.num_pages(num_cached)):
             count = min(num_cached - first, len(run.handles) * size)
-            segments.append(Segment(run.page_class.kv_format, units_of(run.handles), first, count))
+            own = run.page_class
+            segments.append(Segment(own.kv_format, units_of(run.handles), first, count, own.recipe or ""))
             first += count
         if self.residual is not None and self.page_class.residual is not None and num_cached > first:
             residual = units_of([self.residual])
-            segments.append(Segment(self.page_class.residual.kv_format, residual, first, num_cached - first))
+            kv_format, recipe = self.page_class.residual.kv_format, self.page_class.recipe or ""
+            segments.append(Segment(kv_format, residual, first, num_cached - first, recipe))
         return segments
 
 

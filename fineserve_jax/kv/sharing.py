@@ -199,7 +199,7 @@ class Sharing:
         size = page_class.page_size
         known = self._shareable(request, min(num_tokens - 1, request.num_shareable_tokens) // size)
         for block_hash, tokens in hash_blocks(request.token_ids, size, request.prefix_root, 0, known):
-            row = tuple(self._find_block(own, block_hash, tokens) for own in page_class.groups)
+            row = tuple(self._find_block(page_class, own, block_hash, tokens) for own in page_class.groups)
             if any(block is None and own.window is None for own, block in zip(page_class.groups, row, strict=True)):
                 break
             rows.append(row)
@@ -226,19 +226,27 @@ class Sharing:
         pages = zip(held.groups, rows[index - 1], strict=True)
         return all(list(group.handles(index - 1, index)) == [block and block.handle] for group, block in pages)
 
-    def _find_block(self, own: PageClass, block_hash: bytes, tokens: bytes) -> CachedBlock | None:
+    def _find_block(
+        self, page_class: PageClass, own: PageClass, block_hash: bytes, tokens: bytes
+    ) -> CachedBlock | None:
+        """`page_class`: the request's; `own`: that of the layer group."""
         block = self._cache.find(own, block_hash, tokens)
         if block is None and self.prefix_cache == "convert":
-            block = self._find_wider(own, block_hash, tokens)
+            block = self._find_wider(page_class, own, block_hash, tokens)
         return block
 
-    def _find_wider(self, page_class: PageClass, block_hash: bytes, tokens: bytes) -> CachedBlock | None:
+    def _find_wider(
+        self, page_class: PageClass, own: PageClass, block_hash: bytes, tokens: bytes
+    ) -> CachedBlock | None:
+        """A block in a precision that no layer has narrower: each layer saw what those below it keep."""
         for others in self._classes.values():
-            for other in others.groups if others.model == page_class.model else ():
-                if other.group == page_class.group and other.page_bytes > page_class.page_bytes:
-                    block = self._cache.find(other, block_hash, tokens)
-                    if block is not None and block.ready:
-                        return block
+            if others.model != own.model or others is page_class or not others.holds_at_least(page_class):
+                continue
+            other = others.groups[own.group]
+            if other.page_bytes > own.page_bytes or other.kv_format == own.kv_format:
+                block = self._cache.find(other, block_hash, tokens)
+                if block is not None and block.ready:
+                    return block
         return None
 
     def _enter(self, request: Request, held: RequestPages, num_tokens: int, prefix: Prefix) -> None:
@@ -346,5 +354,6 @@ def _can_fork(request: Request, page_class: PageClass, origin: Request, pages: R
     if any(group.num_dropped > group.page_class.first_page(known) for group in pages.groups):
         return False
     full, begun = divmod(known, size)
-    residual_is_gone = begun and page_class.residual is not None and origin.num_computed_tokens // size > full
+    has_residual = any(own.residual is not None for own in page_class.groups)
+    residual_is_gone = begun and has_residual and origin.num_computed_tokens // size > full
     return num_tokens == request.num_prompt_tokens and origin.num_computed_tokens >= known and not residual_is_gone

@@ -11,7 +11,7 @@ from fineserve_jax.kv.stats import AllocatorStats, ClassStats, allocator_stats
 
 @dataclass(frozen=True, slots=True)
 class FormatUsage:
-    """The pages of one KV format, over all models; residual pages count under their own format.
+    """The pages of one KV precision, over all models; residual pages count under their own format.
 
     Attributes:
         needed_bytes: exact bytes of the cached tokens' values and scales, in layers with a window of those inside it.
@@ -90,8 +90,8 @@ def measure_usage(kv: KVManager) -> KVUsage:
     stats, tokens = allocator_stats(allocator), _cached_tokens(kv)
     cached_bytes = kv.pool.prefix_cache.evictable_units * allocator.unit_bytes
     formats = {
-        kv_format: _format_usage(kv, kv_format, stats, tokens)
-        for kv_format in dict.fromkeys(page_class.kv_format for page_class in stats.classes)
+        precision: _format_usage(kv, precision, stats, tokens)
+        for precision in dict.fromkeys(page_class.precision for page_class in stats.classes)
     }
     return KVUsage(
         formats=formats,
@@ -137,9 +137,9 @@ def _count_tokens(
         tokens[own.residual] += cached - max(first, stop * size)
 
 
-def _format_usage(kv: KVManager, kv_format: str, stats: AllocatorStats, tokens: dict[PageClass, int]) -> FormatUsage:
+def _format_usage(kv: KVManager, precision: str, stats: AllocatorStats, tokens: dict[PageClass, int]) -> FormatUsage:
     allocator, evictable = kv.pool.allocator, kv.pool.prefix_cache.evictable_pages
-    classes = [page_class for page_class in stats.classes if page_class.kv_format == kv_format]
+    classes = [page_class for page_class in stats.classes if page_class.precision == precision]
     pools = {allocator.members[page_class].pool for page_class in classes}
     free_slabs = max(allocator.available_slabs(pool) for pool in pools)
     free_units = sum(pool.free_pages * pool.page_units for pool in pools)

@@ -6,7 +6,6 @@ import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.pallas_kernels.arena import NOWHERE
-from fineserve_jax.pallas_kernels.formats import get_format
 from fineserve_jax.pallas_kernels.operations import plan_attention
 from fineserve_jax.pallas_kernels.shared_prefixes import find_shared_prefixes
 from fineserve_jax.pallas_kernels.tiles import BatchSegment, QueryRun, Tiles
@@ -71,6 +70,22 @@ class SharedInputs(NamedTuple):
     tiles: Tiles
 
 
+class FormatIds(NamedTuple):
+    """The formats that a layer group's keys and values are written in, see `DecodeInputs` and `ChunkInputs`.
+
+    Attributes:
+        decode: i32[rows], of each decoded token.
+        closing_counts: i32[page-wise formats], how many residual pages the step fills.
+        written, newest, full: i32[chunk_pages], of each page of chunk slots; None without such.
+    """
+
+    decode: Array
+    closing_counts: Array
+    written: Array = None
+    newest: Array = None
+    full: Array = None
+
+
 class GroupInputs(NamedTuple):
     """Where the step's tokens, and those they attend to, are in the pages of a layer group. Pages by first unit.
 
@@ -83,6 +98,7 @@ class GroupInputs(NamedTuple):
             pages of their own that they are encoded into.
         shared: what decode rows attend to together, and `decode_tiles` therefore lack; None: nothing. With it, a layer
             is another program.
+        formats: those of the group, where KV formats differ by layer; None: as those of the step.
     """
 
     decode_pages: Array
@@ -92,6 +108,7 @@ class GroupInputs(NamedTuple):
     closing_sources: Array
     closing_targets: Array
     shared: SharedInputs | None = None
+    formats: FormatIds | None = None
 
 
 class StepInputs(NamedTuple):
@@ -110,6 +127,17 @@ class StepInputs(NamedTuple):
     closing_counts: Array
     long: Array
     sample_slots: Array
+
+    def formats_of(self, group: int) -> FormatIds:
+        """The formats of a layer group."""
+        if (differing := self.groups[group].formats) is not None:
+            return differing
+        own = FormatIds(self.decode.format_ids, self.closing_counts)
+        if (chunk := self.chunk) is None:
+            return own
+        return own._replace(
+            written=chunk.written_format_ids, newest=chunk.newest_format_ids, full=chunk.full_format_ids
+        )
 
 
 def build_inputs(
@@ -171,11 +199,14 @@ class _GroupBuilder:
         self.decode_segments: list[BatchSegment] = []
         self.chunk_segments: list[BatchSegment] = []
         self.closing: list[list[tuple[int, int]]] = [[] for _ in spec.paged_formats]
+        self.row_formats = np.zeros(spec.shape.rows, np.int32)
+        self.written, self.newest, self.full = (np.zeros(spec.chunk_pages, np.int32) for _ in range(3))
 
     def add_decode(self, rows: range, scheduled: ScheduledChunk) -> None:
         """`rows`: of the token, and of its drafts."""
         request, position, size = scheduled.request, scheduled.start, self.spec.geometry.page_size
         own_rows = slice(rows.start, rows.stop)
+        full, self.row_formats[own_rows] = self._formats(request)
         residual = self.kv.residual_unit(request, self.number)
         if residual is None:
             self.decode_pages[own_rows] = self.kv.page_unit(request, position // size, self.number)
@@ -183,19 +214,29 @@ class _GroupBuilder:
             self.decode_pages[own_rows] = residual
             if position % size == size - 1:
                 target = self.kv.page_unit(request, position // size, self.number)
-                paged = list(self.spec.paged_formats).index(self.format_ids[request.kv_precision])
+                paged = list(self.spec.paged_formats).index(full)
                 self.closing[paged].append((residual, target))
         self._add_segments(self.decode_segments, rows, scheduled)
 
     def add_chunk(self, chunk: int, first: int, num_pages: int, scheduled: ScheduledChunk) -> None:
-        """`first`: the first of its pages of slots."""
+        """`first`: the first of its pages of slots, of which branches have more behind these `num_pages`."""
         request, size = scheduled.request, self.spec.geometry.page_size
+        full, newest = self._formats(request)
+        own = slice(first, first + -(-scheduled.num_slots // size))
+        self.full[own], self.written[own], self.newest[own] = full, full, newest
+        if scheduled.count % size:
+            self.written[first + num_pages - 1] = newest
         residual = self.kv.residual_unit(request, self.number)
         pages = self.kv.first_units(request, scheduled.start // size, num_pages, self.number)
         if residual is not None and scheduled.count % size:
             pages = [*pages[: num_pages - 1], residual]
         self.chunk_pages[first : first + num_pages] = pages
         self._add_segments(self.chunk_segments, range(chunk, chunk + 1), scheduled)
+
+    def _formats(self, request: Request) -> tuple[int, int]:
+        """Format ids of the request's full pages, and of its newest tokens."""
+        own = self.kv.holds(request).groups[self.number].page_class
+        return self.format_ids[own.kv_format], self.format_ids[(own.residual or own).kv_format]
 
     def _add_segments(self, segments: list[BatchSegment], rows: range, scheduled: ScheduledChunk) -> None:
         for part in self.kv.segments(scheduled.request, scheduled.start, self.number):
@@ -220,7 +261,15 @@ class _GroupBuilder:
             closing_sources=closing[0],
             closing_targets=closing[1],
             shared=own_shared,
+            formats=self.formats() if spec.layer_groups else None,
         )
+
+    def formats(self) -> FormatIds:
+        """The formats of what was added."""
+        own = FormatIds(self.row_formats, np.array([len(pairs) for pairs in self.closing], np.int32))
+        if not self.spec.chunk_pages:
+            return own
+        return own._replace(written=self.written, newest=self.newest, full=self.full)
 
     def _share(self, always: bool) -> SharedInputs | None:
         """What the decode rows attend to together, if that pays, or `always`; takes it out of their segments."""
@@ -243,7 +292,6 @@ class _Builder:
     def __init__(self, spec: StepSpec, kv: KVManager) -> None:
         self.spec = spec
         self.page_size = spec.geometry.page_size
-        self.format_ids = {name: i for i, name in enumerate(spec.format_names)}
         self.groups = [_GroupBuilder(spec, kv, number) for number in range(len(spec.groups))]
         self.sampled: list[Request] = []
         self.sample_slots = np.full(spec.shape.rows, NO_TOKEN, np.int32)
@@ -254,9 +302,8 @@ class _Builder:
         rows, pages, slots = spec.shape.rows, spec.chunk_pages, spec.shape.chunk_tokens
         self.tokens, self.positions = np.full(rows + slots, NO_TOKEN, np.int32), np.zeros(rows + slots, np.int32)
         self.long = np.zeros(rows + slots, np.bool_)
-        self.row_formats, self.sequences = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
+        self.sequences = np.full(rows, -1, np.int32)
         self.chunk_of_page = np.full(pages, -1, np.int32)
-        self.written, self.newest, self.full = (np.zeros(pages, np.int32) for _ in range(3))
 
     def add_decode(self, scheduled: ScheduledChunk) -> None:
         first, position, request = self.num_decode_rows, scheduled.start, scheduled.request
@@ -265,7 +312,6 @@ class _Builder:
         own_rows = slice(first, rows.stop)
         self.positions[own_rows] = np.arange(position, position + len(rows))
         self.long[own_rows] = request.is_long
-        self.row_formats[own_rows] = self._newest(request)
         self.sequences[own_rows] = self.num_decodes
         self.decode_queries += [QueryRun(row, 1, position + i) for i, row in enumerate(rows)]
         for group in self.groups:
@@ -291,24 +337,12 @@ class _Builder:
             behind = own_slots.stop
         self.long[where.start : behind] = request.is_long
 
-        own, full, newest = slice(first, self.next_page), self._full(request), self._newest(request)
-        self.chunk_of_page[own] = chunk
-        self.full[own], self.written[own], self.newest[own] = full, full, newest
-        if scheduled.count % self.page_size and newest != full:
-            self.written[first + num_pages - 1] = newest
+        self.chunk_of_page[first : self.next_page] = chunk
         # Branches count as what follows; all that is cached is ahead of them either way.
         self.chunk_queries.append(QueryRun(slot, scheduled.num_slots, scheduled.start))
         for group in self.groups:
             group.add_chunk(chunk, first, num_pages, scheduled)
         self._sample(scheduled, where.stop - 1)
-
-    def _full(self, request: Request) -> int:
-        """Format id of the request's full pages."""
-        return self.format_ids[request.kv_precision]
-
-    def _newest(self, request: Request) -> int:
-        """Format id of the request's newest tokens."""
-        return self.format_ids[get_format(request.kv_precision).residual or request.kv_precision]
 
     def _sample(self, scheduled: ScheduledChunk, slot: int) -> None:
         if scheduled.samples:
@@ -318,17 +352,17 @@ class _Builder:
     def finish(self, shared: bool) -> StepInputs:
         rows = self.spec.shape.rows
         sequences = self.sequences if self.spec.drafts else None
-        decode = DecodeInputs(self.tokens[:rows], self.positions[:rows], self.row_formats, sequences)
+        formats = self.groups[0].formats()
+        decode = DecodeInputs(self.tokens[:rows], self.positions[:rows], formats.decode, sequences)
         chunk = None
         if self.spec.chunk_pages:
             chunk = ChunkInputs(
                 tokens=self.tokens[rows:],
                 positions=self.positions[rows:],
                 chunk_of_page=self.chunk_of_page,
-                written_format_ids=self.written,
-                newest_format_ids=self.newest,
-                full_format_ids=self.full,
+                written_format_ids=formats.written,
+                newest_format_ids=formats.newest,
+                full_format_ids=formats.full,
             )
         groups = tuple(group.finish(self.decode_queries, self.chunk_queries, shared) for group in self.groups)
-        closing_counts = np.array([len(pairs) for pairs in self.groups[0].closing], np.int32)
-        return StepInputs(decode, chunk, groups, closing_counts, self.long, self.sample_slots)
+        return StepInputs(decode, chunk, groups, formats.closing_counts, self.long, self.sample_slots)

@@ -71,7 +71,7 @@ class LayerAttention:
         as_pages = [part.swapaxes(0, 1)[:, :, None] for part in (k, v)]
         words, stored = _round_trips(self.spec.token_formats, *as_pages)
         self.words.tokens.update(words)
-        k, v = (part[:, :, 0].swapaxes(0, 1) for part in _select(stored, self.inputs.decode.format_ids))
+        k, v = (part[:, :, 0].swapaxes(0, 1) for part in _select(stored, self.inputs.formats_of(self.group).decode))
         logit = jnp.sum(q * k[:, :, None], axis=-1)
         if (cap := self.spec.model.config.attention_soft_cap) is not None:
             logit = cap * jnp.tanh(logit / cap)
@@ -97,9 +97,10 @@ class LayerAttention:
         pages = (geometry.kv_heads, self.spec.chunk_pages, geometry.page_size, geometry.head_dim)
         exact = [part.swapaxes(0, 1).reshape(pages) for part in (k, v)]
         words, stored = _round_trips(self.spec.token_formats, *exact)
-        own_page = _select(stored, chunk.newest_format_ids)
+        formats = self.inputs.formats_of(self.group)
+        own_page = _select(stored, formats.newest)
         paged_words, paged_stored = _round_trips(self.spec.paged_formats, *own_page)
-        earlier_pages = _select(stored | paged_stored, chunk.full_format_ids)
+        earlier_pages = _select(stored | paged_stored, formats.full)
         self.words.pages.update(words | paged_words)
 
         spec = self.spec.chunk_attention(group)

@@ -14,7 +14,7 @@ import numpy as np
 
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import MAX_RUNS
-from fineserve_jax.models import CausalLM
+from fineserve_jax.models import CausalLM, LayerGroup
 from fineserve_jax.models.product_choice import compiled_products
 from fineserve_jax.pallas_kernels.formats import FORMATS, get_format
 from fineserve_jax.pallas_kernels.geometry import PageGeometry
@@ -61,6 +61,7 @@ class ModelRunner:
         looks_ahead: whether steps may be launched behind others that are not computed.
         shares: whether decode rows attend together to cached tokens that they share, where that pays; may be changed
             between two steps.
+        layer_groups: layers whose pages are apart, where KV formats differ by layer; (): the model's groups.
     """
 
     def __init__(
@@ -82,19 +83,20 @@ class ModelRunner:
         drafts: bool = False,
         looks_ahead: bool = False,
         shares: bool = False,
+        layer_groups: tuple[LayerGroup, ...] = (),
     ) -> None:
         self.model, self.params, self.geometry, self.arena, self.kv = model, params, geometry, arena, kv
         # Of each layer its kind, the number of its group and whether it has RoPE, and its number in the group.
         self.place_of_layer = {
             layer: ((number, layer not in model.config.no_rope_layers), arena.group.put(np.int32(index)))
-            for number, group in enumerate(model.config.layer_groups)
+            for number, group in enumerate(layer_groups or model.config.layer_groups)
             for index, layer in enumerate(group.layers)
         }
         self.max_seq_len, self.implementation, self.check_finite = max_seq_len, implementation, check_finite
         self.eos_ids = tuple(eos_ids)
         self.row_buckets = row_buckets(max_rows, single=model.weights != "fp32" and compiled_products())
         self.reproducible, self.drafts, self.looks_ahead = reproducible, drafts, looks_ahead
-        self.shares = shares
+        self.shares, self.layer_groups = shares, layer_groups
         if reproducible:
             self.row_buckets = self.row_buckets[-1:]
         self.chunk_buckets = chunk_buckets(max_chunk_tokens, geometry.page_size)
@@ -220,6 +222,7 @@ class ModelRunner:
             drafts=self.drafts and shape.rows > 1 and not shape.chunk_tokens,
             shares=self.shares,
             mesh=self.arena.group.mesh,
+            layer_groups=self.layer_groups,
         )
 
     def _begin(

@@ -46,6 +46,8 @@ class StepSpec:
         drafts: whether a decode may have several rows, each of which sees those ahead of it.
         shares: whether decode rows attend together to tokens that they share, where that pays.
         mesh: the devices that compute the step together; None: one does.
+        layer_groups: the model's layers whose pages are apart, where KV formats differ by layer, and each group has
+            format ids of its own; (): the model's groups, in one format each request.
     """
 
     model: CausalLM
@@ -60,11 +62,17 @@ class StepSpec:
     drafts: bool = False
     shares: bool = False
     mesh: Mesh | None = None
+    layer_groups: tuple[LayerGroup, ...] = ()
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
-        """The model's layers by how far back they attend."""
-        return self.model.config.layer_groups
+        """The model's layers whose pages are apart: by how far back they attend, and by their formats."""
+        return self.layer_groups or self.model.config.layer_groups
+
+    def rope_number(self, group: int) -> int:
+        """Number of the model's layer group, as `embed_tokens` has rotations for, that a group is of."""
+        windows = [own.window for own in self.model.config.layer_groups]
+        return windows.index(self.groups[group].window)
 
     @property
     def formats(self) -> tuple[KVFormat, ...]:

@@ -69,7 +69,7 @@ def layer(
     """One layer. `group`: number of its group, and `has_rope`, static; `params`: of that layer alone; `index`: i32[],
     its number in the group; `branches`: see `branch_numbers`."""
     attention = LayerAttention(spec, group, index, arena, inputs, branches)
-    rope = stream.ropes[group] if has_rope else None
+    rope = stream.ropes[spec.rope_number(group)] if has_rope else None
     x = _apply(block_of(spec.model, params), params, stream.x, rope, attention)
     return stream._replace(x=x), attention.words
 
@@ -139,15 +139,16 @@ def commit(spec: StepSpec, arena: jax.Array, layers: list[LayerWords], inputs: S
     """
     decode, chunk = inputs.decode, inputs.chunk
     offsets = decode.positions % spec.geometry.page_size
-    for group, own in zip(spec.groups, inputs.groups, strict=True):
+    for number, (group, own) in enumerate(zip(spec.groups, inputs.groups, strict=True)):
+        formats = inputs.formats_of(number)
         writing, words = spec.writing(group), [layers[layer] for layer in group.layers]
         tokens = _stack([layer.tokens for layer in words])
-        arena = write_tokens(writing, arena, tokens, own.decode_pages, offsets, decode.format_ids)
+        arena = write_tokens(writing, arena, tokens, own.decode_pages, offsets, formats.decode)
         if chunk is not None:
             pages = _stack([layer.pages for layer in words])
-            arena = write_pages(writing, arena, pages, own.chunk_pages, chunk.written_format_ids)
+            arena = write_pages(writing, arena, pages, own.chunk_pages, formats.written)
         for i, kv_format in enumerate(spec.paged_formats.values()):
-            pages_and_count = own.closing_sources[i], own.closing_targets[i], inputs.closing_counts[i]
+            pages_and_count = own.closing_sources[i], own.closing_targets[i], formats.closing_counts[i]
             arena = requantize(writing, spec.residual_of(kv_format), kv_format, arena, *pages_and_count)
     return arena
 

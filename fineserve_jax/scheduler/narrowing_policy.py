@@ -90,4 +90,4 @@ class NarrowingPolicy:
         return self._quotas.is_preemptible(running.request)
 
     def _bits(self, page_class: PageClass) -> float:
-        return self._profiles[page_class.model].model.formats[page_class.kv_format].bits
+        return self._profiles[page_class.model].model.formats[page_class.precision].bits

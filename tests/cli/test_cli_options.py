@@ -1,5 +1,6 @@
 """One set of options for Python, flags and YAML files."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "weights": (["int8"], "int8"),
     "kv_precision": (["int8"], "int8"),
     "kv_formats": (["int8", "bf16"], ("int8", "bf16")),
+    "kv_recipes": (["a 'int4, first layer bf16'"], {"a": "int4, first layer bf16"}),
     "kv_memory": (["0.25"], 0.25),
     "max_batch_size": (["8"], 8),
     "max_seq_len": (["64"], 64),
@@ -75,8 +77,8 @@ def given(settings: type[BaseModel], words: list[str]):
 
 
 def words_of(name: str, values: list[str]) -> list[str]:
-    pairs = name in ("slab_shares", "tenant_weights", "logit_bias")
-    return [word for v in values for word in (f"--{name.replace('_', '-')}", *(v.split() if pairs else [v]))]
+    pairs = name in ("kv_recipes", "slab_shares", "tenant_weights", "logit_bias")
+    return [word for v in values for word in (f"--{name.replace('_', '-')}", *(shlex.split(v) if pairs else [v]))]
 
 
 def test_a_floor_is_a_flag_and_is_refused_where_it_frees_nothing():

@@ -13,7 +13,7 @@ class Cell(NamedTuple):
 
     Attributes:
         prefix: the model and all tokens up to this one, which they depend on.
-        computed_in: KV format of the request that computed them.
+        computed_in: KV precision of the request that computed them.
         formats: what they were encoded in, one after the other.
         pure: whether all that they attended to was as computing the tokens alone in `computed_in` gives it.
     """
@@ -36,7 +36,7 @@ def formats_of(page_class: PageClass, in_residual: bool) -> tuple[str, ...]:
 def alone(page_class: PageClass, tokens: Sequence[int], position: int, in_residual: bool) -> Cell:
     """The cell that computing the tokens alone in a class gives."""
     prefix = (page_class.model, *tokens[: position + 1])
-    return Cell(prefix, page_class.kv_format, formats_of(page_class, in_residual), True)
+    return Cell(prefix, page_class.precision, formats_of(page_class, in_residual), True)
 
 
 Cells = tuple[Cell | None, ...]

@@ -21,6 +21,7 @@ from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
 from fineserve_jax.kv.narrowing import MAX_RUNS
 from fineserve_jax.kv.operations import Copy
+from fineserve_jax.kv.request_pages import Segment
 from fineserve_jax.kv.usage import measure_usage
 from fineserve_jax.request.request import Request, RequestTimes
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -52,7 +53,15 @@ WINDOWED_BF16 = page_class("w", "bf16", 5, 2, others=(LOCAL_BF16,))
 WINDOWED_INT8 = page_class("w", "int8", 3, 2, others=(LOCAL_INT8,))
 WINDOWED_INT4 = page_class("w", "int4", 2, 2, residual=WINDOWED_BF16, others=(LOCAL_INT4,))
 WINDOWED = (WINDOWED_BF16, WINDOWED_INT8, WINDOWED_INT4)
-CLASSES = {(c.model, c.kv_format): c for c in (BF16, INT8, INT4, OTHER_BF16, OTHER_INT8, *WINDOWED)}
+# By layer: a recipe keeps the second group as bf16 does, and the first as int4.
+LAST_BF16 = page_class("r", "bf16", 6, 2, group=1)
+LAST_INT4 = page_class("r", "int4", 3, 2, residual=LAST_BF16, group=1)
+LAST_EDGES = page_class("r", "bf16", 6, 2, group=1, recipe="edges")
+LAYERED_BF16 = page_class("r", "bf16", 5, 2, others=(LAST_BF16,))
+LAYERED_INT4 = page_class("r", "int4", 2, 2, residual=LAYERED_BF16, others=(LAST_INT4,))
+LAYERED_EDGES = page_class("r", "int4", 2, 2, residual=LAYERED_BF16, others=(LAST_EDGES,), recipe="edges")
+LAYERED = (LAYERED_BF16, LAYERED_INT4, LAYERED_EDGES)
+CLASSES = {(c.model, c.precision): c for c in (BF16, INT8, INT4, OTHER_BF16, OTHER_INT8, *WINDOWED, *LAYERED)}
 ALL_CLASSES = [c for first in CLASSES.values() for c in first.groups]
 LONGEST = max(c.page_units for c in ALL_CLASSES)
 ONE_PAGE_BYTES = LONGEST * UNIT_BYTES
@@ -65,6 +74,12 @@ prompts = st.builds(
     st.lists(st.integers(0, 1), max_size=2),
 )
 patiences = st.sampled_from([False, False, True])
+
+
+def class_of_segment(request: Request, segment: Segment, group: int) -> PageClass:
+    """Of the pages of a segment, those of a recipe's residual being a plain format's."""
+    own = CLASSES[request.model, segment.precision or segment.kv_format].groups[group]
+    return own if own.kv_format == segment.kv_format else CLASSES[request.model, segment.kv_format].groups[group]
 
 
 def pick(data, requests) -> Request:
@@ -110,8 +125,8 @@ class ContentsMachine(RuleBasedStateMachine):
     def class_of(self, request: Request) -> PageClass:
         return CLASSES[request.model, request.kv_precision]
 
-    def in_residual(self, request: Request, position: int, num_cached: int) -> bool:
-        own = self.class_of(request)
+    def in_residual(self, request: Request, group: int, position: int, num_cached: int) -> bool:
+        own = self.class_of(request).groups[group]
         return own.residual is not None and position >= num_cached // own.page_size * own.page_size
 
     def is_exact(self, request: Request) -> bool:
@@ -123,7 +138,7 @@ class ContentsMachine(RuleBasedStateMachine):
         """What the request's segments lead to on the device; None for what was dropped, all of it behind the window."""
         cells: Cells = []
         for segment in self.kv.segments(request, num_cached, group):
-            page_class = CLASSES[request.model, segment.kv_format].groups[group]
+            page_class = class_of_segment(request, segment, group)
             if not cells:
                 assert segment.first_position <= page_class.first_token(num_cached)
                 cells += [None] * segment.first_position
@@ -141,7 +156,7 @@ class ContentsMachine(RuleBasedStateMachine):
             own = self.class_of(request).groups[group]
             assert len(known) <= computed < request.num_tokens
             for position, cell in enumerate(self.read(request, computed, group)[len(known) :], len(known)):
-                expected = alone(own, request.token_ids, position, self.in_residual(request, position, computed))
+                expected = alone(own, request.token_ids, position, self.in_residual(request, group, position, computed))
                 if cell is not None or position >= own.first_token(computed):
                     assert cell is not None
                     assert cell.prefix == expected.prefix
@@ -166,14 +181,14 @@ class ContentsMachine(RuleBasedStateMachine):
         """Format of each page that is there and holds computed tokens, the residual page aside."""
         full = request.num_computed_tokens // self.class_of(request).page_size * self.class_of(request).page_size
         segments = self.kv.segments(request, full, group)
-        return [segment.kv_format for segment in segments for _ in segment.pages]
+        return [segment.precision or segment.kv_format for segment in segments for _ in segment.pages]
 
     # -- requests come and go --------------------------------------------------------------------------------------
 
     @rule(
         data=st.data(),
         prompt=prompts,
-        floor=st.sampled_from([None, "int8", "int4", "int4"]),
+        floor=st.sampled_from([None, "int8", "int4", "int4", "edges"]),
         shares=st.sampled_from([True, True, True, False]),
         patient=patiences,
         more=st.sampled_from([0, 0, 0, 3]),
@@ -205,7 +220,8 @@ class ContentsMachine(RuleBasedStateMachine):
         """Whether the origin still has all but the last of the fork's tokens, as they were computed."""
         known, own = request.num_tokens - 1, self.class_of(request)
         closed = origin.num_computed_tokens // own.page_size > known // own.page_size
-        gone = own.residual is not None and known % own.page_size and closed
+        has_residual = any(group.residual is not None for group in own.groups)
+        gone = has_residual and known % own.page_size and closed
         held = self.kv.held[origin].groups
         gone = gone or any(group.num_dropped > group.page_class.first_page(known) for group in held)
         return origin.num_computed_tokens >= known and not gone and self.is_exact(origin)
@@ -305,8 +321,8 @@ class ContentsMachine(RuleBasedStateMachine):
                 del self.rows[request]
                 continue
             request.num_computed_tokens += len(cells[0])
-            both = zip(self.rows[request], cells, strict=True)
-            self.rows[request] = [self.as_kept(request, [*known, *new]) for known, new in both]
+            both = enumerate(zip(self.rows[request], cells, strict=True))
+            self.rows[request] = [self.as_kept(request, group, [*known, *new]) for group, (known, new) in both]
             self.kv.note_computed(request)
             if request.num_computed_tokens == request.num_tokens:
                 request.token_ids.append(token)
@@ -341,10 +357,11 @@ class ContentsMachine(RuleBasedStateMachine):
         cells, writes = [[] for _ in first.groups], []
         for position in range(start, stop):
             # A page that the chunk fills is written as such; a decoded token goes to the residual page if there is one.
-            in_residual = first.residual is not None and (left == 1 or self.in_residual(request, position, stop))
             prefix = (request.model, *request.token_ids[: position + 1])
             for group, own in enumerate(first.groups):
-                cell = Cell(prefix, own.kv_format, formats_of(own, in_residual), pure)
+                ends = left == 1 or self.in_residual(request, group, position, stop)
+                in_residual = own.residual is not None and ends
+                cell = Cell(prefix, own.precision, formats_of(own, in_residual), pure)
                 cells[group].append(cell)
                 unit = self.written_unit(request, group, position // size, in_residual)
                 writes.append((unit, own.residual if in_residual else own, position % size, cell))
@@ -354,7 +371,7 @@ class ContentsMachine(RuleBasedStateMachine):
         own, start = self.class_of(request).groups[group], request.num_computed_tokens
         seen, attended = self.read(request, start, group), range(own.first_token(start), start)
         tokens = request.token_ids
-        return all(seen[i] == alone(own, tokens, i, self.in_residual(request, i, start)) for i in attended)
+        return all(seen[i] == alone(own, tokens, i, self.in_residual(request, group, i, start)) for i in attended)
 
     def written_unit(self, request: Request, group: int, page: int, in_residual: bool) -> int:
         """Where the request writes; it must be alone in writing there, and nobody may rely on what is there."""
@@ -376,16 +393,16 @@ class ContentsMachine(RuleBasedStateMachine):
         stop = request.num_computed_tokens + count
         for group, own in enumerate(self.class_of(request).groups):
             if own.residual is None or request.num_tokens - request.num_computed_tokens > 1 or stop % own.page_size:
-                return
+                continue
             unit = self.written_unit(request, group, stop // own.page_size - 1, in_residual=False)
             self.device.apply(Copy(self.kv.residual_unit(request, group), unit, own.residual, own))
 
-    def as_kept(self, request: Request, cells: Cells) -> Cells:
+    def as_kept(self, request: Request, group: int, cells: Cells) -> Cells:
         """Cells of residuals that have been closed meanwhile are in the full page's format."""
-        own = self.class_of(request)
+        own = self.class_of(request).groups[group]
         return [
             cell.encoded(own.kv_format)
-            if cell and own.residual and len(cell.formats) == 1 and not self.in_residual(request, i, len(cells))
+            if cell and own.residual and len(cell.formats) == 1 and not self.in_residual(request, group, i, len(cells))
             else cell
             for i, cell in enumerate(cells)
         ]
@@ -413,7 +430,7 @@ class ContentsMachine(RuleBasedStateMachine):
         assert changed == list(range(first, stop))
         assert stop <= len(before) - keep
         (old,), (new,) = set(before[first:stop]), set(after[first:stop])
-        width = {c.kv_format: c.page_bytes for c in ALL_CLASSES if (c.model, c.group) == (own.model, own.group)}
+        width = {c.precision: c.page_bytes for c in ALL_CLASSES if (c.model, c.group) == (own.model, own.group)}
         assert width[old] > width[new] >= width[request.min_kv_precision]
         # Of the widest format first, and of that the oldest that nobody else needs.
         alone = [i for i in range(len(before) - keep) if holding[i] == 1]
@@ -423,8 +440,11 @@ class ContentsMachine(RuleBasedStateMachine):
         assert len(group.runs) <= MAX_RUNS
         assert self.kv.pool.allocator.free_units > free_units or self.kv.pool.allocator.policy != "elastic"
         cells = self.rows[request][number]
+        (kv_format,) = {
+            c.kv_format for c in ALL_CLASSES if (c.model, c.group, c.precision) == (own.model, own.group, new)
+        }
         for position in range((dropped + first) * own.page_size, (dropped + stop) * own.page_size):
-            cells[position] = cells[position].encoded(new)
+            cells[position] = cells[position].encoded(kv_format)
         self.narrowed.add(request)
 
     def begin_step(self):
@@ -463,7 +483,7 @@ class ContentsMachine(RuleBasedStateMachine):
                 assert None not in found[own.first_token(len(cells)) :]
                 if self.is_exact(request):
                     for i, cell in enumerate(found):
-                        expected = alone(own, request.token_ids, i, self.in_residual(request, i, len(cells)))
+                        expected = alone(own, request.token_ids, i, self.in_residual(request, group, i, len(cells)))
                         assert cell in (None, expected)
 
     @invariant()
@@ -481,13 +501,13 @@ class ContentsMachine(RuleBasedStateMachine):
             for group, own in enumerate(self.class_of(request).groups):
                 first = own.first_token(request.num_computed_tokens)
                 for segment in self.kv.segments(request, request.num_computed_tokens, group):
-                    page_class = CLASSES[request.model, segment.kv_format].groups[group]
+                    page_class = class_of_segment(request, segment, group)
                     for i in range(max(0, first - segment.first_position), segment.num_tokens):
                         page, offset = divmod(i, page_class.page_size)
                         places.add((page_class, segment.pages[page], offset))
         tokens = Counter(page_class for page_class, _, _ in places)
-        for kv_format, row in usage.formats.items():
-            mine = [c for c in ALL_CLASSES if c.kv_format == kv_format]
+        for precision, row in usage.formats.items():
+            mine = [c for c in ALL_CLASSES if c.precision == precision]
             exact = sum(tokens[c] * c.page_bytes / c.page_size for c in mine)
             assert row.cached_tokens == sum(tokens[c] for c in mine if not c.group)
             assert exact <= row.needed_bytes < exact + len(mine)

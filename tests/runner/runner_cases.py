@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fineserve_jax.engine.page_shapes import page_classes, page_geometry
+from fineserve_jax.engine.recipes import split_layers
 from fineserve_jax.kv.allocator import SlabAllocator
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.kv.manager import KVManager
@@ -44,6 +45,8 @@ CONFIG = ModelConfig(
     intermediate_size=96,
 )
 GEOMETRY = page_geometry(CONFIG, PAGE_SIZE)
+RECIPES = {"bent, woven": ("bent", "woven"), "woven, bent": ("woven", "bent")}
+"""KV precisions that differ by layer: the format of each layer, the first one's first."""
 
 
 @functools.cache
@@ -52,9 +55,11 @@ def tiny_model():
     return build_model(CONFIG, "fp32"), random_params(CONFIG, "fp32", seed=1, scale=0.2)
 
 
-def make_kv(formats: Iterable[str] = FORMATS) -> KVManager:
-    classes = page_classes(MODEL, GEOMETRY, formats)
-    slab_units = choose_slab_units([c.page_units for c in classes.values()], NUM_UNITS)
+def make_kv(formats: Iterable[str] = FORMATS, recipes: Iterable[str] = ()) -> KVManager:
+    by_layer = {name: RECIPES[name] for name in recipes}
+    groups = split_layers(CONFIG.layer_groups, by_layer)
+    classes = page_classes(MODEL, GEOMETRY, (*formats, *by_layer), groups, recipes=by_layer)
+    slab_units = choose_slab_units([c.page_units for first in classes.values() for c in first.groups], NUM_UNITS)
     return KVManager(SlabAllocator(NUM_UNITS, slab_units, classes=classes.values()), classes, prefix_cache="off")
 
 
@@ -98,12 +103,12 @@ class Found(NamedTuple):
 
 
 class World:
-    """A runner for some KV formats, its arena full of NaN; with `scores`, it scores all chunks."""
+    """A runner for some KV formats and recipes, its arena full of NaN; with `scores`, it scores all chunks."""
 
-    def __init__(self, formats: Iterable[str], scores: bool = False) -> None:
+    def __init__(self, formats: Iterable[str], scores: bool = False, recipes: Sequence[str] = ()) -> None:
         formats, self.scores = tuple(formats), scores
         model, params = tiny_model()
-        self.kv = make_kv(formats)
+        self.kv = make_kv(formats, recipes)
         self.runner = ModelRunner(
             model,
             params,
@@ -114,6 +119,9 @@ class World:
             max_chunk_tokens=4 * PAGE_SIZE,
             max_seq_len=MAX_SEQ_LEN,
             implementation=default_implementation(),
+            layer_groups=split_layers(CONFIG.layer_groups, {name: RECIPES[name] for name in recipes})
+            if recipes
+            else (),
         )
         self.runner.use_formats(formats)
         self.spoil()
@@ -184,11 +192,12 @@ def _forward(kv_precision: str, params, tokens):
     pages = positions // PAGE_SIZE
     same_page = pages[:, None] == pages
     hidden = positions[:, None] < positions
-    full = get_format(kv_precision)
-    newest = get_format(full.residual or kv_precision)
+    by_layer = RECIPES.get(kv_precision, (kv_precision,) * CONFIG.num_layers)
     group = CONFIG.num_heads // CONFIG.num_kv_heads
 
     def attend(layer, q, k, v):
+        full = get_format(by_layer[layer])
+        newest = get_format(full.residual or full.name)
         residual = _as_kept(newest, k, v)
         (k_own, v_own), (k_old, v_old) = (
             [jnp.repeat(part, group, axis=1) for part in parts]

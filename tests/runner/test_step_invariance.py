@@ -18,6 +18,7 @@ from fineserve_jax.request.request import ScheduledChunk, SchedulerOutput
 
 REAL = tuple(FORMATS)
 SMOOTH = ("bent", "woven")
+BY_LAYER = ("bent, woven", "woven, bent")
 TOLERANCE = 1e-4  # of log-probabilities, for formats that do not round
 FLIPS = 0.2  # of the format's distance from fp32, root mean square, for those that do
 LENGTH = 3 * PAGE_SIZE + 5
@@ -33,9 +34,19 @@ every_cut = pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
 
 
 @pytest.fixture(scope="module")
-def smooth_world():
+def smooth():
     with smooth_formats() as names:
-        yield World(names, scores=True)
+        yield names
+
+
+@pytest.fixture(scope="module")
+def smooth_world(smooth):
+    return World(smooth, scores=True)
+
+
+@pytest.fixture(scope="module")
+def smooth_world_by_layer(smooth):
+    return World(smooth, scores=True, recipes=BY_LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,7 @@ def assert_as_expected(feed: Feed, found: Found) -> None:
     expected = expected_logprobs(feed.kv_precision, feed.tokens)
     error = np.stack([logprobs - expected[position] for position, logprobs in found.logprobs.items()])
     assert np.isfinite(error).all()
-    if feed.kv_precision in (*SMOOTH, "fp32"):
+    if feed.kv_precision in (*SMOOTH, *BY_LAYER, "fp32"):
         assert np.abs(error).max() < TOLERANCE
     else:
         assert rms(error) < FLIPS * rms(expected - expected_logprobs("fp32", feed.tokens))
@@ -86,6 +97,22 @@ def test_a_prompt_may_be_cut_in_any_way(smooth_world, kv_precision, cuts):
     assert_as_expected(feed, found)
     in_chunks = sum(count - 1 for count in cuts)
     assert len(found.scores) == in_chunks
+
+
+@every_cut
+@pytest.mark.parametrize("kv_precision", BY_LAYER)
+def test_layers_may_be_kept_in_different_formats(smooth_world_by_layer, kv_precision, cuts):
+    """Whole pages are encoded in one layer, and each token by itself in the other."""
+    smooth_world_by_layer.spoil()
+    assert_all_as_expected(smooth_world_by_layer, [Feed(kv_precision, tokens_of(0), cuts)])
+
+
+@pytest.mark.parametrize("kv_precision", BY_LAYER)
+def test_a_format_by_layer_is_told_from_those_that_it_is_made_of(smooth, kv_precision):
+    """Otherwise a layer might be in the other's format unnoticed."""
+    for other in {*smooth, "fp32", *BY_LAYER} - {kv_precision}:
+        distance = expected_logprobs(kv_precision, tokens_of(0)) - expected_logprobs(other, tokens_of(0))
+        assert rms(distance) > 1000 * TOLERANCE
 
 
 @every_cut
@@ -144,3 +171,9 @@ def test_what_pads_a_step_stays_zeros_through_all_layers(world):
     assert not zeros[[0, 1, *range(rows, rows + PAGE_SIZE)]].any()
     assert zeros[2:rows].all()
     assert zeros[rows + PAGE_SIZE :].all()
+
+
+@settings(max_examples=5, derandomize=True)
+@given(feeds=mixes((*SMOOTH, *BY_LAYER)))
+def test_any_mix_of_formats_by_layer_and_others(smooth_world_by_layer, feeds):
+    assert_all_as_expected(smooth_world_by_layer, feeds)

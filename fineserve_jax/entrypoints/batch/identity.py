@@ -11,7 +11,7 @@ from fineserve_jax.request.sampling_params import SamplingParams
 
 ANSWERS_DEPEND_ON = (
     *("weights", "kv_precision", "min_kv_precision", "kv_formats", "max_seq_len", "page_size", "prefix_cache", "seed"),
-    *("narrow_keep_pages", "reproducible"),
+    *("narrow_keep_pages", "reproducible", "kv_recipes"),
 )
 """Fields of `EngineConfig` that change answers. The others change how fast rows are answered, not with what."""
 

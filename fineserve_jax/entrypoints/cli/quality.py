@@ -78,7 +78,8 @@ def quality(
         window: tokens of a window.
         windows: how many windows.
         new_tokens: tokens of a greedy answer to the beginning of each window.
-        kv_precision: a KV format to be measured, or a pair such as k8v4.
+        kv_precision: a KV format to be measured, a pair such as k8v4, or a recipe; none: all formats that are
+            registered, and all recipes.
         pressure: how many times the memory that there is requests are to want, while auto is measured: a window may
             hold its share, and its older tokens are narrowed to int8 and int4 for that, as they come.
         other_weights: a precision of the weights to be measured beside those of the engine, with a KV cache in fp32.
@@ -97,7 +98,7 @@ def quality(
     """
     settings = settle(config, model, engine)
     content = read_text(text, window, windows)
-    names = [name for name in kv_precision or FORMATS if name != WIDE]
+    names = [name for name in kv_precision or (*FORMATS, *settings.config().kv_recipes) if name != WIDE]
     longest = max(window, min(window // 2, PROMPT_TOKENS) + new_tokens, recall + 128 if recall else 0)
     options = settings.config(
         kv_formats=(WIDE, *names),
