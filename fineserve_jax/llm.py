@@ -46,7 +46,7 @@ class LLM:
         models: instead of `model`, several by name: each such a source, or a table of `model` and, where they differ
             from the settings, `weights`, `kv_precision` and `max_seq_len`.
         plan: instead of both and of settings, a YAML file, or a `Plan`, that says what several engines serve and on
-            which devices (see docs/plans.md).
+            which devices (see docs/plans.md); or a `Fleet` of engines that run already.
         settings: the fields of `EngineConfig`.
 
     Attributes:

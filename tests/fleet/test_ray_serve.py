@@ -39,6 +39,11 @@ def test_a_plan_that_the_cluster_has_no_room_for_is_refused(ray, make_plan):
         serve_plan(make_plan(REPLICAS, a={}, b={}), RayServeOptions(ray_cpus=3))
 
 
+def test_an_engine_that_cannot_be_made_is_told_of(ray, make_plan):
+    with pytest.raises(ConfigError, match="engine-0"):
+        serve_plan(make_plan(REPLICAS[:1], a={"model": "/no/such/model"}, b={}), OPTIONS)
+
+
 def test_the_server_answers_while_engines_die_and_are_replaced(ray, make_plan):
     plan = make_plan(REPLICAS, a={}, b={"kv_precision": "int8"})
     prompts = [f"prompt {i}" for i in range(8)]

@@ -14,7 +14,9 @@ from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import ConfigError, EngineError, RequestError
 from fineserve_jax.fleet import Fleet, load_fleet
 from fineserve_jax.fleet.remote.host import EngineHost
-from fineserve_jax.fleet.remote.loop import LinkLostError, RemoteLoop
+from fineserve_jax.fleet.remote import loop
+from fineserve_jax.fleet.remote.link import LinkLostError
+from fineserve_jax.fleet.remote.loop import RemoteLoop
 from fineserve_jax.kv.integrity import check_integrity
 from fineserve_jax.request.request import FinishReason
 
@@ -78,12 +80,14 @@ def links(engines):
 
 
 @pytest.fixture
-def llm(links, engines):
+def llm(links, engines, monkeypatch):
+    for name in ("IDLE_S", "AGAIN_S"):
+        monkeypatch.setattr(loop, name, 0.05)
     deaths: dict[Ticket, int] = {}
     loops = {name: RemoteLoop(name, link, 20.0, deaths) for name, link in links.items()}
     fleet = Fleet(loops)
-    for loop in loops.values():
-        loop.give_back_to(fleet.take_back)
+    for remote in loops.values():
+        remote.give_back_to(fleet.take_back)
     with LLM(plan=fleet) as llm:
         yield llm
         eventually(lambda: not any(engine.detokenizers for engine in engines.values()))

@@ -5,6 +5,7 @@
     Mirror     <----news---- (Ray Serve's handle) <------ tokens, positions, what predictions are made from
 
 messages  what is sent
+link      how an engine is reached, and what is raised when it is not
 host      the engine's side
 mirror    tickets and the engine, as this side sees them
 loop      this side: hands tickets over, and those of an engine that died back

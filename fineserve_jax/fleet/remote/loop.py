@@ -9,12 +9,13 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fineserve_jax.engine.backlog import Forecast, forecast
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.tickets import Receiver, Ticket
 from fineserve_jax.errors import ConfigError, EngineError
+from fineserve_jax.fleet.remote.link import EngineLink, LinkLostError
 from fineserve_jax.fleet.remote.messages import Abort, Books, News, Submission
 from fineserve_jax.fleet.remote.mirror import MirroredTicket, RemoteEngine
 from fineserve_jax.fleet.replica import what_was_asked
@@ -31,24 +32,6 @@ IDLE_S = 1.0
 
 AGAIN_S = 0.5
 """Seconds between attempts to reach an engine."""
-
-
-class LinkLostError(Exception):
-    """The engine does not answer any more: it has died, or cannot be reached."""
-
-
-class EngineLink(Protocol):
-    """Reaches an `EngineHost`, and the one that replaces it when it has died. Any thread may call it."""
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What a method of the host returns; raises what it raises.
-
-        Raises:
-            LinkLostError: nobody knows what has become of the call.
-        """
-
-    def close(self) -> None:
-        """Ends the host's process, and replaces it no more."""
 
 
 class RemoteLoop:

@@ -17,14 +17,16 @@ from fineserve_jax.errors import ConfigError
 from fineserve_jax.fleet.fleet import Fleet
 from fineserve_jax.fleet.plan import EnginePlan, Plan
 from fineserve_jax.fleet.remote.host import EngineHost
-from fineserve_jax.fleet.remote.loop import LinkLostError, RemoteLoop
+from fineserve_jax.fleet.remote.link import LinkLostError
+from fineserve_jax.fleet.remote.loop import RemoteLoop
 from fineserve_jax.fleet.remote.messages import portable
 from fineserve_jax.validation import Validated
 
-log = logging.getLogger(__name__)
-
 MOST_CALLS = 64
 """That an engine's process answers at once; those that wait for it to be idle, say, are among them."""
+
+MOST_STARTS = 2
+"""Attempts to make an engine when the plan is deployed, before what went wrong is told."""
 
 SILENT_S = 60.0
 """Seconds after which an engine that says nothing, not even that there is nothing, is taken to be lost."""
@@ -57,10 +59,18 @@ class EngineDeployment:
         sources: of its models.
         config: of the engine.
         num_devices: that it takes, of those that are given to the process.
+        on_gpus: whether it was given GPUs, and so is not to compute elsewhere.
     """
 
-    def __init__(self, sources: Mapping[str, ModelSource], config: EngineConfig, num_devices: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, ModelSource], config: EngineConfig, num_devices: int, on_gpus: bool
+    ) -> None:
         devices = jax.devices()
+        if on_gpus and devices[0].platform != "gpu":
+            raise ConfigError(
+                f"an engine of the plan was given GPUs, and JAX finds {devices[0].platform} devices in its process: "
+                "install JAX for GPUs there, or have it compute on CPUs by --ray-gpus 0"
+            )
         if len(devices) < num_devices:
             raise ConfigError(
                 f"an engine of the plan is on {num_devices} devices, and its process has {len(devices)} "
@@ -134,11 +144,12 @@ def serve_plan(plan: Plan, options: RayServeOptions) -> Fleet:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
         _check_resources(ray.cluster_resources(), plan, options, gpus)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
         apps = [f"fineserve-engine-{number}" for number in range(len(plan.engines))]
         targets = [
             serve.RunTarget(
                 _deployment(serve, f"engine-{number}", engine, options, gpus).bind(
-                    plan.sources_of(engine), configs[number], len(engine.devices)
+                    plan.sources_of(engine), configs[number], len(engine.devices), gpus > 0
                 ),
                 name=apps[number],
                 route_prefix=None,
@@ -190,6 +201,8 @@ def _connect(ray: Any, options: RayServeOptions) -> bool:
 
 def _check_resources(there: Mapping[str, float], plan: Plan, options: RayServeOptions, gpus: float) -> None:
     """Raises `ConfigError` for a plan that would wait for ever for what the cluster does not have."""
+    if there.get("TPU"):
+        raise ConfigError("the Ray cluster has TPUs, for which --ray does not ask; serve the plan without --ray there")
     wanted = {
         "CPU": options.ray_cpus * len(plan.engines),
         "GPU": gpus * sum(len(engine.devices) for engine in plan.engines),
@@ -208,6 +221,7 @@ def _deployment(serve: Any, name: str, engine: EnginePlan, options: RayServeOpti
         name=name,
         num_replicas=1,
         max_ongoing_requests=MOST_CALLS,
+        max_constructor_retry_count=MOST_STARTS,
         health_check_period_s=options.ray_health_s,
         graceful_shutdown_timeout_s=1.0,
         ray_actor_options={"num_cpus": options.ray_cpus, "num_gpus": gpus * len(engine.devices)},
