@@ -13,8 +13,8 @@ from fineserve_jax import LLM, RequestOptions, SamplingParams
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import ConfigError, EngineError, RequestError
 from fineserve_jax.fleet import Fleet, load_fleet
-from fineserve_jax.fleet.remote.host import EngineHost
 from fineserve_jax.fleet.remote import loop
+from fineserve_jax.fleet.remote.host import EngineHost
 from fineserve_jax.fleet.remote.link import LinkLostError
 from fineserve_jax.fleet.remote.loop import RemoteLoop
 from fineserve_jax.kv.integrity import check_integrity
