@@ -159,7 +159,7 @@ def serve_plan(plan: Plan, options: RayServeOptions) -> Fleet:
         try:
             handles = serve.run_many(targets)
         except RuntimeError as error:
-            raise ConfigError(f"an engine of the plan cannot be deployed: {error}; see Ray's logs") from None
+            raise ConfigError(f"an engine of the plan cannot be deployed: {error} {_reasons(serve)}") from None
         deaths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         loops = {
             f"engine-{number}": RemoteLoop(
@@ -213,6 +213,18 @@ def _check_resources(there: Mapping[str, float], plan: Plan, options: RayServeOp
                 f"the engines of the plan take {amount:g} {name}s, and the cluster has {there.get(name, 0.0):g}; "
                 f"give a smaller --ray-{name.lower()}s, fewer engines, or a larger cluster"
             )
+
+
+def _reasons(serve: Any) -> str:
+    """What kept engines from being made: the errors that Ray Serve tells of them."""
+    told = [
+        line.strip()
+        for application in serve.status().applications.values()
+        for deployment in application.deployments.values()
+        for line in deployment.message.splitlines()
+        if "Error: " in line
+    ]
+    return "; ".join(dict.fromkeys(told)) or "See Ray's logs."
 
 
 def _deployment(serve: Any, name: str, engine: EnginePlan, options: RayServeOptions, gpus: float) -> Any:
