@@ -16,7 +16,7 @@ from fineserve_jax.engine.intake import Conversation, Prompt, chat_encoder, tick
 from fineserve_jax.engine.outputs import RequestOutput
 from fineserve_jax.engine.prompts import conversation_list, encode_prompt, prompt_list
 from fineserve_jax.engine.scoring import Completion, CompletionScore, Scoring, completion_lists
-from fineserve_jax.fleet import Plan
+from fineserve_jax.fleet import Fleet, Plan
 from fineserve_jax.llm import LLM
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
@@ -65,7 +65,7 @@ class AsyncLLM:
         model: str | None = None,
         *,
         models: Mapping[str, Any] | None = None,
-        plan: str | Path | Plan | None = None,
+        plan: str | Path | Plan | Fleet | None = None,
         **settings: Any,
     ) -> None:
         self._llm = LLM(model, models=models, plan=plan, **settings)

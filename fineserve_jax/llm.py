@@ -18,7 +18,7 @@ from fineserve_jax.engine.scoring import Completion, CompletionScore, Scoring, c
 from fineserve_jax.engine.stats import EngineStats, joint_stats
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import RequestError
-from fineserve_jax.fleet import Plan, only_engine, open_engines
+from fineserve_jax.fleet import Fleet, Plan, only_engine, open_engines
 from fineserve_jax.loaders import ChatOptions, Tokenizer
 from fineserve_jax.request.request_options import OptionKeywords, RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
@@ -46,7 +46,7 @@ class LLM:
         models: instead of `model`, several by name: each such a source, or a table of `model` and, where they differ
             from the settings, `weights`, `kv_precision` and `max_seq_len`.
         plan: instead of both and of settings, a YAML file, or a `Plan`, that says what several engines serve and on
-            which devices (see docs/plans.md).
+            which devices (see docs/plans.md); or a `Fleet` of engines that run already.
         settings: the fields of `EngineConfig`.
 
     Attributes:
@@ -63,7 +63,7 @@ class LLM:
         model: str | None = None,
         *,
         models: Mapping[str, Any] | None = None,
-        plan: str | Path | Plan | None = None,
+        plan: str | Path | Plan | Fleet | None = None,
         **settings: Any,
     ) -> None:
         self.intake, self.loop = open_engines(model, models, plan, settings)

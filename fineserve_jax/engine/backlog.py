@@ -1,12 +1,26 @@
 """What an engine has to do for tickets that it was given or is about to be, and how long others would wait for it."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fineserve_jax.engine.tickets import Ticket
 from fineserve_jax.request.request import RequestStatus
-from fineserve_jax.scheduler import Scheduler
 from fineserve_jax.scheduler.waits import Ahead, WaitPredictor
+
+
+class Predictions(Protocol):
+    """What predictions are made from; `Scheduler` is one.
+
+    Attributes:
+        waits: predicts.
+        is_short: see `Scheduler.is_short`.
+    """
+
+    @property
+    def waits(self) -> WaitPredictor: ...
+
+    @property
+    def is_short(self) -> bool: ...
 
 
 class Forecast(NamedTuple):
@@ -21,7 +35,7 @@ class Forecast(NamedTuple):
     wait_s: float
 
 
-def forecast(scheduler: Scheduler, tickets: Iterable[Ticket], priority: int = 0) -> Forecast:
+def forecast(scheduler: Predictions, tickets: Iterable[Ticket], priority: int = 0) -> Forecast:
     """What a request of that priority has to expect behind these tickets. May be called by any thread."""
     waits, is_short = scheduler.waits, scheduler.is_short
     ahead = ahead_of(waits, tickets, priority)

@@ -40,7 +40,12 @@ class EngineLoop:
 
     Args:
         engine: to be served from.
+
+    Attributes:
+        is_up: whether the engine is there, as in one process it always is.
     """
+
+    is_up = True
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from fineserve_jax.engine.outputs import RequestOutput, request_output
 from fineserve_jax.engine.prepare import PreparedRequest
-from fineserve_jax.engine.request_text import RequestText
+from fineserve_jax.engine.request_text import Known
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.request.request import FinishReason, Request, RequestStatus
 from fineserve_jax.runner.results import TokenLogprobs
@@ -47,6 +47,24 @@ class Receiver(Protocol):
 
     def show(self, stats: EngineStats) -> None:
         """How the engine stands after a step."""
+
+
+class SampleText(Protocol):
+    """The text of a sample, for one thread that reads it; `RequestText` is one.
+
+    Attributes:
+        known: what may be read of its request now.
+        text: so far.
+    """
+
+    @property
+    def known(self) -> Known: ...
+
+    @property
+    def text(self) -> str: ...
+
+    def take(self) -> str:
+        """The text that became certain since the last call."""
 
 
 class Ticket:
@@ -94,7 +112,7 @@ class Ticket:
         self._receiver = weakref.ref(receiver)
         self.wants_pieces = wants_pieces
         self.samples: list[Request] = []
-        self._texts: list[RequestText] = []
+        self._texts: Sequence[SampleText] = []
         self.is_done = False
         self.error: BaseException | None = None
         self._num_left = 0
@@ -116,7 +134,7 @@ class Ticket:
 
     # -- the loop's thread ---------------------------------------------------------------------------------------
 
-    def begin(self, samples: list[Request], texts: list[RequestText]) -> None:
+    def begin(self, samples: list[Request], texts: Sequence[SampleText]) -> None:
         """The engine has taken the prompt."""
         self.samples, self._num_left = samples, len(samples)
         self._num_told = dict.fromkeys(range(len(samples)), 0)

@@ -1,6 +1,7 @@
 """Engines that are asked, and served from, as if they were one: each ticket goes to the one that the router chooses."""
 
 import dataclasses
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,34 +11,31 @@ from typing import Any, TypeVar
 from fineserve_jax.engine.backlog import Forecast, forecast
 from fineserve_jax.engine.build import KnownModel
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.loop import EngineLoop
 from fineserve_jax.engine.prepare import PreparedRequest, named_model
-from fineserve_jax.engine.scoring import check_branches
 from fineserve_jax.engine.tickets import Receiver, Ticket
-from fineserve_jax.errors import ConfigError, RequestError
+from fineserve_jax.errors import ConfigError, EngineError, RequestError
 from fineserve_jax.fleet.balancer import Balancer
-from fineserve_jax.fleet.replica import EngineReplica, asked_of
+from fineserve_jax.fleet.replica import EngineReplica, ReplicaLoop, asked_of, prepared_by, what_was_asked
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.router import Router
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
-KEPT = ("scored_from", "branches", "arrival_s")
-"""What engines do not set when they prepare a request, and which therefore goes along with one that another serves."""
 
 
 class Fleet:
     """See `Intake` and `TicketLoop`, both of which it is. Any thread may call it.
 
     Args:
-        engines: by name; those that serve the same model are its replicas.
+        loops: of engines, by name; those that serve the same model are its replicas.
 
     Attributes:
         replicas: by name.
     """
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self.replicas = {name: EngineReplica(name, EngineLoop(engine)) for name, engine in engines.items()}
+    def __init__(self, loops: Mapping[str, ReplicaLoop]) -> None:
+        self.replicas = {name: EngineReplica(name, loop) for name, loop in loops.items()}
         self._router = Router(self.replicas)
         self._places: weakref.WeakKeyDictionary[Ticket, EngineReplica] = weakref.WeakKeyDictionary()
         self._moving: dict[Ticket, bool] = {}  # whether they were aborted meanwhile
@@ -97,8 +95,28 @@ class Fleet:
         self.check_usable()
         for ticket in tickets:
             with self._lock:
-                self._send(ticket, list(self.replicas))
+                self._send(ticket, self._there_for(ticket))
         self._balancer.wake()
+
+    def take_back(self, name: str, tickets: Iterable[Ticket]) -> None:
+        """Sends tickets of an engine that has died to others, or lets them wait there until it is replaced."""
+        self._router.forget(name)
+        for ticket in tickets:
+            with self._lock:
+                if ticket.is_done:  # aborted meanwhile
+                    continue
+                self.replicas[name].forget(ticket)
+                try:
+                    self._send(ticket, self._there_for(ticket))
+                except (RequestError, EngineError) as error:  # the others do not take it, or are closed
+                    log.warning("a request waits until %s is replaced: %s", name, error)
+                    self._give(ticket, self.replicas[name])
+
+    def _there_for(self, ticket: Ticket) -> list[str]:
+        """Replicas that a ticket can be sent to: not to those that are being replaced, unless no other serves it."""
+        model = ticket.prepared.served.name
+        there = [name for name, replica in self.replicas.items() if replica.loop.is_up and model in replica.models]
+        return there or list(self.replicas)
 
     def _send(self, ticket: Ticket, among: Sequence[str]) -> None:
         """Submits a ticket to one of these replicas."""
@@ -112,6 +130,9 @@ class Fleet:
                 raise
             self._send(ticket, others)
             return
+        self._give(ticket, replica)
+
+    def _give(self, ticket: Ticket, replica: EngineReplica) -> None:
         replica.note_sent(ticket)
         self._places[ticket] = replica
         replica.loop.submit([ticket])
@@ -119,11 +140,7 @@ class Fleet:
     def _prepared_for(self, replica: EngineReplica, prepared: PreparedRequest) -> PreparedRequest:
         if replica.engine.models.get(prepared.served.name) is prepared.served:
             return prepared
-        options = prepared.options.model_copy(update={"model": prepared.served.name})
-        own = replica.engine.prepare(prepared.token_ids, prepared.sampling, options, prepared.pooled_from)
-        own = dataclasses.replace(own, **{name: getattr(prepared, name) for name in KEPT})
-        check_branches(own)
-        return own
+        return prepared_by(replica.engine, *what_was_asked(prepared))
 
     def abort(self, tickets: Sequence[Ticket]) -> None:
         """See `EngineLoop.abort`."""
@@ -162,16 +179,15 @@ class Fleet:
             if is_aborted:
                 return False
             ticket.prepared = dataclasses.replace(prepared, arrival_s=arrival_s)
-            self.replicas[target].note_sent(ticket)
-            self._places[ticket] = self.replicas[target]
-            self.replicas[target].loop.submit([ticket])
+            self._give(ticket, self.replicas[target])
         return True
 
     def forecast(self, tickets: Iterable[Ticket], model: str | None, priority: int) -> Forecast:
         """What a request that comes now, behind all of these tickets, has to expect where it waits least."""
         listed = list(tickets)
         found = []
-        for replica in self.replicas.values():
+        there = [replica for replica in self.replicas.values() if replica.loop.is_up]
+        for replica in there or self.replicas.values():
             if model is None or model in replica.models:
                 own = [ticket for ticket in listed if self._places.get(ticket) is replica]
                 found.append(forecast(replica.engine.scheduler, own, priority))
@@ -189,7 +205,7 @@ class Fleet:
         """`each`, when the engine serves no ticket; see `EngineLoop.call_when_idle`."""
         return [found for loop in self._loops(model) for found in loop.each_when_idle(function, abort=abort)]
 
-    def _loops(self, model: str | None) -> list[EngineLoop]:
+    def _loops(self, model: str | None) -> list[ReplicaLoop]:
         name = None if model is None else self.served(model).name
         return [replica.loop for replica in self.replicas.values() if name is None or name in replica.models]
 
@@ -214,7 +230,7 @@ class Fleet:
                         other.unload_model(name)
                     raise
 
-    def _numbered(self, what: str, engines: Sequence[int] | None) -> list[EngineLoop]:
+    def _numbered(self, what: str, engines: Sequence[int] | None) -> list[ReplicaLoop]:
         loops = [replica.loop for replica in self.replicas.values()]
         if engines is None and len(loops) == 1:
             return loops
@@ -232,13 +248,15 @@ class Fleet:
             loop.unload_model(name, abort=abort)
 
     def check_usable(self) -> None:
-        """Raises `EngineError` unless all engines are."""
+        """Raises `EngineError` unless all engines are, but for those that are being replaced while others are there."""
         for replica in self.replicas.values():
             replica.loop.check_usable()
+        if not any(replica.loop.is_up for replica in self.replicas.values()):
+            raise EngineError("all engines have died and are being replaced; come again in a while")
 
     def close(self) -> None:
         """See `EngineLoop.close`."""
-        self._balancer.close()
+        self.close_without_waiting()
         for replica in self.replicas.values():
             replica.loop.close()
 

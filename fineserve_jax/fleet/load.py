@@ -37,7 +37,8 @@ def load_fleet(plan: Plan) -> Fleet:
     engines, weights = {}, SharedWeights()
     for number, engine in enumerate(plan.engines):
         own = [devices[device] for device in engine.devices]
-        engines[f"engine-{number}"] = load_engine(plan.sources_of(engine), plan.config_of(engine), own, weights.load)
+        loaded = load_engine(plan.sources_of(engine), plan.config_of(engine), own, weights.load)
+        engines[f"engine-{number}"] = EngineLoop(loaded)
     return Fleet(engines)
 
 
@@ -57,9 +58,12 @@ class SharedWeights:
 
 
 def open_engines(
-    model: str | None, models: Mapping[str, Any] | None, plan: str | Path | Plan | None, settings: Mapping[str, Any]
+    model: str | None,
+    models: Mapping[str, Any] | None,
+    plan: str | Path | Plan | Fleet | None,
+    settings: Mapping[str, Any],
 ) -> tuple[Intake, TicketLoop]:
-    """What a front door asks, and what serves it: an engine, or those of a plan.
+    """What a front door asks, and what serves it: an engine, or those of a plan, which may run already.
 
     Raises:
         ModelLoadError, ConfigError: see `load_from` and `load_fleet`; or a plan beside what it says itself.
@@ -70,8 +74,9 @@ def open_engines(
     if model is not None or models is not None or settings:
         given = ["model"] * (model is not None) + ["models"] * (models is not None) + list(settings)
         raise ConfigError(f"{', '.join(given)} beside a plan, which says that itself; change the plan")
-    fleet = load_fleet(plan if isinstance(plan, Plan) else read_plan(plan))
-    return fleet, fleet
+    if not isinstance(plan, Fleet):
+        plan = load_fleet(plan if isinstance(plan, Plan) else read_plan(plan))
+    return plan, plan
 
 
 def only_engine(intake: Intake) -> Engine:

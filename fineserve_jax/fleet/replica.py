@@ -1,13 +1,54 @@
 """An engine of several as the router sees it: what it serves, what it has to do, what a further request would get."""
 
-from collections.abc import Collection, Iterable, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from fineserve_jax.engine.backlog import ahead_of
-from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.backlog import Predictions, ahead_of
+from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.intake import Intake
 from fineserve_jax.engine.prepare import PreparedRequest
+from fineserve_jax.engine.scoring import check_branches
+from fineserve_jax.engine.ticket_loop import TicketLoop
 from fineserve_jax.engine.tickets import Ticket
+from fineserve_jax.kv.manager import KVManager
+from fineserve_jax.request.request_options import RequestOptions
+from fineserve_jax.request.sampling_params import SamplingParams
 from fineserve_jax.scheduler.router import Asked, Outlook, Queue, Waiting
 from fineserve_jax.scheduler.waits import Ahead
+
+KEPT = ("scored_from", "branches", "pooled_from", "arrival_s")
+"""What engines do not set when they prepare a request, and which therefore goes along with one that another serves."""
+
+
+class KnownEngine(Intake, Protocol):
+    """What is known of an engine, whether it is in this process or in another one."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+
+    @property
+    def kv(self) -> KVManager: ...
+
+    @property
+    def scheduler(self) -> Predictions: ...
+
+
+class ReplicaLoop(TicketLoop, Protocol):
+    """The loop of one engine.
+
+    Attributes:
+        is_up: whether the engine is there; else it is being replaced, and what is submitted waits for that.
+    """
+
+    @property
+    def is_up(self) -> bool: ...
+
+    @property
+    def engine(self) -> KnownEngine: ...
+
+    def withdraw(self, ticket: Ticket) -> float | None:
+        """See `EngineLoop.withdraw`."""
 
 
 class EngineReplica:
@@ -19,7 +60,7 @@ class EngineReplica:
         loop: of the engine.
     """
 
-    def __init__(self, name: str, loop: EngineLoop) -> None:
+    def __init__(self, name: str, loop: ReplicaLoop) -> None:
         self.name, self.loop, self.engine = name, loop, loop.engine
         self._sent: dict[Ticket, None] = {}
 
@@ -87,9 +128,9 @@ class EngineReplica:
 
     def wait_s(self, ticket: Ticket, num_before: int) -> float | None:
         """Predicted until a ticket begins that is moved here behind so many others like it; None: it does not serve
-        its model."""
+        its model, or is not there."""
         asked = asked_of(ticket.prepared)
-        if asked.model not in self.models:
+        if asked.model not in self.models or not self.loop.is_up:
             return None
         ahead = self.ahead(asked.priority) + [self._newcomer(asked)] * num_before * ticket.prepared.sampling.n
         return self.engine.scheduler.waits.wait_s(ahead, self.engine.scheduler.is_short)
@@ -108,3 +149,23 @@ def asked_of(prepared: PreparedRequest) -> Asked:
         ttft_slo_s=options.ttft_slo_s,
         tpot_slo_s=options.tpot_slo_s,
     )
+
+
+def prepared_by(
+    engine: Intake,
+    token_ids: Sequence[int],
+    sampling: SamplingParams,
+    options: RequestOptions,
+    kept: Mapping[str, Any],
+) -> PreparedRequest:
+    """A request that was prepared elsewhere, as this engine serves it. `kept`: its fields `KEPT`. Raises `RequestError`
+    if the engine does not."""
+    own = dataclasses.replace(engine.prepare(token_ids, sampling, options, kept["pooled_from"]), **kept)
+    check_branches(own)
+    return own
+
+
+def what_was_asked(prepared: PreparedRequest) -> tuple[list[int], SamplingParams, RequestOptions, dict[str, Any]]:
+    """The arguments of `prepared_by` for another engine."""
+    options = prepared.options.model_copy(update={"model": prepared.served.name})
+    return prepared.token_ids, prepared.sampling, options, {name: getattr(prepared, name) for name in KEPT}

@@ -2,10 +2,11 @@
 itself, in a process that has 4.
 """
 
+from typing import Any
+
 import jax
 
 from fineserve_jax import LLM, SamplingParams
-from fineserve_jax.fleet import Fleet
 from fineserve_jax.kv.integrity import check_integrity
 
 TEN = SamplingParams(max_tokens=10, ignore_eos=True)
@@ -24,8 +25,8 @@ def test_engines_compute_on_the_devices_of_the_plan_what_one_computes(make_plan)
     with LLM(plan=make_plan(engines, a={}, b={"kv_precision": "int8"})) as llm:
         found = [output.outputs[0].token_ids for output in llm.generate(prompts, TEN, model=names)]
         assert found == expected
-        assert isinstance(llm.intake, Fleet)
-        served = [replica.engine for replica in llm.intake.replicas.values()]
+        fleet: Any = llm.intake
+        served = [replica.engine for replica in fleet.replicas.values()]
         for engine, number in zip(served, (2, 1, 3), strict=True):
             assert engine.arena.units.devices() == {jax.devices()[number]}
             for model in engine.models.values():
@@ -46,8 +47,8 @@ def test_an_engine_of_a_plan_may_be_several_devices(make_plan):
     engines = [{"devices": [3, 1], "models": ["a"]} | exact, {"devices": [2], "models": ["a"]} | exact]
     with LLM(plan=make_plan(engines, a={})) as llm:
         assert [output.outputs[0].token_ids for output in llm.generate(prompts, TEN)] == expected
-        assert isinstance(llm.intake, Fleet)
-        pair, single = (replica.engine for replica in llm.intake.replicas.values())
+        fleet: Any = llm.intake
+        pair, single = (replica.engine for replica in fleet.replicas.values())
         assert (pair.config.tensor_parallel, single.config.tensor_parallel) == (2, 1)
         placed = {device for leaf in jax.tree.leaves(pair.models["a"].model.params) for device in leaf.devices()}
         assert placed == {jax.devices()[3], jax.devices()[1]}

@@ -37,6 +37,8 @@ def is_ready(url: str) -> bool:
         (["--max-wait-s", "0"], "max_wait_s=0"),
         (["--classes", "missing.yaml"], "cannot read the configuration missing.yaml"),
         (["--temperature", "-1"], "temperature=-1"),
+        (["--ray"], "--ray runs the engines of a plan; give --plan"),
+        (["--ray-cpus", "2"], "ray_cpus says where on a Ray cluster, and there is no --ray"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_before_the_model_is_loaded(capsys, flags, message):

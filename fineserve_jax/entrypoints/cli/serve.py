@@ -1,5 +1,6 @@
 """`fineserve-jax serve`: the OpenAI-compatible server."""
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
+from fineserve_jax.entrypoints.cli.flag_types import Switch
 from fineserve_jax.entrypoints.cli.options import (
     ConfigFlag,
     EngineFlags,
@@ -19,11 +21,14 @@ from fineserve_jax.entrypoints.cli.options import (
 from fineserve_jax.entrypoints.server.server_config import ServerConfig
 from fineserve_jax.errors import ConfigError
 from fineserve_jax.fleet import Plan, read_plan
+from fineserve_jax.fleet.remote.ray_serve import RayServeOptions, serve_plan
 
 if TYPE_CHECKING:
     ServerFlags: TypeAlias = Mapping[str, Any]
+    RayFlags: TypeAlias = Mapping[str, Any]
 else:
     ServerFlags = flags_of(ServerConfig)
+    RayFlags = flags_of(RayServeOptions)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -34,6 +39,8 @@ def serve(
     model: ModelFlags = (),
     config: ConfigFlag = None,
     plan: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="")] = None,
+    ray: Switch = False,
+    ray_options: RayFlags,
     engine: EngineFlags,
     sampling: SamplingFlags,
 ) -> None:
@@ -49,7 +56,13 @@ def serve(
         config: YAML file with `model` or `models` and defaults for the options below.
         plan: YAML file with the engines to be served from, their models, devices and settings, as `fineserve-jax
             place` writes it; instead of models and of the engine's options.
+        ray: have the engines of the plan run as deployments of Ray Serve on a Ray cluster, which replaces those that
+            die; what is asked comes here. Needs pip install 'fineserve-jax[ray-serve]'.
     """
+    if ray_options and not ray:
+        raise ConfigError(f"{min(ray_options)} says where on a Ray cluster, and there is no --ray; give it, too")
+    if ray and plan is None:
+        raise ConfigError("--ray runs the engines of a plan; give --plan, too")
     settings, planned = _settings(config, model, engine, sampling, plan)
     try:
         from fineserve_jax.entrypoints.server.classes import read_classes
@@ -66,7 +79,12 @@ def serve(
         if twice := engine_config.quotas.keys() & classes.quotas.keys():
             raise ConfigError(f"{min(twice)!r} has a quota in the engine's settings and in the classes; leave one out")
         quotas = {"quotas": {**engine_config.quotas, **classes.quotas}}
-        given = {"model": settings.model or None, "models": settings.models or None, **settings.engine, **quotas}
+        given: dict[str, Any] = {
+            "model": settings.model or None,
+            "models": settings.models or None,
+            **settings.engine,
+            **quotas,
+        }
     else:
         given = {"plan": planned.with_quotas(classes.quotas)}
     if server_config.host not in LOOPBACK and not classes.classes:
@@ -74,7 +92,12 @@ def serve(
     listening = listen(server_config)  # before the model is loaded, which takes long
     from fineserve_jax.async_llm import AsyncLLM
 
-    run_server(Service(AsyncLLM(**given), server_config, classes, settings.sampling), listening)
+    with contextlib.ExitStack() as held:
+        if ray:
+            given["plan"] = held.enter_context(
+                contextlib.closing(serve_plan(given["plan"], RayServeOptions(**ray_options)))
+            )
+        run_server(Service(AsyncLLM(**given), server_config, classes, settings.sampling), listening)
 
 
 def _settings(
