@@ -72,12 +72,16 @@ class RemoteEngine:
         return named_model(self.models, model)
 
     def prepare(
-        self, token_ids: Sequence[int], sampling: SamplingParams | None = None, options: RequestOptions | None = None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        options: RequestOptions | None = None,
+        pooled_from: int | None = None,
     ) -> PreparedRequest:
         """See `Engine.prepare`."""
         sampling, options, books = sampling or SamplingParams(), options or RequestOptions(), self.books
         served = named_model(books.models, options.model)
-        return prepare_request(served, books.kv, books.quotas, token_ids, sampling, options)
+        return prepare_request(served, books.kv, books.quotas, token_ids, sampling, options, pooled_from)
 
 
 class RemoteText:
