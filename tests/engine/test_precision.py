@@ -39,6 +39,7 @@ def test_pairs_and_int3_are_served_where_they_are_named(make_engine):
         started(make_engine(), kv_precision="k8v4")
 
 
+@pytest.mark.slow
 def test_requests_in_pairs_and_int3_are_answered_side_by_side(make_engine):
     """As by themselves; their prompts fill pages, and `kbf16v4` keeps its newest tokens in another pair."""
     names, prompt = ("k8v4", "int3", "kbf16v4"), list(range(1, 60))

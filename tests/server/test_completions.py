@@ -236,7 +236,7 @@ def test_bodies_that_are_none_are_refused(server, body, status, code, message):
 
 
 def test_paths_and_methods_that_are_none_are_refused_in_openais_form(server):
-    status, _, answer = server.ask("/v1/embeddings", {})
+    status, _, answer = server.ask("/v1/images/generations", {})
     assert (status, json.loads(answer)["error"]["code"]) == (404, "not_found")
     status, headers, answer = server.ask("/v1/completions")
     assert (status, headers["allow"], json.loads(answer)["error"]["code"]) == (405, "POST", "method_not_allowed")

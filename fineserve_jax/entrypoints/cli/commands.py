@@ -43,7 +43,10 @@ COMMANDS = {
     "perplexity": Command(
         "perplexity", "Measure a model's perplexity on a text, its keys and values kept as requests would keep them."
     ),
-    "quality": Command("quality", "Measure what KV formats and narrow weights cost in quality, and say which to take."),
+    "quality": Command(
+        "quality",
+        "Measure what KV formats, auto under pressure and narrow weights cost in quality, and say which to take.",
+    ),
     "bench": Command(
         "bench",
         "Measure how fast a model is served on this machine: tokens a second, and percentiles of latencies.",
