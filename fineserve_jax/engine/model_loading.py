@@ -9,8 +9,8 @@ the others; the arena keeps its size, and programs of models that stay are not c
 
 import dataclasses
 import math
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from fineserve_jax.engine.build import (
     served_model,
 )
 from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.freed_memory import give_back_freed_memory
 from fineserve_jax.engine.memory import format_bytes, free_memory_bytes
 from fineserve_jax.engine.model_settings import ModelSettings, ModelSource
 from fineserve_jax.engine.page_shapes import WORD_BYTES, geometry_in_units
@@ -72,7 +73,8 @@ class ModelLoading:
         self._arena, self._operations, self._recovery = arena, operations, recovery
         self._geometry = next(iter(models.values())).geometry
         self._refused: set[str] = set()
-        self._reading = threading.Lock()
+        # One thread, since malloc keeps freed memory for the thread that had it.
+        self._reader = ThreadPoolExecutor(1, "model-loading")
         self.num_compilations = 0
 
     # -- on any thread -------------------------------------------------------------------------------------------
@@ -84,13 +86,15 @@ class ModelLoading:
             ConfigError: see `Engine.load_model`; before weights are read.
             ModelLoadError: see `loaders.load_model`.
         """
-        with self._reading:
-            self._check_can_add(name)
-            weights = source.weights or self._config.weights
-            described = describe_model(source.model, weights)
-            self._known(name, described, source)
-            _check_room(name, described, self._arena.group)
-            return dataclasses.replace(load_model(source.model, weights, self._arena.group), name=name)
+        return self._reader.submit(self._read, name, source).result()
+
+    def _read(self, name: str, source: ModelSource) -> LoadedModel:
+        self._check_can_add(name)
+        weights = source.weights or self._config.weights
+        described = describe_model(source.model, weights)
+        self._known(name, described, source)
+        _check_room(name, described, self._arena.group)
+        return dataclasses.replace(load_model(source.model, weights, self._arena.group), name=name)
 
     def check_served(self, model: KnownModel) -> None:
         """Raises `ModelNotServedError` for a model that is not, or that is about to go."""
@@ -147,6 +151,8 @@ class ModelLoading:
             self._kv.unregister(name)
             self._scheduler.remove_model(name)
             self._operations.forget(name)
+        del served
+        self._reader.submit(give_back_freed_memory)
 
     # -- checks --------------------------------------------------------------------------------------------------
 

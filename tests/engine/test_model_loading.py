@@ -3,8 +3,10 @@
 import dataclasses
 import gc
 import random
+import sys
 import threading
 import weakref
+from typing import Any
 
 import jax
 import psutil
@@ -14,7 +16,9 @@ from engine_cases import random_model
 from fineserve_jax.engine import model_loading
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.engine_config import EngineConfig
+from fineserve_jax.engine.freed_memory import give_back_freed_memory
 from fineserve_jax.engine.loop import EngineLoop
+from fineserve_jax.engine.model_settings import ModelSource
 from fineserve_jax.engine.tickets import Inbox, Ticket
 from fineserve_jax.errors import ConfigError, EngineError, ModelNotServedError, RequestError
 from fineserve_jax.kv.integrity import check_integrity
@@ -68,6 +72,43 @@ def answer(engine: Engine, model: str, prompt=(5, 6, 7), kv_precision: str = "in
         engine.step()
     engine.release(request)
     return request.output_token_ids
+
+
+def test_whoever_asks_models_are_read_by_one_thread(monkeypatch):
+    """Others would each keep memory of what they read, for good."""
+    engine, threads = make_engine(), []
+
+    def load(source: str, *_: Any) -> LoadedModel:
+        threads.append(threading.current_thread())
+        return SOURCES[source]
+
+    monkeypatch.setattr(model_loading, "load_model", load)
+    sources = [ModelSource(model="other"), ModelSource(model="small")]
+    callers = [
+        threading.Thread(target=engine.loading.read, args=(name, source))
+        for name, source in zip("ab", sources, strict=True)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(threads) == 2
+    assert len(set(threads)) == 1
+    assert not set(threads) & set(callers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc of another system keeps other books")
+def test_freed_memory_is_given_back():
+    """Small pieces, which malloc keeps, below one that stays."""
+    process, mib = psutil.Process(), 2**20
+    pieces = [bytes(16_000) for _ in range(16_000)]
+    kept, full = bytes(16_000), process.memory_info().rss
+    del pieces
+    before = process.memory_info().rss
+    give_back_freed_memory()
+    assert len(kept) == 16_000
+    assert full - process.memory_info().rss > 200 * mib
+    assert before - process.memory_info().rss > 100 * mib
 
 
 # -- between two steps ---------------------------------------------------------------------------------------------
