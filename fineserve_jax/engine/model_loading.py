@@ -8,6 +8,7 @@ the others; the arena keeps its size, and programs of models that stay are not c
 """
 
 import dataclasses
+import gc
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +153,7 @@ class ModelLoading:
             self._scheduler.remove_model(name)
             self._operations.forget(name)
         del served
-        self._reader.submit(give_back_freed_memory)
+        self._reader.submit(_let_go)
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -207,3 +208,9 @@ def _check_room(name: str, model: LoadedModel, group: DeviceGroup) -> None:
             f"the {model.weights} weights of {name!r} take {format_bytes(part)} of {device}, which has "
             f"{format_bytes(free)} left; unload another model before, or give narrower weights"
         )
+
+
+def _let_go() -> None:
+    """Parts of a model name each other, so that Python frees it when it looks for such, which can be hours away."""
+    gc.collect()
+    give_back_freed_memory()
