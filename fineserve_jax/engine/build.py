@@ -79,12 +79,14 @@ class KnownModel:
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """The model's layers whose pages are apart: by how far back they attend, and by how recipes keep them."""
-        return _layer_groups(self.model, self.config)
+        return split_layers(self.model.config.layer_groups, self._recipes())
 
     def formats_of(self, precision: str) -> frozenset[str]:
         """The KV formats that a KV precision keeps the model's layers in: itself, or those of a recipe."""
-        recipes = formats_by_layer(self.config.kv_recipes, self.model.config.num_layers)
-        return frozenset(recipes.get(precision, (precision,)))
+        return frozenset(self._recipes().get(precision, (precision,)))
+
+    def _recipes(self) -> dict[str, tuple[str, ...]]:
+        return formats_by_layer(self.config.kv_recipes, self.model.config.num_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +225,8 @@ def classes_of(
         recipes = formats_by_layer(config.kv_recipes, model.config.num_layers)
     except ConfigError as error:
         raise ConfigError(f"model {name!r}: {error}") from None
-    groups, step_tokens = _layer_groups(model, config), _max_chunk_tokens(config, max_seq_len)
+    groups, step_tokens = split_layers(model.config.layer_groups, recipes), _max_chunk_tokens(config, max_seq_len)
     return page_classes(name, geometry, config.served_formats, groups, step_tokens, recipes)
-
-
-def _layer_groups(model: LoadedModel, config: EngineConfig) -> tuple[LayerGroup, ...]:
-    recipes = formats_by_layer(config.kv_recipes, model.config.num_layers)
-    return split_layers(model.config.layer_groups, recipes)
 
 
 def group_geometries(model: KnownModel) -> dict[tuple[str, int], PageGeometry]:

@@ -143,9 +143,7 @@ class Engine:
         Raises:
             RequestError: a request that can never be served, saying what is wrong and what to do.
         """
-        sampling, options = sampling or SamplingParams(), options or RequestOptions()
-        served = self.served(options.model)
-        return prepare_request(served, self.kv, self.scheduler.quotas, token_ids, sampling, options, pooled_from)
+        return prepare_request(self.models, self.kv, self.scheduler.quotas, token_ids, sampling, options, pooled_from)
 
     def queue(self, prepared: PreparedRequest, so_far: Sequence[SampleSoFar] = ()) -> list[Request]:
         """Lets all `n` samples of a prompt wait for their turn, or none if that is interrupted; all but the first may

@@ -25,7 +25,7 @@ from fineserve_jax.engine.backlog import Forecast, forecast
 from fineserve_jax.engine.engine import Engine
 from fineserve_jax.engine.model_settings import model_sources
 from fineserve_jax.engine.supervisor import Supervisor
-from fineserve_jax.engine.tickets import Receiver, Ticket
+from fineserve_jax.engine.tickets import Receiver, Ticket, notify
 from fineserve_jax.errors import ConfigError, EngineError
 from fineserve_jax.request.request import Request, RequestStatus
 
@@ -269,7 +269,7 @@ class EngineLoop:
                 ticket.begin(samples, [self.engine.detokenizers[request] for request in samples])
             except BaseException as error:
                 ticket.error, ticket.is_done = error, True
-                self._notify(ticket.receiver, [ticket])
+                notify(ticket.receiver, [ticket], self._abort)
                 continue
             self._tickets |= dict.fromkeys(samples, ticket)
             self._watch(ticket, +1)
@@ -326,16 +326,7 @@ class EngineLoop:
             if receiver is not None and ticket.announce():
                 news.setdefault(receiver, []).append(ticket)
         for receiver, tickets in news.items():
-            self._notify(receiver, tickets)
-
-    def _notify(self, receiver: Receiver | None, tickets: Sequence[Ticket]) -> None:
-        if receiver is None:
-            return
-        try:
-            receiver.notify(tickets)
-        except Exception as error:  # such as an asyncio loop that was closed under its tasks
-            log.warning("nobody is there for %d answers any more, they are aborted: %s", len(tickets), error)
-            self._abort(tickets)
+            notify(receiver, tickets, self._abort)
 
     # -- what goes wrong -----------------------------------------------------------------------------------------
 
@@ -359,7 +350,7 @@ class EngineLoop:
             ticket.error = EngineError(message)
             ticket.error.__cause__ = cause
             ticket.is_done = True
-            self._notify(ticket.receiver, [ticket])
+            notify(ticket.receiver, [ticket], self._abort)
 
     def _fail_all_as_closed(self) -> None:
         left = dict.fromkeys(self._tickets.values())
@@ -367,7 +358,7 @@ class EngineLoop:
             ticket.error = EngineError("the engine was closed before this was answered")
         self._abort(left)
         for ticket in left:
-            self._notify(ticket.receiver, [ticket])
+            notify(ticket.receiver, [ticket], self._abort)
 
 
 _LOOPS: "weakref.WeakSet[EngineLoop]" = weakref.WeakSet()

@@ -122,26 +122,29 @@ class PreparedRequest:
 
 
 def prepare_request(
-    served: KnownModel,
+    models: Mapping[str, KnownModel],
     kv: KVManager,
     quotas: Quotas,
     token_ids: Sequence[int],
-    sampling: SamplingParams,
-    options: RequestOptions,
+    sampling: SamplingParams | None = None,
+    options: RequestOptions | None = None,
     pooled_from: int | None = None,
 ) -> PreparedRequest:
     """Checks a request and resolves its precision, once for all of its samples.
 
     Args:
-        served: the model that `options` name.
+        models: by name; `options` name one.
         kv: knows how long pages are, and what fits.
         quotas: what tenants and precisions may take.
         token_ids: the prompt.
+        sampling: greedy if None.
         pooled_from: see `PreparedRequest`.
 
     Raises:
         RequestError: a request that can never be served, saying what is wrong and what to do.
     """
+    sampling, options = sampling or SamplingParams(), options or RequestOptions()
+    served = named_model(models, options.model)
     if pooled_from is None:
         check_writes(served)
     token_ids = token_list(token_ids)

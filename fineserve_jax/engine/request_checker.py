@@ -44,4 +44,4 @@ class RequestChecker:
 
     def check(self, token_ids: Sequence[int], sampling: SamplingParams, options: RequestOptions) -> None:
         """Raises `RequestError` for a request that `Engine.prepare` would refuse."""
-        prepare_request(self.served(options.model), self._kv, self._quotas, token_ids, sampling, options)
+        prepare_request(self.models, self._kv, self._quotas, token_ids, sampling, options)

@@ -1,7 +1,8 @@
 """Tickets: what callers of the engine loop hold of the prompts that they handed in."""
 
+import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
@@ -11,6 +12,8 @@ from fineserve_jax.engine.request_text import Known
 from fineserve_jax.engine.stats import EngineStats
 from fineserve_jax.request.request import FinishReason, Request, RequestStatus
 from fineserve_jax.runner.results import TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -228,3 +231,14 @@ class Inbox:
         """The newest statistics since the last call."""
         stats, self._stats = self._stats, None
         return stats
+
+
+def notify(receiver: Receiver | None, tickets: Sequence[Ticket], abort: Callable[[Sequence[Ticket]], object]) -> None:
+    """Tells the receiver, if there is one, and aborts the tickets of one that cannot be told."""
+    if receiver is None:
+        return
+    try:
+        receiver.notify(tickets)
+    except Exception as error:  # such as an asyncio loop that was closed under its tasks
+        log.warning("nobody is there for %d answers any more, they are aborted: %s", len(tickets), error)
+        abort(tickets)

@@ -21,7 +21,7 @@ from fineserve_jax.runner.mesh import DeviceGroup
 
 
 def load_fleet(plan: Plan) -> Fleet:
-    """Loads the models of a plan, and makes its engines, called engine-0, engine-1 and so on.
+    """Loads the models of a plan, and makes its engines, called as in `Plan.named`.
 
     Raises:
         ModelLoadError: a model that cannot be found, read or used.
@@ -35,10 +35,10 @@ def load_fleet(plan: Plan) -> Fleet:
                 "on; change its devices"
             )
     engines, weights = {}, SharedWeights()
-    for number, engine in enumerate(plan.engines):
+    for name, engine in plan.named.items():
         own = [devices[device] for device in engine.devices]
         loaded = load_engine(plan.sources_of(engine), plan.config_of(engine), own, weights.load)
-        engines[f"engine-{number}"] = EngineLoop(loaded)
+        engines[name] = EngineLoop(loaded)
     return Fleet(engines)
 
 

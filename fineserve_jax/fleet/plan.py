@@ -98,6 +98,11 @@ class Plan(Validated):
                     raise ValueError(f"engine {number}, model {name!r}: {error}") from None
         return self
 
+    @property
+    def named(self) -> dict[str, EnginePlan]:
+        """The engines by their names: engine-0, engine-1 and so on."""
+        return {f"engine-{number}": engine for number, engine in enumerate(self.engines)}
+
     def sources_of(self, engine: EnginePlan) -> dict[str, ModelSource]:
         """The models of an engine."""
         return {name: self.models[name] for name in engine.models}

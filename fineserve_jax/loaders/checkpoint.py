@@ -22,10 +22,9 @@ from fineserve_jax.loaders.json_file import read_json
 from fineserve_jax.loaders.known_keys import CheckedKeys, check_keys
 from fineserve_jax.loaders.loaded_model import LoadedModel
 from fineserve_jax.loaders.pooling_settings import Pooling, PoolingSettings
-from fineserve_jax.loaders.tokenizer import Tokenizer
 from fineserve_jax.loaders.tokenizer_check import check_same_ids
 from fineserve_jax.models.model_config import ModelConfig
-from fineserve_jax.models.params import DEFAULT_DEVICE, Params, Placement, abstract_params
+from fineserve_jax.models.params import DEFAULT_DEVICE, Placement, abstract_params
 
 MANIFEST = "fineserve.json"
 _FORMAT_VERSION = 1
@@ -73,25 +72,23 @@ def save_checkpoint(model: LoadedModel, directory: Path) -> None:
 
 
 def load_checkpoint(
-    directory: Path, weights: str | None, placement: Placement = DEFAULT_DEVICE
-) -> tuple[ModelConfig, Params, Tokenizer, str, PoolingSettings | None]:
-    """Configuration, parameters, tokenizer, weight precision and pooling of a converted directory.
+    directory: Path, weights: str | None, name: str, placement: Placement = DEFAULT_DEVICE
+) -> LoadedModel:
+    """The model of a converted directory, under that name.
 
     weights: what the caller asked for; another precision than the stored one raises ModelLoadError, None takes what
         is stored.
     placement: where the parameters go.
     """
-    config, tokenizer, stored, pooling = describe_checkpoint(directory, weights)
-    placement.check(config, stored)
-    place = functools.partial(placement.place, config, stored)
-    params = read_params(directory / "params", abstract_params(config, stored), place)
-    return config, params, tokenizer, stored, pooling
+    model = describe_checkpoint(directory, weights, name)
+    placement.check(model.config, model.weights)
+    place = functools.partial(placement.place, model.config, model.weights)
+    params = read_params(directory / "params", abstract_params(model.config, model.weights), place)
+    return dataclasses.replace(model, params=params)
 
 
-def describe_checkpoint(
-    directory: Path, weights: str | None
-) -> tuple[ModelConfig, Tokenizer, str, PoolingSettings | None]:
-    """What `load_checkpoint` returns, but for the parameters, which are not read."""
+def describe_checkpoint(directory: Path, weights: str | None, name: str) -> LoadedModel:
+    """What `load_checkpoint` returns, but with `params` empty: they are not read."""
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format_version") != _FORMAT_VERSION:
         raise ModelLoadError(
@@ -107,7 +104,7 @@ def describe_checkpoint(
         )
     own = stated.pooling
     pooling = None if own is None else PoolingSettings(own.pooling, own.normalize, own.has_head)
-    return ModelConfig.from_dict(stated.config), hf_tokenizer(directory), stored, pooling
+    return LoadedModel(name, ModelConfig.from_dict(stated.config), {}, hf_tokenizer(directory), stored, pooling)
 
 
 def _write(model: LoadedModel, directory: Path) -> None:

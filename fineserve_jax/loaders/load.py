@@ -50,10 +50,9 @@ def _load(source: str | Path, weights: str | None, placement: Placement | None) 
     if path.is_file():
         return _load_gguf(path, weights or DEFAULT_WEIGHTS, name, placement)
     if (path / MANIFEST).exists():
-        if placement is not None:
-            return LoadedModel(name, *load_checkpoint(path, weights, placement))
-        config, tokenizer, stored, pooling = describe_checkpoint(path, weights)
-        return LoadedModel(name, config, {}, tokenizer, stored, pooling)
+        if placement is None:
+            return describe_checkpoint(path, weights, name)
+        return load_checkpoint(path, weights, name, placement)
     if (path / "config.json").exists():
         return _load_hf(path, weights or DEFAULT_WEIGHTS, name, placement)
     raise ModelLoadError(

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engine_cases import random_model, serve
+from engine_cases import SETTINGS, random_model, serve
 
 from fineserve_jax import CompletionOutput, EngineConfig, NonFiniteError
 from fineserve_jax.engine import load as load_engine
@@ -17,11 +17,10 @@ from fineserve_jax.request.request import FinishReason, Request
 from fineserve_jax.request.request_options import RequestOptions
 from fineserve_jax.request.sampling_params import SamplingParams
 
-FORMATS = ["fp32", "bf16", "int8", "int4"]
+FORMATS = SETTINGS["kv_formats"]
 BAD = 90  # the token whose embedding is not finite
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logit_bias={BAD: -100.0})  # no good row ever draws it
 KEYS, VALUES = 4 * 32 + 5, 6 * 32 + 5  # rows of the fused weight that make one channel of keys, or of values
-SETTINGS = {"max_seq_len": 256, "max_batch_size": 8, "max_chunk_tokens": 64, "kv_memory": "8MiB", "kv_formats": FORMATS}
 
 
 def spoilt(model: LoadedModel, *path: str, row: int = BAD, value: float = np.nan) -> LoadedModel:

@@ -71,11 +71,12 @@ class Embeddings:
         if settings is None and normalize is None:
             normalize = True  # as OpenAI's are
         if settings is None and pooling is None:
-            message = (
-                f"{served.name!r} is a language model and not made for embeddings: nothing says which of its hidden"
+            raise FieldError(
+                f"{served.name!r} is a language model and not made for embeddings: nothing says which of its hidden "
+                "states are the vector of a text; say pooling: mean or last, in the request or at the server's start "
+                "(--embedding-pooling)",
+                "unsupported_model",
             )
-            message += " states are the vector of a text; say pooling: mean or last, in the request or at the server's "
-            raise FieldError(message + "start (--embedding-pooling)", "unsupported_model")
         options = options if service_class is None else service_class.apply(options)
         call = Embedding(inputs, pooling, normalize, options, {})
         return _Asking(fields, call, receiver, call.tickets(engine, receiver))

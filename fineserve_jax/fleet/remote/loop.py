@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from fineserve_jax.engine.backlog import Forecast, forecast
 from fineserve_jax.engine.engine import Engine
-from fineserve_jax.engine.tickets import Receiver, Ticket
+from fineserve_jax.engine.tickets import Receiver, Ticket, notify
 from fineserve_jax.errors import ConfigError, EngineError
 from fineserve_jax.fleet.remote.link import EngineLink, LinkLostError
 from fineserve_jax.fleet.remote.messages import Abort, Books, News, Submission
@@ -244,21 +244,13 @@ class RemoteLoop:
             if is_new and receiver is not None and ticket.announce():
                 told.setdefault(receiver, []).append(ticket)
         for receiver, tickets in told.items():
-            self._notify(receiver, tickets)
-
-    def _notify(self, receiver: Receiver, tickets: Sequence[Ticket]) -> None:
-        try:
-            receiver.notify(tickets)
-        except Exception as error:  # such as an asyncio loop that was closed under its tasks
-            log.warning("nobody is there for %d answers any more, they are aborted: %s", len(tickets), error)
-            self.abort(tickets)
+            notify(receiver, tickets, self.abort)
 
     def _fail(self, left: Iterable[MirroredTicket], message: str) -> None:
         for mirrored in left:
             ticket = mirrored.ticket
             ticket.error, ticket.is_done = EngineError(message), True
-            if (receiver := ticket.receiver) is not None:
-                self._notify(receiver, [ticket])
+            notify(ticket.receiver, [ticket], self.abort)
 
     # -- what dies -----------------------------------------------------------------------------------------------
 
@@ -269,10 +261,11 @@ class RemoteLoop:
             self._session = uuid.uuid4().hex
             left, self._tickets, self._number_of = list(self._tickets.values()), {}, {}
         hopeless = [one for one in left if one.was_told]
-        deadly = [one for one in left if not one.was_told and one.deaths + 1 >= MOST_DEATHS]
+        unheard = [one for one in left if not one.was_told]
+        deadly = [one for one in unheard if one.deaths + 1 >= MOST_DEATHS]
+        again = [one for one in unheard if one.deaths + 1 < MOST_DEATHS]
         self._fail(hopeless, f"{self.name} died in the middle of this answer; ask again")
         self._fail(deadly, f"{MOST_DEATHS} engines died with this request, which is not tried again")
-        again = [one for one in left if one not in hopeless and one not in deadly]
         for one in again:
             self._deaths[one.ticket] = one.deaths + 1
             one.forget()

@@ -79,9 +79,8 @@ class RemoteEngine:
         pooled_from: int | None = None,
     ) -> PreparedRequest:
         """See `Engine.prepare`."""
-        sampling, options, books = sampling or SamplingParams(), options or RequestOptions(), self.books
-        served = named_model(books.models, options.model)
-        return prepare_request(served, books.kv, books.quotas, token_ids, sampling, options, pooled_from)
+        books = self.books  # which may be others from one moment to the next
+        return prepare_request(books.models, books.kv, books.quotas, token_ids, sampling, options, pooled_from)
 
 
 class RemoteText:

@@ -138,23 +138,22 @@ def serve_plan(plan: Plan, options: RayServeOptions) -> Fleet:
     ray, serve = import_ray_serve()
     is_own = _connect(ray, options)
     try:
-        configs = [plan.config_of(engine) for engine in plan.engines]
         gpus = options.ray_gpus
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
         _check_resources(ray.cluster_resources(), plan, options, gpus)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process
-        apps = [f"fineserve-engine-{number}" for number in range(len(plan.engines))]
+        apps = {name: f"fineserve-{name}" for name in plan.named}
         targets = [
             serve.RunTarget(
-                _deployment(serve, f"engine-{number}", engine, options, gpus).bind(
-                    plan.sources_of(engine), configs[number], len(engine.devices), gpus > 0
+                _deployment(serve, name, engine, options, gpus).bind(
+                    plan.sources_of(engine), plan.config_of(engine), len(engine.devices), gpus > 0
                 ),
-                name=apps[number],
+                name=apps[name],
                 route_prefix=None,
             )
-            for number, engine in enumerate(plan.engines)
+            for name, engine in plan.named.items()
         ]
         try:
             handles = serve.run_many(targets)
@@ -162,10 +161,8 @@ def serve_plan(plan: Plan, options: RayServeOptions) -> Fleet:
             raise ConfigError(f"an engine of the plan cannot be deployed: {error} {_reasons(serve)}") from None
         deaths: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         loops = {
-            f"engine-{number}": RemoteLoop(
-                f"engine-{number}", ServeLink(handle, app), options.ray_replaced_within_s, deaths
-            )
-            for number, (handle, app) in enumerate(zip(handles, apps, strict=True))
+            name: RemoteLoop(name, ServeLink(handle, app), options.ray_replaced_within_s, deaths)
+            for (name, app), handle in zip(apps.items(), handles, strict=True)
         }
     except BaseException:
         if is_own:
